@@ -1,0 +1,23 @@
+"""Handwritten 8×8 digits that need no download: the first thing to run.
+
+Run:       python -m jaxtrain.run --experiment digits_cnn
+"""
+
+from jaxtrain import data, losses, models, optim
+from jaxtrain.experiment import Experiment
+
+EXPERIMENT = Experiment(
+    model=models.CNN(widths=(32, 64), convs=2, classes=10),
+    train=data.Digits("train"),
+    test=data.Digits("test"),
+    loss=losses.CrossEntropy(smoothing=0.1),
+    optimizer=optim.SGD(lr=optim.OneCycle(peak=0.2), momentum=0.9, nesterov=True, weight_decay=5e-4),
+    augment=(data.Crop(pad=1),),
+    preprocess=(data.Normalise(mean=(0.305,), std=(0.376,), scale=16),),
+    batch=128,
+    epochs=30,
+    remainder="drop",
+    log_every=25,
+    eval_every=5,
+    save_every=10,
+)

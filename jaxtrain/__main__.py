@@ -1,0 +1,35 @@
+"""``python -m jaxtrain VERB ...``: hands the rest of the line to one file in ``commands/``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+
+VERBS = {
+    "run": "jaxtrain.run",
+    "prepare": "jaxtrain.commands.prepare",
+    "evaluate": "jaxtrain.commands.evaluate",
+    "doctor": "jaxtrain.commands.doctor",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Dispatch; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    verb = argv[0] if argv else "--help"
+    if verb in ("-h", "--help"):
+        lines = (f"  {name:<9} {importlib.import_module(m).SUMMARY}" for name, m in VERBS.items())
+        sys.stdout.write("usage: python -m jaxtrain VERB ...\n\n" + "\n".join(lines) + "\n")
+        return 0
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
+        sys.stderr.write(f"jaxtrain: no verb is called {verb}: {hint}\n")
+        return 2
+    code: int = importlib.import_module(VERBS[verb]).main(argv[1:])
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

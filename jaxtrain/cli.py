@@ -1,0 +1,133 @@
+"""What the verbs share: arguments, one-line errors, exit codes, and data sets prepared on the way."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtrain.data import Subset
+from jaxtrain.errors import InputError, RunError
+from jaxtrain.experiment import Experiment, config_text, find, first_difference, override
+from jaxtrain.recorder import Console
+from jaxtrain.stop import Stopped
+
+
+def main(
+    run: Callable[[argparse.Namespace], int],
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+) -> int:
+    """Parse, run, and turn what goes wrong into one line and an exit code.
+
+    0 done, 1 a bug (with its traceback), 2 bad input, 3 the run failed, 130 / 143 stopped by a signal.
+    """
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except (InputError, RunError, Stopped) as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted at once; the last checkpoint is kept", file=sys.stderr)
+        return 130
+
+
+def load(name: str, settings: Sequence[str]) -> tuple[str, str, Experiment]:
+    """Name, origin and the experiment with its overrides applied."""
+    entry = find(name)
+    experiment, _ = entry.load()
+    return entry.name, entry.origin, override(experiment, list(settings))
+
+
+def recorded(record: dict[str, Any], folder: Path) -> tuple[str, Experiment]:
+    """The experiment that a run's ``config.json`` tells of, loaded again and compared with the record.
+
+    Raises:
+      InputError: its file is gone, or says something else by now.
+    """
+    origin = record["origin"]
+    named = origin if Path(origin).is_file() else record["name"]
+    name, _, experiment = load(named, record["overrides"])
+    if record.get("overfit") is not None:
+        experiment = overfit(experiment, record["overfit"])
+    difference = first_difference(record["config"], config_text(experiment))
+    if difference is not None:
+        path, was, now = difference
+        raise InputError(
+            f"{named} has changed since the run in {folder}: {path} was {was} and is {now}; "
+            "restore the file to evaluate this run"
+        )
+    return name, experiment
+
+
+def overfit(experiment: Experiment, n: int) -> Experiment:
+    """Train on the first ``n`` examples without augmentation, 200 steps, and test on the same."""
+    if not 0 < n <= len(experiment.train):
+        raise InputError(f"--overfit {n}: give a number of examples in 1..{len(experiment.train)}")
+    fixed = Subset(experiment.train, np.arange(n))
+    return dataclasses.replace(
+        experiment,
+        train=fixed,
+        test=fixed,
+        valid=None,
+        holdout=0,
+        augment=(),
+        remainder="wrap",
+        epochs=200 * experiment.batch / n,
+        eval_every=None,
+    )
+
+
+def class_names(experiment: Experiment) -> tuple[str, ...] | None:
+    """Names of the classes, where the data set knows them."""
+    names: tuple[str, ...] | None = getattr(experiment.train, "class_names", None)
+    return names
+
+
+def ensure_prepared(experiment: Experiment, console: Console) -> None:
+    """Prepare the data sets of ``experiment`` that are not there yet, where that needs no help."""
+    from jaxtrain.data.prepare import prepare
+
+    for source in (experiment.train, experiment.valid, experiment.test):
+        ready = getattr(source, "prepared", None)
+        if ready is not None and not ready():
+            name, folder = getattr(source, "name"), getattr(source, "data_dir")  # noqa: B009
+            console.note(f"{name} is not prepared yet: fetching it")
+            with_progress(console, lambda p: prepare(name, data_dir=folder, progress=p))  # noqa: B023
+
+
+def with_progress(console: Console, work: Callable[[Callable[[str, int, int], None]], Any]) -> Any:
+    """Run ``work(progress)``, showing ``progress(label, done, total)`` as one bar for each label."""
+    import contextlib
+
+    with contextlib.ExitStack() as stack:
+        bars: dict[str, Any] = {}
+
+        def progress(label: str, done: int, total: int) -> None:
+            if label not in bars:
+                bars[label] = stack.enter_context(console.task(label, total))
+            bars[label](done)
+
+        return work(progress)
+
+
+def run_folder(text: str) -> Path:
+    """``--workdir`` as a path.
+
+    Raises:
+      InputError: it is a file.
+    """
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"--workdir {text} is a file: give a folder")
+    return path

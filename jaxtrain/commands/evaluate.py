@@ -1,0 +1,99 @@
+"""``python -m jaxtrain evaluate --workdir RUN``: exact test figures of a run's checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtrain import cli
+from jaxtrain.errors import InputError
+
+SUMMARY = "test accuracy, precision, recall and F1 of a run's checkpoint"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="jaxtrain evaluate", description=SUMMARY)
+    parser.add_argument("--workdir", required=True, metavar="RUN", help="the folder of a run")
+    parser.add_argument(
+        "--checkpoint",
+        default="best",
+        metavar="best|latest|STEP",
+        help="default: the best on the validation set, or the latest where there is none",
+    )
+    parser.add_argument("--split", default="test", choices=("test", "valid"))
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    return cli.main(_run, parser, argv)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from jaxtrain import checkpoint, sharding, workdir
+    from jaxtrain.loop import evaluate
+    from jaxtrain.program import assemble
+    from jaxtrain.recorder import make_console
+
+    folder = cli.run_folder(args.workdir)
+    record = workdir.load(folder)
+    name, experiment = cli.recorded(record, folder)
+    console = make_console()
+    cli.ensure_prepared(experiment, console)
+    program = assemble(experiment, sharding.make_mesh(), _confusion)
+    if args.split not in program.evals:
+        raise InputError(f"{name} has no {args.split} split: it has {', '.join(program.evals)}")
+    with checkpoint.open(folder) as saved:
+        chosen = _choose(saved, args.checkpoint, folder)
+        state = saved.restore(chosen, program.like)
+    values = evaluate(program, state, args.split, console)
+    confusion = values.pop("confusion", None)
+    found = {
+        "step": chosen.step,
+        "split": args.split,
+        "examples": program.evals[args.split].examples,
+    }
+    if args.json:
+        tables = {k: v.tolist() for k, v in (confusion or {}).items() if k != "accuracy"}
+        console.note(json.dumps({"name": name, **found, **values, **tables}))
+    else:
+        _tables(name, found, values, confusion, cli.class_names(experiment), console)
+    return 0
+
+
+def _confusion(outputs: Any, batch: Any) -> dict[str, Any]:
+    """A confusion matrix where the outputs are class scores for one label an example."""
+    from jaxtrain.metrics import ConfusionMatrix
+
+    if "label" not in batch or outputs.ndim != 2 or batch["label"].ndim != 1:
+        return {}
+    return {"confusion": ConfusionMatrix.of(outputs, batch["label"], batch.get("mask"))}
+
+
+def _choose(saved: Any, which: str, folder: Any) -> Any:
+    steps = saved.steps()
+    if not steps:
+        raise InputError(f"{folder} has no checkpoint yet")
+    if which in ("best", "latest"):
+        return (saved.best() if which == "best" else None) or saved.latest()
+    for one in steps:
+        if which.isdigit() and one.step == int(which):
+            return one
+    kept = ", ".join(str(one.step) for one in steps)
+    raise InputError(f"--checkpoint {which}: give best, latest or a kept step ({kept})")
+
+
+def _tables(name: str, found: dict[str, Any], values: Any, confusion: Any, names: Any, console: Any) -> None:
+    from jaxtrain.recorder import describe
+
+    title = f"{name}, step {found['step']}, {found['split']}, {found['examples']:,} examples"
+    rows = {key: describe({key: value}, None).removeprefix(f"{key} ") for key, value in values.items()}
+    console.summary(title, rows)
+    if confusion is None:
+        return
+    rows = {"class": "precision  recall      F1"}
+    for number, figures in enumerate(
+        zip(confusion["precision"], confusion["recall"], confusion["f1"], strict=True)
+    ):
+        label = names[number] if names else str(number)
+        rows[label] = "  ".join(f"{100 * x:7.2f} %" for x in figures)
+    console.summary("by class", rows)

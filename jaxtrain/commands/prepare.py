@@ -1,0 +1,41 @@
+"""``python -m jaxtrain prepare NAME``: fetch or import a data set into the TFDS folder."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxtrain import cli
+
+SUMMARY = "fetch a data set, or import its files with --from"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="jaxtrain prepare", description=SUMMARY)
+    parser.add_argument("name", help="cifar10, cifar100, mnist, fashion_mnist or any TFDS name")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="DIR_OR_TAR",
+        help="the original files, already here",
+    )
+    parser.add_argument(
+        "--data-dir", metavar="DIR", help="default: $TFDS_DATA_DIR, else ~/tensorflow_datasets"
+    )
+    return cli.main(_run, parser, argv)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from jaxtrain.data.prepare import prepare
+    from jaxtrain.recorder import make_console
+
+    console = make_console()
+    folder = cli.with_progress(
+        console,
+        lambda progress: prepare(args.name, data_dir=args.data_dir, source=args.source, progress=progress),
+    )
+    console.note(f"{args.name} is prepared in {folder}")
+    return 0

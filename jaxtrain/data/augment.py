@@ -1,0 +1,150 @@
+"""Augmentations and preprocessing: frozen dataclasses that are pure functions of (image, key).
+
+They run on the device, compiled into the step. ``compose`` turns a tuple of them into the ``prepare`` that
+``jaxtrain.step`` takes; any callable of the same form may stand among them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxtrain.errors import InputError
+from jaxtrain.types import Batch, Prepare
+
+
+@dataclasses.dataclass(frozen=True)
+class Flip:
+    """Mirror each image left to right with probability ``p`` in [0, 1].
+
+    >>> image = jnp.arange(3).reshape(1, 1, 3, 1)
+    >>> Flip(p=1.0)({"image": image}, jax.random.key(0))["image"].ravel().tolist()
+    [2, 1, 0]
+    """
+
+    p: float = 0.5
+
+    def __call__(self, batch: Batch, key: jax.Array) -> Batch:
+        image = batch["image"]
+        mirrored = jax.random.bernoulli(key, self.p, (image.shape[0], 1, 1, 1))
+        return {**batch, "image": jnp.where(mirrored, image[:, :, ::-1], image)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """Pad each image on all sides and cut a window of its old size at random.
+
+    Attributes:
+      pad: pixels added on each side, at least 1.
+      mode: ``"zero"`` pads with 0, ``"reflect"`` mirrors at the border.
+
+    >>> out = Crop(pad=2)({"image": jnp.ones((4, 8, 8, 3))}, jax.random.key(0))
+    >>> out["image"].shape
+    (4, 8, 8, 3)
+    """
+
+    pad: int = 4
+    mode: Literal["zero", "reflect"] = "zero"
+
+    def __call__(self, batch: Batch, key: jax.Array) -> Batch:
+        image, pad = batch["image"], self.pad
+        widths = ((0, 0), (pad, pad), (pad, pad), (0, 0))
+        padded = jnp.pad(image, widths, mode="constant" if self.mode == "zero" else "reflect")
+        corner = jax.random.randint(key, (image.shape[0], 2), 0, 2 * pad + 1)
+
+        def cut(one: jax.Array, at: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice(one, (at[0], at[1], 0), image.shape[1:])
+
+        return {**batch, "image": jax.vmap(cut)(padded, corner)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cutout:
+    """Fill one random square of each image (DeVries & Taylor 2017, arXiv:1708.04552).
+
+    Attributes:
+      size: side of the square in pixels; its centre is uniform over the image, so it may hang over.
+      fill: the value, in the units of the image at that point: one number or one for each channel.
+    """
+
+    size: int = 8
+    fill: tuple[float, ...] = (0.0,)
+
+    def __call__(self, batch: Batch, key: jax.Array) -> Batch:
+        image = batch["image"]
+        n, height, width, _ = image.shape
+        row_key, column_key = jax.random.split(key)
+        rows = _band(jax.random.randint(row_key, (n, 1), 0, height), self.size, height)
+        columns = _band(jax.random.randint(column_key, (n, 1), 0, width), self.size, width)
+        inside = rows[:, :, None, None] & columns[:, None, :, None]
+        fill = jnp.asarray(self.fill, image.dtype).reshape(1, 1, 1, -1)
+        return {**batch, "image": jnp.where(inside, fill, image)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalise:
+    """``(image / scale - mean) / std`` in float32, for each channel.
+
+    Attributes:
+      mean, std: one number or one for each channel, in units of ``image / scale``.
+      scale: 255 takes uint8 pixels to [0, 1].
+
+    >>> Normalise((0.5,), (0.5,))({"image": jnp.full((1, 1, 1, 1), 255, jnp.uint8)}, None)["image"].item()
+    1.0
+    """
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    scale: float = 255.0
+
+    def __post_init__(self) -> None:
+        if min(self.std) <= 0 or self.scale <= 0:
+            raise InputError(f"Normalise(std={self.std}, scale={self.scale}): both must be positive")
+
+    def __call__(self, batch: Batch, key: jax.Array | None = None) -> Batch:
+        image = batch["image"]
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, image.shape[-1]):
+                raise InputError(
+                    f"Normalise has {len(values)} values of {name} for images of {image.shape[-1]} "
+                    f"channels (image {image.shape}, [batch, height, width, channel])"
+                )
+        shape = (1,) * (image.ndim - 1) + (-1,)
+        mean = jnp.asarray(self.mean, jnp.float32).reshape(shape)
+        std = jnp.asarray(self.std, jnp.float32).reshape(shape)
+        return {**batch, "image": (image.astype(jnp.float32) / self.scale - mean) / std}
+
+
+def compose(*stages: Callable[..., Batch]) -> Prepare:
+    """One ``prepare`` from several: each gets the last one's batch and a key of its own.
+
+    >>> prepare = compose(Flip(), Normalise())
+    >>> prepare({"image": jnp.zeros((2, 4, 4, 3), jnp.uint8)}, jax.random.key(0))["image"].dtype
+    dtype('float32')
+    """
+
+    def prepare(batch: Batch, key: jax.Array | None) -> Batch:
+        for number, stage in enumerate(stages):
+            batch = stage(batch, None if key is None else jax.random.fold_in(key, number))
+        return batch
+
+    return prepare
+
+
+def check_image_rank(batch: Batch, stages: Sequence[Any]) -> None:
+    """Raise InputError when image stages would meet something that is not ``[batch, h, w, c]``."""
+    image = batch.get("image")
+    if stages and image is not None and len(image.shape) != 4:
+        raise InputError(
+            f"image has shape {tuple(image.shape)}: augmentation takes [batch, height, width, channel]"
+        )
+
+
+def _band(centre: jax.Array, size: int, length: int) -> jax.Array:
+    """bool [n, length]: the ``size`` positions around ``centre`` [n, 1]."""
+    offset = jnp.arange(length)[None, :] - centre + size // 2
+    return (offset >= 0) & (offset < size)

@@ -1,0 +1,105 @@
+"""Fetching the original files of a data set, failing fast where there is no network."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import queue
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxtrain.data.archives import load_members
+from jaxtrain.data.formats import Original
+from jaxtrain.errors import InputError
+
+# Called as progress(label, done, total); total is 0 when it is not known.
+Progress = Callable[[str, int, int], None]
+
+_MNIST_FILES = (
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
+)
+_FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+# Where the originals are fetched from. What arrives is checked, so http and mirrors are fine.
+URLS: dict[str, tuple[str, ...]] = {
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",),
+    "cifar100": ("https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",),
+    "mnist": tuple(f"https://storage.googleapis.com/cvdf-datasets/mnist/{f}" for f in _MNIST_FILES),
+    "fashion_mnist": tuple(_FASHION + f for f in _MNIST_FILES),
+}
+
+_SOCKET_SECONDS = 5.0
+# Name look-up knows no timeout of its own, and each address of a host may take the socket's.
+_CONNECT_SECONDS = 8.0
+_BLOCK = 1 << 20
+
+
+def fetch_members(original: Original, report: Progress) -> dict[str, bytes]:
+    """The checked contents of every member of ``original``, by name, from its ``URLS``.
+
+    Raises:
+      InputError: no network, or what arrived is not the original. The message names the files to
+        fetch by other means and the command that takes them.
+    """
+    with tempfile.TemporaryDirectory(prefix="jaxtrain-") as folder:
+        for url in URLS[original.name]:
+            try:
+                _download(url, Path(folder), report)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                raise InputError(_unreachable(original.name, url, error)) from error
+        try:
+            return load_members(original, Path(folder))
+        except InputError as error:
+            # The copy on disk is about to go: name what was fetched instead.
+            raise InputError(str(error).replace(f"{folder}/", "fetched ")) from error
+
+
+def _unreachable(name: str, url: str, error: Exception) -> str:
+    reason = getattr(error, "reason", None) or error
+    names = ", ".join(u.rsplit("/", 1)[1] for u in URLS[name])
+    return (
+        f"cannot fetch {url} ({' '.join(str(reason).split())}): get {names} on a machine with a "
+        f"network, then run: python -m jaxtrain prepare {name} --from DIR_OR_TAR"
+    )
+
+
+def _download(url: str, folder: Path, report: Progress) -> None:
+    name = url.rsplit("/", 1)[1]
+    with contextlib.closing(connect(url)) as answer, (folder / name).open("wb") as file:
+        total, done = int(answer.headers.get("Content-Length") or 0), 0
+        while block := answer.read(_BLOCK):
+            file.write(block)
+            done += len(block)
+            report(name, done, total)
+    # http.client ends a cut connection like a whole one when it is read by blocks.
+    if total and done != total:
+        raise OSError(f"the connection ended after {done} of {total} bytes")
+
+
+def connect(url: str) -> Any:
+    """An open response to ``url``; whatever the network does, an answer or OSError within 8 s."""
+    answers: queue.Queue[Any] = queue.Queue(1)
+
+    def call() -> None:
+        try:
+            answers.put(urllib.request.urlopen(url, timeout=_SOCKET_SECONDS))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    try:
+        answer = answers.get(timeout=_CONNECT_SECONDS)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {_CONNECT_SECONDS:.0f} s") from None
+    if isinstance(answer, urllib.error.HTTPError):
+        answer.close()  # It holds the connection.
+    if isinstance(answer, Exception):
+        raise answer
+    return answer

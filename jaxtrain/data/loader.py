@@ -1,0 +1,152 @@
+"""From a source to device batches: ``batch(step)`` for any step, and a pure ``fetch`` inside the step.
+
+Small sets are resident: their arrays live whole on each device, the host sends row numbers, and the gather
+is compiled into the step. Large sets are streamed by Grain, whose element k is batch k. The loop sees no
+difference: it hands ``batch(step)`` to a step that starts with ``fetch``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtrain import sharding
+from jaxtrain.data.order import Order, Sequential
+from jaxtrain.data.sources import Arrays, Source
+from jaxtrain.types import Batch
+from jaxtrain.userfile import Loaded
+
+Check = Callable[[Batch, np.ndarray], None]
+"""``(raw batch, example ids) -> None``; raises InputError for data that must not reach the device."""
+
+
+class Loader(Protocol):
+    """Batches by step."""
+
+    shardings: Any
+    """Shardings of ``batch(step)``, as a pytree prefix."""
+
+    def batch(self, step: int) -> Any:
+        """What the step's ``batch`` argument takes, for batch ``step``."""
+
+    def fetch(self, batch: Any) -> Batch:
+        """Pure, inside the step: the named arrays of that batch."""
+
+
+class Resident:
+    """The whole source on every device; only row numbers travel.
+
+    The arrays are an argument of the step. Closing over them would make them constants of the program,
+    which costs seconds of compile time and hides them from the memory analysis.
+    """
+
+    def __init__(self, arrays: Arrays, order: Order | Sequential, mesh: Mesh) -> None:
+        self._order = order
+        self._data = jax.device_put(dict(arrays.fields), sharding.replicated(mesh))
+        split = sharding.batch_split(mesh)
+        self.shardings = {"data": sharding.replicated(mesh), "rows": split}
+        if isinstance(order, Sequential):
+            self.shardings["mask"] = split
+
+    def batch(self, step: int) -> Any:
+        if isinstance(self._order, Order):
+            return {"data": self._data, "rows": self._order.indices(step).astype(np.int32)}
+        rows, mask = self._order.rows(step)
+        return {"data": self._data, "rows": rows.astype(np.int32), "mask": mask}
+
+    def fetch(self, batch: Any) -> Batch:
+        fields = {name: array[batch["rows"]] for name, array in batch["data"].items()}
+        return {**fields, "mask": batch["mask"]} if "mask" in batch else fields
+
+
+class Streamed:
+    """Batches gathered on the host while earlier ones are computed.
+
+    Asking for steps in order streams them; asking for any other step starts a new stream there.
+
+    Args:
+      source: where the examples come from.
+      order: which examples make up batch k.
+      mesh: the devices.
+      workers: Grain processes that gather; 0 gathers in threads of this process.
+      check: looks at every raw batch on the host.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        order: Order | Sequential,
+        mesh: Mesh,
+        workers: int = 0,
+        check: Check | None = None,
+    ) -> None:
+        self.shardings = sharding.batch_split(mesh)
+        self._batches = _Batches(source, order)
+        self._workers, self._check = workers, check
+        self._stream: Iterator[dict[str, np.ndarray]] | None = None
+        self._next = -1
+
+    def batch(self, step: int) -> Any:
+        if self._stream is None or step != self._next:
+            self._stream = self._open(step)
+        self._next = step + 1
+        batch = next(self._stream)
+        ids = batch.pop(IDS)
+        if self._check is not None:
+            self._check(batch, ids)
+        return jax.device_put(batch, self.shardings)
+
+    def fetch(self, batch: Any) -> Batch:
+        return batch
+
+    def _open(self, step: int) -> Iterator[dict[str, np.ndarray]]:
+        import grain  # here: it takes a second to import, and resident runs never need it
+
+        data = grain.MapDataset.source(self._batches).slice(slice(step, None))
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        if not self._workers:
+            return iter(data.to_iter_dataset(options))
+        _parse_absl_flags()
+        processes = grain.MultiprocessingOptions(num_workers=self._workers)
+        return iter(data.to_iter_dataset(options).mp_prefetch(processes))
+
+
+IDS = "example_id"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batches:
+    """Batch k as element k, for Grain. Pickled with the user's files that its source may come from."""
+
+    source: Source
+    order: Order | Sequential
+
+    def __len__(self) -> int:
+        return len(self.order) if isinstance(self.order, Sequential) else 2**62
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        if isinstance(self.order, Order):
+            ids = self.order.indices(step)
+            return {**self.source.gather(ids), IDS: ids}
+        ids, mask = self.order.rows(step)
+        return {**self.source.gather(ids), "mask": mask, IDS: ids}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (Loaded(), self.source, self.order)
+
+
+def _restored(_: Loaded, source: Source, order: Order | Sequential) -> _Batches:
+    return _Batches(source, order)
+
+
+def _parse_absl_flags() -> None:
+    """Grain's workers read absl flags, which nobody has parsed outside an absl program."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()

@@ -1,0 +1,121 @@
+"""Which examples make up batch k: a pure function of the seed and the step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from fractions import Fraction
+from typing import Literal
+
+import numpy as np
+
+from jaxtrain.errors import InputError
+
+Remainder = Literal["wrap", "drop"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """Shuffled batches over endless epochs.
+
+    Every epoch is a fresh permutation of the ``n`` examples, and batch k is positions
+    ``[k * batch, (k + 1) * batch)`` of the permutations laid end to end. Nothing is consumed: any batch can
+    be asked for at any time, on any host, so resuming at step k needs no saved iterator.
+
+    Attributes:
+      seed: any integer.
+      n: number of examples, at least 1.
+      batch: global batch size, at least 1.
+      remainder: ``"wrap"`` lets a batch run over into the next epoch; ``"drop"`` cuts every permutation to
+        whole batches, so the examples at its end are left out of that epoch.
+
+    >>> order = Order(seed=0, n=5, batch=2)
+    >>> sorted(np.concatenate([order.indices(k) for k in range(5)])[:5].tolist())
+    [0, 1, 2, 3, 4]
+    """
+
+    seed: int
+    n: int
+    batch: int
+    remainder: Remainder = "wrap"
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.batch < 1:
+            raise InputError(f"batches of {self.batch} from {self.n} examples: both must be at least 1")
+        if self.remainder == "drop" and self.batch > self.n:
+            raise InputError(
+                f"remainder=drop leaves no batch of {self.batch} in {self.n} examples: use a smaller batch"
+            )
+
+    def indices(self, step: int) -> np.ndarray:
+        """Example ids of batch ``step`` (from 0): int64 ``[batch]``."""
+        usable = self.n // self.batch * self.batch if self.remainder == "drop" else self.n
+        parts, start, end = [], step * self.batch, (step + 1) * self.batch
+        while start < end:
+            epoch, offset = divmod(start, usable)
+            part = permutation(self.seed, epoch, self.n)[offset : min(usable, offset + end - start)]
+            parts.append(part)
+            start += len(part)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def steps(self, epochs: float) -> int:
+        """Number of batches in ``epochs``, which may be fractional; a begun batch counts whole."""
+        exact = Fraction(str(epochs))  # 0.1 means a tenth, not the double nearest to it
+        if self.remainder == "drop":
+            return math.ceil(exact * (self.n // self.batch))
+        return math.ceil(exact * self.n / self.batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequential:
+    """Each of ``n`` examples once, in order, the last batch padded.
+
+    >>> Sequential(n=3, batch=2).rows(1)
+    (array([2, 0]), array([ True, False]))
+    """
+
+    n: int
+    batch: int
+
+    def __len__(self) -> int:
+        return math.ceil(self.n / self.batch)
+
+    def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Example ids int64 ``[batch]`` and a mask bool ``[batch]``, false on padding."""
+        ids = np.arange(step * self.batch, (step + 1) * self.batch)
+        return np.where(ids < self.n, ids, 0), ids < self.n
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The permutation of ``range(n)`` for an epoch: int64 ``[n]``, read-only.
+
+    Sorting raw Philox words, because NumPy promises their values across versions and does not promise
+    those of ``Generator.permutation``.
+    """
+    words = np.random.Philox(key=np.array([seed, epoch], np.int64).view(np.uint64)).random_raw(n)
+    order = np.argsort(words, kind="stable")
+    order.flags.writeable = False
+    return order
+
+
+def holdout(n: int, part: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Split ``range(n)`` at random into (kept, held out), both sorted.
+
+    Args:
+      n: number of examples.
+      part: a fraction in (0, 1), or a whole number of examples below ``n``.
+      seed: of the split; not the run's seed, so that several runs share one validation set.
+
+    >>> kept, held = holdout(10, 0.2)
+    >>> len(kept), len(held)
+    (8, 2)
+    """
+    count = round(part * n) if part < 1 else int(part)
+    if not 0 < count < n or (part >= 1 and part != count):
+        raise InputError(
+            f"holdout={part} of {n} examples: give a fraction in (0, 1) or a whole number below {n}"
+        )
+    order = permutation(seed, -1, n)
+    return np.sort(order[count:]), np.sort(order[:count])

@@ -1,0 +1,346 @@
+"""Reading prepared TensorFlow Datasets without TensorFlow: ``TFDS(name, split)``.
+
+Only data sets in the ``array_record`` format are read, because only those can be read at random;
+``jaxtrain.data.prepare`` writes them. Nothing here opens a network connection.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import io
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtrain.errors import InputError, RunError
+
+# Enough records to repay handing a chunk to a thread, few enough to keep all threads busy.
+_CHUNK = 512
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+_NAME = re.compile(r"(?P<base>\w+)(/(?P<config>[^:]+))?(:(?P<version>[\d*]+(\.[\d*]+){2}))?")
+# What Pillow calls an image of one, three or four uint8 channels.
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def default_data_dir() -> Path:
+    """Where data sets live when nothing else is said: ``$TFDS_DATA_DIR``, else the TFDS default.
+
+    >>> default_data_dir().is_absolute()
+    True
+    """
+    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()
+
+
+def parse_name(name: str) -> tuple[str, str | None, str | None]:
+    """Splits ``base[/config][:version]`` into its three parts.
+
+    >>> parse_name("imdb_reviews/plain_text:1.0.0")
+    ('imdb_reviews', 'plain_text', '1.0.0')
+    >>> parse_name("mnist")
+    ('mnist', None, None)
+
+    Raises:
+      InputError: ``name`` has another form.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise InputError(
+            f"data set {name!r}: expected NAME, NAME/CONFIG or NAME/CONFIG:1.2.3, "
+            "such as cifar10, imdb_reviews/plain_text or mnist:3.0.1"
+        )
+    return match["base"], match["config"], match["version"]
+
+
+def find_folder(name: str, data_dir: str | os.PathLike[str] | None = None) -> Path | None:
+    """The folder of a prepared data set that can be read here, newest version first; else None.
+
+    Looks at names and two small JSON files only: no network, no TFDS import.
+    """
+    return next((f for f in folders(name, data_dir) if "array_record" in file_formats(f)), None)
+
+
+def folders(name: str, data_dir: str | os.PathLike[str] | None = None) -> list[Path]:
+    """All complete folders of data set ``name``, in any file format, newest version first."""
+    base, config, version = parse_name(name)
+    root = Path(data_dir).expanduser().absolute() if data_dir is not None else default_data_dir()
+    parent = root / base
+    config = config or _default_config(parent)
+    parent = parent / config if config else parent
+    wanted = re.compile(re.escape(version or "*.*.*").replace(r"\*", r"\d+"))
+    found = [
+        path
+        for path in (parent.iterdir() if parent.is_dir() else ())
+        # A prepare under way, or killed, has another name: the version is given at the very end.
+        if _VERSION.fullmatch(path.name) and wanted.fullmatch(path.name) and file_formats(path)
+    ]
+    return sorted(found, key=lambda p: tuple(map(int, p.name.split("."))), reverse=True)
+
+
+def file_formats(folder: Path) -> tuple[str, ...]:
+    """The record formats a version folder holds; empty when it is no complete data set."""
+    if not (folder / "features.json").is_file():
+        return ()
+    try:
+        info = json.loads((folder / "dataset_info.json").read_text())
+    except (OSError, ValueError):
+        return ()
+    # Folders written before the field existed are all TFRecord.
+    return (info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", ()))
+
+
+def _default_config(parent: Path) -> str | None:
+    """The config that TFDS means by the bare name, as it recorded it beside the configs."""
+    try:
+        metadata = json.loads((parent / ".config" / "metadata.json").read_text())
+    except (OSError, ValueError):
+        return None
+    config: str | None = metadata.get("default_config_name")
+    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class TFDS:
+    """A prepared TensorFlow Datasets split, read without TensorFlow.
+
+    Examples stand in the order in which they were prepared, which never changes; for the stock
+    data sets that is the order every TFDS user sees (a hash of the example's key, not the order of
+    the original files). An instance is three strings: it compares, hashes and pickles as such, and
+    opens its files on first use, once per process. All methods may be called from several threads.
+
+    Args:
+      name: ``"cifar10"``, ``"imdb_reviews/plain_text"``, ``"mnist:3.0.1"``; without a version, the
+        newest prepared one.
+      split: any TFDS split expression: ``"train"``, ``"train[:90%]"``, ``"train+test"``.
+      data_dir: the folder of all data sets; None: ``$TFDS_DATA_DIR``, else
+        ``~/tensorflow_datasets``.
+
+    >>> train = TFDS("cifar10", "train[:90%]")
+    >>> if train.prepared():
+    ...     batch = train.gather(np.arange(128))
+    ...     assert batch["image"].shape == (128, 32, 32, 3)
+    ...     assert batch["label"].dtype == np.int32 and train.classes == 10
+    """
+
+    name: str
+    split: str = "train"
+    data_dir: str | None = dataclasses.field(default=None, metadata={"operational": True})
+
+    def prepared(self) -> bool:
+        """Whether the data set lies ready on disk. Reads two small files: no network, no TFDS."""
+        return find_folder(self.name, self.data_dir) is not None
+
+    def __len__(self) -> int:
+        """The number of examples in the split.
+
+        Raises:
+          InputError: the data set is not prepared, or has no such split.
+        """
+        return self._open().length
+
+    @property
+    def classes(self) -> int | None:
+        """The number of classes of the feature ``label``; None when that is no class label."""
+        label = self._open().features.get("label")
+        return getattr(label, "num_classes", None)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the classes in label order; None as for ``classes``."""
+        names = getattr(self._open().features.get("label"), "names", None)
+        return None if names is None else tuple(names)
+
+    def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The examples at ``indices``, as arrays whose leading axis is ``len(indices)``.
+
+        Args:
+          indices: int [n], each in [0, len(self)), in any order, repeats allowed.
+
+        Returns:
+          One array per feature: images uint8 [n, height, width, channel], class labels int32 [n],
+          other numbers in their own shape and dtype. Features of nested features are named
+          ``outer/inner``. Strings (text, ids, file names) are left out.
+
+        Raises:
+          InputError: not prepared, no such split, or a feature differs in shape between examples
+            (images of several sizes), so it cannot be stacked.
+          IndexError: an index is out of range.
+          RunError: a data file is missing or damaged.
+        """
+        return self._open().gather(np.asarray(indices))
+
+    def _open(self) -> _Split:
+        folder = find_folder(self.name, self.data_dir)
+        if folder is None:
+            raise InputError(_not_prepared(self.name, self.data_dir))
+        return _open_split(self.name, str(folder), self.split)
+
+
+def _not_prepared(name: str, data_dir: str | None) -> str:
+    """One line: what is missing and the command that provides it."""
+    other = folders(name, data_dir)
+    if other:
+        return (
+            f"data set {name}: {other[0]} holds {file_formats(other[0])[0]} files, which need "
+            "TensorFlow: move that folder away (or set TFDS_DATA_DIR to another folder), then run: "
+            f"python -m jaxtrain prepare {name}"
+        )
+    return (
+        f"data set {name} is not prepared in {data_dir or default_data_dir()}: "
+        f"run: python -m jaxtrain prepare {name}"
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _open_split(name: str, folder: str, split: str) -> _Split:
+    # Of its own so that open files stay out of TFDS's equality, hash, repr and pickle.
+    return _Split(name, folder, split)
+
+
+class _Split:
+    """The open files of one split, and how each of its features becomes an array."""
+
+    def __init__(self, name: str, folder: str, split: str):
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder_from_directory(folder, file_format="array_record")
+        self.name, self.split = name, split
+        self._check_split(builder.info.splits, folder)
+        # Sorted, because features.json is read back in no particular order.
+        self.features: Mapping[str, Any] = dict(sorted(builder.info.features.items()))
+        self.records = builder.as_data_source(
+            split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+        )
+        self.length = len(self.records)
+        self._images = self._named(tfds.features.Image)
+        self._labels = self._named(tfds.features.ClassLabel)
+        known = {*self._images, *self._labels, *self._named(tfds.features.Text)}
+        # Anything less common is left to TFDS: ten times slower an example, and always right.
+        self._others = [key for key in self.features if key not in known]
+        self._parse = builder.info.features.deserialize_example_np
+        self._specs = _flatten(builder.info.features.get_tensor_info())
+        self._skip = {key: tfds.decode.SkipDecoding() for key in self._images}
+
+    def _named(self, kind: type) -> list[str]:
+        return [key for key, feature in self.features.items() if type(feature) is kind]
+
+    def _check_split(self, splits: Mapping[str, Any], folder: str) -> None:
+        try:
+            files = splits[self.split].file_instructions
+        except (KeyError, ValueError, AssertionError) as error:
+            raise InputError(
+                f"data set {self.name} has no split {self.split!r}: its splits are "
+                f"{', '.join(splits)}, and parts of them such as {next(iter(splits))}[:90%]"
+            ) from error
+        if not files:
+            raise InputError(f"data set {self.name}: split {self.split!r} holds no example")
+        for file in files:
+            if not os.path.exists(file.filename):
+                raise RunError(f"{file.filename} is missing: {_again(self.name, folder)}")
+
+    def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
+            raise IndexError(f"indices: expected int [n], got {indices.dtype} {indices.shape}")
+        if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < self.length:
+            raise IndexError(
+                f"indices {indices.min()} to {indices.max()} of {self.name} {self.split}, "
+                f"which has {self.length} examples"
+            )
+        if not indices.size:  # The shapes and dtypes of one example, none of its rows.
+            return {key: value[:0] for key, value in self._chunk([0]).items()}
+        chunks = [indices[i : i + _CHUNK].tolist() for i in range(0, len(indices), _CHUNK)]
+        if len(chunks) == 1:
+            return self._chunk(chunks[0])
+        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            parts = list(pool.map(self._chunk, chunks))
+        return {key: self._join(key, [part[key] for part in parts], np.concatenate) for key in parts[0]}
+
+    def _chunk(self, indices: list[int]) -> dict[str, np.ndarray]:
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        records = self._read(indices)
+        columns = [tf_example_pb2.Example.FromString(r).features.feature for r in records]
+        batch = {
+            key: self._join(key, [self._decode(key, c[key].bytes_list.value[0]) for c in columns])
+            for key in self._images
+        }
+        for key in self._labels:
+            values = [column[key].int64_list.value[0] for column in columns]
+            batch[key] = np.array(values, np.int32)
+        return batch | self._rest(records)
+
+    def _read(self, indices: list[int]) -> Sequence[bytes]:
+        try:
+            records: Sequence[bytes] = self.records.__getitems__(indices)
+        except (RuntimeError, ValueError, OSError, IndexError) as error:
+            folder = str(self.records.dataset_info.data_dir)
+            line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RunError(
+                f"data set {self.name}: a file of split {self.split} cannot be read ({line}): "
+                f"{_again(self.name, folder)}"
+            ) from error
+        return records
+
+    def _decode(self, key: str, encoded: bytes) -> np.ndarray:
+        """An image file as an array [height, width, channel]."""
+        from PIL import Image
+
+        feature = self.features[key]
+        with Image.open(io.BytesIO(encoded)) as image:
+            if feature.np_dtype == np.float32:  # TFDS keeps float images bit for bit as RGBA.
+                return np.asarray(image).view(np.float32)
+            mode = _MODES.get(feature.shape[-1])
+            # A grey or CMYK file among colour ones must not change the shape.
+            if feature.np_dtype == np.uint8 and mode is not None and image.mode != mode:
+                image = image.convert(mode)  # type: ignore[assignment]
+            array = np.asarray(image, feature.np_dtype)
+        return array if array.ndim == 3 else array[..., None]
+
+    def _rest(self, records: Sequence[bytes]) -> dict[str, np.ndarray]:
+        """Features that are neither image, class label nor text, through TFDS's own parser."""
+        if not self._others:
+            return {}
+        examples = [self._parse(record, decoders=self._skip) for record in records]
+        flat = [_flatten({key: example[key] for key in self._others}) for example in examples]
+        batch = {}
+        for key in flat[0]:
+            dtype = np.dtype(self._specs[key].np_dtype)
+            if dtype.kind in "biuf":
+                # Scalars come as Python numbers, which have forgotten their dtype.
+                batch[key] = self._join(
+                    key,
+                    [f[key] for f in flat],
+                    lambda values, dtype=dtype: np.stack([np.asarray(v, dtype) for v in values]),
+                )
+        return batch
+
+    def _join(self, key: str, values: Sequence[Any], join: Any = np.stack) -> np.ndarray:
+        try:
+            joined: np.ndarray = join(values)
+        except ValueError as error:
+            skip = 0 if join is not np.concatenate else 1  # Only there do values hold rows.
+            shapes = sorted({str(getattr(v, "shape", "ragged")[skip:]) for v in values})
+            raise InputError(
+                f"data set {self.name}: feature {key!r} differs in shape between examples "
+                f"({', '.join(shapes[:2])}), so it cannot be stacked into one array"
+            ) from error
+        return joined
+
+
+def _again(name: str, folder: str) -> str:
+    return f"delete {folder}, then run: python -m jaxtrain prepare {name}"
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested features under one name each, ``outer/inner``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping)
+        flat |= _flatten(value, f"{prefix}{key}/") if nested else {prefix + key: value}
+    return flat

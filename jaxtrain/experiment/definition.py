@@ -1,0 +1,96 @@
+"""What a run is, in one frozen dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+from jaxtrain.data import Source
+from jaxtrain.data.order import Remainder
+from jaxtrain.errors import InputError
+from jaxtrain.optim import EMA
+
+
+def _operational(default: Any) -> Any:
+    """A setting that changes how a run is carried out and never what it computes."""
+    return dataclasses.field(default=default, metadata={"operational": True})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything a run depends on. An experiment file holds one, as ``EXPERIMENT``.
+
+    Attributes:
+      model: a Linen module or an ``(init, apply)`` pair.
+      train: source of training examples.
+      test: source of test examples. It chooses nothing.
+      loss: ``(outputs, batch) -> (scalar, metrics)``.
+      optimizer: an ``optim`` config, or anything with ``build(steps)``.
+      batch: global batch size.
+      epochs: passes over ``train``, above 0; may be fractional.
+      valid: source of validation examples, which choose the best checkpoint.
+      holdout: without ``valid``, this part of ``train`` is held out as one: a fraction in (0, 1) or a
+        number of examples; 0 holds out none.
+      augment: stages for training batches only, such as ``data.Flip()``.
+      preprocess: stages for every batch, after ``augment``, such as ``data.Normalise(...)``.
+      ema: average the weights, and evaluate and keep the average.
+      seed: of initialisation, order, augmentation and dropout.
+      remainder: how an epoch's last examples are batched: ``"wrap"`` or ``"drop"``.
+      eval_batch: batch size of evaluation; None is ``batch``.
+      eval_every: epochs between evaluations while training; None evaluates at the end only. Scored on the
+        validation set where there is one, else on the test set, for looking at only.
+      select: the validation metric that says which checkpoint is best; ``-loss`` means lower is better.
+      data_init: ``(params, batch) -> params``, run once on the first batch.
+      step_factory: replaces ``jaxtrain.step.make_train_step``, with the same signature.
+      feed: hold the data on the device, stream it, or decide by its size.
+      workers: processes that read a streamed source; 0 reads in threads.
+      log_every: steps between log lines.
+      save_every: epochs between checkpoints.
+      keep: latest checkpoints to keep, beside the best.
+      max_in_flight: steps that may be queued on the device, at least 1.
+    """
+
+    model: Any
+    train: Source
+    test: Source
+    loss: Callable[..., Any]
+    optimizer: Any
+    batch: int
+    epochs: float
+    valid: Source | None = None
+    holdout: float = 0
+    augment: tuple[Any, ...] = ()
+    preprocess: tuple[Any, ...] = ()
+    ema: EMA | None = None
+    seed: int = 0
+    remainder: Remainder = "wrap"
+    eval_batch: int | None = None
+    eval_every: float | None = 1.0
+    select: str = "accuracy"
+    data_init: Callable[..., Any] | None = None
+    step_factory: Callable[..., Any] | None = None
+    feed: Literal["auto", "resident", "stream"] = "auto"
+    workers: int = _operational(0)
+    log_every: int = _operational(50)
+    save_every: float = _operational(1.0)
+    keep: int = _operational(2)
+    max_in_flight: int = _operational(2)
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch", 1), ("log_every", 1), ("keep", 1), ("max_in_flight", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        for name in ("epochs", "save_every", "eval_every"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"{name} is {value}: it must be above 0")
+        for name in ("holdout", "workers"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}: it must not be negative")
+        if self.eval_batch is not None and self.eval_batch < 1:
+            raise InputError(f"eval_batch is {self.eval_batch}: it must be at least 1")
+        if self.valid is not None and self.holdout:
+            raise InputError("valid and holdout are both given: a run has one validation set")
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"seed is {self.seed}: it must be in [0, 2**31)")

@@ -1,0 +1,113 @@
+"""Where experiments are found: a path, ./experiments, JAXTRAIN_EXPERIMENTS, entry points, ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from jaxtrain import userfile
+from jaxtrain.errors import InputError
+from jaxtrain.experiment.definition import Experiment
+
+GROUP = "jaxtrain.experiments"
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """An experiment that was found and not yet loaded.
+
+    Attributes:
+      name: its key.
+      origin: its file, or its entry point.
+      point: the entry point, None for a file.
+    """
+
+    name: str
+    origin: str
+    point: metadata.EntryPoint | None = None
+
+    def load(self) -> tuple[Experiment, str]:
+        """The experiment and the first line of its file's docstring.
+
+        Raises:
+          InputError: the file cannot be imported or holds no ``EXPERIMENT``.
+        """
+        if self.point is None:
+            module: Any = userfile.load(self.origin)
+        else:
+            try:
+                module = self.point.load()
+            except Exception as error:
+                raise InputError(
+                    f"entry point {self.origin} cannot be loaded: {type(error).__name__}: {error}"
+                ) from error
+        experiment = getattr(module, "EXPERIMENT", None) if isinstance(module, ModuleType) else module
+        if not isinstance(experiment, Experiment):
+            raise InputError(f"{self.origin} must define EXPERIMENT = Experiment(...)")
+        return experiment, (getattr(module, "__doc__", None) or "").strip().partition("\n")[0]
+
+
+def find(name: str) -> Entry:
+    """The entry called ``name``, or of the file at that path.
+
+    Raises:
+      InputError: no such experiment (with a suggestion), or two different ones of the name.
+
+    >>> find("digits_cnn").name
+    'digits_cnn'
+    """
+    if name.endswith(".py") or os.sep in name:
+        path = Path(name)
+        if not path.is_file():
+            raise InputError(f"experiment file {name} does not exist")
+        return Entry(path.stem, str(path.resolve()))
+    entries = discover()
+    named = [entry for entry in entries if entry.name == name]
+    if not named:
+        near = difflib.get_close_matches(name, [e.name for e in entries], n=1)
+        hint = f"did you mean {near[0]}?" if near else "see python -m jaxtrain.run --list"
+        raise InputError(f"no experiment is called {name}: {hint}")
+    for other in named[1:]:
+        if not _same(named[0], other):
+            raise InputError(
+                f"two different experiments are called {name}: {named[0].origin} and {other.origin}; "
+                "rename one, or give its path to --experiment"
+            )
+    return named[0]
+
+
+def discover() -> list[Entry]:
+    """Everything that can be named, by name; equal copies of one file count once. Imports none of them."""
+    folders = [Path("experiments")]
+    folders += [Path(f) for f in os.environ.get("JAXTRAIN_EXPERIMENTS", "").split(os.pathsep) if f]
+    entries = [e for folder in folders for e in _in_folder(folder)]
+    entries += [Entry(p.name, f"{p.name} = {p.value}", p) for p in metadata.entry_points(group=GROUP)]
+    entries += _in_folder(_shipped())
+    unique: list[Entry] = []
+    for entry in sorted(entries, key=lambda e: e.name):
+        if not any(entry.name == kept.name and _same(entry, kept) for kept in unique):
+            unique.append(entry)
+    return unique
+
+
+def _shipped() -> Path:
+    """A wheel carries the experiments inside the package; a source tree has them beside it."""
+    inside = PACKAGE / "experiments"
+    return inside if inside.is_dir() else PACKAGE.parent / "experiments"
+
+
+def _in_folder(folder: Path) -> list[Entry]:
+    files = [p for p in sorted(folder.glob("*.py")) if not p.name.startswith("_")]
+    return [Entry(path.stem, str(path.resolve())) for path in files]
+
+
+def _same(a: Entry, b: Entry) -> bool:
+    if a.point is not None or b.point is not None:
+        return a.origin == b.origin
+    return a.origin == b.origin or Path(a.origin).read_bytes() == Path(b.origin).read_bytes()

@@ -1,0 +1,153 @@
+"""fit() and evaluate(): the only owners of the state, and of input and output between steps."""
+
+from __future__ import annotations
+
+import collections
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxtrain import __version__, checkpoint, recorder, workdir
+from jaxtrain.experiment import config_hash
+from jaxtrain.program import Program
+from jaxtrain.recorder import Console
+from jaxtrain.stop import Request, Stopped, on_signals
+from jaxtrain.types import Metrics, State
+
+
+class InFlight:
+    """Bounds the steps queued on the device by waiting for the metrics of an earlier one.
+
+    Waiting for step k - 2 costs nothing, and an unbounded queue of programs with collectives deadlocks.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._queue: collections.deque[Metrics] = collections.deque()
+
+    def add(self, metrics: Metrics) -> None:
+        """Note a step that was just dispatched; returns once at most ``most`` are unfinished."""
+        self._queue.append(metrics)
+        if len(self._queue) > self._most:
+            jax.block_until_ready(self._queue.popleft())
+
+
+def fit(program: Program, folder: Path, console: Console, name: str = "experiment") -> dict[str, Any]:
+    """Train to the last step, from wherever ``folder`` stands, and evaluate.
+
+    Args:
+      program: what to run (``jaxtrain.program.assemble``).
+      folder: the run's folder, which must belong to it (``workdir.claim``).
+      console: where a person is watching.
+      name: the experiment's name, for the records.
+
+    Returns:
+      The result, as it is written to ``result.json``.
+
+    Raises:
+      Stopped: a signal asked for it; the state is saved.
+      InputError, RunError: as they say.
+    """
+    began = time.perf_counter()
+    experiment = program.experiment
+    about = {"experiment": name, "hash": config_hash(experiment), "jaxtrain": __version__}
+    with (
+        on_signals() as request,
+        checkpoint.open(folder, experiment.keep, {**about, "jax": jax.__version__}) as saved,
+    ):
+        for stray in saved.clean():
+            console.note(f"step {stray} was never completely saved and has been removed")
+        state, start = saved.restore_or(program.init, program.like)
+        how = f"going on from step {start} of" if start else "starting:"
+        console.note(f"{how} {program.steps} steps of {experiment.batch} examples")
+        with recorder.open(
+            folder, console, start=start, log_every=experiment.log_every, examples=experiment.batch
+        ) as record:
+            state = _train(program, state, start, saved, record, console, request)
+            found = _result(program, state, saved, record, console)
+    found |= {"seconds": time.perf_counter() - began, "resumed_from": start, "folder": str(folder)}
+    workdir.write_result(folder, found)
+    return found
+
+
+def _train(
+    program: Program,
+    state: State,
+    start: int,
+    saved: checkpoint.Checkpoints,
+    record: recorder.Recorder,
+    console: Console,
+    request: Request,
+) -> State:
+    """The loop. Every line of it is ordered: evaluate, then save what the evaluation chose, then stop."""
+    flight = InFlight(program.experiment.max_in_flight)
+    top = saved.best_score()
+    console.begin(start, program.steps)
+    for step in range(start + 1, program.steps + 1):
+        state, metrics = program.train_step(state, program.train.batch(step - 1), program.key)
+        flight.add(metrics)
+        record.step(step, metrics)  # reads the steps before this one, while it runs
+        console.advance(step)
+        saved.poll()
+        score = None
+        if program.evaluates(step):
+            with record.paused():
+                score = _look(program, state, step, record, console)
+        improved = score is not None and (top is None or score > top)
+        if program.saves(step) or improved or request.signum is not None:
+            record.flush()  # raises on a loss that is not finite: such a state is never saved
+            saved.save(step, state, score)
+            top = score if improved else top
+        if request.signum is not None and step < program.steps:
+            saved.wait()
+            raise Stopped(f"stopped after step {step} of {program.steps}", request.signum)
+    console.end()
+    saved.wait()
+    return state
+
+
+def _look(
+    program: Program, state: State, step: int, record: recorder.Recorder, console: Console
+) -> float | None:
+    """Evaluate in mid-run; the validation score, or None when only the test set was looked at."""
+    split = "valid" if "valid" in program.evals else "test"
+    values = evaluate(program, state, split, console)
+    record.scalars(step, {f"{split}/{name}": value for name, value in values.items()})
+    console.note(f"step {step}/{program.steps}  {split}  {recorder.describe(values, None)}")
+    return program.score(values) if split == "valid" else None
+
+
+def evaluate(program: Program, state: State, split: str, console: Console) -> dict[str, Any]:
+    """Metrics of ``state`` over every example of ``split`` (``"valid"`` or ``"test"``), each counted once."""
+    part = program.evals[split]
+    flight = InFlight(program.experiment.max_in_flight)
+    metrics = []
+    with console.task(f"evaluate {split}", part.batches) as advance:
+        for number in range(part.batches):
+            metrics.append(part.step(state, part.loader.batch(number)))
+            flight.add(metrics[-1])
+            advance(number + 1)
+    return recorder.fetch(metrics)
+
+
+def _result(
+    program: Program,
+    state: State,
+    saved: checkpoint.Checkpoints,
+    record: recorder.Recorder,
+    console: Console,
+) -> dict[str, Any]:
+    """Test figures of the last state and, where a validation set chose one, of the best."""
+    with record.paused():
+        last = evaluate(program, state, "test", console)
+    record.scalars(program.steps, {f"test/{name}": value for name, value in last.items()})
+    found: dict[str, Any] = {"steps": program.steps, "test": last}
+    found["examples_per_second"] = record.examples_per_second
+    best = saved.best()
+    if best is not None:
+        chosen = state if best.step == program.steps else saved.restore(best, program.like)
+        test = last if chosen is state else evaluate(program, chosen, "test", console)
+        found["best"] = {"step": best.step, "valid": best.score, "test": test}
+    return found

@@ -1,0 +1,65 @@
+"""A plain convolutional network for small images."""
+
+from __future__ import annotations
+
+import jax
+from flax import linen as nn
+
+from jaxtrain.models.layers import ACTIVATIONS, Activation, check_image, max_pool
+
+
+class CNN(nn.Module):
+    """Stages of conv 3×3 → max-pool 2 → BatchNorm → activation, then global average pooling and a dense head.
+
+    Every further convolution of a stage works at the pooled size. No convolution has a bias where
+    BatchNorm follows, which would only cancel it. BatchNorm statistics are over the global batch.
+
+    Attributes:
+      widths: output channels of each stage; image sides must be at least ``2 ** len(widths)``.
+      convs: convolutions in a stage, at least 1.
+      classes: size of the output.
+      residual: add a stage's first activation to its last (needs ``convs`` of 2 or more to matter).
+      batch_norm: normalise after every convolution; without it convolutions have biases.
+      bn_momentum: decay of BatchNorm's running statistics, in [0, 1).
+      dropout: rate before the head, in [0, 1); active only when training.
+      activation: ``relu``, ``gelu``, ``silu`` or ``tanh``.
+
+    Call with ``image: float [batch, height, width, channel]``; gives logits ``[batch, classes]``.
+
+    >>> import jax.numpy as jnp
+    >>> net = CNN(widths=(8, 16), classes=5)
+    >>> variables = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    >>> net.apply(variables, jnp.zeros((4, 8, 8, 3))).shape
+    (4, 5)
+    """
+
+    widths: tuple[int, ...] = (32, 96, 192)
+    convs: int = 2
+    classes: int = 10
+    residual: bool = True
+    batch_norm: bool = True
+    bn_momentum: float = 0.9
+    dropout: float = 0.0
+    activation: Activation = "relu"
+
+    @nn.compact
+    def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+        check_image(image, 2 ** len(self.widths), "CNN")
+        x = image
+        for stage, width in enumerate(self.widths):
+            x = first = self._conv(x, width, train, f"stage{stage}_conv0", pool=True)
+            for conv in range(1, self.convs):
+                x = self._conv(x, width, train, f"stage{stage}_conv{conv}")
+            if self.residual and self.convs > 1:
+                x = x + first
+        x = nn.Dropout(self.dropout, deterministic=not train)(x.mean((1, 2)))
+        return nn.Dense(self.classes, name="head")(x)
+
+    def _conv(self, x: jax.Array, width: int, train: bool, name: str, pool: bool = False) -> jax.Array:
+        x = nn.Conv(width, (3, 3), use_bias=not self.batch_norm, name=name)(x)
+        if pool:
+            x = max_pool(x)
+        if self.batch_norm:
+            norm = nn.BatchNorm(use_running_average=not train, momentum=self.bn_momentum, name=f"{name}_norm")
+            x = norm(x)
+        return ACTIVATIONS[self.activation](x)

@@ -1,0 +1,39 @@
+"""A multi-layer perceptron."""
+
+from __future__ import annotations
+
+import jax
+from flax import linen as nn
+
+from jaxtrain.models.layers import ACTIVATIONS, Activation
+
+
+class MLP(nn.Module):
+    """Dense layers with an activation between them; the input is flattened to ``[batch, features]``.
+
+    Attributes:
+      widths: sizes of the hidden layers; ``()`` is a linear model.
+      classes: size of the output.
+      dropout: rate after every hidden layer, in [0, 1); active only when training.
+      activation: ``relu``, ``gelu``, ``silu`` or ``tanh``.
+
+    Call with any float ``[batch, ...]``; gives ``[batch, classes]``.
+
+    >>> import jax.numpy as jnp
+    >>> variables = MLP(widths=(8,), classes=3).init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
+    >>> variables["params"]["head"]["kernel"].shape
+    (8, 3)
+    """
+
+    widths: tuple[int, ...] = (128,)
+    classes: int = 10
+    dropout: float = 0.0
+    activation: Activation = "relu"
+
+    @nn.compact
+    def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+        x = image.reshape(image.shape[0], -1)
+        for layer, width in enumerate(self.widths):
+            x = ACTIVATIONS[self.activation](nn.Dense(width, name=f"dense{layer}")(x))
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(self.classes, name="head")(x)

@@ -1,0 +1,87 @@
+"""Checks before anything is compiled: whatever can be known to be wrong is said in one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtrain.data import Arrays, Source, compose
+from jaxtrain.errors import InputError
+from jaxtrain.experiment import Experiment
+from jaxtrain.models import as_model
+from jaxtrain.types import Batch
+
+
+def check_fields(sources: Mapping[str, Source]) -> None:
+    """Raise InputError when a split's fields, shapes or types are not those of ``"train"``."""
+    want = _specs(sources["train"])
+    for name, source in sources.items():
+        have = _specs(source)
+        for field in sorted(want.keys() | have.keys()):
+            if want.get(field) != have.get(field):
+                raise InputError(
+                    f"field {field!r} is {want.get(field, 'absent')} in train and "
+                    f"{have.get(field, 'absent')} in {name}: both must give the same examples"
+                )
+
+
+def trace(fn: Callable[..., Any], *args: Any, what: str) -> Any:
+    """``jax.eval_shape(fn, *args)``: shapes without computing anything.
+
+    Raises:
+      InputError: the model, the loss or a stage cannot take these shapes.
+    """
+    try:
+        return jax.eval_shape(fn, *args)
+    except InputError:
+        raise
+    except Exception as error:  # user code: anything may come out of it
+        line = next((t for t in str(error).splitlines() if t.strip()), type(error).__name__)
+        raise InputError(
+            f"{what} cannot be built: {type(error).__name__}: {line.strip()[:300]} (--debug shows where)"
+        ) from error
+
+
+def check_labels(loss: Any, outputs: Any, sources: Mapping[str, Source]) -> None:
+    """Let the loss look at every example that is in memory, and at the first of those that are not."""
+    check = loss_check(loss, outputs)
+    for name, source in sources.items():
+        ids = np.arange(len(source)) if isinstance(source, Arrays) else np.zeros(1, np.int64)
+        fields = source.fields if isinstance(source, Arrays) else source.gather(ids)
+        try:
+            check(fields, ids)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+
+
+def loss_check(loss: Any, outputs: Any) -> Callable[[Batch, np.ndarray], None]:
+    """The loss's own check of raw batches, or one that accepts everything."""
+    if not hasattr(loss, "check"):
+        return lambda batch, ids: None
+    return lambda batch, ids: loss.check(outputs, batch, ids)
+
+
+def _specs(source: Source) -> dict[str, str]:
+    one = source.gather(np.zeros(1, np.int64))
+    return {name: f"{array.dtype}{list(array.shape[1:])}" for name, array in one.items()}
+
+
+def describe(experiment: Experiment) -> tuple[str, str, str]:
+    """Data set, model and number of parameters, without reading data or starting a backend."""
+    source, model = experiment.train, experiment.model
+    data = getattr(source, "name", type(source).__name__.lower())
+    example = getattr(source, "example", None)
+    shapes = example() if example else source.gather(np.zeros(1, np.int64))
+    if shapes is None:  # a data set whose shapes are known once it is prepared
+        return data, type(model).__name__, "–"
+    batch = {k: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype) for k, v in shapes.items()}
+
+    def params(seed: jax.Array, batch: Batch) -> Any:
+        batch = compose(*experiment.preprocess)(batch, None)
+        return as_model(model).init(jax.random.key(seed), batch)[0]
+
+    tree = trace(params, jax.ShapeDtypeStruct((), np.int32), batch, what="the model")
+    return data, type(model).__name__, f"{sum(leaf.size for leaf in jax.tree.leaves(tree)):,}"

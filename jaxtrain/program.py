@@ -1,0 +1,206 @@
+"""An experiment made ready to run on a mesh: data opened, shapes checked, functions compiled on first use."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtrain import preflight, sharding
+from jaxtrain.data import Arrays, Order, Sequential, Source, Subset, compose, holdout, in_memory
+from jaxtrain.data.loader import Check, Loader, Resident, Streamed
+from jaxtrain.errors import InputError
+from jaxtrain.experiment import Experiment
+from jaxtrain.models import as_model
+from jaxtrain.step import make_eval_step, make_init, make_train_step
+from jaxtrain.types import Batch, Metrics, Model, State
+
+RESIDENT_PART = 10  # a set of at most this part of a device's memory is kept on it
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Examples to evaluate on: ``batches`` padded batches that hold each of ``examples`` once."""
+
+    loader: Loader
+    batches: int
+    examples: int
+    step: Callable[[State, Any], Metrics]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the loop needs.
+
+    Attributes:
+      experiment: what it was made from.
+      steps: updates of the whole run.
+      key: the run's random key; steps fold their number into it.
+      init: makes the state of step 0, sharded.
+      like: that state's shapes, dtypes and shardings.
+      train_step: compiled ``(state, batch, key) -> (state, metrics)``; the state is donated.
+      train: training batches.
+      evals: ``"valid"`` (where there is one) and ``"test"``.
+      choices: what was decided by measurement or size, for the run's record.
+      epoch: batches in one pass over the training examples.
+    """
+
+    experiment: Experiment
+    steps: int
+    key: jax.Array
+    init: Callable[[], State]
+    like: State
+    train_step: Callable[[State, Any, jax.Array], tuple[State, Metrics]]
+    train: Loader
+    evals: dict[str, Split]
+    choices: dict[str, Any]
+    epoch: float
+
+    def evaluates(self, step: int) -> bool:
+        """Is there an evaluation after update ``step``? The final one on the test set is not counted."""
+        if step == self.steps:
+            return "valid" in self.evals
+        every = self.experiment.eval_every
+        return every is not None and step % max(1, round(every * self.epoch)) == 0
+
+    def saves(self, step: int) -> bool:
+        """Is there a checkpoint after update ``step``?"""
+        return step == self.steps or step % max(1, round(self.experiment.save_every * self.epoch)) == 0
+
+    def score(self, values: dict[str, Any]) -> float:
+        """How good a validation result is; higher is better."""
+        name = self.experiment.select
+        return -values[name[1:]] if name.startswith("-") else values[name]
+
+
+def assemble(
+    experiment: Experiment,
+    mesh: Mesh,
+    metrics_fn: Callable[[Any, Batch], Metrics] | None = None,
+) -> Program:
+    """Open the data and build the functions of ``experiment``; nothing is compiled or computed yet.
+
+    Args:
+      experiment: what to run.
+      mesh: the devices.
+      metrics_fn: ``(outputs, batch) -> metrics`` to report in evaluations beside the loss's own.
+
+    Raises:
+      InputError: whatever the preflight finds.
+    """
+    exp, model = experiment, as_model(experiment.model)
+    eval_batch = exp.eval_batch or exp.batch
+    sharding.check_batch(exp.batch, mesh)
+    sharding.check_batch(eval_batch, mesh, "eval_batch" if exp.eval_batch else "batch")
+    sources = _open_sources(exp, mesh)
+    preflight.check_fields(sources)
+    outputs = _outputs(exp, model, sources["train"])
+    preflight.check_labels(exp.loss, outputs, sources)
+    check = preflight.loss_check(exp.loss, outputs)
+
+    order = Order(exp.seed, len(sources["train"]), exp.batch, exp.remainder)
+    steps = order.steps(exp.epochs)
+    train = _loader(sources["train"], order, exp, mesh, check)
+    init_key, key = jax.device_put(jax.random.split(jax.random.key(exp.seed)), sharding.replicated(mesh))
+    init, like, train_step = _train_functions(exp, model, train, mesh, steps, init_key)
+    evals = {}
+    for name in sources.keys() - {"train"}:
+        rows = Sequential(len(sources[name]), eval_batch)
+        loader = _loader(sources[name], rows, exp, mesh, check)
+        step = _eval_function(exp, model, loader, mesh, like, metrics_fn)
+        evals[name] = Split(loader, len(rows), rows.n, step)
+    resident = {name: isinstance(source, Arrays) for name, source in sources.items()}
+    choices = {"steps": steps, "resident": resident}
+    epoch = order.n // order.batch if exp.remainder == "drop" else order.n / order.batch
+    return Program(exp, steps, key, init, like, train_step, train, evals, choices, epoch)
+
+
+def _open_sources(exp: Experiment, mesh: Mesh) -> dict[str, Source]:
+    """``train``, ``test`` and perhaps ``valid``; what is small enough comes back as Arrays."""
+    limit = {
+        "auto": sharding.device_memory(mesh) // RESIDENT_PART,
+        "resident": sys.maxsize,
+        "stream": 0,
+    }[exp.feed]
+
+    def opened(source: Source) -> Source:
+        return in_memory(source, limit) or source
+
+    train, valid = opened(exp.train), exp.valid
+    if exp.holdout:
+        kept, held = holdout(len(train), exp.holdout)
+        train, valid = opened(Subset(train, kept)), Subset(train, held)
+    splits = {"train": train, "test": opened(exp.test)}
+    return splits if valid is None else {**splits, "valid": opened(valid)}
+
+
+def _outputs(exp: Experiment, model: Model, source: Source) -> Any:
+    """Shapes of the model's outputs for a batch of ``source``."""
+    one = source.gather(np.zeros(1, np.int64))
+    batch = {k: jax.ShapeDtypeStruct((exp.batch, *v.shape[1:]), v.dtype) for k, v in one.items()}
+
+    def forward(key: jax.Array, batch: Batch) -> Any:
+        batch = compose(*exp.preprocess)(batch, None)
+        params, extra = model.init(key, batch)
+        return model.apply(params, extra, batch, train=False, key=None)[0]
+
+    return preflight.trace(forward, jax.random.key(0), batch, what="the model")
+
+
+def _loader(source: Source, order: Order | Sequential, exp: Experiment, mesh: Mesh, check: Check) -> Loader:
+    if isinstance(source, Arrays) and exp.feed != "stream":
+        return Resident(source, order, mesh)
+    return Streamed(source, order, mesh, exp.workers, check)
+
+
+def _train_functions(
+    exp: Experiment, model: Model, train: Loader, mesh: Mesh, steps: int, key: jax.Array
+) -> tuple[Callable[[], State], State, Callable[..., Any]]:
+    """``init``, the abstract state and the train step."""
+    prepare = compose(lambda batch, _: train.fetch(batch), *exp.augment, *exp.preprocess)
+    tx = exp.optimizer.build(steps)
+    after = () if exp.ema is None else (exp.ema,)
+    whole = sharding.replicated(mesh)
+    init = sharding.compile(
+        make_init(model, tx, prepare, exp.data_init, after),
+        args=(whole, train.shardings),
+        out=whole,
+    )
+    make = exp.step_factory or make_train_step
+    step = sharding.compile(
+        make(model, exp.loss, tx, prepare, after),
+        args=(whole, train.shardings, whole),
+        out=whole,
+        donate=(0,),
+    )
+    first = train.batch(0)
+    shapes = preflight.trace(init, key, first, what="the state")
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
+    preflight.trace(step, like, first, key, what="the train step")
+    return lambda: init(key, first), like, step
+
+
+def _eval_function(
+    exp: Experiment,
+    model: Model,
+    loader: Loader,
+    mesh: Mesh,
+    like: State,
+    metrics_fn: Callable[[Any, Batch], Metrics] | None,
+) -> Callable[[State, Any], Metrics]:
+    prepare = compose(lambda batch, _: loader.fetch(batch), *exp.preprocess)
+    whole = sharding.replicated(mesh)
+    step = sharding.compile(
+        make_eval_step(model, exp.loss, prepare, metrics_fn),
+        args=(whole, loader.shardings),
+        out=whole,
+    )
+    metrics = preflight.trace(step, like, loader.batch(0), what="the evaluation")
+    if exp.select.removeprefix("-") not in metrics:
+        raise InputError(f"select={exp.select} is no metric of this loss: it gives {', '.join(metrics)}")
+    return step

@@ -1,0 +1,155 @@
+"""What a person sees: a progress bar on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rich.console import Console as RichConsole
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+
+class Console(Protocol):
+    """Shows a run to a person."""
+
+    def note(self, text: str) -> None:
+        """A line of its own."""
+
+    def begin(self, start: int, steps: int) -> None:
+        """Training starts after ``start`` of ``steps`` updates."""
+
+    def train(self, step: int, values: Mapping[str, float], speed: float | None) -> None:
+        """A record of training; ``speed`` in examples a second."""
+
+    def advance(self, step: int) -> None:
+        """An update was queued; cheap enough to call at every step."""
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Any]:
+        """Show progress of a piece of work; gives a function to call with the amount done."""
+
+    def summary(self, title: str, rows: Mapping[str, str]) -> None:
+        """The result, as a table."""
+
+    def end(self) -> None:
+        """Nothing more will move."""
+
+
+def make_console() -> Console:
+    """A ``Rich`` console on a terminal, a ``Plain`` one elsewhere."""
+    return Rich() if sys.stdout.isatty() else Plain()
+
+
+def describe(values: Mapping[str, float], speed: float | None) -> str:
+    """``loss 1.234  accuracy 56.7 %  1,234 examples/s``, in that order.
+
+    >>> describe({"loss": 0.5, "accuracy": 0.25, "grad_norm": 1.0}, 1234.5)
+    'loss 0.5000  accuracy 25.00 %  1,234 examples/s'
+    """
+    parts = []
+    for name, value in sorted(values.items(), key=lambda item: item[0] != "loss"):
+        if not isinstance(value, int | float) or name == "grad_norm":
+            continue
+        share = name == "accuracy" or (name.startswith("top") and name[3:].isdigit())
+        parts.append(f"{name} {100 * value:.2f} %" if share else f"{name} {value:.4f}")
+    return "  ".join([*parts, *([f"{speed:,.0f} examples/s"] if speed else [])])
+
+
+class Plain:
+    """Lines without control characters, for logs and pipes."""
+
+    def __init__(self) -> None:
+        self._steps, self._start, self._began = 0, 0, 0.0
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+
+    def begin(self, start: int, steps: int) -> None:
+        self._start, self._steps, self._began = start, steps, time.perf_counter()
+
+    def train(self, step: int, values: Mapping[str, float], speed: float | None) -> None:
+        pace = (time.perf_counter() - self._began) / max(1, step - self._start)
+        left = time.strftime("%H:%M:%S", time.gmtime(pace * (self._steps - step)))
+        self.note(f"step {step}/{self._steps}  {describe(values, speed)}  eta {left}")
+
+    def advance(self, step: int) -> None:
+        pass
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Any]:
+        yield lambda done: None
+
+    def summary(self, title: str, rows: Mapping[str, str]) -> None:
+        width = max(map(len, rows))
+        self.note("\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in rows.items())]))
+
+    def end(self) -> None:
+        pass
+
+
+class Rich:
+    """One live bar for what is going on, and a table at the end."""
+
+    def __init__(self, console: RichConsole | None = None) -> None:
+        self._console = console or RichConsole(highlight=False)
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[values]}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            refresh_per_second=5,
+            speed_estimate_period=60,
+        )
+        self._train: TaskID | None = None
+        self._moved = 0.0
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, soft_wrap=True)
+
+    def begin(self, start: int, steps: int) -> None:
+        self._progress.start()
+        self._train = self._progress.add_task("train", total=steps, completed=start, values="")
+
+    def train(self, step: int, values: Mapping[str, float], speed: float | None) -> None:
+        if self._train is not None:
+            self._progress.update(self._train, completed=step, values=describe(values, speed))
+
+    def advance(self, step: int) -> None:
+        now = time.perf_counter()
+        if self._train is not None and now - self._moved > 0.1:
+            self._moved = now
+            self._progress.update(self._train, completed=step)
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Any]:
+        self._progress.start()
+        bar = self._progress.add_task(label, total=total, values="")
+        try:
+            yield lambda done: self._progress.update(bar, completed=done)
+        finally:
+            self._progress.remove_task(bar)
+            if self._train is None:
+                self._progress.stop()
+
+    def summary(self, title: str, rows: Mapping[str, str]) -> None:
+        table = Table(title=title, show_header=False, title_justify="left")
+        for name, text in rows.items():
+            table.add_row(name, text)
+        self._console.print(table)
+
+    def end(self) -> None:
+        self._train = None
+        self._progress.stop()

@@ -1,0 +1,150 @@
+"""The recorder: takes the metrics of every step, reads them one step late, writes them everywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+
+from jaxtrain import metrics as merging
+from jaxtrain.errors import RunError
+from jaxtrain.recorder.console import Console
+from jaxtrain.types import Metrics
+
+
+def fetch(batches: Sequence[Metrics]) -> dict[str, Any]:
+    """Merge the metrics of several steps on the host and finish them: ``{"loss": 1.2, ...}``.
+
+    Waits for the device. Nothing else in a run reads a metric's value.
+    """
+    total: dict[str, Any] | None = None
+    for host in jax.device_get(list(batches)):
+        total = merging.merge(total, host)
+    return {name: metric.compute() for name, metric in (total or {}).items()}
+
+
+@contextlib.contextmanager
+def open(workdir: Path, console: Console, *, start: int, log_every: int, examples: int) -> Iterator[Recorder]:
+    """A recorder that continues the run's files at step ``start``.
+
+    Args:
+      workdir: the run's folder.
+      console: where a person is watching.
+      start: the step the run goes on from; later lines of an interrupted run are dropped.
+      log_every: steps between records.
+      examples: global batch size.
+    """
+    recorder = Recorder(workdir, console, start, log_every, examples)
+    try:
+        yield recorder
+        recorder.flush()
+    finally:
+        recorder.close()
+
+
+class Recorder:
+    """Collects metrics and writes one record every ``log_every`` steps. Made by ``open``."""
+
+    def __init__(self, workdir: Path, console: Console, start: int, log_every: int, examples: int) -> None:
+        from tensorboardX import SummaryWriter  # here: half a second that --list does not need
+
+        self._console, self._log_every, self._examples = console, log_every, examples
+        self._jsonl = _continued(workdir / "metrics.jsonl", start)
+        self._tensorboard = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=start + 1, filename_suffix=f".{start}"
+        )
+        self._window: list[Metrics] = []
+        self._step, self._due = start, False
+        self._clock: float | None = None
+        self._ticked = 0  # steps since the clock started
+        self._examples_seen, self._seconds = 0, 0.0
+
+    @property
+    def examples_per_second(self) -> float | None:
+        """Training speed of this process so far, without compilation, evaluation and saving."""
+        return self._examples_seen / self._seconds if self._seconds else None
+
+    def step(self, step: int, metrics: Metrics) -> None:
+        """Take the metrics of update ``step`` (from 1) without waiting for them."""
+        if self._due:
+            self.flush()
+        if self._clock is None:  # the first step compiled before it returned
+            self._clock, self._ticked = time.perf_counter(), -1
+        self._window.append(metrics)
+        self._step, self._ticked = step, self._ticked + 1
+        self._due = step % self._log_every == 0
+
+    def flush(self) -> None:
+        """Read and write the steps taken so far.
+
+        Raises:
+          RunError: the loss or the gradient is not finite.
+        """
+        self._due = False
+        if not self._window:
+            return
+        values = fetch(self._window)
+        self._window = []
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values.get(name, 0.0)):
+                raise RunError(
+                    f"{name} is {values[name]} by step {self._step}: lower the learning rate, clip "
+                    "gradients (--set optimizer.clip=1), or look at the data; earlier checkpoints are kept"
+                )
+        speed = self._lap()
+        record = {f"train/{name}": value for name, value in values.items()}
+        self.scalars(self._step, record | ({"examples_per_second": speed} if speed else {}))
+        self._console.train(self._step, values, speed)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write finished numbers for ``step`` to the files; anything but numbers is left out."""
+        numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
+        self._jsonl.write(json.dumps({"step": step, **numbers}) + "\n")
+        self._jsonl.flush()
+        for name, value in numbers.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in this block does not count as training."""
+        self.flush()
+        yield
+        self._clock, self._ticked = time.perf_counter(), 0
+
+    def close(self) -> None:
+        """Close the files."""
+        self._tensorboard.close()
+        self._jsonl.close()
+
+    def _lap(self) -> float | None:
+        """Examples per second since the last record, None before anything was timed."""
+        now = time.perf_counter()
+        seconds, steps = now - (self._clock or now), self._ticked
+        self._clock, self._ticked = now, 0
+        if steps <= 0 or seconds <= 0:
+            return None
+        self._examples_seen += steps * self._examples
+        self._seconds += seconds
+        return steps * self._examples / seconds
+
+
+def _continued(path: Path, start: int) -> TextIO:
+    """``path`` open for appending, without the lines after ``start`` that an interrupted run left."""
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= start:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):  # a line cut short by a kill
+                continue
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(kept))
+    part.replace(path)
+    return path.open("a")

@@ -1,0 +1,204 @@
+"""``python -m jaxtrain.run --experiment NAME``: train, resume, evaluate, save.
+
+A thin shell around ``jaxtrain.loop.fit``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtrain import cli
+from jaxtrain.errors import InputError, RunError
+from jaxtrain.experiment import Experiment
+from jaxtrain.recorder import Console
+from jaxtrain.stop import Stopped
+
+SUMMARY = "train an experiment, or go on with it (the same as python -m jaxtrain.run)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="jaxtrain.run", description="Train an experiment.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--experiment", metavar="NAME", help="a name from --list, or a path to a .py")
+    what.add_argument("--list", action="store_true", help="list the experiments")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a setting")
+    parser.add_argument("--workdir", metavar="DIR", help="default: runs/NAME/HASH-seedS")
+    parser.add_argument("--new", action="store_true", help="a fresh run beside the one that is there")
+    parser.add_argument(
+        "--extend", action="store_true", help="go on with more epochs under a longer schedule"
+    )
+    parser.add_argument("--smoke", action="store_true", help="two steps, an evaluation, a save and a restore")
+    parser.add_argument("--overfit", type=int, metavar="N", help="train on N fixed examples")
+    return cli.main(_run, parser, argv)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.list:
+        return _list()
+    from jaxtrain.recorder import make_console
+
+    name, origin, experiment = cli.load(args.experiment, args.set)
+    console = make_console()
+    cli.ensure_prepared(experiment, console)
+    if args.smoke:
+        return _smoke(name, experiment, console)
+    if args.overfit is not None:
+        experiment = cli.overfit(experiment, args.overfit)
+    folder = _folder(name, experiment, args)
+    return _fit(name, origin, experiment, folder, args, console)
+
+
+def _fit(
+    name: str,
+    origin: str,
+    experiment: Experiment,
+    folder: Path,
+    args: argparse.Namespace,
+    console: Console,
+) -> int:
+    from jaxtrain import sharding, workdir
+    from jaxtrain.loop import fit
+    from jaxtrain.program import assemble
+
+    mesh = sharding.make_mesh()
+    record = {
+        "origin": origin,
+        "overrides": args.set,
+        "overfit": args.overfit,
+        "devices": [d.device_kind for d in mesh.devices.flat],
+        "mesh": dict(mesh.shape),
+    }
+    sharding.check_batch(experiment.batch, mesh)
+    if (folder / "config.json").exists():  # another run is refused before any data is opened
+        workdir.claim(folder, name, experiment, record, args.extend)
+    program = assemble(experiment, mesh)
+    found = workdir.result(folder, program.steps)
+    console.note(f"{name} in {folder} on {_devices(mesh)}, batch {_batch(experiment, mesh)}")
+    if found is None:
+        workdir.claim(folder, name, experiment, record | program.choices, args.extend)
+        try:
+            found = fit(program, folder, console, name)
+        except Stopped as stopped:
+            raise Stopped(f"{stopped}; go on with: {_command(args, folder)}", stopped.signum) from None
+        finally:
+            console.end()
+    else:
+        console.note("this run is finished; --new starts another, --extend a longer one")
+    _summary(name, found, folder, console)
+    return 0
+
+
+def _folder(name: str, experiment: Experiment, args: argparse.Namespace) -> Path:
+    from jaxtrain import workdir
+
+    if args.extend and not args.workdir:
+        raise InputError("--extend goes on with a run of another length: name it with --workdir")
+    suffix = "" if args.overfit is None else f"-overfit{args.overfit}"
+    folder = cli.run_folder(args.workdir) if args.workdir else workdir.default(name + suffix, experiment)
+    return workdir.beside(folder) if args.new else folder
+
+
+def _smoke(name: str, experiment: Experiment, console: Console) -> int:
+    """Two steps, an evaluation, a save; then the same again, which must restore and change nothing."""
+    from jaxtrain import sharding
+    from jaxtrain.data import Subset
+    from jaxtrain.loop import fit
+    from jaxtrain.program import assemble
+
+    batch = experiment.batch
+    test = Subset(experiment.test, np.arange(min(len(experiment.test), batch + 1)))
+    chosen = experiment.valid is not None or experiment.holdout > 0
+    short = dataclasses.replace(
+        experiment,
+        train=Subset(experiment.train, np.arange(2 * batch) % len(experiment.train)),
+        test=test,
+        valid=test if chosen else None,
+        holdout=0,
+        epochs=1,
+        log_every=1,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        mesh = sharding.make_mesh()
+        first = fit(assemble(short, mesh), Path(folder), console, name)
+        again = fit(assemble(short, mesh), Path(folder), console, name)
+    console.end()
+    if again["resumed_from"] != 2 or first["test"] != again["test"]:
+        raise RunError(f"smoke test of {name}: restored {again} after {first}")
+    console.note(f"smoke test of {name} passed: 2 steps, evaluation, save, restore, same evaluation")
+    return 0
+
+
+def _list() -> int:
+    """One line an experiment. Reads no data and starts no backend."""
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+
+    from jaxtrain.experiment import discover
+    from jaxtrain.preflight import describe
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "what it is", "data", "model", "parameters"):
+        table.add_column(column, justify="right" if column == "parameters" else "left")
+    for entry in discover():
+        try:
+            experiment, line = entry.load()
+            table.add_row(entry.name, line, *describe(experiment))
+        except InputError as error:  # one broken file must not hide the others
+            table.add_row(entry.name, f"cannot be loaded: {error}")
+    width = None if sys.stdout.isatty() else 160
+    RichConsole(highlight=False, width=width).print(table)
+    return 0
+
+
+def _summary(name: str, found: dict[str, Any], folder: Path, console: Console) -> None:
+    from jaxtrain.recorder import describe
+
+    rows = {"test, last step": describe(found["test"], None)}
+    if "best" in found:
+        best = found["best"]
+        rows["best on valid"] = f"step {best['step']}, score {best['valid']:.4f}"
+        rows["test, best step"] = describe(best["test"], None)
+    speed = found["examples_per_second"]
+    rows |= {
+        "steps": f"{found['steps']:,}",
+        "wall time": f"{found['seconds']:.1f} s"
+        + (f" (from step {found['resumed_from']})" if found["resumed_from"] else ""),
+        "speed": f"{speed:,.0f} examples/s" if speed else "not measured",
+        "folder": str(folder),
+    }
+    console.summary(name, rows)
+
+
+def _devices(mesh: Mesh) -> str:
+    return f"{mesh.devices.size} × {mesh.devices.flat[0].device_kind}"
+
+
+def _batch(experiment: Experiment, mesh: Mesh) -> str:
+    return f"{experiment.batch} ({experiment.batch // mesh.devices.size} a device)"
+
+
+def _command(args: argparse.Namespace, folder: Path) -> str:
+    """The command that goes on with this run."""
+    words = ["python", "-m", "jaxtrain.run", "--experiment", args.experiment]
+    for setting in args.set:
+        words += ["--set", setting]
+    if args.overfit is not None:
+        words += ["--overfit", str(args.overfit)]
+    if args.extend:
+        words += ["--extend"]
+    return shlex.join([*words, "--workdir", str(folder)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

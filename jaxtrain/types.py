@@ -1,0 +1,64 @@
+"""The few types every part shares. Imports jax only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+Batch = Mapping[str, Any]
+"""Named arrays with a common leading axis, such as ``image: uint8 [batch, height, width, channel]``.
+
+``mask: bool [batch]`` is reserved: false marks rows that only pad the last evaluation batch.
+"""
+
+Metrics = dict[str, Any]
+"""Named mergeable metrics (``jaxtrain.metrics``): sums and counts, never finished averages."""
+
+
+NOT_MODEL_STATE = frozenset({"ema", "masks", "loss_scale"})
+"""Names in ``State.extra`` that belong to the training, not to the model's own statistics."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Everything that changes while training, as one pytree of arrays.
+
+    Static things (the model, the loss, the optimizer) are closed over by the step, so sharding,
+    ``jax.eval_shape``, donation and checkpoints need no special cases.
+
+    Attributes:
+      step: int32 scalar, the number of updates applied so far.
+      params: what the optimizer updates.
+      extra: named pytrees that are not optimized: ``batch_stats``, ``ema``, ...
+      opt_state: the optax state.
+    """
+
+    step: jax.Array
+    params: Any
+    extra: dict[str, Any]
+    opt_state: Any
+
+    def replace(self, **changes: Any) -> State:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+class Model(NamedTuple):
+    """A model as two pure functions; any such pair trains, Flax or not.
+
+    Attributes:
+      init: ``(key, batch) -> (params, extra)``.
+      apply: ``(params, extra, batch, *, train, key) -> (outputs, extra)``. ``key`` may be None when
+        ``train`` is false; ``extra`` comes back with its statistics updated when ``train`` is true.
+    """
+
+    init: Callable[..., tuple[Any, dict[str, Any]]]
+    apply: Callable[..., tuple[Any, dict[str, Any]]]
+
+
+Prepare = Callable[[Batch, jax.Array | None], Batch]
+"""A pure ``(batch, key) -> batch``, part of the compiled step: cast, normalise, augment."""

@@ -1,0 +1,156 @@
+"""A run's folder: what it is called, whose it is, and what it records about itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jaxtrain import __version__
+from jaxtrain.errors import InputError, RunError
+from jaxtrain.experiment import Experiment, config_hash, config_text, first_difference
+from jaxtrain.optim import Constant, Schedule
+
+
+def default(name: str, experiment: Experiment) -> Path:
+    """``runs/NAME/HASH-seedS``: the same command finds the same folder on every host."""
+    return Path("runs") / name / f"{config_hash(experiment)}-seed{experiment.seed}"
+
+
+def beside(workdir: Path) -> Path:
+    """The first of ``WORKDIR``, ``WORKDIR-2``, ``WORKDIR-3``, ... that does not exist."""
+    number, path = 2, workdir
+    while path.exists():
+        path = workdir.with_name(f"{workdir.name}-{number}")
+        number += 1
+    return path
+
+
+def claim(
+    workdir: Path, name: str, experiment: Experiment, record: dict[str, Any], extend: bool = False
+) -> None:
+    """Make ``workdir`` the folder of this run, or find that it already is.
+
+    Args:
+      workdir: the folder; made when it is missing.
+      name: the experiment's name.
+      experiment: what is to be run.
+      record: JSON to keep beside the config (origin, overrides, devices).
+      extend: allow a longer run although the schedule depends on the length.
+
+    Raises:
+      InputError: the folder holds another run, something else, or cannot be written.
+    """
+    config = config_text(experiment)
+    known = load(workdir) if (workdir / "config.json").exists() else None
+    if known is None and workdir.is_dir() and any(workdir.iterdir()):
+        raise InputError(
+            f"{workdir} is not empty and holds no run (no config.json): choose another --workdir"
+        )
+    if known is not None:
+        _check_same(workdir, known["config"], experiment, extend)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if known is None or known["config"] != config:
+            text = {"name": name, "hash": config_hash(experiment), **record, **_environment()}
+            _write(workdir / "config.json", {**text, "config": config})
+        probe = workdir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{workdir} cannot be written ({error.strerror}): choose another --workdir"
+        ) from error
+
+
+def load(workdir: Path) -> dict[str, Any]:
+    """The run's ``config.json``.
+
+    Raises:
+      InputError: there is no run in the folder.
+      RunError: the file is damaged.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise InputError(f"{workdir} holds no run (no config.json): give the folder a run printed")
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        record["config"], record["name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} cannot be read ({error}): restore it from a copy") from error
+    return record
+
+
+def result(workdir: Path, steps: int) -> dict[str, Any] | None:
+    """The result of a run that finished all ``steps``, None when it has not."""
+    path = workdir / "result.json"
+    if not path.exists():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found if found["steps"] == steps else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} cannot be read ({error}): delete it and run again") from error
+
+
+def write_result(workdir: Path, found: dict[str, Any]) -> None:
+    """Record the result of a finished run."""
+    _write(workdir / "result.json", found)
+
+
+def _check_same(workdir: Path, old: dict[str, str], experiment: Experiment, extend: bool) -> None:
+    """A resumed run may change how it is carried out, or grow longer; nothing else."""
+    decides = config_text(experiment, operational=False)
+    operational = config_text(experiment).keys() - decides.keys()
+    before = {path: value for path, value in old.items() if path not in operational}
+    longer = float(decides["epochs"]) > float(before.get("epochs", "inf"))
+    if longer and (extend or not _depends_on_length(experiment)):
+        before["epochs"] = decides["epochs"]
+    difference = first_difference(before, decides)
+    if difference is None:
+        return
+    path, was, now = difference
+    fix = "choose another --workdir, or --new for a fresh run beside it"
+    if path == "epochs" and longer:
+        fix = "its learning rate depends on the length: --extend goes on with the longer schedule"
+    raise InputError(f"{workdir} holds another run: {path} is {was} there and {now} here; {fix}")
+
+
+def _depends_on_length(experiment: Experiment) -> bool:
+    lr = getattr(experiment.optimizer, "lr", None)
+    constant = isinstance(lr, Constant) and lr.warmup == 0
+    return isinstance(lr, Schedule) and not constant
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "versions": {
+            "jaxtrain": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")},
+        },
+        "git": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the current folder, with ``-dirty`` when files differ from it; None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    part = path.with_name(path.name + ".part")
+    with part.open("w") as file:
+        file.write(json.dumps(data, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

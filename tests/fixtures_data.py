@@ -1,0 +1,107 @@
+"""Prepared data sets that several test files share, each prepared once per session."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxtrain.data import formats
+from jaxtrain.data.prepare import prepare
+
+
+def real_data(name: str) -> Path:
+    """A folder of real data, or a skip that says where it was looked for."""
+    default = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
+    folder = Path(os.environ.get("JAXTRAIN_TEST_DATA") or default).resolve() / name
+    if not folder.is_dir():
+        pytest.skip(f"no {name} in {folder.parent}: set JAXTRAIN_TEST_DATA to where it is")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10_originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds the original CIFAR-10 .bin files."""
+    script = real_data("cifar10").parent / "unpack.py"
+    spec = importlib.util.spec_from_file_location("unpack", script)
+    assert spec is not None and spec.loader is not None
+    unpack = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(unpack)
+    folder = tmp_path_factory.mktemp("originals") / "cifar-10-batches-bin"
+    folder.mkdir()
+    with np.load(unpack.HERE / "labels.npz") as labels:
+        for i in range(5):
+            part = labels["train"][10_000 * i : 10_000 * (i + 1)]
+            blocks = range(10 * i, 10 * i + 10)
+            data = unpack.records("train", blocks, part)
+            (folder / f"data_batch_{i + 1}.bin").write_bytes(data)
+        data = unpack.records("test", range(10), labels["test"])
+        (folder / "test_batch.bin").write_bytes(data)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10_dir(cifar10_originals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TFDS data_dir that holds the real CIFAR-10."""
+    root = tmp_path_factory.mktemp("cifar10")
+    prepare("cifar10", data_dir=root, source=cifar10_originals)
+    return root
+
+
+@pytest.fixture(scope="session")
+def mnist_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TFDS data_dir that holds the real MNIST."""
+    source = real_data("mnist")
+    root = tmp_path_factory.mktemp("mnist")
+    prepare("mnist", data_dir=root, source=source)
+    return root
+
+
+def tiny_files(name: str, records: int = 6) -> dict[str, bytes]:
+    """Made-up files in the original format of data set ``name``, ``records`` examples each."""
+    rng = np.random.default_rng(7)
+
+    def noise(*shape: int) -> np.ndarray:
+        return rng.integers(0, 256, shape, np.uint8)
+
+    def labels(classes: int) -> np.ndarray:
+        return (np.arange(records, dtype=np.uint8) * 3 % classes)[:, None]
+
+    files = {}
+    for member in formats.ORIGINALS[name].members:
+        if member.name.endswith("names.txt"):
+            count = 20 if "coarse" in member.name else 100
+            data = "\n".join(f"{member.name[0]}{i}" for i in range(count)).encode() + b"\n\n"
+        elif name == "cifar10":
+            data = np.hstack([labels(10), noise(records, 3072)]).tobytes()
+        elif name == "cifar100":
+            data = np.hstack([labels(20), labels(100), noise(records, 3072)]).tobytes()
+        elif "images" in member.name:
+            head = np.array([0x803, records, 28, 28], ">u4").tobytes()
+            data = head + noise(records, 784).tobytes()
+        else:
+            data = np.array([0x801, records], ">u4").tobytes() + labels(10).tobytes()
+        files[member.name] = data
+    return files
+
+
+def know(monkeypatch: pytest.MonkeyPatch, name: str, files: dict[str, bytes]) -> None:
+    """Puts the sizes and checksums of made-up ``files`` in the place of the real ones."""
+    members = tuple(
+        formats.Member(key, len(data), hashlib.md5(data, usedforsecurity=False).hexdigest())
+        for key, data in files.items()
+    )
+    original = dataclasses.replace(formats.ORIGINALS[name], members=members)
+    monkeypatch.setitem(formats.ORIGINALS, name, original)
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
