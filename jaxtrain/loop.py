@@ -52,6 +52,7 @@ def fit(program: Program, folder: Path, console: Console, name: str = "experimen
     """
     began = time.perf_counter()
     experiment = program.experiment
+    folder.mkdir(parents=True, exist_ok=True)
     about = {"experiment": name, "hash": config_hash(experiment), "jaxtrain": __version__}
     with (
         on_signals() as request,

@@ -108,7 +108,7 @@ def make_train_step(
         (loss, (extra, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": Mean.of(loss), **metrics, "grad_norm": Mean.of(optax.global_norm(grads))}
+        metrics = {"loss": Mean.of(loss), **metrics, "grad_norm": Mean.of(optax.tree.norm(grads))}
         state = State(state.step + 1, params, extra, opt_state)
         for change in after:
             state = change(state)

@@ -164,6 +164,23 @@ def test_a_value_not_a_handle(root: Path) -> None:
     np.testing.assert_array_equal(there["image"], first["image"])
 
 
+def test_files_are_opened_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorflow_datasets as tfds
+
+    opened = []
+    real = tfds.builder_from_directory
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        opened.append(args)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(tfds, "builder_from_directory", counting)
+    for _ in range(3):
+        source = TFDS("cifar10", "train[2:9]", data_dir=str(root))
+        assert len(source) == 7 and source.classes == 10 and source.gather(np.arange(7))
+    assert len(opened) == 1
+
+
 def test_threads(root: Path) -> None:
     train = TFDS("cifar10", "train[1:]", data_dir=str(root))
     rng = np.random.default_rng(1)
@@ -187,7 +204,8 @@ def test_damage_is_noticed(damage: str, root: Path, tmp_path: Path) -> None:
         path.unlink()
     test = TFDS("cifar10", "test", data_dir=str(tmp_path))
     with pytest.raises(RunError, match="run: python -m jaxtrain prepare cifar10") as caught:
-        test.gather(np.arange(600))
+        # A missing file is noticed before any example is asked for.
+        len(test) if damage == "gone" else test.gather(np.arange(600))
     assert "\n" not in str(caught.value)
 
 

@@ -231,8 +231,8 @@ def _prepare_stock(name: str, root: Path, source: Path | None, report: Progress)
     base = parse_name(name)[0]
     known = tfds.list_builders(with_community_datasets=False)
     if base not in known:
-        close = difflib.get_close_matches(base, {*known, *ORIGINALS}, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "TFDS has none of that name"
+        close = difflib.get_close_matches(base, {*known, *ORIGINALS}, n=1)
+        hint = f"did you mean {close[0]}?" if close else "TFDS has none of that name"
         raise InputError(f"unknown data set {name!r}: {hint}")
     if importlib.util.find_spec("tensorflow") is None:
         raise InputError(

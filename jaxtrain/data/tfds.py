@@ -23,7 +23,6 @@ from jaxtrain.errors import InputError, RunError
 
 # Enough records to repay handing a chunk to a thread, few enough to keep all threads busy.
 _CHUNK = 512
-_VERSION = re.compile(r"\d+\.\d+\.\d+")
 _NAME = re.compile(r"(?P<base>\w+)(/(?P<config>[^:]+))?(:(?P<version>[\d*]+(\.[\d*]+){2}))?")
 # What Pillow calls an image of one, three or four uint8 channels.
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -77,8 +76,8 @@ def folders(name: str, data_dir: str | os.PathLike[str] | None = None) -> list[P
     found = [
         path
         for path in (parent.iterdir() if parent.is_dir() else ())
-        # A prepare under way, or killed, has another name: the version is given at the very end.
-        if _VERSION.fullmatch(path.name) and wanted.fullmatch(path.name) and file_formats(path)
+        # A prepare under way, or killed, has another name: a version is its name at the very end.
+        if wanted.fullmatch(path.name) and file_formats(path)
     ]
     return sorted(found, key=lambda p: tuple(map(int, p.name.split("."))), reverse=True)
 
@@ -241,7 +240,7 @@ class _Split:
         if not files:
             raise InputError(f"data set {self.name}: split {self.split!r} holds no example")
         for file in files:
-            if not os.path.exists(file.filename):
+            if not Path(file.filename).exists():
                 raise RunError(f"{file.filename} is missing: {_again(self.name, folder)}")
 
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -298,8 +297,9 @@ class _Split:
             mode = _MODES.get(feature.shape[-1])
             # A grey or CMYK file among colour ones must not change the shape.
             if feature.np_dtype == np.uint8 and mode is not None and image.mode != mode:
-                image = image.convert(mode)  # type: ignore[assignment]
-            array = np.asarray(image, feature.np_dtype)
+                array = np.asarray(image.convert(mode))
+            else:
+                array = np.asarray(image, feature.np_dtype)
         return array if array.ndim == 3 else array[..., None]
 
     def _rest(self, records: Sequence[bytes]) -> dict[str, np.ndarray]:

@@ -1,0 +1,70 @@
+"""Eight fake CPU devices in the one test process; tests of one device pass a mesh of one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+GPU = os.environ.get("JAXTRAIN_TEST_GPU") == "1"
+os.environ["NO_COLOR"] = "1"
+if not GPU:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+# Many tests build the same program, some in processes of their own: compile it once a session.
+CACHE = tempfile.TemporaryDirectory(prefix="jaxtrain-test-cache-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+import jax  # noqa: E402 - after the environment is set
+from fixtures_data import *  # noqa: E402, F403 - fixtures are found by name
+
+from jaxtrain import sharding  # noqa: E402
+
+if not GPU:
+    jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """GPU tests run only where they are asked for; the rest only where they are not."""
+    for item in items:
+        marked = item.get_closest_marker("gpu") is not None
+        if marked != GPU:
+            item.add_marker(pytest.mark.skip(reason="JAXTRAIN_TEST_GPU=1 runs the GPU tests, and only them"))
+
+
+@pytest.fixture(scope="session")
+def mesh1():
+    """A mesh of one device."""
+    return sharding.make_mesh(jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def mesh8():
+    """A mesh of all eight."""
+    return sharding.make_mesh(jax.devices())
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Run ``python ARGS`` in a fresh process and an empty folder: ``python("-m", "jaxtrain.run", ...)``."""
+
+    def run(*args, devices: int = 1, cwd=tmp_path, **env) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *map(str, args)],
+            cwd=cwd,
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), **env},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run

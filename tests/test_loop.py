@@ -1,0 +1,275 @@
+"""The loop: exact resume on one and eight devices, exact evaluation, bounded queue, no hidden sync."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import EXPERIMENT, split
+
+from jaxtrain import checkpoint, data, losses, models, optim, recorder
+from jaxtrain.errors import InputError, RunError
+from jaxtrain.experiment import Experiment
+from jaxtrain.loop import InFlight, evaluate, fit
+from jaxtrain.program import assemble
+from jaxtrain.step import make_train_step
+from jaxtrain.stop import Stopped
+
+
+@pytest.fixture
+def console():
+    return recorder.make_console()
+
+
+def change(**fields) -> Experiment:
+    return dataclasses.replace(EXPERIMENT, **fields)
+
+
+def final(folder, program):
+    with checkpoint.open(folder) as saved:
+        return jax.device_get(saved.restore(saved.latest(), program.like))
+
+
+def stopping(at: int, monkeypatch):
+    """Make the run believe that a SIGINT came during update ``at``."""
+    real = recorder.Recorder.step
+
+    def step(self, number, metrics):
+        if number == at:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, number, metrics)
+
+    monkeypatch.setattr(recorder.Recorder, "step", step)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("feed", ["resident", "stream"])
+def test_stop_and_resume_is_bitwise_the_straight_run(
+    devices, feed, tmp_path, console, monkeypatch, mesh1, mesh8
+):
+    mesh = {1: mesh1, 8: mesh8}[devices]
+    program = assemble(change(feed=feed, epochs=2), mesh)
+    straight = fit(program, tmp_path / "straight", console)
+    with monkeypatch.context() as patch:
+        stopping(9, patch)
+        with pytest.raises(Stopped) as stopped:
+            fit(assemble(change(feed=feed, epochs=2), mesh), tmp_path / "cut", console)
+    assert stopped.value.exit_code == 130
+    resumed = fit(assemble(change(feed=feed, epochs=2), mesh), tmp_path / "cut", console)
+    assert resumed["resumed_from"] == 9 and straight["resumed_from"] == 0
+    assert resumed["test"] == straight["test"]
+    a, b = final(tmp_path / "straight", program), final(tmp_path / "cut", program)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert int(a.step) == 25
+
+
+def test_metrics_file_of_a_resumed_run_has_each_step_once(tmp_path, console, monkeypatch, mesh1):
+    with monkeypatch.context() as patch:
+        stopping(9, patch)
+        with pytest.raises(Stopped):
+            fit(assemble(EXPERIMENT, mesh1), tmp_path, console)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "train/loss": 1}\n{"step": 1')  # what a kill leaves behind
+    fit(assemble(EXPERIMENT, mesh1), tmp_path, console)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [5, 9, 10, 12, 12, 13, 13]  # an epoch of 12.5 steps is looked at after 12
+
+
+def test_one_and_eight_devices_train_alike(tmp_path, console, mesh1, mesh8):
+    exp = change(model=models.MLP(widths=(16,), classes=4), augment=(), ema=None)
+    results = [fit(assemble(exp, mesh), tmp_path / str(k), console) for k, mesh in enumerate((mesh1, mesh8))]
+    assert results[0]["test"]["loss"] == pytest.approx(results[1]["test"]["loss"], rel=1e-5)
+
+
+def test_batch_norm_statistics_are_over_the_global_batch(tmp_path, console, mesh1, mesh8):
+    """On eight devices of two images each, per-device statistics would be far off."""
+    exp = change(model=models.CNN(widths=(8,), convs=1, classes=4), augment=(), epochs=0.4)
+    programs = [assemble(exp, mesh) for mesh in (mesh1, mesh8)]
+    for k, program in enumerate(programs):
+        fit(program, tmp_path / str(k), console)
+    a, b = (final(tmp_path / str(k), p).extra["batch_stats"] for k, p in enumerate(programs))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 50])
+def test_evaluation_counts_each_example_once(n, devices, console, mesh1, mesh8):
+    exp = change(test=split(n, 3), ema=None)
+    program = assemble(exp, {1: mesh1, 8: mesh8}[devices])
+    state = program.init()
+    values = evaluate(program, state, "test", console)
+    fields = exp.test.gather(np.arange(n))
+    variables = {"params": state.params, **state.extra}
+    logits = exp.model.apply(jax.device_get(variables), fields["image"] / np.float32(255))
+    right = np.asarray(logits).argmax(-1) == fields["label"]
+    assert values["accuracy"] == pytest.approx(right.mean(), abs=1e-7)
+    nll = -np.asarray(jax.nn.log_softmax(logits))[np.arange(n), fields["label"]]
+    assert values["loss"] == pytest.approx(nll.mean(), rel=1e-5)
+
+
+def test_train_and_evaluation_compile_once(tmp_path, console, mesh8):
+    program = assemble(change(epochs=2, test=split(50, 1)), mesh8)
+    fit(program, tmp_path, console)
+    assert program.train_step._cache_size() == 1
+    assert program.evals["test"].step._cache_size() == 1
+
+
+def test_500_tiny_steps_on_eight_devices_do_not_pile_up(tmp_path, console, mesh8):
+    """Some 300 queued programs with a collective deadlock the CPU backend and abort the process."""
+    exp = change(model=models.MLP(widths=(), classes=4), augment=(), ema=None, epochs=40, eval_every=None)
+    assert fit(assemble(exp, mesh8), tmp_path, console)["steps"] == 500
+
+
+def test_in_flight_waits_for_the_step_before_the_last_ones(monkeypatch):
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", waited.append)
+    flight = InFlight(2)
+    for step in range(5):
+        flight.add(step)
+    assert waited == [0, 1, 2]
+
+
+READERS = {"fetch", "add"}
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass
+class Guarded:
+    """A metric that raises when anything but the recorder or the limiter takes it apart."""
+
+    value: losses.Mean
+
+    def tree_flatten(self):
+        leaves = jax.tree.leaves(self.value)
+        concrete = not any(isinstance(x, jax.core.Tracer) for x in leaves)
+        if concrete and isinstance(leaves[0], jax.Array):
+            frame, names = sys._getframe(1), set()
+            while frame is not None:
+                if frame.f_code.co_filename.endswith(("jax/_src/pjit.py", "jax/_src/interpreters/pxla.py")):
+                    names |= READERS  # jit puts its own results together
+                if "jaxtrain" in frame.f_code.co_filename:
+                    names.add(frame.f_code.co_name)
+                frame = frame.f_back
+            if not names & READERS:
+                raise AssertionError(f"a metric was read by {sorted(names)}")
+        return (self.value,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+    def merge(self, other):
+        return Guarded(self.value.merge(other.value))
+
+    def compute(self):
+        if not isinstance(self.value.total, np.ndarray | np.generic):
+            raise AssertionError("a metric was finished before it was fetched")
+        return self.value.compute()
+
+
+def guarded_step(*args, **kwargs):
+    step = make_train_step(*args, **kwargs)
+
+    def train_step(state, batch, key):
+        state, metrics = step(state, batch, key)
+        return state, {name: Guarded(metric) for name, metric in metrics.items()}
+
+    return train_step
+
+
+def test_the_loop_reads_metrics_only_in_the_recorder_and_the_limiter(tmp_path, console, mesh1):
+    fit(assemble(change(step_factory=guarded_step), mesh1), tmp_path, console)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) > 2
+
+
+def test_guard_catches_a_reader(mesh1):
+    program = assemble(change(step_factory=guarded_step), mesh1)
+    _, metrics = program.train_step(program.init(), program.train.batch(0), program.key)
+    with pytest.raises(AssertionError, match="was read"):
+        jax.tree.leaves(metrics["loss"])
+    with pytest.raises(AssertionError, match="before it was fetched"):
+        metrics["loss"].compute()
+
+
+def test_best_checkpoint_is_chosen_on_valid_and_kept(tmp_path, console, mesh1):
+    exp = change(holdout=40, epochs=4, optimizer=optim.SGD(lr=0.05), keep=1)
+    found = fit(assemble(exp, mesh1), tmp_path, console)
+    with checkpoint.open(tmp_path) as saved:
+        steps = {s.step: s.score for s in saved.steps()}
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    valid = {r["step"]: r["valid/accuracy"] for r in records if "valid/accuracy" in r}
+    best = max(valid.values())
+    first = min(step for step, value in valid.items() if value == best)
+    assert found["best"] == {"step": first, "valid": best, "test": found["best"]["test"]}
+    assert set(steps) == {first, found["steps"]}
+
+
+def test_holdout_leaves_training_examples_out(mesh1):
+    program = assemble(change(holdout=0.25), mesh1)
+    assert program.evals["valid"].examples == 50 and program.steps == 10  # ceil(150 / 16)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, console, mesh1):
+    exp = change(optimizer=optim.SGD(lr=1e38), eval_every=None)
+    with pytest.raises(RunError, match=r"(loss|grad_norm) is (nan|inf)"):
+        fit(assemble(exp, mesh1), tmp_path, console)
+    with checkpoint.open(tmp_path) as saved:
+        assert saved.latest() is None
+
+
+def test_a_step_factory_and_data_init_of_the_users_own(tmp_path, console, mesh1):
+    def negate(params, batch):
+        assert batch["image"].dtype == jnp.float32  # prepared, not raw
+        return jax.tree.map(jnp.zeros_like, params)
+
+    calls = []
+
+    def factory(*args, **kwargs):
+        calls.append(len(args))
+        return make_train_step(*args, **kwargs)
+
+    program = assemble(change(step_factory=factory, data_init=negate), mesh1)
+    assert calls == [5]
+    assert all(not leaf.any() for leaf in jax.tree.leaves(jax.device_get(program.init().params)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch": 12}, "batch 12 does not divide over 8 devices: try --set batch=8 or 16"),
+        ({"eval_batch": 3}, "eval_batch 3 does not divide over 8 devices: try --set eval_batch=8"),
+        ({"select": "acuracy"}, "select=acuracy is no metric of this loss: it gives accuracy, loss"),
+        ({"model": models.CNN(widths=(8, 8, 8, 8), classes=4)}, "is too small"),
+        ({"model": models.CNN(widths=(8,), classes=3)}, "train: label 3 of example"),
+        ({"test": data.Synthetic(n=50, shape=(8, 8, 3))}, "field 'image' is uint8"),
+        ({"preprocess": (data.Normalise(mean=(0.1, 0.2)),)}, "2 values of mean for images of 1"),
+        ({"holdout": 200}, "holdout=200 of 200 examples"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_compiles(fields, message, mesh8):
+    with pytest.raises(InputError) as error:
+        assemble(change(**fields), mesh8)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_nchw_images_are_recognised(mesh1):
+    image = np.zeros((64, 3, 32, 32), np.uint8)
+    source = data.Arrays({"image": image, "label": np.zeros(64, np.int32)})
+    with pytest.raises(InputError, match=r"looks like .*NCHW"):
+        assemble(change(train=source, test=source, augment=(), preprocess=()), mesh1)
+
+
+def test_streamed_labels_are_checked_on_the_way(tmp_path, console, mesh1):
+    bad = split(200, 0)
+    bad.fields["label"][199] = 9
+    exp = change(train=bad, feed="stream", epochs=2)
+    with pytest.raises(InputError, match=r"label 9 of example 199"):
+        fit(assemble(exp, mesh1), tmp_path, console)

@@ -1,0 +1,134 @@
+"""jaxtrain.metrics: sums and counts that merge exactly."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtrain.metrics import ConfusionMatrix, Mean, merge
+
+RNG = np.random.default_rng(0)
+RAGGED = [[4, 8], [3, 3, 5]]  # where to cut ten rows; [3, 3] leaves an empty part
+
+
+def merged(parts: list[Any]) -> Any:
+    return functools.reduce(lambda a, b: a.merge(b), parts)
+
+
+@pytest.mark.parametrize("cuts", RAGGED)
+@pytest.mark.parametrize("shape", [(10,), (10, 2, 2)])
+def test_mean_over_ragged_parts_is_the_mean_of_the_whole(cuts: list[int], shape: tuple[int, ...]) -> None:
+    values = RNG.integers(-99, 99, shape).astype(np.float32)
+    keep = np.array([1, 1, 0, 1, 0, 1, 1, 1, 0, 1], bool)
+    parts = zip(np.split(values, cuts), np.split(keep, cuts), strict=True)
+    assert merged([Mean.of(jnp.array(v), jnp.array(k)) for v, k in parts]).compute() == np.mean(
+        values[keep], dtype=np.float64
+    )
+    assert merged([Mean.of(jnp.array(v)) for v in np.split(values, cuts)]).compute() == np.mean(
+        values, dtype=np.float64
+    )
+
+
+@pytest.mark.parametrize("mask_type", [bool, np.int32, np.float32])
+def test_mean_takes_a_mask_of_the_leading_axes(mask_type: type) -> None:
+    values = RNG.integers(-9, 9, (4, 3)).astype(np.float32)
+    rows, cells = np.array([1, 0, 1, 1]), RNG.integers(0, 2, (4, 3))
+    by_row = Mean.of(jnp.array(values), jnp.array(rows.astype(mask_type)))
+    by_cell = Mean.of(jnp.array(values), jnp.array(cells.astype(mask_type)))
+    assert by_row.compute() == np.mean(values[rows > 0], dtype=np.float64)
+    assert by_cell.compute() == np.mean(values[cells > 0], dtype=np.float64)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_mean_drops_whatever_stands_in_a_masked_row(poison: float) -> None:
+    values = jnp.array([[1.0, 3.0], [poison, poison]])
+    assert Mean.of(values, jnp.array([True, False])).compute() == 2.0
+    assert not math.isfinite(Mean.of(values).compute())
+
+
+def test_mean_of_nothing_is_nan_and_merges_as_nothing() -> None:
+    nothing = Mean.of(jnp.array([5.0]), jnp.array([False]))
+    assert math.isnan(nothing.compute())
+    assert math.isnan(Mean.of(jnp.zeros((0,))).compute())
+    assert nothing.merge(Mean.of(jnp.array([2.0, 4.0]))).compute() == 3.0
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int32, jnp.bool_])
+def test_mean_counts_in_float32_at_least(dtype: Any) -> None:
+    ones = Mean.of(jnp.ones(4097, dtype))  # above what half precision can count
+    assert ones.total.dtype == ones.count.dtype == jnp.float32
+    assert (float(ones.total), float(ones.count)) == (4097.0, 4097.0)
+
+
+def test_mean_keeps_float64() -> None:
+    with jax.enable_x64(True):
+        values = jnp.array([1.0, 1e-12, 7.0], jnp.float64)
+        for mean in (Mean.of(values[:2]), Mean.of(values, jnp.array([True, True, False]))):
+            assert mean.total.dtype == mean.count.dtype == jnp.float64
+            assert mean.compute() == (1 + 1e-12) / 2
+
+
+def test_mean_is_a_pytree_that_passes_through_jit_and_sharding(mesh8: Any) -> None:
+    from jaxtrain import sharding
+
+    values = RNG.integers(-9, 9, (16,)).astype(np.float32)
+    split = jax.device_put(values, sharding.batch_split(mesh8))
+    found = jax.jit(Mean.of)(split)
+    assert isinstance(found, Mean)
+    assert found.compute() == np.mean(values, dtype=np.float64)
+
+
+def reference(predicted: np.ndarray, label: np.ndarray, classes: int) -> np.ndarray:
+    counts = np.zeros((classes, classes), int)
+    for truth, guess in zip(label.ravel(), predicted.ravel(), strict=True):
+        counts[truth, guess] += 1
+    return counts
+
+
+@pytest.mark.parametrize("cuts", RAGGED)
+@pytest.mark.parametrize("shape", [(10,), (10, 3)])
+def test_confusion_matrix_over_ragged_parts_counts_the_whole(
+    cuts: list[int], shape: tuple[int, ...]
+) -> None:
+    logits = RNG.normal(size=(*shape, 4)).astype(np.float32)
+    label = RNG.integers(0, 4, shape).astype(np.int32)
+    keep = RNG.integers(0, 2, 10).astype(bool)
+    logits[~keep] = np.nan
+    parts = zip(*(np.split(a, cuts) for a in (logits, label, keep)), strict=True)
+    found = merged([ConfusionMatrix.of(*map(jnp.array, part)) for part in parts])
+    np.testing.assert_array_equal(found.counts, reference(logits.argmax(-1)[keep], label[keep], 4))
+
+
+def test_confusion_matrix_without_a_mask_counts_every_row() -> None:
+    logits, label = RNG.normal(size=(50, 3)).astype(np.float32), RNG.integers(0, 3, 50)
+    found = ConfusionMatrix.of(jnp.array(logits), jnp.array(label, jnp.int32))
+    np.testing.assert_array_equal(found.counts, reference(logits.argmax(-1), label, 3))
+
+
+def test_confusion_matrix_figures_are_those_of_their_definitions() -> None:
+    counts = np.array([[5, 2, 0], [1, 7, 0], [3, 1, 0]])  # class 2 is never predicted
+    found = ConfusionMatrix(counts).compute()
+    assert found["accuracy"] == 12 / 19
+    np.testing.assert_allclose(found["precision"], [5 / 9, 7 / 10, 0], rtol=1e-15)
+    np.testing.assert_allclose(found["recall"], [5 / 7, 7 / 8, 0], rtol=1e-15)
+    np.testing.assert_allclose(found["f1"], [10 / 16, 14 / 18, 0], rtol=1e-15)
+
+
+def test_confusion_matrix_of_nothing_is_zero_and_not_nan() -> None:
+    found = ConfusionMatrix(np.zeros((2, 2), np.int32)).compute()
+    assert found["accuracy"] == 0
+    assert not np.any([found["precision"], found["recall"], found["f1"]])
+
+
+def test_merge_goes_by_name_from_an_empty_start() -> None:
+    first = {"loss": Mean(2.0, 1.0), "hits": ConfusionMatrix(np.eye(2, dtype=int))}
+    assert merge(None, first)["loss"] == first["loss"]
+    both = merge(merge(None, first), {"loss": Mean(4.0, 2.0), "hits": ConfusionMatrix(np.ones((2, 2), int))})
+    assert both["loss"] == Mean(6.0, 3.0)
+    assert both["hits"].counts.tolist() == [[2, 1], [1, 2]]
