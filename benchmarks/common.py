@@ -62,7 +62,7 @@ def each(work: Callable[[], Any], units: int) -> Callable[[], float]:
 
 
 def result(name: str, values: Sequence[float], unit: str, goal: str | None = None) -> dict[str, Any]:
-    """One line of the table: the median over the rounds, its quartiles, and the goal (such as ``">= 1.3"``)."""
+    """One line of the table: median and quartiles over the rounds, and the goal (such as ``">= 1.3"``)."""
     q1, median, q3 = np.percentile(values, (25, 50, 75)).tolist()
     found = {"name": name, "unit": unit, "median": median, "q1": q1, "q3": q3, "n": len(values)}
     if goal is None:

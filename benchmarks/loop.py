@@ -29,7 +29,7 @@ import numpy as np
 import optax
 
 from benchmarks import common
-from jaxtrain import checkpoint, data, losses, loop, models, optim, recorder, sharding
+from jaxtrain import checkpoint, data, loop, losses, models, optim, recorder, sharding
 from jaxtrain.data.order import permutation
 from jaxtrain.experiment import Experiment
 from jaxtrain.program import Program, assemble
@@ -76,7 +76,7 @@ def cases() -> dict[str, Case]:
 
     augment = (data.Flip(), data.Crop(pad=4))
     return {
-        "cnn": Case(experiment(models.CNN(widths=(16, 32)), images, 128, augment), chunk=50),
+        "cnn": Case(experiment(models.CNN(widths=(16, 32), convs=1), images, 128, augment), chunk=50),
         "mlp": Case(experiment(models.MLP(widths=(64,)), digits, 32), chunk=1000),
     }
 
@@ -137,7 +137,7 @@ class Loops:
         self.record = stack.enter_context(
             recorder.open(folder, self.console, start=0, log_every=exp.log_every, examples=exp.batch)
         )
-        self._null = stack.enter_context(open(os.devnull, "w"))
+        self._null = stack.enter_context(Path(os.devnull).open("w"))
         self._arrays = jax.device_put(dict(exp.train.fields))
         self._fit, self._library = program.init(), program.init()
         init, self._step = hand_step(exp)
@@ -185,8 +185,7 @@ def breakdown(loops: Loops, repeats: int = 2000) -> dict[str, float]:
     every = program.experiment.log_every
 
     def window() -> None:
-        for step in range(1, every + 1):
-            record._window.append(metrics)
+        record._window.extend([metrics] * every)
         record._step += every
         with contextlib.redirect_stdout(loops._null):
             record.flush()
@@ -197,7 +196,8 @@ def breakdown(loops: Loops, repeats: int = 2000) -> dict[str, float]:
         "bounded queue, ready (InFlight.add)": (lambda: flight.add(metrics), 1),
         "take metrics (Recorder.step)": (lambda: record.step(1, metrics), 1),
         "read and write a record, by step": (window, every),
-        "is it time to evaluate or save": (lambda: (Program.evaluates(program, 7), Program.saves(program, 7)), 1),
+        "is it time to evaluate": (lambda: Program.evaluates(program, 7), 1),
+        "is it time to save": (lambda: Program.saves(program, 7), 1),
         "checkpoint poll": (loops.saved.poll, 1),
         "console advance": (lambda: loops.console.advance(1), 1),
         **_dispatch(program, state),

@@ -85,6 +85,7 @@ def overfit(experiment: Experiment, n: int) -> Experiment:
         remainder="wrap",
         epochs=200 * experiment.batch / n,
         eval_every=None,
+        save_every=200 * experiment.batch / n,
     )
 
 

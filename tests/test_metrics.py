@@ -93,9 +93,7 @@ def reference(predicted: np.ndarray, label: np.ndarray, classes: int) -> np.ndar
 
 @pytest.mark.parametrize("cuts", RAGGED)
 @pytest.mark.parametrize("shape", [(10,), (10, 3)])
-def test_confusion_matrix_over_ragged_parts_counts_the_whole(
-    cuts: list[int], shape: tuple[int, ...]
-) -> None:
+def test_confusion_matrix_over_ragged_parts_counts_the_whole(cuts: list[int], shape: tuple[int, ...]) -> None:
     logits = RNG.normal(size=(*shape, 4)).astype(np.float32)
     label = RNG.integers(0, 4, shape).astype(np.int32)
     keep = RNG.integers(0, 2, 10).astype(bool)

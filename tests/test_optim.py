@@ -275,14 +275,17 @@ CASES: dict[type, tuple[Any, dict[str, Any]]] = {
             "clip": None,
         },
     ),
-    Adam: (Adam(0.1, clip=1.0), {"lr": Linear(0.1), "b1": 0.5, "b2": 0.5, "eps": 0.1, "clip": 0.1}),
+    Adam: (
+        Adam(0.1, eps=0.1, clip=1.0),
+        {"lr": Linear(0.1), "b1": 0.5, "b2": 0.5, "eps": 1.0, "clip": 0.1},
+    ),
     AdamW: (
-        AdamW(0.1, clip=1.0),
+        AdamW(0.1, eps=0.1, clip=1.0),
         {
             "lr": 0.2,
             "b1": 0.5,
             "b2": 0.5,
-            "eps": 0.1,
+            "eps": 1.0,
             "weight_decay": 0.2,
             "decay": "bias",
             "clip": 0.1,

@@ -69,6 +69,7 @@ class Original:
     Attributes:
       members: the files that must be there.
       pickled: names by which the authors' Python-pickle version is recognised and refused.
+      shape: of one image, [height, width, channel].
       ids: whether examples carry the feature ``id``, as the stock TFDS builder gives it.
       version: that of the stock TFDS builder, as are all names below.
     """
@@ -80,6 +81,7 @@ class Original:
     citation: str
     members: tuple[Member, ...]
     parse: Callable[[Mapping[str, bytes]], Parsed]
+    shape: tuple[int, int, int]
     pickled: tuple[str, ...] = ()
     ids: bool = False
 
@@ -199,6 +201,7 @@ ORIGINALS: dict[str, Original] = {
                 }.items()
             ),
             parse=_cifar10,
+            shape=(32, 32, 3),
             pickled=("cifar-10-python.tar.gz", "cifar-10-batches-py", "data_batch_1"),
             ids=True,
         ),
@@ -218,6 +221,7 @@ ORIGINALS: dict[str, Original] = {
                 Member("fine_label_names.txt"),
             ),
             parse=_cifar100,
+            shape=(32, 32, 3),
             pickled=("cifar-100-python.tar.gz", "cifar-100-python"),
             ids=True,
         ),
@@ -237,6 +241,7 @@ ORIGINALS: dict[str, Original] = {
                 "27ae3e4e09519cfbb04c329615203637",
             ),
             parse=_mnist,
+            shape=(28, 28, 1),
         ),
         Original(
             name="fashion_mnist",
@@ -255,6 +260,7 @@ ORIGINALS: dict[str, Original] = {
                 "15d484375f8d13e6eb1aabb0c3f46965",
             ),
             parse=_fashion,
+            shape=(28, 28, 1),
         ),
     )
 }

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtrain.data.formats import ORIGINALS
 from jaxtrain.errors import InputError, RunError
 
 # Enough records to repay handing a chunk to a thread, few enough to keep all threads busy.
@@ -154,6 +155,19 @@ class TFDS:
         """The names of the classes in label order; None as for ``classes``."""
         names = getattr(self._open().features.get("label"), "names", None)
         return None if names is None else tuple(names)
+
+    def example(self) -> dict[str, np.ndarray] | None:
+        """Zeros of one example's shapes, leading axis 1; None while they are not known.
+
+        The data sets that ``prepare`` writes itself are known before they are prepared.
+        """
+        original = ORIGINALS.get(parse_name(self.name)[0])
+        if original is None and self.prepared():
+            return {key: np.zeros_like(value) for key, value in self.gather(np.zeros(1, int)).items()}
+        return original and {
+            "image": np.zeros((1, *original.shape), np.uint8),
+            "label": np.zeros(1, np.int32),
+        }
 
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """The examples at ``indices``, as arrays whose leading axis is ``len(indices)``.

@@ -37,7 +37,10 @@ class Console(Protocol):
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Any]:
-        """Show progress of a piece of work; gives a function to call with the amount done."""
+        """Show progress of a piece of work; gives a function to call with the amount done.
+
+        ``total`` is 0 where nobody knows it.
+        """
 
     def summary(self, title: str, rows: Mapping[str, str]) -> None:
         """The result, as a table."""
@@ -102,7 +105,7 @@ class Rich:
     """One live bar for what is going on, and a table at the end."""
 
     def __init__(self, console: RichConsole | None = None) -> None:
-        self._console = console or RichConsole(highlight=False)
+        self._console = console or RichConsole(file=sys.stdout, highlight=False)
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
@@ -136,7 +139,7 @@ class Rich:
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Any]:
         self._progress.start()
-        bar = self._progress.add_task(label, total=total, values="")
+        bar = self._progress.add_task(label, total=total or None, values="")
         try:
             yield lambda done: self._progress.update(bar, completed=done)
         finally:

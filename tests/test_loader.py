@@ -1,0 +1,213 @@
+"""jaxtrain.data.loader: any batch by its number, the same from memory, from threads and from processes."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtrain import sharding
+from jaxtrain.data import Arrays, Order, Sequential, Synthetic, in_memory
+from jaxtrain.data.loader import Resident, Streamed
+from jaxtrain.errors import InputError
+
+N, BATCH = 50, 16
+SOURCE = in_memory(Synthetic(n=N, shape=(4, 3, 2)), 10**9)
+assert SOURCE is not None
+SOURCE = Arrays({**SOURCE.fields, "id": np.arange(N)})
+ORDERS = {
+    "wrap": Order(3, N, BATCH),
+    "drop": Order(3, N, BATCH, "drop"),
+    "eval": Sequential(N, BATCH),
+}
+
+
+@pytest.fixture(params=["mesh1", "mesh8"])
+def mesh(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)
+
+
+def loaded(loader: Any, steps: Any) -> list[dict[str, np.ndarray]]:
+    """What a step would see of each batch."""
+    fetch = sharding.compile(loader.fetch, args=(loader.shardings,), out=None)
+    return [jax.device_get(fetch(loader.batch(step))) for step in steps]
+
+
+def expected(order: Any, step: int) -> dict[str, np.ndarray]:
+    if isinstance(order, Order):
+        return SOURCE.gather(order.indices(step))
+    ids, mask = order.rows(step)
+    return {**SOURCE.gather(ids), "mask": mask}
+
+
+@pytest.mark.parametrize("kind", [Resident, Streamed])
+@pytest.mark.parametrize("name", ORDERS)
+def test_batch_k_holds_the_examples_of_the_order_whenever_it_is_asked_for(
+    kind: Any, name: str, mesh: Any
+) -> None:
+    order = ORDERS[name]
+    steps = [3, 1, 2, 3, 0] if name == "eval" else [7, 3, 4, 5, 0, 1000]
+    for step, found in zip(steps, loaded(kind(SOURCE, order, mesh), steps), strict=True):
+        wanted = expected(order, step)
+        assert found.keys() == wanted.keys()
+        for field, array in wanted.items():
+            np.testing.assert_array_equal(found[field], array)
+        assert found["image"].dtype == np.uint8
+
+
+@pytest.mark.parametrize("kind", [Resident, Streamed])
+def test_evaluation_masks_count_every_example_once(kind: Any, mesh: Any) -> None:
+    batches = loaded(kind(SOURCE, ORDERS["eval"], mesh), range(4))
+    masks = np.concatenate([b["mask"] for b in batches])
+    ids = np.concatenate([b["id"] for b in batches])
+    np.testing.assert_array_equal(ids[masks], np.arange(N))
+    assert len(masks) == 4 * BATCH and masks.dtype == bool
+
+
+@pytest.mark.parametrize("kind", [Resident, Streamed])
+@pytest.mark.parametrize("name", ["wrap", "eval"])
+def test_examples_are_split_over_the_devices(kind: Any, name: str, mesh: Any) -> None:
+    loader = kind(SOURCE, ORDERS[name], mesh)
+    split = sharding.batch_split(mesh)
+    fetch = sharding.compile(loader.fetch, args=(loader.shardings,), out=split)
+    for field, array in fetch(loader.batch(1)).items():
+        assert array.sharding.is_equivalent_to(split, array.ndim), field
+        shards = array.addressable_shards
+        assert len({s.device for s in shards}) == mesh.size
+        assert {s.data.shape[0] for s in shards} == {BATCH // mesh.size}
+
+
+def test_streamed_batches_arrive_split_and_resident_data_whole(mesh8: Any) -> None:
+    for array in Streamed(SOURCE, ORDERS["wrap"], mesh8).batch(0).values():
+        assert array.sharding.is_equivalent_to(sharding.batch_split(mesh8), array.ndim)
+    batch = Resident(SOURCE, ORDERS["wrap"], mesh8).batch(0)
+    assert all(array.sharding.is_fully_replicated for array in batch["data"].values())
+    assert isinstance(batch["rows"], np.ndarray) and batch["rows"].nbytes == 4 * BATCH
+
+
+def test_resident_data_is_an_argument_and_the_step_compiles_once(mesh8: Any) -> None:
+    loader = Resident(SOURCE, ORDERS["wrap"], mesh8)
+
+    def step(total: Any, batch: Any) -> Any:
+        return total + loader.fetch(batch)["image"].astype(jnp.float32).sum()
+
+    whole = sharding.replicated(mesh8)
+    compiled = sharding.compile(step, args=(whole, loader.shardings), out=whole, donate=(0,))
+    total = jax.device_put(jnp.float32(0), whole)
+    for number in range(5):
+        total = compiled(total, loader.batch(number))
+    assert compiled._cache_size() == 1
+    wanted = sum(int(expected(ORDERS["wrap"], k)["image"].sum(dtype=int)) for k in range(5))
+    assert float(total) == wanted
+    assert loader.batch(0)["data"]["image"] is loader.batch(9)["data"]["image"]
+
+
+@pytest.mark.parametrize("name", ["wrap", "eval"])
+def test_check_sees_every_streamed_batch_raw_with_its_ids(name: str, mesh1: Any) -> None:
+    seen: list[Any] = []
+
+    def check(batch: Any, ids: np.ndarray) -> None:
+        assert all(isinstance(array, np.ndarray) for array in batch.values())
+        seen.append((ids.tolist(), batch["id"].tolist(), sorted(batch)))
+
+    loader = Streamed(SOURCE, ORDERS[name], mesh1, check=check)
+    for step in (0, 1, 3):
+        loader.batch(step)
+    wanted = [expected(ORDERS[name], step) for step in (0, 1, 3)]
+    assert seen == [(w["id"].tolist(), w["id"].tolist(), sorted(w)) for w in wanted]
+
+
+def test_what_check_raises_stops_the_batch(mesh1: Any) -> None:
+    def check(batch: Any, ids: np.ndarray) -> None:
+        raise InputError(f"example {ids[0]} is bad")
+
+    loader = Streamed(SOURCE, ORDERS["eval"], mesh1, check=check)
+    with pytest.raises(InputError, match="example 16 is bad"):
+        loader.batch(1)
+
+
+def test_error_of_a_source_reaches_the_caller(mesh1: Any) -> None:
+    class Broken:
+        def __len__(self) -> int:
+            return N
+
+        def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+            raise OSError("disk is gone")
+
+    with pytest.raises(OSError, match="disk is gone"):
+        Streamed(Broken(), ORDERS["wrap"], mesh1).batch(0)
+
+
+USER_FILE = """
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Squares:
+    n: int = 50
+
+    def __len__(self) -> int:
+        return self.n
+
+    def gather(self, indices):
+        process = np.full(len(indices), os.getpid())
+        return {"square": np.asarray(indices) ** 2, "process": process}
+"""
+
+PROGRAM = """
+import os
+import sys
+
+import jax
+import numpy as np
+
+from jaxtrain import sharding, userfile
+from jaxtrain.data import Digits, Order, Sequential
+from jaxtrain.data.loader import Streamed
+
+
+def main():
+    mesh = sharding.make_mesh()
+    users = userfile.load(sys.argv[1]).Squares()
+    steps = [7, 8, 9, 3]
+    for source in (users, Digits()):
+        order = Order(1, len(source), 8)
+        many = Streamed(source, order, mesh, workers=2)
+        none = Streamed(source, order, mesh)
+        processes = set()
+        for step in steps if source is users else steps[:2]:
+            theirs, ours = jax.device_get((many.batch(step), none.batch(step)))
+            assert theirs.keys() == ours.keys()
+            processes |= set(theirs.pop("process", np.array([])).tolist())
+            ours.pop("process", None)
+            for name, array in ours.items():
+                np.testing.assert_array_equal(array, theirs[name])
+                assert array.dtype == theirs[name].dtype
+        if source is users:
+            assert os.getpid() not in processes, "gathered in this process after all"
+            assert len(processes) >= 2, "one worker did everything"
+    print("the same")
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_worker_processes_give_the_same_batches_also_of_a_users_own_source(
+    python: Any, tmp_path: Any
+) -> None:
+    (tmp_path / "my_source.py").write_text(textwrap.dedent(USER_FILE))
+    (tmp_path / "program.py").write_text(textwrap.dedent(PROGRAM))
+    done = python(tmp_path / "program.py", tmp_path / "my_source.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "the same"
