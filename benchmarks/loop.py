@@ -4,6 +4,7 @@ Three loops over the same model, the same resident data, the same augmentation a
 
   fit      the loop of ``jaxtrain.loop.fit`` as it is: JSONL and TensorBoard records every 50 steps, bounded
            queue, checkpoint polling, plain console (to /dev/null). Evaluations and saves are left out.
+  no wait  the same with an unbounded queue: what does waiting for earlier steps cost?
   library  a bare ``for`` around jaxtrain's compiled step
   hand     the same, around a step written by hand with flax, optax and ``jax.jit(donate_argnums=0)``
 
@@ -22,9 +23,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -37,6 +39,7 @@ from jaxtrain.recorder.console import Plain
 from jaxtrain.stop import Request
 
 TOTAL = 10**6  # steps of the schedule: never reached
+WINDOWS = 20  # records written for the breakdown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +129,7 @@ def rows_from(order: data.Order, start: int, count: int) -> Iterator[np.ndarray]
 class Loops:
     """The three loops of one case, each with a state of its own that goes on from chunk to chunk."""
 
-    def __init__(self, case: Case, folder: Path, stack: contextlib.ExitStack) -> None:
+    def __init__(self, case: Case, folder: Path, null: TextIO, stack: contextlib.ExitStack) -> None:
         exp, self._chunk = case.experiment, case.chunk
         program = assemble(exp, sharding.make_mesh(jax.devices()[:1]))
         fields = {field.name: getattr(program, field.name) for field in dataclasses.fields(program)}
@@ -137,33 +140,42 @@ class Loops:
         self.record = stack.enter_context(
             recorder.open(folder, self.console, start=0, log_every=exp.log_every, examples=exp.batch)
         )
-        self._null = stack.enter_context(Path(os.devnull).open("w"))
+        self._null = null
         self._arrays = jax.device_put(dict(exp.train.fields))
-        self._fit, self._library = program.init(), program.init()
+        self._states = {name: program.init() for name in ("fit", "no wait", "library")}
         init, self._step = hand_step(exp)
         self._hand = init(jax.random.key(0), self._arrays)
-        self._at = dict.fromkeys(("fit", "library", "hand"), 0)
+        self._at = dict.fromkeys(("fit", "no wait", "library", "hand"), 0)
 
     def sides(self) -> dict[str, Callable[[], float]]:
         """For ``common.interleaved``."""
-        work = {"fit": self.fit, "library": self.library, "hand": self.hand}
+        work = {
+            "fit": self.fit,
+            "no wait": lambda: self.fit("no wait", TOTAL),
+            "library": self.library,
+            "hand": self.hand,
+        }
         return {name: common.each(fn, self._chunk) for name, fn in work.items()}
 
-    def fit(self) -> None:
-        start = self._take("fit")
-        program = dataclasses.replace(self.program, steps=start + self._chunk)
+    def fit(self, name: str = "fit", most: int | None = None) -> None:
+        start, exp = self._take(name), self.program.experiment
+        if most is not None:
+            exp = dataclasses.replace(exp, max_in_flight=most)
+        program = dataclasses.replace(self.program, experiment=exp, steps=start + self._chunk)
         with contextlib.redirect_stdout(self._null):
-            self._fit = loop._train(
-                program, self._fit, start, self.saved, self.record, self.console, self.request
+            state = loop._train(
+                program, self._states[name], start, self.saved, self.record, self.console, self.request
             )
-            jax.block_until_ready(self._fit)
+            jax.block_until_ready(state)
             self.record.flush()
+        self._states[name] = state
 
     def library(self) -> None:
         step, key, arrays = self.program.train_step, self.program.key, self.program.train.batch(0)["data"]
+        state = self._states["library"]
         for rows in rows_from(self.order, self._take("library"), self._chunk):
-            self._library, _ = step(self._library, {"data": arrays, "rows": rows}, key)
-        jax.block_until_ready(self._library)
+            state, _ = step(state, {"data": arrays, "rows": rows}, key)
+        self._states["library"] = jax.block_until_ready(state)
 
     def hand(self) -> None:
         key = self.program.key
@@ -183,9 +195,11 @@ def breakdown(loops: Loops, repeats: int = 2000) -> dict[str, float]:
     state, metrics = program.train_step(program.init(), program.train.batch(0), program.key)
     jax.block_until_ready(metrics)
     every = program.experiment.log_every
+    copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+    fresh = iter([[copied(metrics) for _ in range(every)] for _ in range(WINDOWS + 1)])
 
-    def window() -> None:
-        record._window.extend([metrics] * every)
+    def window() -> None:  # of arrays that were never read: the host keeps a copy of those that were
+        record._window.extend(next(fresh))
         record._step += every
         with contextlib.redirect_stdout(loops._null):
             record.flush()
@@ -205,14 +219,14 @@ def breakdown(loops: Loops, repeats: int = 2000) -> dict[str, float]:
     found = {}
     for name, (work, units) in parts.items():
         record._window.clear()
-        count = max(20, repeats // units)
+        count = (WINDOWS if units > 1 else repeats) // 5
         work()
         laps = []
         for _ in range(5):
             began = time.perf_counter()
-            for _ in range(count // 5):
+            for _ in range(count):
                 work()
-            laps.append((time.perf_counter() - began) / (count // 5) / units)
+            laps.append((time.perf_counter() - began) / count / units)
         found[name] = 1e6 * sorted(laps)[2]
     record._window.clear()
     return found
@@ -235,11 +249,15 @@ def _dispatch(program: Program, state: Any) -> dict[str, tuple[Callable[[], Any]
 
 def main() -> None:
     """Both cases, one JSON object."""
-    args = common.arguments(__doc__, rounds=20).parse_args()
+    args = common.arguments(__doc__, rounds=12).parse_args()
     results, figures = [], {}
     for name, case in cases().items():
-        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-            loops = Loops(case, Path(folder), stack)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Path(os.devnull).open("w") as null,
+            contextlib.ExitStack() as stack,
+        ):
+            loops = Loops(case, Path(folder), null, stack)
             times = common.interleaved(loops.sides(), args.rounds)
             figures[name] = {
                 "batch": case.experiment.batch,

@@ -113,6 +113,7 @@ SCHEDULES = {
     "linear to an end": (Linear(1.0, end=0.2, warmup=0.2), {0: 0, 10: 0.5, 20: 1, 60: 0.6, 100: 0.2}),
     "cosine": (Cosine(2.0), {0: 2.0, 50: 1.0, 25: 1 + np.cos(np.pi / 4), 100: 0}),
     "cosine to an end": (Cosine(1.0, end=0.2, warmup=0.2), {0: 0, 10: 0.5, 20: 1, 60: 0.6, 100: 0.2}),
+    "cosine from another peak": (Cosine(2.0, end=0.5), {0: 2.0, 50: 1.25, 100: 0.5}),
     "cosine of nothing": (Cosine(0.0), {0: 0, 50: 0, 100: 0}),
     "one cycle": (OneCycle(2.0), {0: 0.4, 25: 2.0, 100: 0.02}),
     "one cycle, set": (OneCycle(1.0, start=0.5, end=0.1, warmup=0.5), {0: 0.5, 25: 0.75, 50: 1, 100: 0.1}),

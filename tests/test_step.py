@@ -229,8 +229,8 @@ def test_a_step_of_another_factory_has_the_same_signature() -> None:
     np.testing.assert_allclose(np.abs(after.params["w"] - state.params["w"]), 0.25, rtol=1e-6)
 
 
-@pytest.mark.parametrize("model", [CNN(widths=(4,), classes=3), MLP(widths=(8,), classes=3)])
-def test_eight_devices_take_the_step_of_one(model: Any, mesh1: Any, mesh8: Any) -> None:
+def test_eight_devices_take_the_step_of_one(mesh1: Any, mesh8: Any) -> None:
+    model = CNN(widths=(4,), classes=3)
     tx, prepare = optax.sgd(0.1, momentum=0.9), compose(Flip())
     batch = jax.device_get(image_batch(32))
     state = jax.device_get(jax.jit(make_init(model, tx, prepare))(KEY, batch))
@@ -260,11 +260,14 @@ def test_evaluation_changes_nothing_and_merges_over_padded_batches() -> None:
         "confusion": ConfusionMatrix.of(outputs, b["label"], b.get("mask"))
     }
     evaluate = jax.jit(make_eval_step(model, CrossEntropy(), metrics_fn=matrix))
-    whole = evaluate(state, batch)
-    parts = []
-    for rows, mask in (([0, 1, 2, 3], [1, 1, 1, 1]), ([4, 5, 0, 0], [1, 1, 0, 0])):
-        part = {name: array[np.array(rows)] for name, array in batch.items()}
-        parts.append(evaluate(state, {**part, "mask": jnp.array(mask, bool)}))
+
+    def part(rows: list[int]) -> Any:
+        """Those rows, padded to eight."""
+        padded = np.array(rows + [0] * (8 - len(rows)))
+        mask = jnp.arange(8) < len(rows)
+        return evaluate(state, {**{k: v[padded] for k, v in batch.items()}, "mask": mask})
+
+    whole, parts = part([0, 1, 2, 3, 4, 5]), (part([0, 1, 2, 3]), part([4, 5]))
     chex.assert_trees_all_equal(jax.device_get(state), before)
     merged = {name: parts[0][name].merge(parts[1][name]) for name in whole}
     assert merged["accuracy"].compute() == whole["accuracy"].compute()

@@ -154,5 +154,7 @@ class Rich:
         self._console.print(table)
 
     def end(self) -> None:
-        self._train = None
         self._progress.stop()
+        if self._train is not None:  # or the next display would show its bar once more
+            self._progress.remove_task(self._train)
+            self._train = None

@@ -1,0 +1,99 @@
+"""The pieces of ``scripts/gpu_check.py`` that need JAX, each run in a process of its own.
+
+python -m benchmarks.gpu_child NAME [ARGS]      prints one line of JSON
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtrain import checkpoint, cli, sharding, workdir
+from jaxtrain.program import assemble
+
+
+def device() -> dict[str, Any]:
+    """The first device, and versions."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    plugins = ("jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+    versions = {"python": platform.python_version()}
+    for package in (*names, *plugins):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    first = jax.local_devices()[0]
+    memory = (first.memory_stats() or {}).get("bytes_limit")
+    return {"platform": first.platform, "device": first.device_kind, "memory": memory, "versions": versions}
+
+
+def first_step(name: str, count: str) -> dict[str, Any]:
+    """Seconds since the process was started until a step is finished, and the pace of ``count`` more."""
+    compiling: list[float] = []
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiling.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    _, _, experiment = cli.load(name, [])
+    program = assemble(experiment, sharding.make_mesh())
+    state = program.init()
+    times = [time.time()]
+    for number in range(1 + int(count)):
+        state, _ = program.train_step(state, program.train.batch(number), program.key)
+        if number == 0:
+            jax.block_until_ready(state)
+            times.append(time.time())
+    jax.block_until_ready(state)
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {
+        "first_step_seconds": times[1] - float(os.environ["GPU_CHECK_BEGAN"]),
+        "of_which_compiling": sum(compiling),
+        "longest_compile": max(compiling, default=0.0),
+        "step_ms": 1e3 * (time.time() - times[1]) / int(count),
+        "batch": experiment.batch,
+        "peak_bytes": stats.get("peak_bytes_in_use"),
+    }
+
+
+def compare(one: str, other: str) -> dict[str, Any]:
+    """The arrays in which the last checkpoints of two finished runs differ, in any bit."""
+    states = []
+    _, experiment = cli.recorded(workdir.load(Path(one)), Path(one))
+    program = assemble(experiment, sharding.make_mesh())
+    for folder in (one, other):
+        with checkpoint.open(Path(folder)) as saved:
+            newest = saved.latest()
+            assert newest is not None and newest.step == program.steps, f"{folder} is not finished"
+            states.append(jax.tree_util.tree_leaves_with_path(saved.restore(newest, program.like)))
+    different = [
+        jax.tree_util.keystr(path)
+        for (path, a), (_, b) in zip(*states, strict=True)
+        if np.asarray(a).tobytes() != np.asarray(b).tobytes()
+    ]
+    return {"arrays": len(states[0]), "different": different}
+
+
+def main(name: str, *args: str) -> None:
+    """``device``, ``first_step EXPERIMENT STEPS`` or ``compare FOLDER FOLDER``."""
+    functions: dict[str, Callable[..., dict[str, Any]]] = {
+        "device": device,
+        "first_step": first_step,
+        "compare": compare,
+    }
+    print(json.dumps(functions[name](*args)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,144 @@
+"""What can only be seen on an NVIDIA GPU: ``JAXTRAIN_TEST_GPU=1 pytest -m gpu tests/test_gpu.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxtrain import checkpoint, data, loop, losses, models, optim, recorder, sharding
+from jaxtrain.commands import doctor
+from jaxtrain.experiment import Experiment
+from jaxtrain.program import Program, assemble
+from jaxtrain.recorder.console import Plain
+from jaxtrain.stop import Request
+
+pytestmark = pytest.mark.gpu
+
+DIGITS = Experiment(
+    model=models.CNN(widths=(16, 32), convs=2),
+    train=data.Digits("train"),
+    test=data.Digits("test"),
+    loss=losses.CrossEntropy(smoothing=0.1),
+    optimizer=optim.SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4),
+    augment=(data.Crop(pad=1),),
+    preprocess=(data.Normalise(scale=16),),
+    batch=128,
+    epochs=4,
+    log_every=10,
+)
+
+RESUME = """
+import signal
+from pathlib import Path
+
+import jax
+
+from jaxtrain import checkpoint, loop, sharding
+from jaxtrain.experiment import find
+from jaxtrain.experiment.config import override
+from jaxtrain.program import assemble
+from jaxtrain.recorder.console import Plain
+from jaxtrain.stop import Stopped
+
+
+class StopAt(Plain):
+    def advance(self, step):
+        if step == 10:
+            signal.raise_signal(signal.SIGTERM)
+
+
+experiment = override(find("digits_cnn").load()[0], ["epochs=2"])
+program = assemble(experiment, sharding.make_mesh(jax.devices()[:1]))
+loop.fit(program, Path("straight"), Plain())
+try:
+    loop.fit(program, Path("broken"), StopAt())
+except Stopped:
+    print("stopped")
+assert loop.fit(program, Path("broken"), Plain())["resumed_from"] == 10
+
+states = []
+for folder in ("straight", "broken"):
+    with checkpoint.open(folder) as saved:
+        states.append(jax.device_get(saved.restore(saved.latest(), program.like)))
+equal = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), *states)
+print("bitwise equal" if all(jax.tree.leaves(equal)) else equal)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _gpu():
+    if jax.default_backend() not in ("gpu", "cuda"):
+        pytest.skip("JAX sees no GPU")
+
+
+class Unsaved(Program):
+    """A program that is never saved."""
+
+    def saves(self, step: int) -> bool:
+        return False
+
+
+def test_a_step_is_that_of_the_cpu():
+    """The same update on both, but for rounding: full float32 on the GPU, no TF32."""
+    after = []
+    with jax.default_matmul_precision("highest"):
+        for device in (jax.devices()[0], jax.devices("cpu")[0]):
+            program = assemble(DIGITS, sharding.make_mesh([device]))
+            state, metrics = program.train_step(program.init(), program.train.batch(0), program.key)
+            after.append((jax.device_get(state.params), recorder.fetch([metrics])))
+    (gpu, gpu_metrics), (cpu, cpu_metrics) = after
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gpu, cpu)
+    assert gpu_metrics["loss"] == pytest.approx(cpu_metrics["loss"], rel=1e-4)
+
+
+def test_the_loop_reads_nothing_from_the_device_implicitly(tmp_path):
+    """Training, logging and evaluation fetch only what the recorder asks for by name."""
+    program = assemble(DIGITS, sharding.make_mesh(jax.devices()[:1]))
+    program = Unsaved(**{f.name: getattr(program, f.name) for f in dataclasses.fields(program)})
+    console = Plain()
+    with (
+        checkpoint.open(tmp_path) as saved,
+        recorder.open(tmp_path, console, start=0, log_every=10, examples=128) as record,
+        jax.transfer_guard_device_to_host("disallow"),
+    ):
+        loop._train(program, program.init(), 0, saved, record, console, Request())
+        record.flush()
+        loop.evaluate(program, program.init(), "test", console)
+
+
+def test_the_guard_of_that_test_is_awake():
+    """Otherwise it would prove nothing."""
+    with jax.transfer_guard_device_to_host("disallow"), pytest.raises(Exception, match="isallowed"):
+        float(jax.numpy.arange(3).sum())
+
+
+def test_resume_is_bitwise_with_deterministic_ops(tmp_path):
+    """Straight, and stopped at step 10 and gone on with: the same bits."""
+    env = {
+        **os.environ,
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip(),
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", RESUME], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "stopped" in done.stdout
+    assert done.stdout.splitlines()[-1] == "bitwise equal"
+
+
+def test_doctor_reports_the_memory_of_the_gpu():
+    """``memory_stats`` gives a limit, and doctor shows it beside the device."""
+    device = jax.local_devices()[0]
+    assert device.memory_stats()["bytes_limit"] > 2**30
+    problems: list[str] = []
+    rows = doctor._devices(problems)
+    assert "GiB" in rows[str(device)] and not problems

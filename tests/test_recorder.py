@@ -1,0 +1,90 @@
+"""Recorder and consoles: late, complete, and readable."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import jax.numpy as jnp
+import pytest
+from rich.console import Console as RichConsole
+
+from jaxtrain import recorder
+from jaxtrain.errors import RunError
+from jaxtrain.metrics import Mean
+from jaxtrain.recorder.console import Plain, Rich
+
+
+def metrics(loss: float, count: int = 1):
+    return {"loss": Mean(jnp.float32(loss * count), jnp.float32(count))}
+
+
+def read(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_window_is_merged_by_weight_and_written_one_step_late(tmp_path):
+    with recorder.open(tmp_path, Plain(), start=0, log_every=2, examples=8) as record:
+        record.step(1, metrics(1.0, 3))
+        record.step(2, metrics(5.0, 1))
+        assert read(tmp_path) == []
+        record.step(3, metrics(7.0))
+        assert [(r["step"], r["train/loss"]) for r in read(tmp_path)] == [(2, 2.0)]
+    assert [(r["step"], r["train/loss"]) for r in read(tmp_path)] == [(2, 2.0), (3, 7.0)]
+
+
+def test_tensorboard_files_hold_the_scalars(tmp_path):
+    with recorder.open(tmp_path, Plain(), start=0, log_every=1, examples=8) as record:
+        record.step(1, metrics(0.25))
+        record.scalars(1, {"test/accuracy": 0.5, "note": "text"})
+    data = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert b"train/loss" in data and b"test/accuracy" in data and b"note" not in data
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_raises_with_its_step(value, tmp_path):
+    with (
+        pytest.raises(RunError, match=r"loss is (nan|inf) by step 1: lower the learning rate"),
+        recorder.open(tmp_path, Plain(), start=0, log_every=1, examples=8) as record,
+    ):
+        record.step(1, metrics(value))
+        record.step(2, metrics(1.0))
+
+
+def test_plain_lines_have_no_control_characters(capsys):
+    console = Plain()
+    console.begin(0, 10)
+    console.train(5, {"loss": 1.0, "accuracy": 0.5, "grad_norm": 2.0}, 1000.0)
+    with console.task("evaluate", 3) as advance:
+        advance(1)
+    console.summary("done", {"test": "99 %", "folder": "runs/x"})
+    console.end()
+    out = capsys.readouterr().out
+    assert out.startswith("step 5/10  loss 1.0000  accuracy 50.00 %  1,000 examples/s  eta 00:00:0")
+    assert out.endswith("done\n  test    99 %\n  folder  runs/x\n") and "\x1b" not in out
+
+
+def test_rich_shows_bars_values_and_a_table():
+    file = io.StringIO()
+    console = Rich(RichConsole(file=file, force_terminal=True, width=120, color_system=None))
+    console.begin(0, 10)
+    console.advance(2)
+    console.train(5, {"accuracy": 0.5, "loss": 1.0}, 1000.0)
+    with console.task("evaluate test", 4) as advance:
+        advance(3)
+        console._progress.refresh()  # it does so by itself five times a second
+        console.note("a line of its own [not markup]")
+    console.end()
+    console.summary("result", {"test": "99 %"})
+    out = file.getvalue()
+    for text in ("train", "5/10", "loss 1.0000  accuracy 50.00 %  1,000 examples/s", "evaluate test", "3/4"):
+        assert text in out
+    assert "a line of its own [not markup]" in out and "│ test │ 99 % │" in out
+
+
+def test_a_task_before_training_starts_and_ends_its_own_display():
+    file = io.StringIO()
+    console = Rich(RichConsole(file=file, force_terminal=True, width=80, color_system=None))
+    with console.task("cifar10/train", 0) as advance:
+        advance(5)
+    assert "cifar10/train" in file.getvalue() and not console._progress.live.is_started
