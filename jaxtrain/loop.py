@@ -64,7 +64,12 @@ def fit(program: Program, folder: Path, console: Console, name: str = "experimen
         how = f"going on from step {start} of" if start else "starting:"
         console.note(f"{how} {program.steps} steps of {experiment.batch} examples")
         with recorder.open(
-            folder, console, start=start, log_every=experiment.log_every, examples=experiment.batch
+            folder,
+            console,
+            start=start,
+            log_every=experiment.log_every,
+            examples=experiment.batch,
+            position=program.position,
         ) as record:
             state = _train(program, state, start, saved, record, console, request)
             found = _result(program, state, saved, record, console)

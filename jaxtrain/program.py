@@ -17,6 +17,8 @@ from jaxtrain.data.loader import Check, Loader, Resident, Streamed
 from jaxtrain.errors import InputError
 from jaxtrain.experiment import Experiment
 from jaxtrain.models import as_model
+from jaxtrain.optim import Schedule
+from jaxtrain.optim import rate as optim_rate
 from jaxtrain.step import make_eval_step, make_init, make_train_step
 from jaxtrain.types import Batch, Metrics, Model, State
 
@@ -48,6 +50,7 @@ class Program:
       evals: ``"valid"`` (where there is one) and ``"test"``.
       choices: what was decided by measurement or size, for the run's record.
       epoch: batches in one pass over the training examples.
+      rates: the learning rate of every update, float [steps]; None when the optimizer has none to tell.
     """
 
     experiment: Experiment
@@ -60,6 +63,7 @@ class Program:
     evals: dict[str, Split]
     choices: dict[str, Any]
     epoch: float
+    rates: np.ndarray | None
 
     def evaluates(self, step: int) -> bool:
         """Is there an evaluation after update ``step``? The final one on the test set is not counted."""
@@ -71,6 +75,11 @@ class Program:
     def saves(self, step: int) -> bool:
         """Is there a checkpoint after update ``step``?"""
         return step == self.steps or step % max(1, round(self.experiment.save_every * self.epoch)) == 0
+
+    def position(self, step: int) -> dict[str, float]:
+        """Where update ``step`` stands: the epoch and the learning rate, for the records."""
+        rate = {} if self.rates is None else {"learning_rate": float(self.rates[step - 1])}
+        return {"epoch": step / self.epoch, **rate}
 
     def score(self, values: dict[str, Any]) -> float:
         """How good a validation result is; higher is better."""
@@ -117,7 +126,7 @@ def assemble(
     resident = {name: isinstance(source, Arrays) for name, source in sources.items()}
     choices = {"steps": steps, "resident": resident}
     epoch = order.n // order.batch if exp.remainder == "drop" else order.n / order.batch
-    return Program(exp, steps, key, init, like, train_step, train, evals, choices, epoch)
+    return Program(exp, steps, key, init, like, train_step, train, evals, choices, epoch, _rates(exp, steps))
 
 
 def _open_sources(exp: Experiment, mesh: Mesh) -> dict[str, Source]:
@@ -185,6 +194,17 @@ def _train_functions(
     return lambda: init(key, first), like, step
 
 
+def _rates(exp: Experiment, steps: int) -> np.ndarray | None:
+    """Computed once: a schedule called while training would wait behind the steps on the device."""
+    lr = getattr(exp.optimizer, "lr", None)
+    if not isinstance(lr, float | int | Schedule):
+        return None
+    rate = optim_rate(lr, steps)
+    if not callable(rate):
+        return np.full(steps, rate)
+    return np.asarray(jax.vmap(rate)(np.arange(steps)))
+
+
 def _eval_function(
     exp: Experiment,
     model: Model,
@@ -201,6 +221,6 @@ def _eval_function(
         out=whole,
     )
     metrics = preflight.trace(step, like, loader.batch(0), what="the evaluation")
-    if exp.select.removeprefix("-") not in metrics:
+    if exp.select.removeprefix("-") not in metrics and (exp.valid is not None or exp.holdout):
         raise InputError(f"select={exp.select} is no metric of this loss: it gives {', '.join(metrics)}")
     return step

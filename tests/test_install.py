@@ -82,6 +82,32 @@ def test_an_editable_install_sees_an_edited_experiment_at_once(tree, tmp_path):
     assert "Edited just now." in listed(python, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("header", "extra"),
+    [
+        ("| NVIDIA-SMI 580.1  Driver Version: 580.1   CUDA Version: 13.0 |", "cuda13"),
+        ("| NVIDIA-SMI 550.9  Driver Version: 550.9   CUDA Version: 12.4 |", "cuda12"),
+        ("| NVIDIA-SMI 470.1  Driver Version: 470.1   CUDA Version: 11.4 |", ""),
+        ("NVIDIA-SMI has failed because it could not communicate with the driver.", ""),
+        (None, ""),
+    ],
+)
+def test_setup_picks_the_cuda_build_of_the_driver(header, extra, tmp_path):
+    if header is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{header}'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    path = f"{tmp_path}:/usr/bin:/bin"
+    found = subprocess.run(
+        ["bash", "-c", ". scripts/setup; cuda_extra"],
+        cwd=ROOT,
+        env={"PATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == extra
+
+
 def runnable(language: str) -> list[str]:
     return [text for name, info, text in BLOCKS if name == language and "no-run" not in info]
 

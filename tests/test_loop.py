@@ -83,6 +83,27 @@ def test_metrics_file_of_a_resumed_run_has_each_step_once(tmp_path, console, mon
     assert steps == [5, 9, 10, 12, 12, 13, 13]  # an epoch of 12.5 steps is looked at after 12
 
 
+def test_records_tell_epoch_and_learning_rate(tmp_path, console, mesh1):
+    fit(assemble(EXPERIMENT, mesh1), tmp_path, console)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rate = EXPERIMENT.optimizer.lr.build(13)
+    train = [r for r in records if "train/loss" in r]
+    assert [r["learning_rate"] for r in train] == pytest.approx([float(rate(r["step"] - 1)) for r in train])
+    assert train[0]["epoch"] == 5 / 12.5
+
+
+def test_a_regression_needs_no_accuracy(tmp_path, console, mesh1):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 3)).astype(np.float32)
+    source = data.Arrays({"image": x, "target": x @ np.array([[1.0], [2.0], [-1.0]], np.float32)})
+    fields = {"train": source, "test": source, "loss": losses.MSE(), "augment": (), "preprocess": ()}
+    model = models.MLP(widths=(), classes=1)
+    exp = change(**fields, model=model, optimizer=optim.Adam(0.05), epochs=100)
+    assert fit(assemble(exp, mesh1), tmp_path, console)["test"]["mae"] < 0.01
+    with pytest.raises(InputError, match="select=accuracy is no metric"):
+        assemble(change(**fields, model=model, holdout=8), mesh1)
+
+
 def test_one_and_eight_devices_train_alike(tmp_path, console, mesh1, mesh8):
     exp = change(model=models.MLP(widths=(16,), classes=4), augment=(), ema=None)
     results = [fit(assemble(exp, mesh), tmp_path / str(k), console) for k, mesh in enumerate((mesh1, mesh8))]
@@ -246,7 +267,10 @@ def test_a_step_factory_and_data_init_of_the_users_own(tmp_path, console, mesh1)
     [
         ({"batch": 12}, "batch 12 does not divide over 8 devices: try --set batch=8 or 16"),
         ({"eval_batch": 3}, "eval_batch 3 does not divide over 8 devices: try --set eval_batch=8"),
-        ({"select": "acuracy"}, "select=acuracy is no metric of this loss: it gives accuracy, loss"),
+        (
+            {"select": "acuracy", "holdout": 40},
+            "select=acuracy is no metric of this loss: it gives accuracy, loss",
+        ),
         ({"model": models.CNN(widths=(8, 8, 8, 8), classes=4)}, "is too small"),
         ({"model": models.CNN(widths=(8,), classes=3)}, "train: label 3 of example"),
         ({"test": data.Synthetic(n=50, shape=(8, 8, 3))}, "field 'image' is uint8"),

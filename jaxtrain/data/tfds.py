@@ -164,10 +164,9 @@ class TFDS:
         original = ORIGINALS.get(parse_name(self.name)[0])
         if original is None and self.prepared():
             return {key: np.zeros_like(value) for key, value in self.gather(np.zeros(1, int)).items()}
-        return original and {
-            "image": np.zeros((1, *original.shape), np.uint8),
-            "label": np.zeros(1, np.int32),
-        }
+        if original is None:
+            return None
+        return {"image": np.zeros((1, *original.shape), np.uint8), "label": np.zeros(1, np.int32)}
 
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """The examples at ``indices``, as arrays whose leading axis is ``len(indices)``.

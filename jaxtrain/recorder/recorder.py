@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,6 +16,8 @@ from jaxtrain import metrics as merging
 from jaxtrain.errors import RunError
 from jaxtrain.recorder.console import Console
 from jaxtrain.types import Metrics
+
+Position = Callable[[int], dict[str, float]]
 
 
 def fetch(batches: Sequence[Metrics]) -> dict[str, Any]:
@@ -30,7 +32,15 @@ def fetch(batches: Sequence[Metrics]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def open(workdir: Path, console: Console, *, start: int, log_every: int, examples: int) -> Iterator[Recorder]:
+def open(
+    workdir: Path,
+    console: Console,
+    *,
+    start: int,
+    log_every: int,
+    examples: int,
+    position: Position = lambda step: {},
+) -> Iterator[Recorder]:
     """A recorder that continues the run's files at step ``start``.
 
     Args:
@@ -39,8 +49,9 @@ def open(workdir: Path, console: Console, *, start: int, log_every: int, example
       start: the step the run goes on from; later lines of an interrupted run are dropped.
       log_every: steps between records.
       examples: global batch size.
+      position: ``step -> numbers`` to write beside the metrics of that step (epoch, learning rate).
     """
-    recorder = Recorder(workdir, console, start, log_every, examples)
+    recorder = Recorder(workdir, console, start, log_every, examples, position)
     try:
         yield recorder
         recorder.flush()
@@ -51,10 +62,19 @@ def open(workdir: Path, console: Console, *, start: int, log_every: int, example
 class Recorder:
     """Collects metrics and writes one record every ``log_every`` steps. Made by ``open``."""
 
-    def __init__(self, workdir: Path, console: Console, start: int, log_every: int, examples: int) -> None:
+    def __init__(
+        self,
+        workdir: Path,
+        console: Console,
+        start: int,
+        log_every: int,
+        examples: int,
+        position: Position,
+    ) -> None:
         from tensorboardX import SummaryWriter  # here: half a second that --list does not need
 
         self._console, self._log_every, self._examples = console, log_every, examples
+        self._position = position
         self._jsonl = _continued(workdir / "metrics.jsonl", start)
         self._tensorboard = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=start + 1, filename_suffix=f".{start}"
@@ -98,7 +118,7 @@ class Recorder:
                     "gradients (--set optimizer.clip=1), or look at the data; earlier checkpoints are kept"
                 )
         speed = self._lap()
-        record = {f"train/{name}": value for name, value in values.items()}
+        record = self._position(self._step) | {f"train/{name}": value for name, value in values.items()}
         self.scalars(self._step, record | ({"examples_per_second": speed} if speed else {}))
         self._console.train(self._step, values, speed)
 
