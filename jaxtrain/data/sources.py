@@ -90,6 +90,10 @@ class Digits:
     def __len__(self) -> int:
         return 1437 if self.split == "train" else 360
 
+    def example(self) -> dict[str, np.ndarray]:
+        """Zeros of one example's shapes; importing scikit-learn to look at one takes a second."""
+        return {"image": np.zeros((1, 8, 8, 1), np.uint8), "label": np.zeros(1, np.int32)}
+
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """``image: uint8 [k, 8, 8, 1]`` and ``label: int32 [k]``."""
         return {name: array[indices] for name, array in _digits(self.split).items()}

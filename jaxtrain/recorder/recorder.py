@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+import numpy as np
 
 from jaxtrain import metrics as merging
 from jaxtrain.errors import RunError
@@ -25,8 +26,15 @@ def fetch(batches: Sequence[Metrics]) -> dict[str, Any]:
 
     Waits for the device. Nothing else in a run reads a metric's value.
     """
+    leaves, tree = jax.tree.flatten(list(batches))
+    with jax.transfer_guard_device_to_host("allow"):
+        if jax.default_backend() != "cpu":  # start every copy before waiting for the first
+            for leaf in leaves:
+                leaf.copy_to_host_async()
+        # Not jax.device_get, which for 300 scalars on a CPU takes eight times as long.
+        hosts = jax.tree.unflatten(tree, [np.asarray(leaf) for leaf in leaves])
     total: dict[str, Any] | None = None
-    for host in jax.device_get(list(batches)):
+    for host in hosts:
         total = merging.merge(total, host)
     return {name: metric.compute() for name, metric in (total or {}).items()}
 
