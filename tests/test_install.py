@@ -142,14 +142,13 @@ def test_readme_commands_run_as_written(tree, tmp_path):
     shutil.copytree(tree, copy)
     (copy / ".venv").symlink_to(sys.prefix)
     env = {**os.environ, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", "JAX_NUM_CPU_DEVICES": "1"}
-    lines = [line for text in runnable("bash") for line in text.splitlines()]
-    commands = [line for line in lines if line.strip() and not line.startswith("scripts/test")]
-    assert commands
-    for command in commands:
+    blocks = [re.sub(r"^scripts/test\b.*$", "", text, flags=re.M) for text in runnable("bash")]
+    assert any(block.strip() for block in blocks)
+    for block in blocks:
         done = subprocess.run(
-            ["bash", "-c", command], cwd=copy, env=env, capture_output=True, text=True, check=False
+            ["bash", "-euc", block], cwd=copy, env=env, capture_output=True, text=True, check=False
         )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
 
 
 @pytest.mark.parametrize("text", runnable("python"))
