@@ -22,7 +22,11 @@ from jaxtrain.types import State
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A learning rate over the run; subclasses say which. ``build(steps)`` gives ``step -> rate``."""
+    """A learning rate over the run; subclasses say which. ``build(steps)`` gives ``step -> rate``.
+
+    Update k of the run, from 0, uses the rate of step k: a warm-up from 0 makes the first update empty, and
+    the final value belongs to step ``steps``, which no update uses.
+    """
 
     def build(self, steps: int) -> optax.Schedule:
         """The optax schedule for a run of ``steps`` updates."""
@@ -52,7 +56,7 @@ class Linear(Schedule):
 
     Attributes:
       peak: the highest rate.
-      end: the rate at the last step.
+      end: the rate that is reached as the run ends.
       warmup: fraction of the run in [0, 1).
     """
 
@@ -72,7 +76,7 @@ class Cosine(Schedule):
 
     Attributes:
       peak: the highest rate.
-      end: the rate at the last step.
+      end: the rate that is reached as the run ends.
       warmup: fraction of the run in [0, 1).
     """
 
@@ -94,7 +98,7 @@ class OneCycle(Schedule):
     Attributes:
       peak: the highest rate.
       start: the first rate, as a fraction of ``peak``.
-      end: the last rate, as a fraction of ``peak``.
+      end: the rate that is reached as the run ends, as a fraction of ``peak``.
       warmup: fraction of the run in [0, 1) spent rising.
     """
 
@@ -119,7 +123,7 @@ class SGD:
     Attributes:
       lr: a number or a schedule.
       momentum: in [0, 1); 0 keeps no buffer.
-      nesterov: look ahead along the momentum.
+      nesterov: look ahead along the momentum, which must be above 0.
       weight_decay: added to the gradient as ``weight_decay * param``.
       decay: regular expression; only parameters whose path it finds are decayed. Biases and
         normalisation scales are left out by default.
@@ -139,7 +143,9 @@ class SGD:
 
     def build(self, steps: int | None = None) -> optax.GradientTransformation:
         """The transformation; ``steps`` (the run's updates) is needed when ``lr`` is a schedule."""
-        _check(self.lr, momentum=self.momentum)
+        _check(self, momentum=self.momentum)
+        if self.nesterov and not self.momentum:
+            raise InputError("optimizer.nesterov needs a momentum: set optimizer.momentum above 0")
         return optax.chain(
             _clip(self.clip),
             optax.add_decayed_weights(self.weight_decay, _mask(self.decay))
@@ -169,7 +175,7 @@ class Adam:
 
     def build(self, steps: int | None = None) -> optax.GradientTransformation:
         """The transformation; ``steps`` (the run's updates) is needed when ``lr`` is a schedule."""
-        _check(self.lr, b1=self.b1, b2=self.b2)
+        _check(self, b1=self.b1, b2=self.b2)
         return optax.chain(
             _clip(self.clip),
             optax.scale_by_adam(self.b1, self.b2, self.eps),
@@ -200,7 +206,7 @@ class AdamW:
 
     def build(self, steps: int | None = None) -> optax.GradientTransformation:
         """The transformation; ``steps`` (the run's updates) is needed when ``lr`` is a schedule."""
-        _check(self.lr, b1=self.b1, b2=self.b2)
+        _check(self, b1=self.b1, b2=self.b2)
         return optax.chain(
             _clip(self.clip),
             optax.scale_by_adam(self.b1, self.b2, self.eps),
@@ -271,7 +277,10 @@ def _clip(norm: float | None) -> optax.GradientTransformation:
 
 def _mask(pattern: str) -> Callable[[Any], Any]:
     """Params → booleans: does the path (``block0/conv/kernel``) match?"""
-    found = re.compile(pattern)
+    try:
+        found = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"optimizer.decay={pattern!r} is no regular expression: {error}") from error
 
     def mask(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
@@ -282,9 +291,17 @@ def _mask(pattern: str) -> Callable[[Any], Any]:
     return mask
 
 
-def _check(lr: Rate, **below_one: float) -> None:
-    if not isinstance(lr, Schedule) and lr < 0:
-        raise InputError(f"optimizer.lr is {lr}: it must not be negative")
+def _check(config: Any, **below_one: float) -> None:
+    """Refuse by name what could only train in the wrong direction, or not at all."""
+    if not isinstance(config.lr, Schedule) and config.lr < 0:
+        raise InputError(f"optimizer.lr is {config.lr}: it must not be negative")
+    for name in ("value", "peak", "start", "end"):
+        if getattr(config.lr, name, 0) < 0:
+            raise InputError(f"optimizer.lr.{name} is {getattr(config.lr, name)}: it must not be negative")
     for name, value in below_one.items():
         if not 0 <= value < 1:
             raise InputError(f"optimizer.{name} is {value}: it must be in [0, 1)")
+    if getattr(config, "weight_decay", 0) < 0:
+        raise InputError(f"optimizer.weight_decay is {config.weight_decay}: it must not be negative")
+    if config.clip is not None and config.clip <= 0:
+        raise InputError(f"optimizer.clip is {config.clip}: it must be above 0, or None for no clipping")

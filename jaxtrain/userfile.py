@@ -33,12 +33,12 @@ def load(path: str | Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except InputError:
+    except BaseException as error:  # sys.exit() and Ctrl-C too: nothing half-loaded may stay
         del sys.modules[name]
-        raise
-    except Exception as error:
-        del sys.modules[name]
-        raise InputError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+        if isinstance(error, InputError) or not isinstance(error, Exception):
+            raise
+        line = str(error).partition("\n")[0]
+        raise InputError(f"{path} cannot be imported: {type(error).__name__}: {line}") from error
     return module
 
 

@@ -354,3 +354,11 @@ def test_numpy_scalar_is_the_number_it_holds(number: Any, same: Any) -> None:
 )
 def test_first_difference_is_named_with_both_values(old: Any, new: Any, difference: Any) -> None:
     assert first_difference(old, new) == difference
+
+
+def test_empty_tuple_switches_stages_off() -> None:
+    from tiny import EXPERIMENT
+
+    assert override(EXPERIMENT, ["augment=()"]).augment == ()
+    with pytest.raises(InputError, match="cannot be set from text"):
+        override(EXPERIMENT, ["augment=Flip"])

@@ -71,9 +71,8 @@ def torch_adam(
     return seen
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
 def test_sgd_is_pytorchs(momentum: float, weight_decay: float, nesterov: bool) -> None:
     found = run(SGD(0.1, momentum, nesterov, weight_decay))
     wanted = torch_sgd(0.1, momentum, nesterov, weight_decay)
@@ -207,6 +206,7 @@ REFUSED = {
     "clip of 0, which would never move": (lambda: AdamW(clip=0.0).build(), "clip"),
     "negative decay": (lambda: SGD(0.1, weight_decay=-0.1).build(), "weight_decay"),
     "negative peak": (lambda: SGD(OneCycle(-0.1)).build(10), "peak"),
+    "nesterov without momentum": (lambda: SGD(0.1, nesterov=True).build(), "nesterov needs a momentum"),
     "broken pattern": (lambda: SGD(0.1, weight_decay=0.1, decay="(").build(), "decay"),
 }
 

@@ -7,8 +7,8 @@ They run on the device, compiled into the step. ``compose`` turns a tuple of the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,10 @@ class Flip:
     """
 
     p: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p <= 1:
+            raise InputError(f"Flip(p={self.p}): a probability is in [0, 1]")
 
     def __call__(self, batch: Batch, key: jax.Array) -> Batch:
         image = batch["image"]
@@ -49,6 +53,10 @@ class Crop:
 
     pad: int = 4
     mode: Literal["zero", "reflect"] = "zero"
+
+    def __post_init__(self) -> None:
+        if self.pad < 1 or self.mode not in ("zero", "reflect"):
+            raise InputError(f"{self}: pad is at least 1 and mode is zero or reflect")
 
     def __call__(self, batch: Batch, key: jax.Array) -> Batch:
         image, pad = batch["image"], self.pad
@@ -73,6 +81,10 @@ class Cutout:
 
     size: int = 8
     fill: tuple[float, ...] = (0.0,)
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise InputError(f"Cutout(size={self.size}): it is at least 1 pixel")
 
     def __call__(self, batch: Batch, key: jax.Array) -> Batch:
         image = batch["image"]
@@ -133,15 +145,6 @@ def compose(*stages: Callable[..., Batch]) -> Prepare:
         return batch
 
     return prepare
-
-
-def check_image_rank(batch: Batch, stages: Sequence[Any]) -> None:
-    """Raise InputError when image stages would meet something that is not ``[batch, h, w, c]``."""
-    image = batch.get("image")
-    if stages and image is not None and len(image.shape) != 4:
-        raise InputError(
-            f"image has shape {tuple(image.shape)}: augmentation takes [batch, height, width, channel]"
-        )
 
 
 def _band(centre: jax.Array, size: int, length: int) -> jax.Array:

@@ -42,7 +42,7 @@ class Arrays:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fields", {k: np.asarray(v) for k, v in self.fields.items()})
-        lengths = {name: len(array) for name, array in self.fields.items()}
+        lengths = {name: len(array) if array.ndim else 0 for name, array in self.fields.items()}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise InputError(f"Arrays need one common length of at least 1, not {lengths}")
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import enum
 import functools
 import hashlib
 import json
 import operator
+import os
 import types
 import typing
 import zlib
@@ -90,22 +92,40 @@ def _walk(path: str, value: Any, operational: bool) -> Iterator[tuple[str, str]]
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from _walk(f"{below}{key}", item, operational)
-    elif isinstance(value, tuple | list) and any(_is_config(v) or callable(v) for v in value):
+    elif isinstance(value, tuple | list) and not all(_is_number_or_text(v) for v in value):
         for number, item in enumerate(value):
             yield from _walk(f"{below}{number}", item, operational)
+    elif isinstance(value, functools.partial):
+        yield path, _leaf(value.func)
+        yield from _walk(f"{below}args", value.args, operational)
+        yield from _walk(f"{below}keywords", value.keywords, operational)
     else:
         yield path, _leaf(value)
 
 
-def _leaf(value: Any) -> str:
+def _is_number_or_text(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str | np.generic)
+
+
+def _leaf(value: Any) -> str:  # noqa: PLR0911 - a table of types
     """Text that is the same in every process: no addresses, no values of large arrays."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if hasattr(value, "__array__") and not isinstance(value, type):
+        value = np.asarray(value)
+    if isinstance(value, enum.Enum):
+        return str(value)
+    if isinstance(value, os.PathLike):
+        return repr(os.fspath(value))
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(map(_leaf, value)))}}}"
     if isinstance(value, np.ndarray):
         return f"{value.dtype}{list(value.shape)} crc32 {zlib.crc32(value.tobytes()):08x}"
     if isinstance(value, tuple | list):
         return f"({', '.join(map(_leaf, value))})"
     if isinstance(value, float) and value.is_integer():
         return str(int(value))  # epochs=20 and epochs=20.0 are one setting
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | int | float | str | bytes):
         return repr(value)
     return str(getattr(value, "__qualname__", type(value).__qualname__))
 
@@ -115,6 +135,9 @@ def _set(value: Any, path: list[str], done: list[str], text: str) -> Any:
     where = ".".join([*done, name])
     if isinstance(value, tuple | list) and name.isdigit() and int(name) < len(value):
         if not rest:
+            if not _names(value[int(name)]):
+                whole = ".".join(done)
+                raise InputError(f"{where} is one item of {_leaf(value)}: set them all, as {whole}=...")
             raise InputError(f"{where} is {type(value[int(name)]).__name__}: set one of its fields")
         changed = _set(value[int(name)], rest, [*done, name], text)
         return (*value[: int(name)], changed, *value[int(name) + 1 :])
@@ -159,6 +182,8 @@ def _parse(where: str, text: str, hint: Any, current: Any) -> Any:
     """``text`` as the plain types within ``hint``; a field without a usable hint keeps its value's type."""
     if hint is Any and current is not None and not _is_config(current) and not callable(current):
         hint = type(current)
+    if text == "()" and any(typing.get_origin(t) is tuple for t in _members(hint)):
+        return ()  # also where the items are stages, which text cannot make: augment=() switches them off
     plain = [t for t in _members(hint) if _is_plain(t)]
     if not plain:
         inner = f": set one of its fields ({', '.join(_names(current))})" if _names(current) else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import sys
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -50,7 +51,8 @@ class Entry:
         experiment = getattr(module, "EXPERIMENT", None) if isinstance(module, ModuleType) else module
         if not isinstance(experiment, Experiment):
             raise InputError(f"{self.origin} must define EXPERIMENT = Experiment(...)")
-        return experiment, (getattr(module, "__doc__", None) or "").strip().partition("\n")[0]
+        home = module if self.point is None else sys.modules[self.point.module]
+        return experiment, (home.__doc__ or "").strip().partition("\n")[0]
 
 
 def find(name: str) -> Entry:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 from flax import linen as nn
 
+from jaxtrain.errors import InputError
 from jaxtrain.models.layers import ACTIVATIONS, Activation, check_image, max_pool
 
 
@@ -44,6 +45,8 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+        if self.convs < 1:
+            raise InputError(f"model.convs is {self.convs}: a stage has at least 1")
         check_image(image, 2 ** len(self.widths), "CNN")
         x = image
         for stage, width in enumerate(self.widths):

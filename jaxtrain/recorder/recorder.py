@@ -32,7 +32,10 @@ def fetch(batches: Sequence[Metrics]) -> dict[str, Any]:
             for leaf in leaves:
                 leaf.copy_to_host_async()
         # Not jax.device_get, which for 300 scalars on a CPU takes eight times as long.
-        hosts = jax.tree.unflatten(tree, [np.asarray(leaf) for leaf in leaves])
+        arrays = [np.asarray(leaf) for leaf in leaves]
+    # float32 counts up to 2^24 only: add in float64.
+    arrays = [a.astype(np.float64) if np.issubdtype(a.dtype, np.floating) else a for a in arrays]
+    hosts = jax.tree.unflatten(tree, arrays)
     total: dict[str, Any] | None = None
     for host in hosts:
         total = merging.merge(total, host)
