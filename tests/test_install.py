@@ -137,11 +137,12 @@ def test_commands_that_readme_only_shows_name_what_exists():
 
 
 def test_readme_commands_run_as_written(tree, tmp_path):
-    """In a copy of the tree with this environment; ``scripts/test`` itself is left out."""
+    """In a copy of the tree, with an environment that is ready; ``scripts/test`` itself is left out."""
     copy = tmp_path / "copy"
     shutil.copytree(tree, copy)
-    (copy / ".venv").symlink_to(sys.prefix)
-    env = {**os.environ, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", "JAX_NUM_CPU_DEVICES": "1"}
+    install(clean_venv(copy / ".venv"), "-e", copy)
+    subprocess.run(["bash", "-c", '. scripts/setup; touch "$(stamp)-base"'], cwd=copy, check=True)
+    env = {**os.environ, "PATH": f"{copy}/.venv/bin:{os.environ['PATH']}", "JAX_NUM_CPU_DEVICES": "1"}
     blocks = [re.sub(r"^scripts/test\b.*$", "", text, flags=re.M) for text in runnable("bash")]
     assert any(block.strip() for block in blocks)
     for block in blocks:
