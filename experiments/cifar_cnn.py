@@ -11,9 +11,9 @@ EXPERIMENT = Experiment(
     train=data.TFDS("cifar10", "train"),
     test=data.TFDS("cifar10", "test"),
     loss=losses.CrossEntropy(smoothing=0.1),
-    optimizer=optim.SGD(lr=optim.OneCycle(peak=0.4), momentum=0.9, nesterov=True, weight_decay=5e-4),
+    optimizer=optim.SGD(lr=optim.OneCycle(peak=0.3), momentum=0.9, nesterov=True, weight_decay=5e-4),
     augment=(data.Flip(), data.Crop(pad=2, mode="reflect")),
     preprocess=(data.Normalise(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),),
-    batch=512,
+    batch=256,
     epochs=60,
 )

@@ -34,7 +34,13 @@ class InFlight:
             jax.block_until_ready(self._queue.popleft())
 
 
-def fit(program: Program, folder: Path, console: Console, name: str = "experiment") -> dict[str, Any]:
+def fit(
+    program: Program,
+    folder: Path,
+    console: Console,
+    name: str = "experiment",
+    began: float | None = None,
+) -> dict[str, Any]:
     """Train to the last step, from wherever ``folder`` stands, and evaluate.
 
     Args:
@@ -42,6 +48,7 @@ def fit(program: Program, folder: Path, console: Console, name: str = "experimen
       folder: the run's folder, which must belong to it (``workdir.claim``).
       console: where a person is watching.
       name: the experiment's name, for the records.
+      began: the ``time.perf_counter()`` from which wall time is counted; None is now.
 
     Returns:
       The result, as it is written to ``result.json``.
@@ -50,7 +57,7 @@ def fit(program: Program, folder: Path, console: Console, name: str = "experimen
       Stopped: a signal asked for it; the state is saved.
       InputError, RunError: as they say.
     """
-    began = time.perf_counter()
+    began = time.perf_counter() if began is None else began
     experiment = program.experiment
     folder.mkdir(parents=True, exist_ok=True)
     about = {"experiment": name, "hash": config_hash(experiment), "jaxtrain": __version__}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -81,10 +82,11 @@ class Program:
         rate = {} if self.rates is None else {"learning_rate": float(self.rates[step - 1])}
         return {"epoch": step / self.epoch, **rate}
 
-    def score(self, values: dict[str, Any]) -> float:
-        """How good a validation result is; higher is better."""
+    def score(self, values: dict[str, Any]) -> float | None:
+        """How good a validation result is, higher is better; None when it is not finite."""
         name = self.experiment.select
-        return -values[name[1:]] if name.startswith("-") else values[name]
+        score: float = -values[name[1:]] if name.startswith("-") else values[name]
+        return score if math.isfinite(score) else None
 
 
 def assemble(
@@ -118,12 +120,13 @@ def assemble(
     init_key, key = jax.device_put(jax.random.split(jax.random.key(exp.seed)), sharding.replicated(mesh))
     init, like, train_step = _train_functions(exp, model, train, mesh, steps, init_key)
     evals = {}
-    for name in sources.keys() - {"train"}:
+    for name in [name for name in sources if name != "train"]:
         rows = Sequential(len(sources[name]), eval_batch)
         loader = _loader(sources[name], rows, exp, mesh, check)
         step = _eval_function(exp, model, loader, mesh, like, metrics_fn)
         evals[name] = Split(loader, len(rows), rows.n, step)
-    resident = {name: isinstance(source, Arrays) for name, source in sources.items()}
+    loaders = {"train": train, **{name: split.loader for name, split in evals.items()}}
+    resident = {name: isinstance(loader, Resident) for name, loader in loaders.items()}
     choices = {"steps": steps, "resident": resident}
     epoch = order.n // order.batch if exp.remainder == "drop" else order.n / order.batch
     return Program(exp, steps, key, init, like, train_step, train, evals, choices, epoch, _rates(exp, steps))

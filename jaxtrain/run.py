@@ -10,6 +10,7 @@ import dataclasses
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def _fit(
     from jaxtrain.loop import fit
     from jaxtrain.program import assemble
 
+    began = time.perf_counter()
     mesh = sharding.make_mesh()
     record = {
         "origin": origin,
@@ -88,7 +90,7 @@ def _fit(
     if found is None:
         workdir.claim(folder, name, experiment, record | program.choices, args.extend)
         try:
-            found = fit(program, folder, console, name)
+            found = fit(program, folder, console, name, began)
         except Stopped as stopped:
             raise Stopped(f"{stopped}; go on with: {_command(args, folder)}", stopped.signum) from None
         finally:

@@ -294,6 +294,13 @@ def test_nchw_images_are_recognised(mesh1):
 def test_streamed_labels_are_checked_on_the_way(tmp_path, console, mesh1):
     bad = split(200, 0)
     bad.fields["label"][199] = 9
-    exp = change(train=bad, feed="stream", epochs=2)
+    source = data.Subset(bad, np.arange(200))  # nothing that can be checked as a whole beforehand
+    program = assemble(change(train=source, feed="stream", epochs=2), mesh1)
+    assert program.choices["resident"] == {"train": False, "test": False}
     with pytest.raises(InputError, match=r"label 9 of example 199"):
-        fit(assemble(exp, mesh1), tmp_path, console)
+        fit(program, tmp_path, console)
+
+
+def test_a_score_that_is_not_finite_is_never_the_best(mesh1):
+    program = assemble(change(holdout=40, select="-loss"), mesh1)
+    assert program.score({"loss": float("nan")}) is None and program.score({"loss": 2.0}) == -2.0
