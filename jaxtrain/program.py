@@ -71,11 +71,16 @@ class Program:
         if step == self.steps:
             return "valid" in self.evals
         every = self.experiment.eval_every
-        return every is not None and step % max(1, round(every * self.epoch)) == 0
+        return every is not None and self._completes(step, every)
 
     def saves(self, step: int) -> bool:
         """Is there a checkpoint after update ``step``?"""
-        return step == self.steps or step % max(1, round(self.experiment.save_every * self.epoch)) == 0
+        return step == self.steps or self._completes(step, self.experiment.save_every)
+
+    def _completes(self, step: int, epochs: float) -> bool:
+        """Does update ``step`` complete a multiple of ``epochs``, which may end within a batch?"""
+        period = max(1.0, epochs * self.epoch)
+        return step // period > (step - 1) // period
 
     def position(self, step: int) -> dict[str, float]:
         """Where update ``step`` stands: the epoch and the learning rate, for the records."""

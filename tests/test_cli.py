@@ -67,7 +67,7 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
 
 
 def test_a_run_then_the_same_again_then_new_then_evaluate(capsys):
-    assert train("--workdir", "r") == 0
+    assert train("--workdir", "r", "--set", "save_every=0.5") == 0
     out = capsys.readouterr().out
     assert re.search(r"test, last step +loss \d\.\d+  accuracy \d+\.\d\d %", out)
     result = json.loads(Path("r/result.json").read_text())
@@ -81,8 +81,8 @@ def test_a_run_then_the_same_again_then_new_then_evaluate(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["accuracy"] == result["test"]["accuracy"] and found["examples"] == 50
     assert found["step"] == 13 and len(found["recall"]) == 4
-    assert verbs.main(["evaluate", "--workdir", "r", "--checkpoint", "12"]) == 0
-    assert "step 12, test, 50 examples" in capsys.readouterr().out
+    assert verbs.main(["evaluate", "--workdir", "r", "--checkpoint", "7"]) == 0
+    assert "step 7, test, 50 examples" in capsys.readouterr().out
 
 
 def test_evaluate_refuses_what_is_not_there(capsys):
@@ -90,7 +90,7 @@ def test_evaluate_refuses_what_is_not_there(capsys):
     assert train("--workdir", "r", "--set", "eval_every=none") == 0
     capsys.readouterr()
     code = verbs.main(["evaluate", "--workdir", "r", "--checkpoint", "5"])
-    assert "give best, latest or a kept step (12, 13)" in refused(capsys, code)
+    assert "give best, latest or a kept step (13)" in refused(capsys, code)
     code = verbs.main(["evaluate", "--workdir", "r", "--split", "valid"])
     assert "has no valid split" in refused(capsys, code)
 
@@ -325,7 +325,7 @@ def test_killed_and_resumed_is_bitwise_the_straight_run(devices):
     resumed = start(*few, "--workdir", "b", devices=devices)
     out, error = resumed.communicate()
     assert resumed.returncode == 0, error
-    assert re.search(r"going on from step (24|25|48|50) of 100", out)
+    assert re.search(r"going on from step (25|50) of 100", out)
     same(leaves("a"), leaves("b"))
     a, b = (json.loads(Path(f, "result.json").read_text())["test"] for f in "ab")
     assert a == b

@@ -80,7 +80,15 @@ def test_metrics_file_of_a_resumed_run_has_each_step_once(tmp_path, console, mon
         file.write('{"step": 11, "train/loss": 1}\n{"step": 1')  # what a kill leaves behind
     fit(assemble(EXPERIMENT, mesh1), tmp_path, console)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [5, 9, 10, 12, 12, 13, 13]  # an epoch of 12.5 steps is looked at after 12
+    assert steps == [5, 9, 10, 13, 13]
+
+
+def test_evaluations_and_saves_come_as_epochs_are_completed(mesh1):
+    program = assemble(change(epochs=3, eval_every=1, save_every=0.5), mesh1)  # 12.5 steps an epoch
+    assert [s for s in range(1, 39) if program.evaluates(s)] == [13, 25]  # the last is the final one
+    assert [s for s in range(1, 39) if program.saves(s)] == [7, 13, 19, 25, 32, 38]
+    often = assemble(change(eval_every=0.01), mesh1)
+    assert all(often.evaluates(s) for s in range(1, 13))
 
 
 def test_records_tell_epoch_and_learning_rate(tmp_path, console, mesh1):
