@@ -98,7 +98,7 @@ def torch_trainers(params: Any, batch: dict[str, np.ndarray]) -> dict[str, Any]:
 def main() -> None:
     """All sides interleaved, one JSON object."""
     parser = common.arguments(__doc__, rounds=8)
-    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=256)
     args = parser.parse_args()
     raw = common.cifar_like(args.batch)
     batch = {"image": (raw["image"] / 127.5 - 1).astype(np.float32), "label": raw["label"]}
