@@ -31,5 +31,12 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
+def script() -> None:
+    """The command ``jaxtrain``."""
+    from jaxtrain import cli  # here: --help needs none of it
+
+    cli.leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -48,11 +48,15 @@ def open(workdir: Path, keep: int = 2, about: dict[str, Any] | None = None) -> I
       about: JSON put into every manifest (experiment, config hash, versions).
     """
     saved = Checkpoints(Path(workdir).resolve() / "checkpoints", keep, about or {})
+    wait = True
     try:
         yield saved
         saved.wait()
+    except KeyboardInterrupt:
+        wait = False  # a save cut off in the middle may never end
+        raise
     finally:
-        saved.close()
+        saved.close(wait)
 
 
 class Checkpoints:
@@ -175,9 +179,9 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(step, error) from error
 
-    def close(self) -> None:
-        """Let go of the writer thread."""
-        self._writer.shutdown()
+    def close(self, wait: bool = True) -> None:
+        """Let go of the writer thread, without waiting for what it does if ``wait`` is false."""
+        self._writer.shutdown(wait, cancel_futures=not wait)
 
     def _finish(self, response: Any, folder: Path, manifest: dict[str, Any]) -> None:
         response.result()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -40,6 +41,18 @@ def main(
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted at once; the last checkpoint is kept", file=sys.stderr)
         return 130
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with ``code``; after a signal at once, whatever threads are still waiting for.
+
+    Orbax's threads wait for ever for a save that an interrupt has cut off.
+    """
+    if code > 128:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def load(name: str, settings: Sequence[str]) -> tuple[str, str, Experiment]:

@@ -203,4 +203,4 @@ def _command(args: argparse.Namespace, folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

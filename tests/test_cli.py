@@ -331,6 +331,25 @@ def test_killed_and_resumed_is_bitwise_the_straight_run(devices):
     assert a == b
 
 
+def test_a_second_interrupt_while_saving_does_not_hang(python):
+    """A save that is cut off leaves threads behind which wait for ever."""
+    code = f"""
+import os, signal, sys, threading
+from orbax.checkpoint import v1
+from jaxtrain import cli, run
+
+def cut_off(*args, **kwargs):
+    threading.Thread(target=threading.Event().wait).start()
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+
+v1.save_async = cut_off
+cli.leave(run.main(["--experiment", {TINY!r}, "--workdir", "r"]))
+"""
+    done = python("-c", code)
+    assert done.returncode == 130 and "interrupted at once" in done.stderr
+
+
 def test_a_second_interrupt_ends_at_once():
     """A step of this batch takes long enough that the second signal comes before the loop looks."""
     process = start(*LONG, "--workdir", "r", "--set", "batch=20000", "--set", "epochs=30000")

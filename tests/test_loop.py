@@ -228,8 +228,12 @@ def test_guard_catches_a_reader(mesh1):
         metrics["loss"].compute()
 
 
-def test_best_checkpoint_is_chosen_on_valid_and_kept(tmp_path, console, mesh1):
-    exp = change(holdout=40, epochs=4, optimizer=optim.SGD(lr=0.05), keep=1)
+def test_best_checkpoint_is_chosen_on_valid_and_kept(tmp_path, console, monkeypatch, mesh1):
+    exp = change(holdout=40, epochs=12, optimizer=optim.SGD(lr=0.05), keep=1, save_every=100)
+    real, calls = checkpoint.Checkpoints.save, []
+    monkeypatch.setattr(
+        checkpoint.Checkpoints, "save", lambda self, *args: calls.append(args[0]) or real(self, *args)
+    )
     found = fit(assemble(exp, mesh1), tmp_path, console)
     with checkpoint.open(tmp_path) as saved:
         steps = {s.step: s.score for s in saved.steps()}
@@ -239,6 +243,9 @@ def test_best_checkpoint_is_chosen_on_valid_and_kept(tmp_path, console, mesh1):
     first = min(step for step, value in valid.items() if value == best)
     assert found["best"] == {"step": first, "valid": best, "test": found["best"]["test"]}
     assert set(steps) == {first, found["steps"]}
+    values = list(valid.values())
+    improved = [s for k, s in enumerate(valid) if values[k] > max(values[:k], default=-1)]
+    assert calls == sorted({*improved, found["steps"]}) and len(calls) < len(valid)
 
 
 def test_holdout_leaves_training_examples_out(mesh1):
@@ -247,7 +254,8 @@ def test_holdout_leaves_training_examples_out(mesh1):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, console, mesh1):
-    exp = change(optimizer=optim.SGD(lr=1e38), eval_every=None)
+    quiet = {"eval_every": None, "save_every": 0.2, "log_every": 100}  # no record before the first save
+    exp = change(optimizer=optim.SGD(lr=1e38), **quiet)
     with pytest.raises(RunError, match=r"(loss|grad_norm) is (nan|inf)"):
         fit(assemble(exp, mesh1), tmp_path, console)
     with checkpoint.open(tmp_path) as saved:
