@@ -96,12 +96,22 @@ class Checkpoints:
         return None if best is None else best.score
 
     def clean(self) -> list[str]:
-        """Remove what a killed process left: unfinished saves and half-deleted steps. Returns their names."""
+        """Remove what a killed process left: unfinished saves and half-deleted steps. Returns their names.
+
+        Raises:
+          RunError: the only checkpoints there are have lost their manifests.
+        """
         stray = [
             p
             for p in self._folder.glob("*")
             if p.name.startswith(".trash-") or (p.name.isdigit() and not (p / "manifest.json").exists())
         ]
+        whole = [p for p in stray if p.name.isdigit() and (p / "state").is_dir()]
+        if whole and self.latest() is None:  # Orbax finished, so this is no save that a kill cut off
+            raise RunError(
+                f"checkpoint {whole[-1]} has its arrays and no manifest.json: restore that file from a copy, "
+                "or delete the folder to start again"
+            )
         for path in stray:
             _remove(path)
         return sorted(p.name for p in stray if p.name.isdigit())
@@ -233,7 +243,7 @@ def _check(saved: Saved, like: State) -> None:
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
-        manifest["format"], manifest["tree"]
+        manifest["format"], dict(manifest["tree"]), float(manifest["score"] or 0)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"checkpoint {path.parent} cannot be read (its manifest.json is damaged): restore it from a "

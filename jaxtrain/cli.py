@@ -70,7 +70,10 @@ def recorded(record: dict[str, Any], folder: Path) -> tuple[str, Experiment]:
     """
     origin = record["origin"]
     named = origin if Path(origin).is_file() else record["name"]
-    name, _, experiment = load(named, record["overrides"])
+    try:
+        name, _, experiment = load(named, record["overrides"])
+    except InputError as error:
+        raise InputError(f"the experiment of {folder}, {origin}, cannot be loaded: {error}") from error
     if record.get("overfit") is not None:
         experiment = overfit(experiment, record["overfit"])
     difference = first_difference(record["config"], config_text(experiment))

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtrain import preflight, sharding
 from jaxtrain.data import Arrays, Order, Sequential, Source, Subset, compose, holdout, in_memory
 from jaxtrain.data.loader import Check, Loader, Resident, Streamed
-from jaxtrain.errors import InputError
+from jaxtrain.errors import InputError, RunError
 from jaxtrain.experiment import Experiment
 from jaxtrain.models import as_model
 from jaxtrain.optim import Schedule
@@ -145,15 +145,26 @@ def _open_sources(exp: Experiment, mesh: Mesh) -> dict[str, Source]:
         "stream": 0,
     }[exp.feed]
 
-    def opened(source: Source) -> Source:
-        return in_memory(source, limit) or source
+    def opened(name: str, source: Source) -> Source:
+        if len(source) < 1:
+            raise InputError(f"{name}: the data set {type(source).__name__} is empty")
+        try:
+            return in_memory(source, limit) or source
+        except (InputError, RunError):
+            raise
+        except Exception as error:  # a user's own source: anything may come out of it
+            line = str(error).partition("\n")[0]
+            raise RunError(
+                f"{name}: {type(source).__name__}.gather failed: {type(error).__name__}: {line} "
+                "(--debug shows where)"
+            ) from error
 
-    train, valid = opened(exp.train), exp.valid
+    train, valid = opened("train", exp.train), exp.valid
     if exp.holdout:
         kept, held = holdout(len(train), exp.holdout)
-        train, valid = opened(Subset(train, kept)), Subset(train, held)
-    splits = {"train": train, "test": opened(exp.test)}
-    return splits if valid is None else {**splits, "valid": opened(valid)}
+        train, valid = opened("train", Subset(train, kept)), Subset(train, held)
+    splits = {"train": train, "test": opened("test", exp.test)}
+    return splits if valid is None else {**splits, "valid": opened("valid", valid)}
 
 
 def _outputs(exp: Experiment, model: Model, source: Source) -> Any:

@@ -90,7 +90,8 @@ def _fit(
     if found is None:
         workdir.claim(folder, name, experiment, record | program.choices, args.extend)
         try:
-            found = fit(program, folder, console, name, began)
+            with workdir.locked(folder):
+                found = fit(program, folder, console, name, began)
         except Stopped as stopped:
             raise Stopped(f"{stopped}; go on with: {_command(args, folder)}", stopped.signum) from None
         finally:
@@ -114,11 +115,16 @@ def _folder(name: str, experiment: Experiment, args: argparse.Namespace) -> Path
 def _smoke(name: str, experiment: Experiment, console: Console) -> int:
     """Two steps, an evaluation, a save; then the same again, which must restore and change nothing."""
     from jaxtrain import sharding
-    from jaxtrain.data import Subset
+    from jaxtrain.data import Order, Subset, holdout
     from jaxtrain.loop import fit
     from jaxtrain.program import assemble
 
-    batch = experiment.batch
+    batch, n = experiment.batch, len(experiment.train)
+    Order(experiment.seed, n, batch, experiment.remainder).steps(experiment.epochs)
+    if experiment.holdout:
+        holdout(n, experiment.holdout)
+    if batch > 2 * n:
+        raise InputError(f"batch {batch} is more than twice the training set of {n} examples")
     test = Subset(experiment.test, np.arange(min(len(experiment.test), batch + 1)))
     chosen = experiment.valid is not None or experiment.holdout > 0
     short = dataclasses.replace(

@@ -18,7 +18,7 @@ They need nothing else of jaxtrain: a model, a loss and an optax transformation 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -62,7 +62,11 @@ def make_init(
         batch = prepare(batch, prepare_key)
         params, extra = pair.init(model_key, batch)
         if data_init is not None:
-            params = data_init(params, batch)
+            changed = data_init(params, batch)
+            before: Any = jax.tree.structure(params)
+            if jax.tree.structure(changed) != before:
+                raise InputError("data_init must return params of the structure it was given")
+            params = changed
         state = State(jnp.zeros((), jnp.int32), params, extra, tx.init(params))
         for change in after:
             if hasattr(change, "init"):
@@ -152,8 +156,11 @@ def _evaluated(state: State) -> tuple[Any, dict[str, Any]]:
 
 
 def _loss(loss_fn: LossFn, outputs: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
-    loss, metrics = loss_fn(outputs, batch)
+    result = loss_fn(outputs, batch)
     name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+        raise InputError(f"{name} must return (loss, metrics): a scalar and a dict of mergeable metrics")
+    loss, metrics = result
     if jnp.shape(loss) != ():
         raise InputError(f"{name} gives a loss of shape {jnp.shape(loss)}: average it to a scalar")
     for key, metric in metrics.items():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,6 +70,30 @@ def claim(
         ) from error
 
 
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keep every other process out of the run's folder while in this block.
+
+    The kernel lets go of the lock when the process ends, however it ends. (Some network disks have no locks.)
+
+    Raises:
+      InputError: another process has the folder.
+    """
+    with (workdir / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise InputError(
+                f"{workdir} is in use by another run ({file.read().strip() or 'unknown process'}): "
+                "wait for it, stop it, or use --new"
+            ) from error
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
 def load(workdir: Path) -> dict[str, Any]:
     """The run's ``config.json``.
 
@@ -92,6 +119,7 @@ def result(workdir: Path, steps: int) -> dict[str, Any] | None:
         return None
     try:
         found: dict[str, Any] = json.loads(path.read_text())
+        dict(found["test"]), float(found["seconds"]), found["examples_per_second"], found["resumed_from"]
         return found if found["steps"] == steps else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} cannot be read ({error}): delete it and run again") from error

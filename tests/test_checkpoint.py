@@ -98,6 +98,20 @@ def test_an_unfinished_save_is_not_a_checkpoint_and_is_cleaned_up(tmp_path, mesh
     assert sorted(p.name for p in folder.iterdir()) == ["000001", "99.txt", "notes"]
 
 
+def test_arrays_whose_manifests_are_all_gone_are_not_thrown_away(tmp_path, mesh1):
+    save(tmp_path, 1, 2, mesh=mesh1)
+    for path in (tmp_path / "checkpoints").glob("*/manifest.json"):
+        path.unlink()
+    with pytest.raises(RunError, match=r"has its arrays and no manifest"), checkpoint.open(tmp_path) as saved:
+        saved.clean()
+    assert len(list((tmp_path / "checkpoints").glob("*/state"))) == 2
+
+
+def damage_types(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "tree": 5}))
+
+
 def damage_manifest(folder):
     (folder / "manifest.json").write_text('{"format": 1')
 
@@ -110,7 +124,7 @@ def damage_everything(folder):
     shutil.rmtree(folder / "state")
 
 
-@pytest.mark.parametrize("damage", [damage_manifest, damage_arrays, damage_everything])
+@pytest.mark.parametrize("damage", [damage_types, damage_manifest, damage_arrays, damage_everything])
 def test_a_checkpoint_that_cannot_be_read_is_an_error_that_names_it(damage, tmp_path, mesh1):
     save(tmp_path, 1, 2, mesh=mesh1)
     damage(tmp_path / "checkpoints" / "000002")

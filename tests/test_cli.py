@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from jaxtrain import __main__ as verbs
-from jaxtrain import checkpoint, run
+from jaxtrain import checkpoint, run, workdir
 from jaxtrain.data import fetch
+from jaxtrain.errors import InputError
 
 TINY = str(Path(__file__).parent / "tiny.py")
 
@@ -182,8 +183,28 @@ def test_a_folder_of_another_run_or_of_something_else_is_refused(capsys):
     assert "is not empty and holds no run" in refused(capsys, train("--workdir", "mine"))
 
 
+def test_a_second_run_in_one_folder_is_refused(capsys):
+    process = start(*LONG, "--workdir", "r")
+    wait_for_step(process, 2)
+    in_use = rf"r is in use by another run \(pid {process.pid} on"
+    with pytest.raises(InputError, match=in_use), workdir.locked(Path("r")):
+        pass
+    process.kill()
+    process.communicate()
+    with workdir.locked(Path("r")):  # a killed run leaves no lock behind
+        pass
+
+
+def test_smoke_refuses_what_the_run_would(capsys):
+    assert "holdout=1.5 of 200" in refused(capsys, train("--smoke", "--set", "holdout=1.5"))
+    assert "more than twice" in refused(capsys, train("--smoke", "--set", "batch=8000000"))
+
+
 def test_a_damaged_record_is_exit_3(capsys):
     assert train("--workdir", "r") == 0
+    Path("r/result.json").write_text('{"steps": 13}')
+    capsys.readouterr()
+    assert "result.json cannot be read" in refused(capsys, train("--workdir", "r"), 3)
     Path("r/config.json").write_text("{")
     capsys.readouterr()
     assert "config.json cannot be read" in refused(capsys, train("--workdir", "r"), 3)

@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny import EXPERIMENT, split
 
@@ -320,3 +321,48 @@ def test_streamed_labels_are_checked_on_the_way(tmp_path, console, mesh1):
 def test_a_score_that_is_not_finite_is_never_the_best(mesh1):
     program = assemble(change(holdout=40, select="-loss"), mesh1)
     assert program.score({"loss": float("nan")}) is None and program.score({"loss": 2.0}) == -2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken:
+    """A source that fails in its own way."""
+
+    n: int = 10
+
+    def __len__(self):
+        return self.n
+
+    def gather(self, indices):
+        raise OSError("disk gone")
+
+
+def test_sources_that_are_empty_or_fail_are_one_line(mesh1):
+    with pytest.raises(InputError, match="train: the data set Broken is empty"):
+        assemble(change(train=Broken(0)), mesh1)
+    with pytest.raises(RunError, match=r"test: Broken.gather failed: OSError: disk gone"):
+        assemble(change(test=Broken()), mesh1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ema": 0.9}, r"ema is 0.9: it must be optim.EMA"),
+        ({"loss": None}, "loss is None: it must be a function"),
+        ({"batch": "64"}, "batch is '64': it must be an int"),
+        ({"epochs": True}, "epochs is True: it must be a number"),
+        ({"optimizer": optax.adam(1e-2)}, "whose settings the run could not record"),
+        ({"train": 3}, "train is 3: it must have __len__ and gather"),
+    ],
+)
+def test_experiment_fields_of_the_wrong_kind_are_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        change(**fields)
+
+
+def test_mistakes_inside_a_loss_or_an_init_are_named(mesh1):
+    with pytest.raises(InputError, match=r"must return \(loss, metrics\)"):
+        assemble(change(loss=lambda outputs, batch: outputs.mean()), mesh1)
+    with pytest.raises(InputError, match="data_init must return params"):
+        assemble(change(data_init=lambda params, batch: None), mesh1)
+    with pytest.raises(InputError, match=r"epochs=1e\+300 are more than 2\^31 steps"):
+        assemble(change(epochs=1e300), mesh1)

@@ -295,3 +295,73 @@ def effect(module: Any) -> Any:
 def test_every_field_of_a_model_changes_something(cls: type, field: str) -> None:
     base = BASES[cls]
     assert effect(base.clone(**{field: CASES[cls][field]})) != effect(base)
+
+
+class Flagged(nn.Module):
+    """The mode argument is called as in other libraries."""
+
+    flag: str
+
+    def setup(self) -> None:
+        self.norm, self.dense = nn.BatchNorm(momentum=0.5), nn.Dense(2)
+
+    def run(self, image: jax.Array, train: bool) -> jax.Array:
+        return self.dense(self.norm(image.reshape(image.shape[0], -1), use_running_average=not train))
+
+
+def flagged(flag: str) -> nn.Module:
+    scope: dict[str, Any] = {"Flagged": Flagged}
+    default = flag in ("deterministic", "use_running_average")
+    train = f"not {flag}" if default else flag
+    exec(
+        f"class Net(Flagged):\n  def __call__(self, image, {flag}={default}):\n"
+        f"    return self.run(image, {train})",
+        scope,
+    )
+    return scope["Net"](flag)
+
+
+@pytest.mark.parametrize("flag", ["train", "training", "is_training", "deterministic", "use_running_average"])
+def test_batch_statistics_move_in_training_whatever_the_mode_argument_is_called(flag: str) -> None:
+    model, batch = as_model(flagged(flag)), {"image": jnp.arange(24.0).reshape(2, 3, 4, 1)}
+    params, extra = model.init(jax.random.key(0), batch)
+    _, moved = model.apply(params, extra, batch, train=True, key=jax.random.key(1))
+    _, still = model.apply(params, extra, batch, train=False, key=None)
+    before = extra["batch_stats"]["norm"]["mean"]
+    assert not np.allclose(moved["batch_stats"]["norm"]["mean"], before)
+    np.testing.assert_array_equal(still["batch_stats"]["norm"]["mean"], before)
+
+
+def test_batch_statistics_without_a_mode_argument_are_refused() -> None:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, image: jax.Array) -> jax.Array:
+            return nn.BatchNorm(use_running_average=False)(image)
+
+    with pytest.raises(InputError, match="Net has batch statistics and its __call__ no argument"):
+        as_model(Net()).init(jax.random.key(0), {"image": jnp.ones((2, 3))})
+
+
+def test_optional_arguments_are_passed_by_name_and_the_padding_mask_is_not() -> None:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, image: jax.Array, scale: Any = None, mask: Any = None, length: Any = None) -> Any:
+            assert scale is None and mask is None
+            return image * length
+
+    batch = {"image": jnp.ones((2, 3)), "mask": jnp.ones(2, bool), "length": jnp.full((2, 1), 5.0)}
+    model = as_model(Net())
+    params, extra = model.init(jax.random.key(0), batch)
+    assert model.apply(params, extra, batch, train=False, key=None)[0].sum() == 30
+
+
+def test_any_random_stream_is_served() -> None:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+            return image + jax.random.normal(self.make_rng("noise"), image.shape) if train else image
+
+    model, batch = as_model(Net()), {"image": jnp.zeros((2, 3))}
+    params, extra = model.init(jax.random.key(0), batch)
+    one, two = (model.apply(params, extra, batch, train=True, key=jax.random.key(k))[0] for k in (1, 2))
+    assert one.any() and not np.allclose(one, two)

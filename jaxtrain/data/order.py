@@ -62,9 +62,11 @@ class Order:
     def steps(self, epochs: float) -> int:
         """Number of batches in ``epochs``, which may be fractional; a begun batch counts whole."""
         exact = Fraction(str(epochs))  # 0.1 means a tenth, not the double nearest to it
-        if self.remainder == "drop":
-            return math.ceil(exact * (self.n // self.batch))
-        return math.ceil(exact * self.n / self.batch)
+        whole = self.n // self.batch if self.remainder == "drop" else Fraction(self.n, self.batch)
+        steps = math.ceil(exact * whole)
+        if steps >= 2**31:
+            raise InputError(f"epochs={epochs} are more than 2^31 steps: lower it")
+        return steps
 
 
 @dataclasses.dataclass(frozen=True)

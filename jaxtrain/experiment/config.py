@@ -185,6 +185,8 @@ def _parse(where: str, text: str, hint: Any, current: Any) -> Any:
     if text == "()" and any(typing.get_origin(t) is tuple for t in _members(hint)):
         return ()  # also where the items are stages, which text cannot make: augment=() switches them off
     plain = [t for t in _members(hint) if _is_plain(t)]
+    if plain == [type(None)] and text.lower() not in ("none", "null"):
+        plain = []
     if not plain:
         inner = f": set one of its fields ({', '.join(_names(current))})" if _names(current) else ""
         raise InputError(f"{where} is {_leaf(current)} and cannot be set from text{inner}")

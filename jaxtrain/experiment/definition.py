@@ -78,6 +78,7 @@ class Experiment:
     max_in_flight: int = _operational(2)
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         for name, least in (("batch", 1), ("log_every", 1), ("keep", 1), ("max_in_flight", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}: it must be at least {least}")
@@ -94,3 +95,29 @@ class Experiment:
             raise InputError("valid and holdout are both given: a run has one validation set")
         if not 0 <= self.seed < 2**31:
             raise InputError(f"seed is {self.seed}: it must be in [0, 2**31)")
+
+
+def _check_kinds(experiment: Experiment) -> None:
+    """Say in the experiment's own terms what would fail somewhere inside JAX."""
+    for name in ("batch", "seed", "log_every", "keep", "max_in_flight", "workers"):
+        if type(getattr(experiment, name)) is not int:
+            raise InputError(f"{name} is {getattr(experiment, name)!r}: it must be an int")
+    for name in ("epochs", "save_every", "holdout"):
+        value = getattr(experiment, name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError(f"{name} is {value!r}: it must be a number")
+    if not callable(experiment.loss):
+        raise InputError(
+            f"loss is {experiment.loss!r}: it must be a function (outputs, batch) -> (loss, metrics)"
+        )
+    if experiment.ema is not None and not isinstance(experiment.ema, EMA):
+        raise InputError(f"ema is {experiment.ema!r}: it must be optim.EMA(decay=...), or None")
+    if not hasattr(experiment.optimizer, "build"):
+        raise InputError(
+            f"optimizer is a {type(experiment.optimizer).__name__}, whose settings the run could not record: "
+            "use optim.SGD, Adam or AdamW, or a frozen dataclass of your own with build(steps) -> optax"
+        )
+    for name in ("train", "test", "valid"):
+        source = getattr(experiment, name)
+        if not isinstance(source, Source) and not (name == "valid" and source is None):
+            raise InputError(f"{name} is {source!r}: it must have __len__ and gather(indices)")

@@ -45,8 +45,8 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
-        if self.convs < 1:
-            raise InputError(f"model.convs is {self.convs}: a stage has at least 1")
+        if self.convs < 1 or not self.widths or min(self.widths) < 1:
+            raise InputError(f"CNN(widths={self.widths}, convs={self.convs}): all must be at least 1")
         check_image(image, 2 ** len(self.widths), "CNN")
         x = image
         for stage, width in enumerate(self.widths):

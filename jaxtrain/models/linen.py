@@ -13,17 +13,25 @@ from jaxtrain.errors import InputError
 from jaxtrain.types import NOT_MODEL_STATE, Batch, Model
 
 TARGETS = frozenset({"label", "target", "mask"})
+MODES = {
+    "train": True,
+    "training": True,
+    "is_training": True,
+    "deterministic": False,
+    "use_running_average": False,
+}
 
 
 def as_model(model: Any) -> Model:
     """``model`` as a pure ``Model`` pair: a Linen module, or an ``(init, apply)`` pair as it is.
 
-    A Linen module's ``__call__`` arguments are filled from the batch fields of the same name; a single
-    argument of another name gets the only field that is not ``label``, ``target`` or ``mask``. An
-    argument called ``train`` is told whether dropout and batch statistics are active.
+    A Linen module's ``__call__`` arguments are filled from the batch fields of the same name (optional ones
+    called ``label``, ``target`` or ``mask`` are not); a single argument of another name gets the only
+    field that is none of these three. ``train``, ``training`` or ``is_training`` is told whether dropout and
+    batch statistics are active, ``deterministic`` or ``use_running_average`` the opposite.
 
     Raises:
-      InputError: neither a module nor a pair.
+      InputError: neither a module nor a pair, or batch statistics without such an argument.
 
     >>> import jax.numpy as jnp
     >>> model = as_model(nn.Dense(3))
@@ -41,30 +49,34 @@ def as_model(model: Any) -> Model:
 
 
 def _from_linen(module: nn.Module) -> Model:
-    signature = inspect.signature(type(module).__call__)
-    names = [name for name in signature.parameters if name not in ("self", "train")]
-    takes_train = "train" in signature.parameters
+    parameters = list(inspect.signature(type(module).__call__).parameters.values())[1:]
+    modes = [p.name for p in parameters if p.name in MODES]
 
-    def call(batch: Batch, train: bool) -> tuple[list[Any], dict[str, Any]]:
-        required = [n for n in names if signature.parameters[n].default is inspect.Parameter.empty]
-        return _inputs(module, names, required, batch), {"train": train} if takes_train else {}
+    def call(batch: Batch, train: bool) -> dict[str, Any]:
+        inputs = [p for p in parameters if p.name not in modes]
+        return {**_inputs(module, inputs, batch), **{name: train is MODES[name] for name in modes}}
 
     def init(key: jax.Array, batch: Batch) -> tuple[Any, dict[str, Any]]:
-        args, kwargs = call(batch, train=False)
         params_key, dropout_key = jax.random.split(key)
-        variables = dict(module.init({"params": params_key, "dropout": dropout_key}, *args, **kwargs))
+        rngs = {"params": params_key, "dropout": dropout_key}
+        variables = dict(module.init(rngs, **call(batch, train=False)))
+        if "batch_stats" in variables and not modes:
+            raise InputError(
+                f"{type(module).__name__} has batch statistics and its __call__ no argument that says when "
+                "to update them: add train: bool, and pass it on"
+            )
         return variables.pop("params", {}), variables
 
     def apply(
         params: Any, extra: dict[str, Any], batch: Batch, *, train: bool, key: jax.Array | None
     ) -> tuple[Any, dict[str, Any]]:
-        args, kwargs = call(batch, train)
         statistics = {k: v for k, v in extra.items() if k not in NOT_MODEL_STATE}
-        rngs = None if key is None else {"dropout": key}
+        # Any other stream that the module asks for falls back to "params".
+        rngs = None if key is None else {"dropout": key, "params": jax.random.fold_in(key, 1)}
         mutable: Any = list(statistics) if train else False  # Linen: a list, even empty, gives a pair
         try:
             result = module.apply(
-                {"params": params, **statistics}, *args, rngs=rngs, mutable=mutable, **kwargs
+                {"params": params, **statistics}, rngs=rngs, mutable=mutable, **call(batch, train)
             )
         except flax.errors.ScopeParamShapeError as error:
             shapes = ", ".join(f"{k} {v.shape}" for k, v in batch.items())
@@ -80,12 +92,18 @@ def _from_linen(module: nn.Module) -> Model:
     return Model(init, apply)
 
 
-def _inputs(module: nn.Module, names: list[str], required: list[str], batch: Batch) -> list[Any]:
+def _inputs(module: nn.Module, inputs: list[inspect.Parameter], batch: Batch) -> dict[str, Any]:
+    """Arguments by name, so that an optional one that is left out shifts no other."""
+    empty = inspect.Parameter.empty
+    required = [
+        p.name for p in inputs if p.default is empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
     if all(name in batch for name in required):
-        return [batch[name] for name in names if name in batch]
+        optional = [p.name for p in inputs if p.name not in required and p.name not in TARGETS]
+        return {name: batch[name] for name in [*required, *optional] if name in batch}
     fields = [name for name in batch if name not in TARGETS]
     if len(required) == 1 and len(fields) == 1:
-        return [batch[fields[0]]]
+        return {required[0]: batch[fields[0]]}
     raise InputError(
         f"{type(module).__name__} takes {', '.join(required)} and the batch has {', '.join(batch)}: "
         "name the module's arguments after batch fields"

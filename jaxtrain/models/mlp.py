@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 from flax import linen as nn
 
+from jaxtrain.errors import InputError
 from jaxtrain.models.layers import ACTIVATIONS, Activation
 
 
@@ -32,6 +33,8 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+        if min(self.widths, default=1) < 1:
+            raise InputError(f"MLP(widths={self.widths}): all must be at least 1")
         x = image.reshape(image.shape[0], -1)
         for layer, width in enumerate(self.widths):
             x = ACTIVATIONS[self.activation](nn.Dense(width, name=f"dense{layer}")(x))

@@ -62,7 +62,10 @@ def open(
       examples: global batch size.
       position: ``step -> numbers`` to write beside the metrics of that step (epoch, learning rate).
     """
-    recorder = Recorder(workdir, console, start, log_every, examples, position)
+    try:
+        recorder = Recorder(workdir, console, start, log_every, examples, position)
+    except OSError as error:
+        raise RunError(f"the records in {workdir} cannot be written: {error}") from error
     try:
         yield recorder
         recorder.flush()
