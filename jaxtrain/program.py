@@ -77,6 +77,11 @@ class Program:
         """Is there a checkpoint after update ``step``?"""
         return step == self.steps or self._completes(step, self.experiment.save_every)
 
+    def close(self) -> None:
+        """Stop the threads and processes that read the data."""
+        for loader in (self.train, *(split.loader for split in self.evals.values())):
+            loader.close()
+
     def _completes(self, step: int, epochs: float) -> bool:
         """Does update ``step`` complete a multiple of ``epochs``, which may end within a batch?"""
         period = max(1.0, epochs * self.epoch)

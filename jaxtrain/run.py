@@ -96,6 +96,7 @@ def _fit(
             raise Stopped(f"{stopped}; go on with: {_command(args, folder)}", stopped.signum) from None
         finally:
             console.end()
+            program.close()
     else:
         console.note("this run is finished; --new starts another, --extend a longer one")
     _summary(name, found, folder, console)

@@ -8,7 +8,8 @@ difference: it hands ``batch(step)`` to a step that starts with ``fetch``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -37,6 +38,9 @@ class Loader(Protocol):
     def fetch(self, batch: Any) -> Batch:
         """Pure, inside the step: the named arrays of that batch."""
 
+    def close(self) -> None:
+        """Let go of threads and worker processes; another ``batch`` starts them again."""
+
 
 class Resident:
     """The whole source on every device; only row numbers travel.
@@ -63,6 +67,9 @@ class Resident:
         fields = {name: array[batch["rows"]] for name, array in batch["data"].items()}
         return {**fields, "mask": batch["mask"]} if "mask" in batch else fields
 
+    def close(self) -> None:
+        pass
+
 
 class Streamed:
     """Batches gathered on the host while earlier ones are computed.
@@ -88,11 +95,12 @@ class Streamed:
         self.shardings = sharding.batch_split(mesh)
         self._batches = _Batches(source, order)
         self._workers, self._check = workers, check
-        self._stream: Iterator[dict[str, np.ndarray]] | None = None
+        self._stream: Any = None  # a Grain iterator
         self._next = -1
 
     def batch(self, step: int) -> Any:
         if self._stream is None or step != self._next:
+            self.close()
             self._stream = self._open(step)
         self._next = step + 1
         batch = next(self._stream)
@@ -104,7 +112,12 @@ class Streamed:
     def fetch(self, batch: Any) -> Batch:
         return batch
 
-    def _open(self, step: int) -> Iterator[dict[str, np.ndarray]]:
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _open(self, step: int) -> Any:
         import grain  # here: it takes a second to import, and resident runs never need it
 
         data = grain.MapDataset.source(self._batches).slice(slice(step, None))
@@ -113,7 +126,7 @@ class Streamed:
             return iter(data.to_iter_dataset(options))
         _parse_absl_flags()
         processes = grain.MultiprocessingOptions(num_workers=self._workers)
-        return iter(data.to_iter_dataset(options).mp_prefetch(processes))
+        return iter(data.to_iter_dataset(options).mp_prefetch(processes, worker_init_fn=_ignore_interrupts))
 
 
 IDS = "example_id"
@@ -142,6 +155,11 @@ class _Batches:
 
 def _restored(_: Loaded, source: Source, order: Order | Sequential) -> _Batches:
     return _Batches(source, order)
+
+
+def _ignore_interrupts(worker: int, workers: int) -> None:
+    """Ctrl-C goes to every process of the terminal; the one that trains decides what happens."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _parse_absl_flags() -> None:
