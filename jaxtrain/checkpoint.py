@@ -195,7 +195,7 @@ class Checkpoints:
 
     def _finish(self, response: Any, folder: Path, manifest: dict[str, Any]) -> None:
         response.result()
-        _write_json(folder / "manifest.json", manifest)
+        write_json(folder / "manifest.json", manifest)
         best, steps = self.best(), self.steps()
         for old in steps[: -self._keep]:
             if best is None or old.step != best.step:
@@ -252,7 +252,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
+def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write so that ``path`` is either whole or absent, also after a power cut."""
     part = path.with_name(path.name + ".part")
     with part.open("w") as file:

@@ -139,8 +139,10 @@ def _smoke(name: str, experiment: Experiment, console: Console) -> int:
     )
     with tempfile.TemporaryDirectory() as folder:
         mesh = sharding.make_mesh()
-        first = fit(assemble(short, mesh), Path(folder), console, name)
-        again = fit(assemble(short, mesh), Path(folder), console, name)
+        programs = [assemble(short, mesh) for _ in range(2)]
+        first, again = (fit(program, Path(folder), console, name) for program in programs)
+        for program in programs:
+            program.close()
     console.end()
     if again["resumed_from"] != 2 or first["test"] != again["test"]:
         raise RunError(f"smoke test of {name}: restored {again} after {first}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain import __version__
+from jaxtrain.checkpoint import write_json
 from jaxtrain.errors import InputError, RunError
 from jaxtrain.experiment import Experiment, config_hash, config_text, first_difference
 from jaxtrain.optim import Constant, Schedule
@@ -60,7 +61,7 @@ def claim(
         workdir.mkdir(parents=True, exist_ok=True)
         if known is None or known["config"] != config:
             text = {"name": name, "hash": config_hash(experiment), **record, **_environment()}
-            _write(workdir / "config.json", {**text, "config": config})
+            write_json(workdir / "config.json", {**text, "config": config})
         probe = workdir / ".writable"
         probe.touch()
         probe.unlink()
@@ -127,7 +128,7 @@ def result(workdir: Path, steps: int) -> dict[str, Any] | None:
 
 def write_result(workdir: Path, found: dict[str, Any]) -> None:
     """Record the result of a finished run."""
-    _write(workdir / "result.json", found)
+    write_json(workdir / "result.json", found)
 
 
 def _check_same(workdir: Path, old: dict[str, str], experiment: Experiment, extend: bool) -> None:
@@ -173,12 +174,3 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
-
-
-def _write(path: Path, data: dict[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    with part.open("w") as file:
-        file.write(json.dumps(data, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

@@ -186,7 +186,7 @@ def test_a_failed_save_is_an_error_at_the_next_poll_or_at_the_end(tmp_path, mesh
     def fail(path, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_json", fail)
+    monkeypatch.setattr(checkpoint, "write_json", fail)
     with pytest.raises(RunError, match=r"saving step 1 .*No space left.*no step has been saved"):
         save(tmp_path, 1, mesh=mesh1)
 

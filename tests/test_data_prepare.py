@@ -171,6 +171,9 @@ def test_other_data_sets_files_do_not_confuse(monkeypatch: pytest.MonkeyPatch, t
     know(monkeypatch, "mnist", tiny_files("mnist"))
     write(tmp_path / "in" / "b_mnist", tiny_files("mnist"))
     prepare("mnist", data_dir=tmp_path, source=tmp_path / "in")
+    mnist = TFDS("mnist", data_dir=str(tmp_path))
+    labels = np.frombuffer(tiny_files("mnist")["train-labels-idx1-ubyte"][8:], np.uint8)
+    assert sorted(mnist.gather(np.arange(len(mnist)))["label"]) == sorted(labels)
 
 
 def test_names_that_climb_out_are_harmless(tiny: Path, tmp_path: Path) -> None:

@@ -45,7 +45,10 @@ def _run(args: argparse.Namespace) -> int:
     with checkpoint.open(folder) as saved:
         chosen = _choose(saved, args.checkpoint, folder)
         state = saved.restore(chosen, program.like)
-    values = evaluate(program, state, args.split, console)
+    try:
+        values = evaluate(program, state, args.split, console)
+    finally:
+        program.close()
     confusion = values.pop("confusion", None)
     found = {
         "step": chosen.step,
