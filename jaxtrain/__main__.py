@@ -10,6 +10,7 @@ VERBS = {
     "run": "jaxtrain.run",
     "prepare": "jaxtrain.commands.prepare",
     "evaluate": "jaxtrain.commands.evaluate",
+    "sample": "jaxtrain.commands.sample",
     "doctor": "jaxtrain.commands.doctor",
 }
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxtrain.data import Subset
 from jaxtrain.errors import InputError, RunError
@@ -53,6 +54,52 @@ def leave(code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def add_devices(parser: argparse.ArgumentParser) -> None:
+    """The flag ``--devices``, which ``mesh`` reads."""
+    parser.add_argument("--devices", type=int, metavar="N", help="use the first N devices; default: all")
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """The flag ``--checkpoint``, which ``choose_checkpoint`` reads."""
+    parser.add_argument(
+        "--checkpoint",
+        default="best",
+        metavar="best|latest|STEP",
+        help="default: the best on the validation set, or the latest where there is none",
+    )
+
+
+def choose_checkpoint(saved: Any, which: str, folder: Path) -> Any:
+    """The kept checkpoint that ``--checkpoint`` names.
+
+    Raises:
+      InputError: there is none, or none of that name.
+    """
+    steps = saved.steps()
+    if not steps:
+        raise InputError(f"{folder} has no checkpoint yet")
+    if which in ("best", "latest"):
+        return (saved.best() if which == "best" else None) or saved.latest()
+    for one in steps:
+        if which.isdigit() and one.step == int(which):
+            return one
+    kept = ", ".join(str(one.step) for one in steps)
+    raise InputError(f"--checkpoint {which}: give best, latest or a kept step ({kept})")
+
+
+def mesh(args: argparse.Namespace) -> Mesh:
+    """The mesh of all devices of this machine, or of the first ``--devices``."""
+    import jax
+
+    from jaxtrain import sharding
+
+    local = jax.local_devices()
+    wanted = len(local) if args.devices is None else args.devices
+    if not 1 <= wanted <= len(local):
+        raise InputError(f"--devices {wanted}: there are {len(local)} here, so give 1 to {len(local)}")
+    return sharding.make_mesh(local[:wanted])
 
 
 def load(name: str, settings: Sequence[str]) -> tuple[str, str, Experiment]:

@@ -6,10 +6,10 @@ class InputError(ValueError):
 
     The message is one line that says what is wrong, where, and what to do about it.
 
-    >>> raise InputError("batch 100 does not divide over 8 devices: try --set batch=96 or 104")
+    >>> raise InputError("batch 100 does not divide over 8 devices: try --set batch=96")
     Traceback (most recent call last):
         ...
-    jaxtrain.errors.InputError: batch 100 does not divide over 8 devices: try --set batch=96 or 104
+    jaxtrain.errors.InputError: batch 100 does not divide over 8 devices: try --set batch=96
     """
 
     exit_code = 2

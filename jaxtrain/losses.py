@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.errors import InputError
-from jaxtrain.metrics import Mean
+from jaxtrain.metrics import Mean, MeanIoU, RootMean
 from jaxtrain.types import Batch, Metrics
 
 
@@ -26,6 +26,12 @@ class CrossEntropy:
         (Szegedy et al. 2016, arXiv:1512.00567, section 7).
       top: also report accuracy within the ``top`` best classes when it is above 1.
       label: the batch field with ``int [batch, ...]`` class indices in ``[0, classes)``.
+      iou: also report ``mean_iou``, the mean intersection over union of the classes, as for a class map
+        ``int [batch, height, width]``.
+
+    Where ``data.Mixup`` has mixed two images, the batch has ``label_mixed`` beside the label and ``mix``,
+    the weight of the label, float ``[batch]``: the loss is then the weighted mean of both labels' losses.
+    Accuracy is that of the heavier one.
 
     >>> batch = {"label": jnp.array([0, 1])}
     >>> loss, metrics = CrossEntropy()(jnp.array([[9.0, 0.0], [9.0, 0.0]]), batch)
@@ -36,6 +42,7 @@ class CrossEntropy:
     smoothing: float = 0.0
     top: int = 1
     label: str = "label"
+    iou: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.smoothing < 1:
@@ -47,9 +54,11 @@ class CrossEntropy:
         """``outputs: float [batch, ..., classes]`` logits; masked rows count for nothing."""
         label, mask = batch[self.label], batch.get("mask")
         logp = jax.nn.log_softmax(outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32)))
-        nll = -jnp.take_along_axis(logp, label[..., None], axis=-1)[..., 0]
-        if self.smoothing:
-            nll = (1 - self.smoothing) * nll - self.smoothing * logp.mean(-1)
+        nll = self._nll(logp, label)
+        if "label_mixed" in batch:
+            mix = batch["mix"].reshape(-1, *(1,) * (nll.ndim - 1))
+            nll = mix * nll + (1 - mix) * self._nll(logp, batch["label_mixed"])
+            label = jnp.where(mix >= 0.5, label, batch["label_mixed"])
         loss = Mean.of(nll, mask)
         metrics: Metrics = {
             "loss": loss,
@@ -59,8 +68,17 @@ class CrossEntropy:
             _, best = jax.lax.top_k(outputs, self.top)
             hit = (best == label[..., None]).any(-1).astype(nll.dtype)
             metrics[f"top{self.top}"] = Mean.of(hit, mask)
+        if self.iou:
+            metrics["mean_iou"] = MeanIoU.of(outputs, label, mask)
         # max(): a batch whose every row is masked has loss 0, not NaN.
         return loss.total / jnp.maximum(loss.count, 1), metrics
+
+    def _nll(self, logp: jax.Array, label: jax.Array) -> jax.Array:
+        """float ``[batch, ...]``: the loss of each label."""
+        nll = -jnp.take_along_axis(logp, label[..., None], axis=-1)[..., 0]
+        if self.smoothing:
+            nll = (1 - self.smoothing) * nll - self.smoothing * logp.mean(-1)
+        return nll
 
     def check(self, outputs: jax.ShapeDtypeStruct, batch: Batch, ids: np.ndarray) -> None:
         """Raise InputError if a raw label is not a class of ``outputs: [batch, ..., classes]``.
@@ -87,7 +105,7 @@ class CrossEntropy:
 
 @dataclasses.dataclass(frozen=True)
 class MSE:
-    """Mean squared error over every element, and the mean absolute error beside it.
+    """Mean squared error over every element; beside it its root and the mean absolute error.
 
     Attributes:
       target: the batch field with ``float [batch, ...]`` of the outputs' shape.
@@ -101,10 +119,67 @@ class MSE:
 
     def __call__(self, outputs: jax.Array, batch: Batch) -> tuple[jax.Array, Metrics]:
         """``outputs: float [batch, ...]``; masked rows count for nothing."""
-        target = batch[self.target]
-        if outputs.shape != target.shape:  # (8, 1) - (8,) would broadcast to (8, 8)
-            raise InputError(f"outputs {outputs.shape} and target {target.shape} must have one shape")
-        error = outputs - target.astype(outputs.dtype)
-        loss = Mean.of(error**2, batch.get("mask"))
-        mae = Mean.of(jnp.abs(error), batch.get("mask"))
-        return loss.total / jnp.maximum(loss.count, 1), {"loss": loss, "mae": mae}
+        error, mask = _error(outputs, batch[self.target]), batch.get("mask")
+        loss = Mean.of(error**2, mask)
+        mae, rmse = Mean.of(jnp.abs(error), mask), RootMean.of(error**2, mask)
+        return loss.total / jnp.maximum(loss.count, 1), {"loss": loss, "mae": mae, "rmse": rmse}
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """Mean squared error of a forecast, beside that of repeating the last observed row.
+
+    A forecast worth having is below ``repeat_last_mse`` and ``repeat_last_mae``, which are of the same
+    windows and in the same units as ``loss`` and ``mae``.
+
+    Attributes:
+      target: the batch field with ``float [batch, horizon, variables]``, of the outputs' shape.
+      history: the batch field with ``float [batch, window, variables]``, the rows before the target.
+
+    >>> batch = {"series": jnp.array([[[7.0], [1.0]]]), "target": jnp.array([[[2.0], [3.0]]])}
+    >>> loss, metrics = Forecast()(jnp.array([[[2.0], [2.0]]]), batch)
+    >>> float(loss), metrics["repeat_last_mse"].compute()
+    (0.5, 2.5)
+    """
+
+    target: str = "target"
+    history: str = "series"
+
+    def __call__(self, outputs: jax.Array, batch: Batch) -> tuple[jax.Array, Metrics]:
+        """``outputs: float [batch, horizon, variables]``; masked rows count for nothing."""
+        target, history, mask = batch[self.target], batch[self.history], batch.get("mask")
+        error = _error(outputs, target)
+        if target.ndim != 3 or history.ndim != 3 or history.shape[2] != target.shape[2]:
+            raise InputError(
+                f"{self.history!r} {history.shape} and {self.target!r} {target.shape}: Forecast takes "
+                "[batch, steps, variables] in both, with the same variables"
+            )
+        repeat = _error(jnp.broadcast_to(history[:, -1:], target.shape), target)
+        loss = Mean.of(error**2, mask)
+        return loss.total / jnp.maximum(loss.count, 1), {
+            "loss": loss,
+            "mae": Mean.of(jnp.abs(error), mask),
+            "repeat_last_mse": Mean.of(repeat**2, mask),
+            "repeat_last_mae": Mean.of(jnp.abs(repeat), mask),
+        }
+
+    def check(self, outputs: jax.ShapeDtypeStruct, batch: Batch, ids: np.ndarray) -> None:
+        """Raise InputError if a field is absent or a raw target is not finite, naming the example."""
+        for name in (self.target, self.history):
+            if name not in batch:
+                raise InputError(f"Forecast needs the batch field {name!r}; the source gives {sorted(batch)}")
+        bad = ~np.isfinite(np.asarray(batch[self.target]))
+        if bad.any():
+            row = int(np.argwhere(bad)[0][0])
+            raise InputError(
+                f"field {self.target!r} of example {ids[row]} holds NaN or infinity ({int(bad.sum())} such "
+                "values): fill the gaps, or leave out the windows that have one"
+            )
+
+
+def _error(outputs: jax.Array, target: jax.Array) -> jax.Array:
+    """``outputs - target`` in float32 at least: half precision would round the target too."""
+    if outputs.shape != target.shape:  # (8, 1) - (8,) would broadcast to (8, 8)
+        raise InputError(f"outputs {outputs.shape} and target {target.shape} must have one shape")
+    dtype = jnp.promote_types(outputs.dtype, jnp.float32)
+    return outputs.astype(dtype) - target.astype(dtype)

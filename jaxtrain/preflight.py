@@ -9,15 +9,21 @@ import jax
 import numpy as np
 
 from jaxtrain.data import Arrays, Source, compose
+from jaxtrain.data.loader import EPOCH, EXAMPLE_ID, Check
 from jaxtrain.errors import InputError
 from jaxtrain.experiment import Experiment
 from jaxtrain.models import as_model
-from jaxtrain.types import Batch
+from jaxtrain.types import Batch, Model
 
 
 def check_fields(sources: Mapping[str, Source]) -> None:
     """Raise InputError when a split's fields, shapes or types are not those of ``"train"``."""
     want = _specs(sources["train"])
+    for field in ("mask", EXAMPLE_ID, EPOCH):
+        if field in want:
+            raise InputError(
+                f"the source gives a field {field!r}, a name that batches use themselves: rename it"
+            )
     for name, source in sources.items():
         have = _specs(source)
         for field in sorted(want.keys() | have.keys()):
@@ -45,9 +51,8 @@ def trace(fn: Callable[..., Any], *args: Any, what: str) -> Any:
         ) from error
 
 
-def check_labels(loss: Any, outputs: Any, sources: Mapping[str, Source]) -> None:
-    """Let the loss look at every example that is in memory, and at the first of those that are not."""
-    check = loss_check(loss, outputs)
+def check_values(check: Check, sources: Mapping[str, Source]) -> None:
+    """Look at every example that is in memory, and at the first of those that are not."""
     for name, source in sources.items():
         ids = np.arange(len(source)) if isinstance(source, Arrays) else np.zeros(1, np.int64)
         fields = source.fields if isinstance(source, Arrays) else source.gather(ids)
@@ -57,11 +62,16 @@ def check_labels(loss: Any, outputs: Any, sources: Mapping[str, Source]) -> None
             raise InputError(f"{name}: {error}") from error
 
 
-def loss_check(loss: Any, outputs: Any) -> Callable[[Batch, np.ndarray], None]:
-    """The loss's own check of raw batches, or one that accepts everything."""
-    if not hasattr(loss, "check"):
-        return lambda batch, ids: None
-    return lambda batch, ids: loss.check(outputs, batch, ids)
+def value_check(model: Model, loss: Any, outputs: Any) -> Check:
+    """What the model and the loss have to say about raw batches, in one function ``(batch, ids)``."""
+
+    def check(batch: Batch, ids: np.ndarray) -> None:
+        if model.check is not None:
+            model.check(batch, ids)
+        if hasattr(loss, "check"):
+            loss.check(outputs, batch, ids)
+
+    return check
 
 
 def _specs(source: Source) -> dict[str, str]:

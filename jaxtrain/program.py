@@ -17,7 +17,7 @@ from jaxtrain.data import Arrays, Order, Sequential, Source, Subset, compose, ho
 from jaxtrain.data.loader import Check, Loader, Resident, Streamed
 from jaxtrain.errors import InputError, RunError
 from jaxtrain.experiment import Experiment
-from jaxtrain.models import as_model
+from jaxtrain.models import compute_in
 from jaxtrain.optim import Schedule
 from jaxtrain.optim import rate as optim_rate
 from jaxtrain.step import make_eval_step, make_init, make_train_step
@@ -114,21 +114,22 @@ def assemble(
     Raises:
       InputError: whatever the preflight finds.
     """
-    exp, model = experiment, as_model(experiment.model)
+    exp, model = experiment, compute_in(experiment.model, experiment.compute_dtype)
     eval_batch = exp.eval_batch or exp.batch
     sharding.check_batch(exp.batch, mesh)
     sharding.check_batch(eval_batch, mesh, "eval_batch" if exp.eval_batch else "batch")
     sources = _open_sources(exp, mesh)
     preflight.check_fields(sources)
     outputs = _outputs(exp, model, sources["train"])
-    preflight.check_labels(exp.loss, outputs, sources)
-    check = preflight.loss_check(exp.loss, outputs)
+    check = preflight.value_check(model, exp.loss, outputs)
+    preflight.check_values(check, sources)
 
     order = Order(exp.seed, len(sources["train"]), exp.batch, exp.remainder)
     steps = order.steps(exp.epochs)
     train = _loader(sources["train"], order, exp, mesh, check)
     init_key, key = jax.device_put(jax.random.split(jax.random.key(exp.seed)), sharding.replicated(mesh))
-    init, like, train_step = _train_functions(exp, model, train, mesh, steps, init_key)
+    like, init = _init_function(exp, model, sources["train"], mesh, steps, init_key)
+    train_step = _train_function(exp, model, train, mesh, steps, like, key)
     evals = {}
     for name in [name for name in sources if name != "train"]:
         rows = Sequential(len(sources[name]), eval_batch)
@@ -191,31 +192,41 @@ def _loader(source: Source, order: Order | Sequential, exp: Experiment, mesh: Me
     return Streamed(source, order, mesh, exp.workers, check)
 
 
-def _train_functions(
-    exp: Experiment, model: Model, train: Loader, mesh: Mesh, steps: int, key: jax.Array
-) -> tuple[Callable[[], State], State, Callable[..., Any]]:
-    """``init``, the abstract state and the train step."""
-    prepare = compose(lambda batch, _: train.fetch(batch), *exp.augment, *exp.preprocess)
-    tx = exp.optimizer.build(steps)
-    after = () if exp.ema is None else (exp.ema,)
+def _init_function(
+    exp: Experiment, model: Model, source: Source, mesh: Mesh, steps: int, key: jax.Array
+) -> tuple[State, Callable[[], State]]:
+    """The abstract state, and what makes the one of step 0."""
+    # Parameters depend on one example's shapes only; initialisation from data asks for more of them.
+    examples = 1 if exp.data_init is None else getattr(exp.data_init, "examples", exp.batch)
+    sample = source.gather(np.arange(min(examples, len(source))))
     whole = sharding.replicated(mesh)
-    init = sharding.compile(
-        make_init(model, tx, prepare, exp.data_init, after),
-        args=(whole, train.shardings),
-        out=whole,
-    )
+    tx, after = exp.optimizer.build(steps), _after(exp, steps)
+    function = make_init(model, tx, compose(*exp.preprocess), exp.data_init, after)
+    init = sharding.compile(function, args=(whole, whole), out=whole)
+    shapes = preflight.trace(init, key, sample, what="the state")
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
+    return like, lambda: init(key, jax.device_put(sample, whole))
+
+
+def _train_function(
+    exp: Experiment, model: Model, train: Loader, mesh: Mesh, steps: int, like: State, key: jax.Array
+) -> Callable[[State, Any, jax.Array], tuple[State, Metrics]]:
+    prepare = compose(lambda batch, _: train.fetch(batch), *exp.augment, *exp.preprocess)
     make = exp.step_factory or make_train_step
+    whole = sharding.replicated(mesh)
     step = sharding.compile(
-        make(model, exp.loss, tx, prepare, after),
+        make(model, exp.loss, exp.optimizer.build(steps), prepare, _after(exp, steps)),
         args=(whole, train.shardings, whole),
         out=whole,
         donate=(0,),
     )
-    first = train.batch(0)
-    shapes = preflight.trace(init, key, first, what="the state")
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
-    preflight.trace(step, like, first, key, what="the train step")
-    return lambda: init(key, first), like, step
+    preflight.trace(step, like, train.batch(0), key, what="the train step")
+    return step
+
+
+def _after(exp: Experiment, steps: int) -> tuple[Callable[[State], State], ...]:
+    """The stages after an update; those that depend on the run's length are told it."""
+    return tuple(stage.build(steps) if hasattr(stage, "build") else stage for stage in exp.after)
 
 
 def _rates(exp: Experiment, steps: int) -> np.ndarray | None:

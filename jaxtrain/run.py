@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--extend", action="store_true", help="go on with more epochs under a longer schedule"
     )
+    cli.add_devices(parser)
     parser.add_argument("--smoke", action="store_true", help="two steps, an evaluation, a save and a restore")
     parser.add_argument("--overfit", type=int, metavar="N", help="train on N fixed examples")
     return cli.main(_run, parser, argv)
@@ -53,7 +54,7 @@ def _run(args: argparse.Namespace) -> int:
     console = make_console()
     cli.ensure_prepared(experiment, console)
     if args.smoke:
-        return _smoke(name, experiment, console)
+        return _smoke(name, experiment, cli.mesh(args), console)
     if args.overfit is not None:
         experiment = cli.overfit(experiment, args.overfit)
     folder = _folder(name, experiment, args)
@@ -73,7 +74,7 @@ def _fit(
     from jaxtrain.program import assemble
 
     began = time.perf_counter()
-    mesh = sharding.make_mesh()
+    mesh = cli.mesh(args)
     record = {
         "origin": origin,
         "overrides": args.set,
@@ -113,9 +114,8 @@ def _folder(name: str, experiment: Experiment, args: argparse.Namespace) -> Path
     return workdir.beside(folder) if args.new else folder
 
 
-def _smoke(name: str, experiment: Experiment, console: Console) -> int:
+def _smoke(name: str, experiment: Experiment, mesh: Mesh, console: Console) -> int:
     """Two steps, an evaluation, a save; then the same again, which must restore and change nothing."""
-    from jaxtrain import sharding
     from jaxtrain.data import Order, Subset, holdout
     from jaxtrain.loop import fit
     from jaxtrain.program import assemble
@@ -138,7 +138,6 @@ def _smoke(name: str, experiment: Experiment, console: Console) -> int:
         log_every=1,
     )
     with tempfile.TemporaryDirectory() as folder:
-        mesh = sharding.make_mesh()
         programs = [assemble(short, mesh) for _ in range(2)]
         first, again = (fit(program, Path(folder), console, name) for program in programs)
         for program in programs:
@@ -206,6 +205,8 @@ def _command(args: argparse.Namespace, folder: Path) -> str:
         words += ["--set", setting]
     if args.overfit is not None:
         words += ["--overfit", str(args.overfit)]
+    if args.devices is not None:
+        words += ["--devices", str(args.devices)]
     if args.extend:
         words += ["--extend"]
     return shlex.join([*words, "--workdir", str(folder)])

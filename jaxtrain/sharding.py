@@ -44,7 +44,11 @@ def check_batch(batch: int, mesh: Mesh, name: str = "batch") -> None:
     if batch < 1 or batch % devices:
         low, high = batch // devices * devices, (batch // devices + 1) * devices
         fixes = " or ".join(str(n) for n in (low, high) if n > 0)
-        raise InputError(f"{name} {batch} does not divide over {devices} devices: try --set {name}={fixes}")
+        fewer = max((n for n in range(1, devices) if batch % n == 0), default=1)
+        raise InputError(
+            f"{name} {batch} does not divide over {devices} devices: use --devices {fewer}"
+            f"{' at most' if fewer > 1 else ''}, or --set {name}={fixes}"
+        )
 
 
 def device_memory(mesh: Mesh) -> int:

@@ -51,7 +51,7 @@ def make_init(
     Args:
       model: a Linen module or an ``(init, apply)`` pair.
       tx: any optax transformation.
-      prepare: what the train step does to a batch before the model sees it.
+      prepare: what is done to the batch before the model sees it.
       data_init: ``(params, prepared batch) -> params`` for initialisation from data (whitening).
       after: the functions given to the train step; one with an ``init`` method adds its own state.
     """
@@ -139,7 +139,7 @@ def make_eval_step(
 
     def eval_step(state: State, batch: Batch) -> Metrics:
         batch = prepare(batch, None)
-        params, extra = _evaluated(state)
+        params, extra = evaluated(state)
         outputs, _ = pair.apply(params, extra, batch, train=False, key=None)
         _, metrics = _loss(loss_fn, outputs, batch)
         return {**metrics, **(metrics_fn(outputs, batch) if metrics_fn else {})}
@@ -147,8 +147,8 @@ def make_eval_step(
     return eval_step
 
 
-def _evaluated(state: State) -> tuple[Any, dict[str, Any]]:
-    """The params and statistics that evaluation uses."""
+def evaluated(state: State) -> tuple[Any, dict[str, Any]]:
+    """The params and statistics that evaluation uses: the averaged ones where the state holds them."""
     if "ema" not in state.extra:
         return state.params, state.extra
     averaged = dict(state.extra["ema"])

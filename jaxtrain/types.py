@@ -11,14 +11,16 @@ import jax
 Batch = Mapping[str, Any]
 """Named arrays with a common leading axis, such as ``image: uint8 [batch, height, width, channel]``.
 
-``mask: bool [batch]`` is reserved: false marks rows that only pad the last evaluation batch.
+Reserved names: ``mask: bool [batch]``, false on rows that only pad the last evaluation batch; and in training
+``example_id: int32 [batch]`` and ``epoch: int32 [batch]``, the place of each example in its source and the
+pass that it is seen in, for stages that need to know.
 """
 
 Metrics = dict[str, Any]
 """Named mergeable metrics (``jaxtrain.metrics``): sums and counts, never finished averages."""
 
 
-NOT_MODEL_STATE = frozenset({"ema", "masks", "loss_scale"})
+NOT_MODEL_STATE = frozenset({"ema", "lookahead", "masks", "loss_scale"})
 """Names in ``State.extra`` that belong to the training, not to the model's own statistics."""
 
 
@@ -54,10 +56,13 @@ class Model(NamedTuple):
       init: ``(key, batch) -> (params, extra)``.
       apply: ``(params, extra, batch, *, train, key) -> (outputs, extra)``. ``key`` may be None when
         ``train`` is false; ``extra`` comes back with its statistics updated when ``train`` is true.
+      check: ``(raw batch, example ids)``, which raises InputError for values that the model cannot take, such
+        as a token outside the vocabulary; called on the host. None accepts everything.
     """
 
     init: Callable[..., tuple[Any, dict[str, Any]]]
     apply: Callable[..., tuple[Any, dict[str, Any]]]
+    check: Callable[[Batch, Any], None] | None = None
 
 
 Prepare = Callable[[Batch, jax.Array | None], Batch]

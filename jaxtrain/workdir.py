@@ -145,14 +145,16 @@ def _check_same(workdir: Path, old: dict[str, str], experiment: Experiment, exte
     path, was, now = difference
     fix = "choose another --workdir, or --new for a fresh run beside it"
     if path == "epochs" and longer:
-        fix = "its learning rate depends on the length: --extend goes on with the longer schedule"
+        fix = "what it does depends on its length: --extend goes on with the longer schedule"
     raise InputError(f"{workdir} holds another run: {path} is {was} there and {now} here; {fix}")
 
 
 def _depends_on_length(experiment: Experiment) -> bool:
     lr = getattr(experiment.optimizer, "lr", None)
     constant = isinstance(lr, Constant) and lr.warmup == 0
-    return isinstance(lr, Schedule) and not constant
+    frozen = any(group.until < 1 for group in getattr(experiment.optimizer, "groups", ()))
+    built = any(hasattr(stage, "build") for stage in experiment.after)
+    return (isinstance(lr, Schedule) and not constant) or frozen or built
 
 
 def _environment() -> dict[str, Any]:

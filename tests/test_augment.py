@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.data import augment
-from jaxtrain.data.augment import Crop, Cutout, Flip, Normalise, compose
+from jaxtrain.data.augment import AlternatingFlip, Crop, Cutout, Flip, Normalise, compose
 from jaxtrain.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -25,7 +25,8 @@ def images(n: int = 32, height: int = 6, width: int = 8, channels: int = 3, dtyp
 
 
 def apply(stage: Any, image: np.ndarray, key: Any = KEY) -> np.ndarray:
-    return np.asarray(stage({"image": jnp.asarray(image)}, key)["image"])
+    places = {"example_id": jnp.arange(len(image)), "epoch": jnp.zeros(len(image), jnp.int32)}
+    return np.asarray(stage({"image": jnp.asarray(image), **places}, key)["image"])
 
 
 def test_flip_mirrors_about_half_of_the_images_left_to_right() -> None:
@@ -41,6 +42,68 @@ def test_flip_mirrors_about_half_of_the_images_left_to_right() -> None:
 def test_flip_of_certain_probability_is_certain(p: float, step: int) -> None:
     image = images()
     np.testing.assert_array_equal(apply(Flip(p), image), image[:, :, ::step])
+
+
+def alternated(stage: Any, image: np.ndarray, ids: Any, epoch: Any) -> np.ndarray:
+    """Which images the stage mirrors, and that it leaves the others alone."""
+    epochs = np.broadcast_to(np.asarray(epoch, np.int32), len(image))
+    batch = {"image": jnp.asarray(image), "example_id": jnp.asarray(ids, jnp.int32), "epoch": epochs}
+    out = np.asarray(stage(batch, KEY)["image"])
+    mirrored = (out == image[:, :, ::-1]).all((1, 2, 3))
+    assert np.all((out == image).all((1, 2, 3)) ^ mirrored)
+    return mirrored
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 6])
+def test_alternating_flip_shows_an_image_once_each_way_over_two_epochs(epoch: int) -> None:
+    image, ids = images(256), RNG.permutation(50_000)[:256]
+    one, two, three = (alternated(AlternatingFlip(), image, ids, epoch + k) for k in range(3))
+    assert np.all(one ^ two)
+    np.testing.assert_array_equal(one, three)
+    assert 96 < one.sum() < 160
+
+
+def test_alternating_flip_goes_by_id_epoch_and_seed_of_each_image_alone() -> None:
+    image, ids = images(256), np.arange(256)
+    flipped = alternated(AlternatingFlip(seed=2), image, ids, 0)
+    order = RNG.permutation(256)
+    np.testing.assert_array_equal(alternated(AlternatingFlip(seed=2), image, ids[order], 0), flipped[order])
+    odd = np.arange(256) % 3  # A batch that runs over into the next epoch.
+    np.testing.assert_array_equal(alternated(AlternatingFlip(seed=2), image, ids, odd), flipped ^ (odd == 1))
+    other = alternated(AlternatingFlip(seed=3), image, ids, 0)
+    assert 96 < (other ^ flipped).sum() < 160
+    assert 96 < np.sum(flipped[1:] ^ flipped[:-1]) < 160, "neighbours are independent"
+
+
+def test_alternating_flip_is_jittable_and_needs_no_key() -> None:
+    image = images()
+    batch = {"image": jnp.asarray(image), "example_id": jnp.arange(32), "epoch": jnp.zeros(32, jnp.int32)}
+    once, jitted = AlternatingFlip()(batch), jax.jit(AlternatingFlip())(batch, jax.random.key(9))
+    np.testing.assert_array_equal(once["image"], jitted["image"])
+    assert once["image"].dtype == jnp.uint8 and set(once) == set(batch)
+
+
+@pytest.mark.parametrize("default", ["threefry2x32", "rbg"])
+def test_alternating_flip_does_not_hang_on_the_default_generator(default: str) -> None:
+    image, ids = images(), np.arange(32)
+    before = alternated(AlternatingFlip(), image, ids, 0)
+    with jax.default_prng_impl(default):
+        np.testing.assert_array_equal(alternated(AlternatingFlip(), image, ids, 0), before)
+
+
+@pytest.mark.parametrize(
+    ("present", "message"),
+    [
+        (("example_id",), "the batch field epoch, int32"),
+        (("epoch",), "the batch field example_id, int32"),
+        ((), "example_id and epoch, int32 .batch., which the loaders add to training batches: put"),
+    ],
+)
+def test_alternating_flip_says_which_field_is_missing(present: Any, message: str) -> None:
+    batch = {"image": jnp.zeros((2, 4, 4, 3)), **{name: jnp.zeros(2, jnp.int32) for name in present}}
+    with pytest.raises(InputError, match=message) as raised:
+        AlternatingFlip()(batch, KEY)
+    assert "\n" not in str(raised.value)
 
 
 def offsets(out: np.ndarray, padded: np.ndarray, pad: int) -> list[tuple[int, int]]:
@@ -118,6 +181,7 @@ REFUSED = {
     "negative probability": lambda: Flip(p=-0.5),
     "no padding": lambda: Crop(pad=0),
     "unknown padding": lambda: Crop(mode="edge"),  # type: ignore[arg-type]
+    "negative seed": lambda: AlternatingFlip(seed=-1),
     "no square": lambda: Cutout(size=0),
 }
 
@@ -185,6 +249,7 @@ def test_preprocessing_of_an_evaluation_needs_no_key() -> None:
 
 
 CASES: dict[type, dict[str, Any]] = {
+    AlternatingFlip: {"seed": 1},
     Flip: {"p": 0.9},
     Crop: {"pad": 2, "mode": "reflect"},
     Cutout: {"size": 3, "fill": (9.0,)},

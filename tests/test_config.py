@@ -75,7 +75,7 @@ def at(value: Any, path: str) -> Any:
         ("optimizer.lr.peak=0.3", 0.3),
         ("train.n=128", 128),
         ("train.split=test", "test"),
-        ("ema=none", None),
+        ("eval_every=none", None),
         ("holdout=0.1", 0.1),
         ("holdout=10", 10.0),
     ],
@@ -112,7 +112,7 @@ def test_overrides_apply_in_order_and_leave_the_original_alone() -> None:
         ("augment.2.p=1", "augment.2 is unknown: there are 0, 1"),
         ("augment.0.zzzzz=1", "there are p"),
         ("batch.size=3", "batch.size is unknown: batch is 8, which has no fields"),
-        ("ema.decay=0.9", "ema is None, which has no fields"),
+        ("valid.n=9", "valid is None, which has no fields"),
         ("batch=0.5", "batch=0.5: expected int, such as 8"),
         ("batch=many", "batch=many: expected int"),
         ("batch=none", "expected int"),
@@ -230,7 +230,7 @@ print(config_hash(experiment), sorted(config_text(experiment).items()))
 
 def test_text_and_hash_are_the_same_in_every_process(python: Any, tmp_path: Path) -> None:
     tiny = (Path(__file__).parent / "tiny.py").read_text()
-    (tmp_path / "tiny.py").write_text(tiny.replace("ema=", "data_init=lambda p, b: p,\n    ema="))
+    (tmp_path / "tiny.py").write_text(tiny.replace("after=", "data_init=lambda p, b: p,\n    after="))
     (tmp_path / "program.py").write_text(PROGRAM)
     runs = [python(tmp_path / "program.py", tmp_path / "tiny.py", PYTHONHASHSEED=seed) for seed in ("1", "2")]
     assert [run.returncode for run in runs] == [0, 0], runs[0].stderr
@@ -252,7 +252,8 @@ CASES: dict[str, Any] = {
     "holdout": 0.1,
     "augment": (data.Flip(),),
     "preprocess": (),
-    "ema": optim.EMA(),
+    "after": (optim.EMA(),),
+    "compute_dtype": "bfloat16",
     "seed": 1,
     "remainder": "drop",
     "eval_batch": 16,

@@ -416,7 +416,9 @@ def test_killed_halfway(tiny: Path, tmp_path: Path) -> None:
     assert killed.returncode == -signal.SIGKILL
     assert not TFDS("cifar10", data_dir=str(tmp_path / "out")).prepared()
     (left,) = (tmp_path / "out" / "cifar10").iterdir()
-    os.utime(left, (0, 0))  # Long ago, so no running process can own it.
+    os.utime(left, (0, 0))
+    for path in left.rglob("*"):
+        os.utime(path, (0, 0))  # Long ago, so no running process can own it.
     folder = prepare("cifar10", data_dir=tmp_path / "out", source=tiny)
     assert list(folder.parent.iterdir()) == [folder]
     assert len(everything("cifar10", "train", tmp_path / "out")["label"]) == 30

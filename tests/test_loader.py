@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxtrain import sharding
-from jaxtrain.data import Arrays, Order, Sequential, Synthetic, in_memory
+from jaxtrain.data import Arrays, Order, Sequential, Subset, Synthetic, in_memory
 from jaxtrain.data.loader import Resident, Streamed
 from jaxtrain.errors import InputError
 
@@ -39,7 +40,8 @@ def loaded(loader: Any, steps: Any) -> list[dict[str, np.ndarray]]:
 
 def expected(order: Any, step: int) -> dict[str, np.ndarray]:
     if isinstance(order, Order):
-        return SOURCE.gather(order.indices(step))
+        ids, epochs = order.places(step)
+        return {**SOURCE.gather(ids), "example_id": ids, "epoch": epochs}
     ids, mask = order.rows(step)
     return {**SOURCE.gather(ids), "mask": mask}
 
@@ -86,7 +88,7 @@ def test_streamed_batches_arrive_split_and_resident_data_whole(mesh8: Any) -> No
         assert array.sharding.is_equivalent_to(sharding.batch_split(mesh8), array.ndim)
     batch = Resident(SOURCE, ORDERS["wrap"], mesh8).batch(0)
     assert all(array.sharding.is_fully_replicated for array in batch["data"].values())
-    assert isinstance(batch["rows"], np.ndarray) and batch["rows"].nbytes == 4 * BATCH
+    assert isinstance(batch["rows"], np.ndarray) and batch["rows"].nbytes == 2 * 4 * BATCH
 
 
 def test_resident_data_is_an_argument_and_the_step_compiles_once(mesh8: Any) -> None:
@@ -211,3 +213,45 @@ def test_worker_processes_give_the_same_batches_also_of_a_users_own_source(
     done = python(tmp_path / "program.py", tmp_path / "my_source.py")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "the same"
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A source whose training examples say what they were drawn from."""
+
+    n: int = N
+
+    def __len__(self) -> int:
+        return self.n
+
+    def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        return {"x": np.stack([indices, 0 * indices - 1, 0 * indices], axis=1)}
+
+    def draw(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+        return {"x": np.stack([indices, epochs, 0 * indices + seed], axis=1)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", ["wrap", "drop"])
+def test_training_batches_are_drawn_by_seed_epoch_and_example(name: str, workers: int, mesh1: Any) -> None:
+    order = ORDERS[name]
+    loader = Streamed(Drawn(), order, mesh1, workers)
+    for step in (4, 5, 1):
+        ids, epochs = order.places(step)
+        wanted = np.stack([ids, epochs, np.full(BATCH, order.seed)], axis=1)
+        np.testing.assert_array_equal(loader.batch(step)["x"], wanted)
+    loader.close()
+
+
+def test_evaluation_of_a_drawing_source_gathers_and_it_is_never_resident(mesh1: Any) -> None:
+    loader = Streamed(Drawn(), ORDERS["eval"], mesh1)
+    np.testing.assert_array_equal(loader.batch(0)["x"][:, 1], -1)
+    assert in_memory(Drawn(), 2**40) is None
+
+
+def test_a_subset_draws_when_its_source_does() -> None:
+    subset = Subset(Drawn(), np.array([5, 9, 2]))
+    found = subset.draw(np.array([2, 0]), np.array([1, 4]), 7)["x"]
+    np.testing.assert_array_equal(found, [[2, 1, 7], [5, 4, 7]])
+    assert in_memory(subset, 2**40) is None
+    assert not hasattr(Subset(SOURCE, np.array([1])), "draw")

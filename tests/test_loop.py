@@ -114,7 +114,7 @@ def test_a_regression_needs_no_accuracy(tmp_path, console, mesh1):
 
 
 def test_one_and_eight_devices_train_alike(tmp_path, console, mesh1, mesh8):
-    exp = change(model=models.MLP(widths=(16,), classes=4), augment=(), ema=None)
+    exp = change(model=models.MLP(widths=(16,), classes=4), augment=(), after=())
     results = [fit(assemble(exp, mesh), tmp_path / str(k), console) for k, mesh in enumerate((mesh1, mesh8))]
     assert results[0]["test"]["loss"] == pytest.approx(results[1]["test"]["loss"], rel=1e-5)
 
@@ -132,7 +132,7 @@ def test_batch_norm_statistics_are_over_the_global_batch(tmp_path, console, mesh
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 50])
 def test_evaluation_counts_each_example_once(n, devices, console, mesh1, mesh8):
-    exp = change(test=split(n, 3), ema=None)
+    exp = change(test=split(n, 3), after=())
     program = assemble(exp, {1: mesh1, 8: mesh8}[devices])
     state = program.init()
     values = evaluate(program, state, "test", console)
@@ -154,7 +154,7 @@ def test_train_and_evaluation_compile_once(tmp_path, console, mesh8):
 
 def test_500_tiny_steps_on_eight_devices_do_not_pile_up(tmp_path, console, mesh8):
     """Some 300 queued programs with a collective deadlock the CPU backend and abort the process."""
-    exp = change(model=models.MLP(widths=(), classes=4), augment=(), ema=None, epochs=40, eval_every=None)
+    exp = change(model=models.MLP(widths=(), classes=4), augment=(), after=(), epochs=40, eval_every=None)
     assert fit(assemble(exp, mesh8), tmp_path, console)["steps"] == 500
 
 
@@ -279,11 +279,47 @@ def test_a_step_factory_and_data_init_of_the_users_own(tmp_path, console, mesh1)
     assert all(not leaf.any() for leaf in jax.tree.leaves(jax.device_get(program.init().params)))
 
 
+@pytest.mark.parametrize("feed", ["resident", "stream"])
+def test_data_init_sees_the_first_examples_preprocessed_and_not_augmented(feed, mesh8):
+    seen = []
+
+    class Look:
+        examples = 30
+
+        def __call__(self, params, batch):
+            jax.debug.callback(lambda *arrays: seen.append(arrays), batch["image"], batch["label"])
+            return params
+
+    exp = change(data_init=Look(), feed=feed)
+    jax.block_until_ready(assemble(exp, mesh8).init())
+    jax.effects_barrier()
+    first = exp.train.gather(np.arange(30))
+    np.testing.assert_allclose(seen[0][0], first["image"] / np.float32(255), rtol=1e-6)
+    np.testing.assert_array_equal(seen[0][1], first["label"])
+
+
+def test_stages_after_the_update_that_depend_on_the_length_are_told_it(mesh1):
+    class Counted:
+        def build(self, steps):
+            lengths.append(steps)
+            return lambda state: state
+
+    lengths: list[int] = []
+    program = assemble(change(after=(Counted(),)), mesh1)
+    assert lengths and set(lengths) == {program.steps}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"batch": 12}, "batch 12 does not divide over 8 devices: try --set batch=8 or 16"),
-        ({"eval_batch": 3}, "eval_batch 3 does not divide over 8 devices: try --set eval_batch=8"),
+        (
+            {"batch": 12},
+            "batch 12 does not divide over 8 devices: use --devices 6 at most, or --set batch=8 or 16",
+        ),
+        (
+            {"eval_batch": 3},
+            "eval_batch 3 does not divide over 8 devices: use --devices 3 at most, or --set eval_batch=8",
+        ),
         (
             {"select": "acuracy", "holdout": 40},
             "select=acuracy is no metric of this loss: it gives accuracy, loss",
@@ -346,7 +382,7 @@ def test_sources_that_are_empty_or_fail_are_one_line(mesh1):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"ema": 0.9}, r"ema is 0.9: it must be optim.EMA"),
+        ({"after": 0.9}, r"after is 0.9: it must be a tuple"),
         ({"loss": None}, "loss is None: it must be a function"),
         ({"batch": "64"}, "batch is '64': it must be an int"),
         ({"epochs": True}, "epochs is True: it must be a number"),

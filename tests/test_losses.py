@@ -16,7 +16,7 @@ import pytest
 
 from jaxtrain import losses
 from jaxtrain.errors import InputError
-from jaxtrain.losses import MSE, CrossEntropy
+from jaxtrain.losses import MSE, CrossEntropy, Forecast
 
 RNG = np.random.default_rng(0)
 CLASSES = 5
@@ -149,7 +149,9 @@ def test_mse_equals_numpy_in_value_and_gradient(shape: tuple[int, ...]) -> None:
     np.testing.assert_allclose(value, np.mean((outputs - target) ** 2), rtol=1e-5)
     np.testing.assert_allclose(gradient, 2 * (outputs - target) / target.size, rtol=1e-5)
     metrics = MSE()(jnp.array(outputs), {"target": target})[1]
+    assert set(metrics) == {"loss", "mae", "rmse"}
     assert metrics["mae"].compute() == pytest.approx(np.mean(np.abs(outputs - target)), rel=1e-5)
+    assert metrics["rmse"].compute() == pytest.approx(np.sqrt(np.mean((outputs - target) ** 2)), rel=1e-5)
 
 
 def test_mse_leaves_masked_rows_out() -> None:
@@ -158,7 +160,12 @@ def test_mse_leaves_masked_rows_out() -> None:
     outputs[2] = np.nan
     value, metrics = MSE()(jnp.array(outputs), {"target": jnp.array(target), "mask": jnp.array(keep)})
     np.testing.assert_allclose(value, np.mean((outputs - target)[keep] ** 2), rtol=1e-5)
-    assert metrics["loss"].count == metrics["mae"].count == 9
+    assert metrics["loss"].count == metrics["mae"].count == metrics["rmse"].count == 9
+
+
+def test_half_precision_outputs_meet_the_target_in_float32() -> None:
+    value, _ = MSE()(jnp.array([[256.0]], jnp.bfloat16), {"target": jnp.array([[257.0]])})
+    assert value.dtype == jnp.float32 and float(value) == 1  # 257 is not a bfloat16
 
 
 def test_mse_takes_integer_targets() -> None:
@@ -172,9 +179,102 @@ def test_mse_refuses_shapes_that_would_broadcast(outputs: tuple[int, ...], targe
         MSE()(jnp.zeros(outputs), {"target": jnp.zeros(target)})
 
 
+# --- class maps
+
+
+def test_dense_labels_give_the_iou_of_the_rows_that_count() -> None:
+    logits, label = classification((3, 4, 5))
+    keep = np.array([True, False, True])
+    batch = {"label": label.astype(jnp.uint8), "mask": jnp.array(keep)}
+    metrics = CrossEntropy(iou=True)(logits, batch)[1]
+    assert set(metrics) == {"loss", "accuracy", "mean_iou"}
+    guess, truth = np.array(logits.argmax(-1))[keep], np.array(label)[keep]
+    each = [((guess == k) & (truth == k)).sum() / ((guess == k) | (truth == k)).sum() for k in range(CLASSES)]
+    assert metrics["mean_iou"].compute() == pytest.approx(np.mean(each), rel=1e-6)
+    assert metrics["mean_iou"].counts.sum() == 2 * 4 * 5
+
+
+# --- forecasts
+
+SHAPE = (4, 3, 2)  # batch, horizon, variables
+
+
+def windows() -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    outputs, target = RNG.normal(size=(2, *SHAPE)).astype(np.float32)
+    return outputs, {"target": target, "series": RNG.normal(size=(4, 6, 2)).astype(np.float32)}
+
+
+def test_forecast_is_the_mse_and_reports_repeating_the_last_row() -> None:
+    outputs, batch = windows()
+    ours, theirs = (
+        jax.value_and_grad(lambda x, loss=loss: loss(x, batch)[0])(jnp.array(outputs))
+        for loss in (Forecast(), MSE())
+    )
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-6)
+    error = batch["target"] - outputs
+    repeat = batch["target"] - np.repeat(batch["series"][:, -1:], 3, axis=1)
+    wanted = {
+        "loss": np.mean(error**2),
+        "mae": np.mean(np.abs(error)),
+        "repeat_last_mse": np.mean(repeat**2),
+        "repeat_last_mae": np.mean(np.abs(repeat)),
+    }
+    found = {name: metric.compute() for name, metric in Forecast()(jnp.array(outputs), batch)[1].items()}
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_forecast_leaves_masked_rows_out_of_all_its_figures() -> None:
+    outputs, batch = windows()
+    keep = np.array([True, False, True, True])
+    kept = {name: field[keep] for name, field in batch.items()}
+    batch["target"][1], batch["series"][1] = 1e9, np.nan
+    value, metrics = Forecast()(jnp.array(outputs), {**batch, "mask": jnp.array(keep)})
+    wanted, figures = Forecast()(jnp.array(outputs[keep]), kept)
+    assert float(value) == pytest.approx(float(wanted), rel=1e-5)
+    for name, metric in metrics.items():
+        assert metric.count == 3 * 3 * 2
+        assert metric.compute() == pytest.approx(figures[name].compute(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "history", "message"),
+    [
+        ((4, 3, 1), (4, 6, 2), "must have one shape"),
+        (SHAPE, (4, 6, 1), "same variables"),
+        (SHAPE, (4, 6, 3), "same variables"),
+        (SHAPE, (4, 2), "batch, steps, variables"),
+    ],
+)
+def test_forecast_refuses_shapes_that_would_broadcast(outputs: Any, history: Any, message: str) -> None:
+    batch = {"target": jnp.zeros(SHAPE), "series": jnp.zeros(history)}
+    with pytest.raises(InputError, match=message) as raised:
+        Forecast()(jnp.zeros(outputs), batch)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_forecast_check_names_the_example_whose_target_is_not_finite(poison: float) -> None:
+    batch, spec = windows()[1], jax.ShapeDtypeStruct(SHAPE, np.float32)
+    ids = np.array([70, 71, 72, 73])
+    Forecast().check(spec, batch, ids)
+    batch["target"][2, 1, 0] = batch["target"][3, 0, 0] = poison
+    with pytest.raises(InputError, match=r"'target' of example 72 .* \(2 such values\)") as raised:
+        Forecast().check(spec, batch, ids)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("field", ["target", "series"])
+def test_forecast_check_names_a_field_that_is_absent(field: str) -> None:
+    batch = windows()[1]
+    del batch[field]
+    with pytest.raises(InputError, match=f"needs the batch field '{field}'"):
+        Forecast().check(jax.ShapeDtypeStruct(SHAPE, np.float32), batch, np.arange(4))
+
+
 CASES: dict[type, dict[str, Any]] = {
-    CrossEntropy: {"smoothing": 0.2, "top": 2, "label": "other"},
+    CrossEntropy: {"smoothing": 0.2, "top": 2, "label": "other", "iou": True},
     MSE: {"target": "other"},
+    Forecast: {"target": "other", "history": "other"},
 }
 FIELDS = [(cls, f.name) for cls in CASES for f in dataclasses.fields(cls)]
 
@@ -182,8 +282,10 @@ FIELDS = [(cls, f.name) for cls in CASES for f in dataclasses.fields(cls)]
 def results(loss: Any) -> dict[str, float]:
     outputs = jnp.array([[1.0, 3.0, 2.0], [0.0, 1.0, 5.0]])
     batch = {"label": jnp.array([0, 2]), "target": jnp.zeros((2, 3))}
+    if isinstance(loss, Forecast):
+        outputs, batch = outputs[..., None], {"target": jnp.zeros((2, 3, 1)), "series": jnp.zeros((2, 5, 1))}
     if "other" in dataclasses.astuple(loss):
-        batch["other"] = jnp.array([1, 1]) if isinstance(loss, CrossEntropy) else jnp.ones((2, 3))
+        batch["other"] = jnp.array([1, 1]) if isinstance(loss, CrossEntropy) else jnp.ones_like(outputs)
     value, metrics = loss(outputs, batch)
     return {"value": float(value), **{name: metric.compute() for name, metric in metrics.items()}}
 
@@ -196,3 +298,25 @@ def test_every_field_of_a_loss_changes_its_result(cls: type, field: str) -> None
 def test_every_loss_is_in_the_table() -> None:
     members = inspect.getmembers(losses, dataclasses.is_dataclass)
     assert {cls for _, cls in members if cls.__module__ == losses.__name__} == set(CASES)
+
+
+def test_mixed_labels_weigh_in_the_loss_and_the_heavier_one_in_the_accuracy() -> None:
+    logits = jnp.array([[2.0, 0.5, -1.0], [0.1, 0.2, 0.3]])
+    batch = {
+        "label": jnp.array([0, 0]),
+        "label_mixed": jnp.array([1, 2]),
+        "mix": jnp.array([0.7, 0.2]),
+    }
+    for smoothing in (0.0, 0.1):
+        loss, metrics = CrossEntropy(smoothing)(logits, batch)
+        one = [
+            CrossEntropy(smoothing)(logits[i : i + 1], {"label": batch["label"][i : i + 1]})[0]
+            for i in (0, 1)
+        ]
+        two = [
+            CrossEntropy(smoothing)(logits[i : i + 1], {"label": batch["label_mixed"][i : i + 1]})[0]
+            for i in (0, 1)
+        ]
+        wanted = (0.7 * one[0] + 0.3 * two[0] + 0.2 * one[1] + 0.8 * two[1]) / 2
+        np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+        assert metrics["accuracy"].compute() == 1  # 0 of 0.7 and 2 of 0.8 are the likeliest

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.metrics import ConfusionMatrix, Mean, merge
+from jaxtrain import recorder
+from jaxtrain.metrics import ConfusionMatrix, Mean, MeanIoU, RootMean, merge
 
 RNG = np.random.default_rng(0)
 RAGGED = [[4, 8], [3, 3, 5]]  # where to cut ten rows; [3, 3] leaves an empty part
@@ -116,12 +117,64 @@ def test_confusion_matrix_figures_are_those_of_their_definitions() -> None:
     np.testing.assert_allclose(found["precision"], [5 / 9, 7 / 10, 0], rtol=1e-15)
     np.testing.assert_allclose(found["recall"], [5 / 7, 7 / 8, 0], rtol=1e-15)
     np.testing.assert_allclose(found["f1"], [10 / 16, 14 / 18, 0], rtol=1e-15)
+    np.testing.assert_allclose(found["iou"], [5 / 11, 7 / 11, 0], rtol=1e-15)
+    assert found["mean_iou"] == pytest.approx((5 / 11 + 7 / 11) / 3, rel=1e-15)
+
+
+@pytest.mark.parametrize("extra", ["neither", "true", "predicted"])
+def test_mean_iou_is_over_the_classes_that_occur_on_either_side(extra: str) -> None:
+    counts = np.zeros((4, 4), int)
+    counts[:2, :2] = [[6, 2], [0, 4]]
+    each = [6 / 8, 4 / 6]
+    if extra != "neither":  # class 3 is once the truth or once the guess, and never both
+        counts[(3, 0) if extra == "true" else (0, 3)] = 1
+        each = [6 / 9, 4 / 6, 0]
+    found = ConfusionMatrix(counts).compute()["mean_iou"]
+    assert type(found) is float and found == pytest.approx(np.mean(each), rel=1e-15)
+    assert MeanIoU(counts).compute() == found
+
+
+def test_counts_take_class_maps_of_uint8() -> None:
+    logits, label = RNG.normal(size=(2, 5, 6, 30)).astype(np.float32), RNG.integers(0, 30, (2, 5, 6))
+    found = ConfusionMatrix.of(jnp.array(logits), jnp.array(label, jnp.uint8))
+    np.testing.assert_array_equal(found.counts, reference(logits.argmax(-1), label, 30))
+
+
+def test_root_mean_is_of_the_whole_and_not_the_mean_of_roots() -> None:
+    squares = np.array([1.0, 9.0, 4.0, 100.0], np.float32)
+    parts = [RootMean.of(jnp.array(squares[:3])), RootMean.of(jnp.array(squares[3:]))]
+    both = merged(parts)
+    assert type(both) is RootMean and type(merged([Mean(1.0, 1.0), Mean(1.0, 1.0)])) is Mean
+    assert both.compute() == math.sqrt(114 / 4)
+    assert math.isnan(RootMean.of(jnp.array([5.0]), jnp.array([False])).compute())
+
+
+def test_every_metric_is_merged_on_the_host_as_itself() -> None:
+    logits, label = RNG.normal(size=(3, 8, 4)).astype(np.float32), RNG.integers(0, 4, (3, 8))
+
+    @jax.jit
+    def step(logits: Any, label: Any) -> dict[str, Any]:
+        hit = (logits.argmax(-1) == label).astype(jnp.float32)
+        kinds = {"mean": Mean, "root": RootMean}
+        means = {name: kind.of(hit) for name, kind in kinds.items()}
+        counted = {"iou": MeanIoU.of(logits, label), "all": ConfusionMatrix.of(logits, label)}
+        return {**means, **counted}
+
+    found = recorder.fetch([step(*batch) for batch in zip(logits, label.astype(np.int32), strict=True)])
+    whole = ConfusionMatrix(reference(logits.argmax(-1), label, 4)).compute()
+    assert found["mean"] == whole["accuracy"] and found["root"] == math.sqrt(whole["accuracy"])
+    assert type(found["iou"]) is float and found["iou"] == whole["mean_iou"] == found["all"]["mean_iou"]
+
+
+def test_counts_of_an_epoch_may_pass_what_int32_holds() -> None:
+    half = np.array([[2**30, 0], [0, 2**30]], np.int32)
+    assert merged([MeanIoU(half)] * 5).counts.tolist() == [[5 * 2**30, 0], [0, 5 * 2**30]]
 
 
 def test_confusion_matrix_of_nothing_is_zero_and_not_nan() -> None:
     found = ConfusionMatrix(np.zeros((2, 2), np.int32)).compute()
-    assert found["accuracy"] == 0
-    assert not np.any([found["precision"], found["recall"], found["f1"]])
+    assert found["accuracy"] == found["mean_iou"] == 0
+    assert not np.any([found["precision"], found["recall"], found["f1"], found["iou"]])
 
 
 def test_merge_goes_by_name_from_an_empty_start() -> None:

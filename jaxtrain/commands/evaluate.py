@@ -7,6 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxtrain import cli
 from jaxtrain.errors import InputError
 
@@ -17,19 +19,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="jaxtrain evaluate", description=SUMMARY)
     parser.add_argument("--workdir", required=True, metavar="RUN", help="the folder of a run")
-    parser.add_argument(
-        "--checkpoint",
-        default="best",
-        metavar="best|latest|STEP",
-        help="default: the best on the validation set, or the latest where there is none",
-    )
+    cli.add_checkpoint(parser)
     parser.add_argument("--split", default="test", choices=("test", "valid"))
+    cli.add_devices(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     return cli.main(_run, parser, argv)
 
 
 def _run(args: argparse.Namespace) -> int:
-    from jaxtrain import checkpoint, sharding, workdir
+    from jaxtrain import checkpoint, workdir
     from jaxtrain.loop import evaluate
     from jaxtrain.program import assemble
     from jaxtrain.recorder import make_console
@@ -39,11 +37,11 @@ def _run(args: argparse.Namespace) -> int:
     name, experiment = cli.recorded(record, folder)
     console = make_console()
     cli.ensure_prepared(experiment, console)
-    program = assemble(experiment, sharding.make_mesh(), _confusion)
+    program = assemble(experiment, cli.mesh(args), _confusion)
     if args.split not in program.evals:
         raise InputError(f"{name} has no {args.split} split: it has {', '.join(program.evals)}")
     with checkpoint.open(folder) as saved:
-        chosen = _choose(saved, args.checkpoint, folder)
+        chosen = cli.choose_checkpoint(saved, args.checkpoint, folder)
         state = saved.restore(chosen, program.like)
     try:
         values = evaluate(program, state, args.split, console)
@@ -56,7 +54,7 @@ def _run(args: argparse.Namespace) -> int:
         "examples": program.evals[args.split].examples,
     }
     if args.json:
-        tables = {k: v.tolist() for k, v in (confusion or {}).items() if k != "accuracy"}
+        tables = {k: np.asarray(v).tolist() for k, v in (confusion or {}).items() if k != "accuracy"}
         console.note(json.dumps({"name": name, **found, **values, **tables}))
     else:
         _tables(name, found, values, confusion, cli.class_names(experiment), console)
@@ -64,25 +62,12 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _confusion(outputs: Any, batch: Any) -> dict[str, Any]:
-    """A confusion matrix where the outputs are class scores for one label an example."""
+    """A confusion matrix where the outputs are class scores for a label, or for a map of labels."""
     from jaxtrain.metrics import ConfusionMatrix
 
-    if "label" not in batch or outputs.ndim != 2 or batch["label"].ndim != 1:
+    if "label" not in batch or batch["label"].ndim not in (1, 3) or outputs.ndim != batch["label"].ndim + 1:
         return {}
     return {"confusion": ConfusionMatrix.of(outputs, batch["label"], batch.get("mask"))}
-
-
-def _choose(saved: Any, which: str, folder: Any) -> Any:
-    steps = saved.steps()
-    if not steps:
-        raise InputError(f"{folder} has no checkpoint yet")
-    if which in ("best", "latest"):
-        return (saved.best() if which == "best" else None) or saved.latest()
-    for one in steps:
-        if which.isdigit() and one.step == int(which):
-            return one
-    kept = ", ".join(str(one.step) for one in steps)
-    raise InputError(f"--checkpoint {which}: give best, latest or a kept step ({kept})")
 
 
 def _tables(name: str, found: dict[str, Any], values: Any, confusion: Any, names: Any, console: Any) -> None:

@@ -14,13 +14,18 @@ SUMMARY = "fetch a data set, or import its files with --from"
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="jaxtrain prepare", description=SUMMARY)
-    parser.add_argument("name", help="cifar10, cifar100, mnist, fashion_mnist or any TFDS name")
+    parser.add_argument(
+        "name",
+        help="cifar10, cifar100, mnist, fashion_mnist, tiny_shakespeare, imdb_reviews, "
+        "movielens/100k-ratings, oxford_iiit_pet, imagenet2012 (with --from), etth1; "
+        "or, with TensorFlow, any TFDS name",
+    )
     parser.add_argument(
         "--from",
         dest="source",
         type=Path,
         metavar="DIR_OR_TAR",
-        help="the original files, already here",
+        help="the original files, already here: a file, an archive or a folder of them",
     )
     parser.add_argument(
         "--data-dir", metavar="DIR", help="default: $TFDS_DATA_DIR, else ~/tensorflow_datasets"

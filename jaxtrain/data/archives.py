@@ -1,15 +1,18 @@
 """Finding the original files of a data set in a folder or an archive, and checking them.
 
-Everything is read into memory; nothing is unpacked to disk and nothing is ever unpickled.
+Nothing is unpacked to disk and nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import gzip
+import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -19,7 +22,65 @@ from jaxtrain.errors import InputError
 # A file of unknown size (a list of label names) is not read further than this.
 _TEXT_LIMIT = 65_536
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+_Files = Generator[tuple[str, str, IO[bytes]], None, None]  # where, path, open file
 _UNREADABLE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One file of a folder or an archive, open until the next one is asked for.
+
+    Attributes:
+      where: the folder's file or the archive, for messages.
+      path: inside it, beginning with the name of the folder.
+    """
+
+    where: str
+    path: PurePosixPath
+    file: IO[bytes]
+
+    def read(self) -> bytes:
+        """All of it.
+
+        Raises:
+          InputError: the archive ends before the file does, or is damaged.
+        """
+        try:
+            return self.file.read()
+        except _UNREADABLE as error:
+            raise InputError(_broken(self.where, error)) from error
+
+    def entries(self) -> Iterator[Entry]:
+        """The files of a tar archive inside an archive."""
+        try:
+            with tarfile.open(fileobj=self.file, mode="r|*") as tar:
+                for path, file in _members(tar):
+                    yield Entry(self.where, PurePosixPath(path), file)
+        except _UNREADABLE as error:
+            raise InputError(_broken(f"{self.where}: {self.path}", error)) from error
+
+
+def entries(source: Path) -> Iterator[Entry]:
+    """Every file of a folder or an archive, one at a time, front to back; hidden ones are left out.
+
+    Raises:
+      InputError: ``source`` is no archive, or not a whole one.
+    """
+    with contextlib.closing(_walk(source) if source.is_dir() else _archive(source)) as found:
+        for where, path, file in found:
+            entry = Entry(where, PurePosixPath(path), file)
+            if not entry.path.name.startswith("."):
+                yield entry
+
+
+def _walk(folder: Path) -> _Files:
+    # One folder's names at a time: an unpacked ImageNet has over a million.
+    for parent, below, names in os.walk(folder):
+        below.sort()
+        for name in sorted(names):
+            path = Path(parent, name)
+            with path.open("rb") as file:
+                yield str(path), path.relative_to(folder.parent).as_posix(), file
 
 
 def load_members(original: Original, source: Path) -> dict[str, bytes]:
@@ -97,23 +158,33 @@ def _files(source: Path) -> Iterator[tuple[str, str, IO[bytes]]]:
             yield from _archive(path)
 
 
-def _archive(path: Path) -> Iterator[tuple[str, str, IO[bytes]]]:
+def _archive(path: Path) -> _Files:
     try:
         yield from _zip(path) if zipfile.is_zipfile(path) else _tar(path)
     except _UNREADABLE as error:
-        line = " ".join(str(error).split())
-        raise InputError(
-            f"{path}: not a whole .tar, .tar.gz or .zip archive ({line}): fetch it again"
-        ) from error
+        raise InputError(_broken(path, error)) from error
+
+
+def _broken(where: str | Path, error: Exception) -> str:
+    line = " ".join(str(error).split())
+    return f"{where}: not a whole .tar, .tar.gz or .zip archive ({line}): fetch it again"
 
 
 def _tar(path: Path) -> Iterator[tuple[str, str, IO[bytes]]]:
     # "r|" reads front to back once: a gzipped archive is never rewound.
     with tarfile.open(path, "r|*") as tar:
-        for info in tar:
-            file = tar.extractfile(info) if info.isfile() else None
-            if file is not None:
-                yield str(path), info.name, file
+        for name, file in _members(tar):
+            yield str(path), name, file
+        # tarfile takes a cut between two files for the end, but a whole archive ends in blocks of zeros.
+        if tar.fileobj is None or tar.fileobj.tell() < tar.offset + tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("unexpected end of data")
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, IO[bytes]]]:
+    for info in tar:
+        file = tar.extractfile(info) if info.isfile() else None
+        if file is not None:
+            yield info.name, file
 
 
 def _zip(path: Path) -> Iterator[tuple[str, str, IO[bytes]]]:

@@ -39,6 +39,44 @@ class Flip:
 
 
 @dataclasses.dataclass(frozen=True)
+class AlternatingFlip:
+    """Mirror each image left to right in every second epoch, starting with the first or the second by a coin.
+
+    Over two epochs each image is seen once each way, where ``Flip`` would repeat itself half the time
+    (Jordan 2024, arXiv:2404.00498). Needs the batch fields ``example_id`` and ``epoch``, ``int32 [batch]``,
+    which training batches have; raises InputError without them. Draws nothing from its key.
+
+    Attributes:
+      seed: of the coins, one for each example id; at least 0.
+
+    >>> batch = {"image": jnp.arange(3).reshape(1, 1, 3, 1), "example_id": jnp.array([7])}
+    >>> [AlternatingFlip()({**batch, "epoch": jnp.array([e])})["image"].ravel().tolist() for e in (0, 1, 2)]
+    [[0, 1, 2], [2, 1, 0], [0, 1, 2]]
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise InputError(f"AlternatingFlip(seed={self.seed}): it must not be negative")
+
+    def __call__(self, batch: Batch, key: jax.Array | None = None) -> Batch:
+        missing = [name for name in ("example_id", "epoch") if name not in batch]
+        if missing:
+            raise InputError(
+                f"AlternatingFlip needs the batch field {' and '.join(missing)}, int32 [batch], which the "
+                "loaders add to training batches: put the stage in augment=, or add the field to the batch"
+            )
+        image = batch["image"]
+        # Threefry by name: with another default generator the coins of a batch would depend on each other.
+        base = jax.random.key(self.seed, impl="threefry2x32")
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(base, batch["example_id"])
+        coin = jax.vmap(jax.random.bits)(keys) & 1
+        mirrored = (coin + batch["epoch"].astype(coin.dtype)) % 2 == 1
+        return {**batch, "image": jnp.where(mirrored[:, None, None, None], image[:, :, ::-1], image)}
+
+
+@dataclasses.dataclass(frozen=True)
 class Crop:
     """Pad each image on all sides and cut a window of its old size at random.
 

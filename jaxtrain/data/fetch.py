@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.client
 import queue
 import tempfile
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +49,59 @@ def fetch_members(original: Original, report: Progress) -> dict[str, bytes]:
       InputError: no network, or what arrived is not the original. The message names the files to
         fetch by other means and the command that takes them.
     """
-    with tempfile.TemporaryDirectory(prefix="jaxtrain-") as folder:
-        for url in URLS[original.name]:
+    with fetched(original.name, URLS[original.name], report) as folder:
+        return load_members(original, folder)
+
+
+@contextlib.contextmanager
+def fetched(name: str, urls: Sequence[str], report: Progress, parent: Path | None = None) -> Iterator[Path]:
+    """A folder that holds what ``urls`` give, which is removed in the end.
+
+    Args:
+      parent: where to make it, for what is too big for the system's own place.
+
+    Raises:
+      InputError: no network. The message names the files to fetch by other means and the command
+        that takes them. An InputError of the caller's that names a file here says ``fetched`` instead.
+    """
+    prefix = "jaxtrain-" if parent is None else "incomplete.fetch-"  # Swept up after a kill.
+    try:
+        if parent is not None:
+            parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=prefix, dir=parent)
+    except OSError as error:
+        raise InputError(f"{name} cannot be fetched: no place to write to ({error})") from error
+    with scratch as folder:
+        for url in urls:
             try:
                 _download(url, Path(folder), report)
             except (OSError, http.client.HTTPException, ValueError) as error:
-                raise InputError(_unreachable(original.name, url, error)) from error
+                raise InputError(_unreachable(name, urls, url, error)) from error
         try:
-            return load_members(original, Path(folder))
+            yield Path(folder)
         except InputError as error:
             # The copy on disk is about to go: name what was fetched instead.
             raise InputError(str(error).replace(f"{folder}/", "fetched ")) from error
 
 
-def _unreachable(name: str, url: str, error: Exception) -> str:
+def check(path: Path, size: int | None, sha256: str | None) -> None:
+    """Compares a fetched file with what is known of the original; None: not known.
+
+    Raises:
+      InputError: it is another file.
+    """
+    if size is not None and path.stat().st_size != size:
+        found = path.stat().st_size
+        raise InputError(f"{path} is not the original: expected {size} bytes, found {found}")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest() if sha256 is not None else None
+    if digest != sha256:
+        raise InputError(f"{path} is not the original: expected sha256 {sha256}, found {digest}")
+
+
+def _unreachable(name: str, urls: Sequence[str], url: str, error: Exception) -> str:
     reason = getattr(error, "reason", None) or error
-    names = ", ".join(u.rsplit("/", 1)[1] for u in URLS[name])
+    names = ", ".join(u.rsplit("/", 1)[1] for u in urls)
     return (
         f"cannot fetch {url} ({' '.join(str(reason).split())}): get {names} on a machine with a "
         f"network, then run: python -m jaxtrain prepare {name} --from DIR_OR_TAR"

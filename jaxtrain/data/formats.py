@@ -1,4 +1,4 @@
-"""The original files of the data sets that need no TensorFlow to be prepared.
+"""The original files of the small image sets that need no TensorFlow to be prepared.
 
 What each file is (size, checksum) and how its bytes become arrays: one table, ``ORIGINALS``.
 """
@@ -7,11 +7,40 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from typing import Any
 
 import numpy as np
 
 from jaxtrain.errors import InputError
+
+# (key, example) one after another. Keys are those of the stock TFDS builder, which orders by their hash.
+Examples = Generator[tuple[int | str, Mapping[str, Any]], None, None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class About:
+    """What a prepared data set says of itself; names and versions are those of the stock TFDS builder.
+
+    Attributes:
+      config: the part after the slash, None where there is none.
+      default_config: the config that TFDS means by the bare name.
+      supervised: the features that are input and target.
+    """
+
+    name: str
+    version: str
+    description: str
+    homepage: str
+    citation: str
+    config: str | None = None
+    default_config: str | None = None
+    supervised: tuple[str, str] | None = ("image", "label")
+
+    @property
+    def full(self) -> str:
+        """The name with the config."""
+        return f"{self.name}/{self.config}" if self.config else self.name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,23 +91,17 @@ class Parsed:
     classes: Mapping[str, tuple[str, ...] | int]
 
 
-@dataclasses.dataclass(frozen=True)
-class Original:
-    """A data set in the form its authors published.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Original(About):
+    """A small data set in the form its authors published: read into memory, every byte checked.
 
     Attributes:
       members: the files that must be there.
       pickled: names by which the authors' Python-pickle version is recognised and refused.
       shape: of one image, [height, width, channel].
       ids: whether examples carry the feature ``id``, as the stock TFDS builder gives it.
-      version: that of the stock TFDS builder, as are all names below.
     """
 
-    name: str
-    version: str
-    description: str
-    homepage: str
-    citation: str
     members: tuple[Member, ...]
     parse: Callable[[Mapping[str, bytes]], Parsed]
     shape: tuple[int, int, int]

@@ -22,6 +22,8 @@ from jaxtrain.data.sources import Arrays, Source
 from jaxtrain.types import Batch
 from jaxtrain.userfile import Loaded
 
+EXAMPLE_ID, EPOCH = "example_id", "epoch"
+
 Check = Callable[[Batch, np.ndarray], None]
 """``(raw batch, example ids) -> None``; raises InputError for data that must not reach the device."""
 
@@ -59,13 +61,19 @@ class Resident:
 
     def batch(self, step: int) -> Any:
         if isinstance(self._order, Order):
-            return {"data": self._data, "rows": self._order.indices(step).astype(np.int32)}
+            # One array, so that the host sends one thing a step: int32 [batch, (example id, epoch)].
+            places = np.stack(self._order.places(step), axis=1)
+            return {"data": self._data, "rows": places.astype(np.int32)}
         rows, mask = self._order.rows(step)
         return {"data": self._data, "rows": rows.astype(np.int32), "mask": mask}
 
     def fetch(self, batch: Any) -> Batch:
-        fields = {name: array[batch["rows"]] for name, array in batch["data"].items()}
-        return {**fields, "mask": batch["mask"]} if "mask" in batch else fields
+        rows = batch["rows"]
+        if "mask" in batch:
+            return {**{name: array[rows] for name, array in batch["data"].items()}, "mask": batch["mask"]}
+        ids, epochs = rows[:, 0], rows[:, 1]
+        fields = {name: array[ids] for name, array in batch["data"].items()}
+        return {**fields, EXAMPLE_ID: ids, EPOCH: epochs}
 
     def close(self) -> None:
         pass
@@ -104,7 +112,7 @@ class Streamed:
             self._stream = self._open(step)
         self._next = step + 1
         batch = next(self._stream)
-        ids = batch.pop(IDS)
+        ids = batch.pop(EXAMPLE_ID) if "mask" in batch else batch[EXAMPLE_ID]
         if self._check is not None:
             self._check(batch, ids)
         return jax.device_put(batch, self.shardings)
@@ -129,9 +137,6 @@ class Streamed:
         return iter(data.to_iter_dataset(options).mp_prefetch(processes, worker_init_fn=_ignore_interrupts))
 
 
-IDS = "example_id"
-
-
 @dataclasses.dataclass(frozen=True)
 class _Batches:
     """Batch k as element k, for Grain. Pickled with the user's files that its source may come from."""
@@ -143,11 +148,13 @@ class _Batches:
         return len(self.order) if isinstance(self.order, Sequential) else 2**62
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        if isinstance(self.order, Order):
-            ids = self.order.indices(step)
-            return {**self.source.gather(ids), IDS: ids}
-        ids, mask = self.order.rows(step)
-        return {**self.source.gather(ids), "mask": mask, IDS: ids}
+        if isinstance(self.order, Sequential):
+            ids, mask = self.order.rows(step)
+            return {**self.source.gather(ids), "mask": mask, EXAMPLE_ID: ids.astype(np.int32)}
+        ids, epochs = self.order.places(step)
+        draw = getattr(self.source, "draw", None)
+        fields = self.source.gather(ids) if draw is None else draw(ids, epochs, self.order.seed)
+        return {**fields, EXAMPLE_ID: ids.astype(np.int32), EPOCH: epochs.astype(np.int32)}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (Loaded(), self.source, self.order)

@@ -50,14 +50,19 @@ class Order:
 
     def indices(self, step: int) -> np.ndarray:
         """Example ids of batch ``step`` (from 0): int64 ``[batch]``."""
+        return self.places(step)[0]
+
+    def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Example ids of batch ``step`` and the epoch of each: int64 ``[batch]`` both."""
         usable = self.n // self.batch * self.batch if self.remainder == "drop" else self.n
-        parts, start, end = [], step * self.batch, (step + 1) * self.batch
+        ids, epochs, start, end = [], [], step * self.batch, (step + 1) * self.batch
         while start < end:
             epoch, offset = divmod(start, usable)
             part = permutation(self.seed, epoch, self.n)[offset : min(usable, offset + end - start)]
-            parts.append(part)
+            ids.append(part)
+            epochs.append(np.full(len(part), epoch))
             start += len(part)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return np.concatenate(ids), np.concatenate(epochs)
 
     def steps(self, epochs: float) -> int:
         """Number of batches in ``epochs``, which may be fractional; a begun batch counts whole."""

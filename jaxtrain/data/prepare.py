@@ -1,36 +1,34 @@
 """Writing a data set to disk in the TensorFlow Datasets layout: ``prepare(name)``.
 
-cifar10, cifar100, mnist and fashion_mnist are written from their original files without
-TensorFlow, as the stock TFDS builders would: same version, features, names and example order. Every
-other name goes through its stock TFDS builder, which needs TensorFlow.
+The small image sets of ``formats.ORIGINALS`` and the ``collections.COLLECTIONS`` are written from their
+original files without TensorFlow, as the stock TFDS builders would: same version, features, names and
+example order. The ``plain.PLAIN`` tables are kept as they are. Every other name goes through its stock TFDS
+builder, which needs TensorFlow.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import importlib.util
 import io
 import os
-import shutil
-import sys
-import tempfile
-import time
 import urllib.error
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxtrain.data.archives import load_members
-from jaxtrain.data.fetch import Progress, connect, fetch_members
-from jaxtrain.data.formats import ORIGINALS, Original, Parsed, Split
+from jaxtrain.data.collections import COLLECTIONS, Collection, find_collection
+from jaxtrain.data.fetch import Progress, check, connect, fetch_members, fetched
+from jaxtrain.data.formats import ORIGINALS, About, Examples, Original, Parsed, Split
+from jaxtrain.data.plain import PLAIN, Plain, plain_file, write_plain
 from jaxtrain.data.tfds import default_data_dir, file_formats, find_folder, folders, parse_name
+from jaxtrain.data.writer import quiet, write
 from jaxtrain.errors import InputError
-
-# Only a prepare that was killed leaves its half-written folder for this long.
-_STALE_SECONDS = 3600.0
 
 
 def prepare(
@@ -43,17 +41,22 @@ def prepare(
     """Writes data set ``name`` in the TFDS layout (``array_record``) and returns its folder.
 
     Does nothing when it is prepared already. The folder appears whole or not at all, whatever
-    interrupts this call and however many processes make it at the same time. Original files are
-    checked against their known checksums (cifar100's two lists of class names have none: their
-    lengths are checked).
+    interrupts this call and however many processes make it at the same time.
+
+    Original files of the small image sets, tiny_shakespeare and etth1 are checked against their known
+    checksums (cifar100's two lists of class names have none: their lengths are checked). The archives of
+    imdb_reviews, movielens/100k-ratings and oxford_iiit_pet are checked so only when they were fetched here:
+    with ``source``, a part of one or one that was packed again will do, and what is checked is that the
+    examples stand where the original has them.
 
     Args:
       name: a TFDS name: ``"cifar10"``, ``"imdb_reviews/plain_text"``.
       data_dir: the folder of all data sets; None: ``$TFDS_DATA_DIR``, else
         ``~/tensorflow_datasets``.
       source: original files already on this machine: a .tar.gz, .tar or .zip archive, or a folder
-        that holds the files or such an archive. None: fetch them. For names that go through their
-        stock TFDS builder, the folder that TFDS calls ``manual_dir``.
+        that holds the files or such an archive. None: fetch them (imagenet2012 must be fetched by
+        hand). For names that go through their stock TFDS builder, the folder that TFDS calls
+        ``manual_dir``.
       progress: called as ``progress(label, done, total)``, in bytes while fetching and in examples
         while writing; total is 0 when it is not known.
 
@@ -66,21 +69,28 @@ def prepare(
         ...
     jaxtrain.errors.InputError: unknown data set 'cifer10': did you mean cifar10?
     """
-    folder = find_folder(name, data_dir)
+    plain = plain_file(name, data_dir)
+    folder = plain.parent if plain is not None else find_folder(name, data_dir)
     if folder is not None:
         return folder
     root = Path(data_dir).expanduser().absolute() if data_dir is not None else default_data_dir()
     report = progress or (lambda label, done, total: None)
     files = Path(source).expanduser() if source is not None else None
     base, config, version = parse_name(name)
-    original = ORIGINALS.get(base)
-    if original is None:
+    own = PLAIN.get(base) or ORIGINALS.get(base) or find_collection(base, config)
+    if own is None:
         return _prepare_stock(name, root, files, report)
-    if config is not None or version not in (None, original.version):
-        raise InputError(f"data set {name}: only {base}:{original.version} can be prepared")
-    _refuse_occupied(name, root / base / original.version)
-    members = fetch_members(original, report) if files is None else load_members(original, files)
-    _write(original, original.parse(members), root, report)
+    full = own.full if isinstance(own, About) else base
+    asked = f"{base}/{config}" if config else base
+    if asked not in (base, full) or version not in (None, own.version):
+        raise InputError(f"data set {name}: only {full}:{own.version} can be prepared")
+    if isinstance(own, Plain):
+        return write_plain(base, root, files, report)
+    _refuse_occupied(name, root / full / own.version)
+    if isinstance(own, Original):
+        _prepare_original(own, root, files, report)
+    else:
+        _prepare_collection(own, root, files, report)
     return _result(name, root)
 
 
@@ -104,22 +114,16 @@ def _result(name: str, root: Path) -> Path:
     return folder
 
 
-def _write(original: Original, parsed: Parsed, root: Path, report: Progress) -> None:
-    import tensorflow_datasets as tfds
-
+def _prepare_original(original: Original, root: Path, source: Path | None, report: Progress) -> None:
+    members = fetch_members(original, report) if source is None else load_members(original, source)
+    parsed = original.parse(members)
     _check_labels(original, parsed)
-    _sweep(root / original.name)
-    with _quiet(report) as loud:
-        builder = _builder(original, parsed, root, loud)
-        config = tfds.download.DownloadConfig(try_download_gcs=False)
-        try:
-            # TFDS makes empty download folders even for builders that download nothing.
-            with tempfile.TemporaryDirectory(prefix="jaxtrain-") as scratch:
-                builder.download_and_prepare(download_dir=scratch, download_config=config)
-        except OSError as error:
-            # Another process was faster: its folder is as good. TFDS removed ours.
-            if find_folder(original.name, root) is None:
-                raise InputError(f"cannot write {original.name} to {root}: {error}") from error
+    splits = {
+        split: functools.partial(_examples, split, data, original.ids)
+        for split, data in parsed.splits.items()
+    }
+    totals = {split: len(data.images) for split, data in parsed.splits.items()}
+    write(original, _features(original, parsed), splits, root, report, totals)
 
 
 def _check_labels(original: Original, parsed: Parsed) -> None:
@@ -134,16 +138,7 @@ def _check_labels(original: Original, parsed: Parsed) -> None:
                 )
 
 
-def _sweep(parent: Path) -> None:
-    """Removes what killed runs left: TFDS writes to ``incomplete.*`` and renames at the end."""
-    for path in parent.glob("incomplete.*"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(path)
-
-
-def _builder(original: Original, parsed: Parsed, root: Path, report: Progress) -> Any:
-    """A TFDS builder that yields what is already in memory, so that it needs no TensorFlow."""
+def _features(original: Original, parsed: Parsed) -> dict[str, Any]:
     import tensorflow_datasets as tfds
 
     features: dict[str, Any] = {"id": tfds.features.Text()} if original.ids else {}
@@ -156,47 +151,18 @@ def _builder(original: Original, parsed: Parsed, root: Path, report: Progress) -
             if isinstance(names, int)
             else tfds.features.ClassLabel(names=names)
         )
-
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-        name = original.name
-        VERSION = tfds.core.Version(original.version)
-
-        def _info(self) -> Any:
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description=original.description,
-                features=tfds.features.FeaturesDict(features),
-                supervised_keys=("image", "label"),
-                homepage=original.homepage,
-                citation=original.citation,
-            )
-
-        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            return {
-                split: _examples(f"{self.name}/{split}", data, original.ids, report)
-                for split, data in parsed.splits.items()
-            }
-
-        def _generate_examples(self) -> Any:
-            raise NotImplementedError  # Abstract in TFDS; the generators above are the examples.
-
-    return Builder(data_dir=root, file_format="array_record")
+    return features
 
 
-def _examples(
-    label: str, data: Split, ids: bool, report: Progress
-) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _examples(split: str, data: Split, ids: bool) -> Examples:
     # The key is the position in the original files: TFDS orders examples by a hash of it, so this
     # is what makes the order that of the stock builders.
-    total = len(data.images)
-    for index in range(total):
+    for index, image in enumerate(data.images):
         example: dict[str, Any] = {key: int(value[index]) for key, value in data.labels.items()}
-        example["image"] = _png(data.images[index])
+        example["image"] = _png(image)
         if ids:
-            example["id"] = f"{label.rsplit('/', 1)[1]}_{index:05d}"
+            example["id"] = f"{split}_{index:05d}"
         yield index, example
-        if (index + 1) % 1000 == 0 or index + 1 == total:
-            report(label, index + 1, total)
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -208,20 +174,22 @@ def _png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-@contextlib.contextmanager
-def _quiet(report: Progress) -> Iterator[Progress]:
-    """Silences TFDS's bars and prints; yields a ``report`` that still reaches stdout."""
-    import tensorflow_datasets as tfds
-
-    stdout = sys.stdout
-
-    def loud(label: str, done: int, total: int) -> None:
-        with contextlib.redirect_stdout(stdout):
-            report(label, done, total)
-
-    tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield loud
+def _prepare_collection(collection: Collection, root: Path, source: Path | None, report: Progress) -> None:
+    with contextlib.ExitStack() as stack:
+        if source is None:
+            urls = [part.url for part in collection.parts if part.url is not None]
+            if len(urls) != len(collection.parts):
+                raise InputError(
+                    f"{collection.full} cannot be fetched for you: {collection.by_hand}, then run: "
+                    f"python -m jaxtrain prepare {collection.full} --from DIR"
+                )
+            # Beside the result, because what is fetched may be too big for the system's own place.
+            place = root / collection.name
+            source = stack.enter_context(fetched(collection.full, urls, report, place))
+            for part in collection.parts:
+                check(source / part.names[0], part.size, part.sha256)
+        splits = collection.examples(collection.find(source))
+        write(collection, collection.features(), splits, root, report)
 
 
 def _prepare_stock(name: str, root: Path, source: Path | None, report: Progress) -> Path:
@@ -230,19 +198,22 @@ def _prepare_stock(name: str, root: Path, source: Path | None, report: Progress)
 
     base = parse_name(name)[0]
     known = tfds.list_builders(with_community_datasets=False)
+    own = [collection.full for collection in COLLECTIONS.values() if collection.name == base]
     if base not in known:
-        close = difflib.get_close_matches(base, {*known, *ORIGINALS}, n=1)
+        close = own or difflib.get_close_matches(base, {*known, *PLAIN}, n=1)
         hint = f"did you mean {close[0]}?" if close else "TFDS has none of that name"
         raise InputError(f"unknown data set {name!r}: {hint}")
     if importlib.util.find_spec("tensorflow") is None:
+        other = f"; {own[0]} does not" if own else ""
         raise InputError(
             f"preparing {name} needs TensorFlow (reading it will not): run: pip install 'jaxtrain[prepare]'"
+            + other
         )
     if source is not None and not source.exists():
         raise InputError(f"{source}: no such file or folder")
     manual = source.parent if source is not None and source.is_file() else source
     report(name, 0, 0)
-    with _quiet(report):
+    with quiet(report):
         try:
             builder = tfds.builder(name, data_dir=root, file_format="array_record")
             _refuse_occupied(name, Path(builder.data_dir))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -19,6 +19,10 @@ class Source(Protocol):
     ``gather`` takes int64 ``[k]`` ids in ``[0, len)`` and returns named raw arrays with leading axis k:
     pixels stay uint8, tokens stay integers; casting and normalising happen on the device. It must be a pure
     function of the ids and may be called from several threads.
+
+    A source whose training examples are drawn on the host, such as random crops of JPEG files, has besides
+    ``draw(indices, epochs, seed)``: the same fields, a pure function of its arguments (``epochs: int64 [k]``
+    is the pass that each example is seen in). Training batches come from it, evaluation from ``gather``.
     """
 
     def __len__(self) -> int: ...
@@ -67,6 +71,12 @@ class Subset:
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """The examples ``self.indices[indices]`` of the source."""
         return self.source.gather(self.indices[indices])
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "draw":
+            raise AttributeError(name)
+        draw = getattr(self.source, "draw")  # noqa: B009 - a subset draws if its source does
+        return lambda ids, epochs, seed: draw(self.indices[ids], epochs, seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +144,9 @@ class Synthetic:
 
 
 def in_memory(source: Source, limit: int) -> Arrays | None:
-    """All of ``source`` as arrays, or None when that would take more than ``limit`` bytes."""
+    """All of ``source`` as arrays; None when that would take more than ``limit`` bytes, or when it draws."""
+    if hasattr(source, "draw"):
+        return None
     if isinstance(source, Arrays):
         return source if sum(a.nbytes for a in source.fields.values()) <= limit else None
     one = source.gather(np.zeros(1, np.int64))

@@ -187,6 +187,20 @@ class TFDS:
         """
         return self._open().gather(np.asarray(indices))
 
+    def raw(self, indices: np.ndarray, fields: Sequence[str]) -> dict[str, list[Any]]:
+        """The stored values of some features, undecoded, for sources that decode them their own way.
+
+        Args:
+          indices: as for ``gather``.
+          fields: names of features: text and images come as bytes (an image as its file), numbers as
+            Python numbers.
+
+        Raises:
+          InputError: not prepared, no such split, or no such feature.
+          IndexError, RunError: as for ``gather``.
+        """
+        return self._open().raw(np.asarray(indices), fields)
+
     def _open(self) -> _Split:
         folder = find_folder(self.name, self.data_dir)
         if folder is None:
@@ -256,7 +270,24 @@ class _Split:
             if not Path(file.filename).exists():
                 raise RunError(f"{file.filename} is missing: {_again(self.name, folder)}")
 
-    def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def raw(self, indices: np.ndarray, fields: Sequence[str]) -> dict[str, list[Any]]:
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        self._check_indices(indices)
+        for name in fields:
+            if name not in self.features:
+                raise InputError(
+                    f"data set {self.name} has no feature {name!r}: it has {', '.join(self.features)}"
+                )
+        values: dict[str, list[Any]] = {name: [] for name in fields}
+        for record in self._read(indices.tolist()) if indices.size else ():
+            feature = tf_example_pb2.Example.FromString(record).features.feature
+            for name in fields:
+                kind = feature[name].WhichOneof("kind")
+                values[name].append(getattr(feature[name], kind).value[0])
+        return values
+
+    def _check_indices(self, indices: np.ndarray) -> None:
         if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
             raise IndexError(f"indices: expected int [n], got {indices.dtype} {indices.shape}")
         if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < self.length:
@@ -264,6 +295,9 @@ class _Split:
                 f"indices {indices.min()} to {indices.max()} of {self.name} {self.split}, "
                 f"which has {self.length} examples"
             )
+
+    def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        self._check_indices(indices)
         if not indices.size:  # The shapes and dtypes of one example, none of its rows.
             return {key: value[:0] for key, value in self._chunk([0]).items()}
         chunks = [indices[i : i + _CHUNK].tolist() for i in range(0, len(indices), _CHUNK)]

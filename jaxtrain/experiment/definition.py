@@ -9,7 +9,7 @@ from typing import Any, Literal
 from jaxtrain.data import Source
 from jaxtrain.data.order import Remainder
 from jaxtrain.errors import InputError
-from jaxtrain.optim import EMA
+from jaxtrain.models import ComputeDtype
 
 
 def _operational(default: Any) -> Any:
@@ -34,14 +34,17 @@ class Experiment:
         number of examples; 0 holds out none.
       augment: stages for training batches only, such as ``data.Flip()``.
       preprocess: stages for every batch, after ``augment``, such as ``data.Normalise(...)``.
-      ema: average the weights, and evaluate and keep the average.
+      after: ``State -> State`` functions applied in order after every update, such as ``optim.EMA()``, whose
+        average is then what is evaluated.
+      compute_dtype: of the model's activations; parameters stay float32.
       seed: of initialisation, order, augmentation and dropout.
       remainder: how an epoch's last examples are batched: ``"wrap"`` or ``"drop"``.
       eval_batch: batch size of evaluation; None is ``batch``.
       eval_every: epochs between evaluations while training; None evaluates at the end only. Scored on the
         validation set where there is one, else on the test set, for looking at only.
       select: the validation metric that says which checkpoint is best; ``-loss`` means lower is better.
-      data_init: ``(params, batch) -> params``, run once on the first batch.
+      data_init: ``(params, batch) -> params``, run once on the first training examples, preprocessed and not
+        augmented: as many as its attribute ``examples`` says, or one batch.
       step_factory: replaces ``jaxtrain.step.make_train_step``, with the same signature.
       feed: hold the data on the device, stream it, or decide by its size.
       workers: processes that read a streamed source; 0 reads in threads.
@@ -62,7 +65,8 @@ class Experiment:
     holdout: float = 0
     augment: tuple[Any, ...] = ()
     preprocess: tuple[Any, ...] = ()
-    ema: EMA | None = None
+    after: tuple[Any, ...] = ()
+    compute_dtype: ComputeDtype = "float32"
     seed: int = 0
     remainder: Remainder = "wrap"
     eval_batch: int | None = None
@@ -110,8 +114,13 @@ def _check_kinds(experiment: Experiment) -> None:
         raise InputError(
             f"loss is {experiment.loss!r}: it must be a function (outputs, batch) -> (loss, metrics)"
         )
-    if experiment.ema is not None and not isinstance(experiment.ema, EMA):
-        raise InputError(f"ema is {experiment.ema!r}: it must be optim.EMA(decay=...), or None")
+    if not isinstance(experiment.after, tuple) or not all(
+        callable(stage) or hasattr(stage, "build") for stage in experiment.after
+    ):
+        raise InputError(
+            f"after is {experiment.after!r}: it must be a tuple of functions State -> State, such as "
+            "(optim.EMA(),)"
+        )
     if not hasattr(experiment.optimizer, "build"):
         raise InputError(
             f"optimizer is a {type(experiment.optimizer).__name__}, whose settings the run could not record: "

@@ -1,8 +1,37 @@
 """Models: Flax Linen modules, and the adapter that makes any of them a pure ``Model`` pair."""
 
+from jaxtrain.models.airbench import Airbench, TestTimeViews, Whiten
 from jaxtrain.models.cnn import CNN
+from jaxtrain.models.convnet import ConvNet
+from jaxtrain.models.factors import Factors
+from jaxtrain.models.gpt import GPT
 from jaxtrain.models.layers import max_pool
 from jaxtrain.models.linen import as_model
 from jaxtrain.models.mlp import MLP
+from jaxtrain.models.precision import ComputeDtype, compute_in
+from jaxtrain.models.recurrent import GRUForecaster, LSTMClassifier
+from jaxtrain.models.resnet import ResNet
+from jaxtrain.models.sampling import generate
+from jaxtrain.models.unet import UNet
+from jaxtrain.models.vit import ViT
 
-__all__ = ["CNN", "MLP", "as_model", "max_pool"]
+__all__ = [
+    "CNN",
+    "GPT",
+    "MLP",
+    "Airbench",
+    "ComputeDtype",
+    "ConvNet",
+    "Factors",
+    "GRUForecaster",
+    "LSTMClassifier",
+    "ResNet",
+    "TestTimeViews",
+    "UNet",
+    "ViT",
+    "Whiten",
+    "as_model",
+    "compute_in",
+    "generate",
+    "max_pool",
+]

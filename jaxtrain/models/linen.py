@@ -12,7 +12,7 @@ from flax import linen as nn
 from jaxtrain.errors import InputError
 from jaxtrain.types import NOT_MODEL_STATE, Batch, Model
 
-TARGETS = frozenset({"label", "target", "mask"})
+TARGETS = frozenset({"label", "target", "mask", "example_id", "epoch"})
 MODES = {
     "train": True,
     "training": True,
@@ -26,9 +26,10 @@ def as_model(model: Any) -> Model:
     """``model`` as a pure ``Model`` pair: a Linen module, or an ``(init, apply)`` pair as it is.
 
     A Linen module's ``__call__`` arguments are filled from the batch fields of the same name (optional ones
-    called ``label``, ``target`` or ``mask`` are not); a single argument of another name gets the only
-    field that is none of these three. ``train``, ``training`` or ``is_training`` is told whether dropout and
-    batch statistics are active, ``deterministic`` or ``use_running_average`` the opposite.
+    called ``label``, ``target``, ``mask``, ``example_id`` or ``epoch`` are not); a single argument of another
+    name gets the only field that is none of these. ``train``, ``training`` or ``is_training`` is told whether
+    dropout and batch statistics are active, ``deterministic`` or ``use_running_average`` the opposite. A
+    method ``check(batch, ids)`` of the module becomes the model's.
 
     Raises:
       InputError: neither a module nor a pair, or batch statistics without such an argument.
@@ -89,7 +90,7 @@ def _from_linen(module: nn.Module) -> Model:
         outputs, updated = result
         return outputs, {**extra, **updated}
 
-    return Model(init, apply)
+    return Model(init, apply, getattr(module, "check", None))
 
 
 def _inputs(module: nn.Module, inputs: list[inspect.Parameter], batch: Batch) -> dict[str, Any]:

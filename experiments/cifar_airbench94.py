@@ -1,0 +1,36 @@
+"""CIFAR-10 to 94 % in ten epochs: the airbench94 recipe (Jordan 2024, arXiv:2404.00498).
+
+Run:       python -m jaxtrain.run --experiment cifar_airbench94
+Measured:  not yet
+"""
+
+from jaxtrain import data, losses, models, optim
+from jaxtrain.experiment import Experiment
+
+# The recipe sums the loss over the batch and here it is a mean, so the rate is 1024 times the recipe's and
+# the decay 1024 times smaller. Every parameter is decayed, BatchNorm's biases too.
+EXPERIMENT = Experiment(
+    model=models.TestTimeViews(models.Airbench(widths=(64, 256, 256), classes=10)),
+    train=data.TFDS("cifar10", "train"),
+    test=data.TFDS("cifar10", "test"),
+    loss=losses.CrossEntropy(smoothing=0.2),
+    optimizer=optim.SGD(
+        lr=optim.OneCycle(peak=1.5, start=0.2, end=0.07, warmup=0.23),
+        momentum=0.85,
+        nesterov=True,
+        weight_decay=0.0153 / 11.5,
+        decay="",
+        groups=(
+            optim.Group("whiten/kernel", lr=0),
+            optim.Group("whiten/bias", until=3 / 9.9),
+            optim.Group("norm.*/bias", lr=64, weight_decay=1 / 64),
+        ),
+    ),
+    data_init=models.Whiten(examples=5000),
+    augment=(data.AlternatingFlip(), data.Crop(pad=2, mode="reflect")),
+    preprocess=(data.Normalise(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),),
+    after=(optim.Lookahead(),),
+    batch=1024,
+    epochs=9.9,
+    remainder="drop",
+)

@@ -1,0 +1,19 @@
+"""CIFAR-10 data-parallel: the two-convolution network of an article on PyTorch's DistributedDataParallel.
+
+Run:       python -m jaxtrain.run --experiment cifar_ddp_net
+Measured:  not yet
+"""
+
+from jaxtrain import data, losses, models, optim
+from jaxtrain.experiment import Experiment
+
+EXPERIMENT = Experiment(
+    model=models.ConvNet(widths=(64, 128), kernel=3, padding="SAME", pool=1, classes=10),
+    train=data.TFDS("cifar10", "train"),
+    test=data.TFDS("cifar10", "test"),
+    loss=losses.CrossEntropy(),
+    optimizer=optim.SGD(lr=0.01, momentum=0.9),
+    preprocess=(data.Normalise(mean=(0.5,), std=(0.5,)),),
+    batch=256,
+    epochs=10,
+)

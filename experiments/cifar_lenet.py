@@ -1,0 +1,21 @@
+"""CIFAR-10 with LeNet, as PyTorch's CIFAR-10 tutorial trains it: batch 4, two epochs.
+
+Run:       python -m jaxtrain.run --experiment cifar_lenet --devices 1
+Measured:  not yet
+"""
+
+from jaxtrain import data, losses, models, optim
+from jaxtrain.experiment import Experiment
+
+EXPERIMENT = Experiment(
+    model=models.ConvNet(widths=(6, 16), kernel=5, padding="VALID", hidden=(120, 84), classes=10),
+    train=data.TFDS("cifar10", "train"),
+    test=data.TFDS("cifar10", "test"),
+    loss=losses.CrossEntropy(),
+    optimizer=optim.SGD(lr=0.001, momentum=0.9),
+    preprocess=(data.Normalise(mean=(0.5,), std=(0.5,)),),
+    batch=4,
+    epochs=2,
+    eval_batch=1000,
+    log_every=2000,
+)

@@ -1,0 +1,19 @@
+"""CIFAR-10 with two convolutions and one dense layer: a first network, not a good one.
+
+Run:       python -m jaxtrain.run --experiment cifar_small_cnn
+Measured:  not yet
+"""
+
+from jaxtrain import data, losses, models, optim
+from jaxtrain.experiment import Experiment
+
+EXPERIMENT = Experiment(
+    model=models.ConvNet(widths=(32, 64), kernel=3, padding="SAME", classes=10),
+    train=data.TFDS("cifar10", "train"),
+    test=data.TFDS("cifar10", "test"),
+    loss=losses.CrossEntropy(),
+    optimizer=optim.Adam(lr=1e-3),
+    preprocess=(data.Normalise(),),
+    batch=64,
+    epochs=10,
+)

@@ -1,0 +1,27 @@
+"""MNIST with whole-channel and plain dropout, from PyTorch's old MNIST example.
+
+Run:       python -m jaxtrain.run --experiment mnist_dropout_cnn
+Measured:  not yet
+"""
+
+from jaxtrain import data, losses, models, optim
+from jaxtrain.experiment import Experiment
+
+EXPERIMENT = Experiment(
+    model=models.ConvNet(
+        widths=(10, 20),
+        kernel=5,
+        padding="VALID",
+        hidden=(50,),
+        classes=10,
+        channel_dropout=0.5,
+        dropout=0.5,
+    ),
+    train=data.TFDS("mnist", "train"),
+    test=data.TFDS("mnist", "test"),
+    loss=losses.CrossEntropy(),
+    optimizer=optim.SGD(lr=0.01, momentum=0.5),
+    preprocess=(data.Normalise(mean=(0.1307,), std=(0.3081,)),),
+    batch=64,
+    epochs=10,
+)

@@ -1,0 +1,86 @@
+"""``python -m jaxtrain sample --workdir RUN``: text from a trained language model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxtrain import cli
+from jaxtrain.errors import InputError
+
+SUMMARY = "text from a run's language model"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="jaxtrain sample", description=SUMMARY)
+    parser.add_argument("--workdir", required=True, metavar="RUN", help="the folder of a run")
+    cli.add_checkpoint(parser)
+    parser.add_argument("--prompt", default="\n", metavar="TEXT", help="what the text goes on from")
+    parser.add_argument(
+        "--bytes", type=int, default=500, metavar="N", help="length of the new text; default 500"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="T",
+        help="0: always the likeliest byte; default 0.8",
+    )
+    parser.add_argument(
+        "--top-k", type=int, metavar="K", help="draw among the K likeliest bytes; default: all"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, another text")
+    return cli.main(_run, parser, argv)
+
+
+def _run(args: argparse.Namespace) -> int:
+    import jax
+
+    from jaxtrain import checkpoint, workdir
+    from jaxtrain.models import generate
+    from jaxtrain.program import assemble
+    from jaxtrain.recorder import make_console
+    from jaxtrain.step import evaluated
+
+    folder = cli.run_folder(args.workdir)
+    record = workdir.load(folder)
+    name, experiment = cli.recorded(record, folder)
+    context = _context(name, experiment)
+    prompt = np.frombuffer(args.prompt.encode(), np.uint8)[None, :]
+    console = make_console()
+    cli.ensure_prepared(experiment, console)
+    args.devices = 1  # one text at a time has nothing to split
+    program = assemble(experiment, cli.mesh(args))
+    program.close()
+    with checkpoint.open(folder) as saved:
+        state = saved.restore(cli.choose_checkpoint(saved, args.checkpoint, folder), program.like)
+    params, extra = evaluated(state)
+    text = generate(
+        experiment.model,
+        params,
+        extra,
+        prompt,
+        args.bytes,
+        jax.random.key(args.seed),
+        context=context,
+        temperature=args.temperature,
+        top_k=args.top_k,
+    )
+    console.note(np.asarray(text[0]).astype(np.uint8).tobytes().decode(errors="replace"))
+    return 0
+
+
+def _context(name: str, experiment: Any) -> int:
+    """How many bytes the model looks back on, for a model that predicts the next of them."""
+    example = experiment.train.example() if hasattr(experiment.train, "example") else None
+    tokens, label = ((example or {}).get(field) for field in ("tokens", "label"))
+    if tokens is None or label is None or tokens.shape != label.shape or tokens.dtype != np.uint8:
+        raise InputError(
+            f"{name} is no language model over bytes: sample needs a run on data.TextWindows, "
+            "such as shakespeare_gpt"
+        )
+    return int(getattr(experiment.model, "context", tokens.shape[1]))

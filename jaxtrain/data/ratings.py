@@ -1,0 +1,176 @@
+"""Who rated what, and how: ``Ratings``, from a MovieLens file or a TensorFlow data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtrain.data.order import permutation
+from jaxtrain.data.tfds import TFDS, default_data_dir
+from jaxtrain.errors import InputError
+
+SPLITS = ("train", "test")
+
+# Not a seed that runs use: the split of the ratings stays the same whatever they do.
+_SPLIT_SEED = 1998
+# Records read at a time, so that a large data set is never in memory as records.
+_CHUNK = 65536
+_FEATURES = ("user_id", "movie_id", "user_rating")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratings:
+    """Ratings of items by users, in the MovieLens form (Harper & Konstan 2015, doi:10.1145/2827872).
+
+    MovieLens has one set of ratings; its split is ours: a part drawn at random, once and for all, is for
+    testing. A user or item of the test split may occur in no training example. All ratings stay in memory.
+
+    Attributes:
+      split: ``train`` or ``test``.
+      name: the TFDS data set, whose features ``user_id``, ``movie_id`` and ``user_rating`` are read.
+      file: a file like MovieLens 100K's ``u.data``, read instead of the data set: user, item, rating and
+        time, separated by tabs, ids from 1.
+      part: of all ratings that is the test split, in (0, 1).
+      data_dir: as for ``TFDS``.
+
+    >>> {name: array.dtype.name for name, array in Ratings("test").example().items()}
+    {'user': 'int32', 'item': 'int32', 'target': 'float32'}
+    """
+
+    split: str = "train"
+    name: str = "movielens/100k-ratings"
+    file: str | None = None
+    part: float = 0.1
+    data_dir: str | None = dataclasses.field(default=None, metadata={"operational": True})
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise InputError(f"Ratings has the splits {', '.join(SPLITS)}, not {self.split!r}")
+        if not 0 < self.part < 1:
+            raise InputError(f"Ratings: part is {self.part}: it must be in (0, 1)")
+
+    @property
+    def users(self) -> int:
+        """One more than the largest ``user`` of either split."""
+        return int(self._all()["user"].max()) + 1
+
+    @property
+    def items(self) -> int:
+        """One more than the largest ``item`` of either split."""
+        return int(self._all()["item"].max()) + 1
+
+    def prepared(self) -> bool:
+        """Whether there is nothing to fetch: a file is given, or the data set lies on disk."""
+        return self.file is not None or self._tfds().prepared()
+
+    def example(self) -> dict[str, np.ndarray]:
+        """Zeros of one example's shapes; reads nothing."""
+        return {
+            "user": np.zeros(1, np.int32),
+            "item": np.zeros(1, np.int32),
+            "target": np.zeros(1, np.float32),
+        }
+
+    def __len__(self) -> int:
+        """The number of ratings.
+
+        Raises:
+          InputError: the file cannot be read or a row of it is malformed, the data set is not prepared, or
+            ``part`` leaves a split without a rating.
+        """
+        return len(self._ids())
+
+    def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """``user: int32 [k]`` and ``item: int32 [k]``, ids less 1, and ``target: float32 [k]``."""
+        rows = self._ids()[indices]
+        return {name: array[rows] for name, array in self._all().items()}
+
+    def _all(self) -> dict[str, np.ndarray]:
+        if self.file is not None:
+            return _from_file(Path(self.file).expanduser().absolute())
+        return _from_tfds(self._tfds())
+
+    def _ids(self) -> np.ndarray:
+        return _split(len(self._all()["user"]), self.part, self.split)
+
+    def _tfds(self) -> TFDS:
+        # The folder is written out because it is part of what the cache below knows a data set by.
+        return TFDS(self.name, "train", self.data_dir or str(default_data_dir()))
+
+
+@functools.lru_cache(maxsize=8)
+def _split(n: int, part: float, split: str) -> np.ndarray:
+    """The places of a split's ratings among all ``n``: int64, ascending."""
+    count = round(part * n)
+    if not 0 < count < n:
+        raise InputError(
+            f"Ratings: part={part} of {n} ratings leaves a split empty: give more, or another part"
+        )
+    order = permutation(_SPLIT_SEED, 0, n)
+    return np.sort(order[:count] if split == "test" else order[count:])
+
+
+@functools.lru_cache(maxsize=4)
+def _from_file(path: Path) -> dict[str, np.ndarray]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}): correct the path, or leave it out to read a data set"
+        ) from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        cells = line.split(b"\t")
+        if len(cells) != 4:
+            raise InputError(
+                f"{path}, line {number}: {len(cells)} cells where user, item, rating and time, separated by "
+                "tabs, are expected"
+            )
+        rows.append(_rating(f"{path}, line {number}", *cells[:3]))
+    return _arrays(str(path), rows)
+
+
+@functools.lru_cache(maxsize=4)
+def _from_tfds(source: TFDS) -> dict[str, np.ndarray]:
+    return _arrays(f"data set {source.name}", list(_tfds_rows(source)))
+
+
+def _tfds_rows(source: TFDS) -> Iterator[tuple[int, int, float]]:
+    for start in range(0, len(source), _CHUNK):
+        columns = source.raw(np.arange(start, min(start + _CHUNK, len(source))), _FEATURES)
+        for number, row in enumerate(zip(*(columns[name] for name in _FEATURES), strict=True), start):
+            yield _rating(f"data set {source.name}, example {number}", *row)
+
+
+def _rating(where: str, user: Any, item: Any, rating: Any) -> tuple[int, int, float]:
+    """One rating with ids from 0, from numbers or their text in bytes."""
+    try:
+        ids, value = (int(user), int(item)), float(rating)
+    except ValueError as error:
+        raise InputError(
+            f"{where}: {user!r}, {item!r}, {rating!r} are not two whole ids and a rating"
+        ) from error
+    if min(ids) < 1 or max(ids) > 2**31 - 1:
+        raise InputError(f"{where}: ids {ids[0]} and {ids[1]} must be in 1..{2**31 - 1}")
+    if not math.isfinite(value):
+        raise InputError(f"{where}: rating {value} is no finite number")
+    return ids[0] - 1, ids[1] - 1, value
+
+
+def _arrays(where: str, rows: list[tuple[int, int, float]]) -> dict[str, np.ndarray]:
+    if not rows:
+        raise InputError(f"{where} holds no rating")
+    user, item, rating = zip(*rows, strict=True)
+    return {
+        "user": np.array(user, np.int32),
+        "item": np.array(item, np.int32),
+        "target": np.array(rating, np.float32),
+    }

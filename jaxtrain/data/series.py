@@ -1,0 +1,257 @@
+"""Windows of a multivariate time series from a csv file: ``Series``."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxtrain.data.plain import plain_file
+from jaxtrain.data.tfds import default_data_dir, parse_name
+from jaxtrain.errors import InputError
+
+SPLITS = ("train", "validation", "test")
+
+# The shapes of data sets that can be fetched are known before they are.
+_VARIABLES = {"etth1": 7}
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """Windows of consecutive rows of a csv file and, to be predicted, the rows that follow each.
+
+    The rows are split in time order, 60, 20 and 20 %. Training windows lie wholly in the first part. Those
+    of the other two reach back ``window`` rows into the part before, so that all rows of a part are targets
+    of its split, and of no other. Values are standardised by the mean and the population standard deviation
+    of the first part. This is the usual set-up for the ETT data, there with ``rows=14400`` (Zhou et al. 2021,
+    arXiv:2012.07436). The table stays in memory.
+
+    Attributes:
+      window: rows that are given, at least 1.
+      horizon: rows that are to be predicted, at least 1.
+      split: ``train``, ``validation`` or ``test``.
+      name: of a data set that ``python -m jaxtrain prepare`` fetches.
+      file: a csv file with a line of column names, read instead of the data set; UTF-8.
+      columns: names of the variables, in this order. Empty: every column, but the first only if it holds
+        numbers and not dates.
+      rows: only so many rows are used, from the start; None: all.
+      data_dir: as for ``TFDS``.
+
+    >>> source = Series(window=48, horizon=12, columns=("OT",))
+    >>> {name: array.shape for name, array in source.example().items()}
+    {'series': (1, 48, 1), 'target': (1, 12, 1)}
+    """
+
+    window: int = 96
+    horizon: int = 24
+    split: str = "train"
+    name: str = "etth1"
+    file: str | None = None
+    columns: tuple[str, ...] = ()
+    rows: int | None = None
+    data_dir: str | None = dataclasses.field(default=None, metadata={"operational": True})
+
+    def __post_init__(self) -> None:
+        for name, value in (("window", self.window), ("horizon", self.horizon), ("rows", self.rows)):
+            if value is not None and value < 1:
+                raise InputError(f"Series: {name} is {value}: it must be at least 1")
+        if self.split not in SPLITS:
+            raise InputError(f"Series has the splits {', '.join(SPLITS)}, not {self.split!r}")
+        if isinstance(self.columns, str):
+            raise InputError(f"Series: columns is {self.columns!r}: give a tuple of names")
+        object.__setattr__(self, "columns", tuple(self.columns))
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Names of the variables, in the order of the last axis."""
+        return self._table().names
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean of the rows for training: float64 ``[variables]``; ``value = series * std + mean``."""
+        return self._table().mean
+
+    @property
+    def std(self) -> np.ndarray:
+        """Population standard deviation of the rows for training: float64 ``[variables]``."""
+        return self._table().std
+
+    def prepared(self) -> bool:
+        """Whether there is nothing to fetch: a file is given, or the data set lies on disk."""
+        return self.file is not None or plain_file(self.name, self.data_dir) is not None
+
+    def example(self) -> dict[str, np.ndarray] | None:
+        """Zeros of one example's shapes; reads nothing, so None where only the file knows the columns."""
+        known = None if self.file is not None else _VARIABLES.get(parse_name(self.name)[0])
+        count = len(self.columns) or known
+        if count is None:
+            return None
+        return {
+            "series": np.zeros((1, self.window, count), np.float32),
+            "target": np.zeros((1, self.horizon, count), np.float32),
+        }
+
+    def __len__(self) -> int:
+        """The number of windows.
+
+        Raises:
+          InputError: the file cannot be read, the data set is not prepared, a column is missing or never
+            changes, a cell holds no finite number, or the rows are too few for one window.
+        """
+        return len(self._windows())
+
+    def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """``series: float32 [k, window, variables]`` and ``target: float32 [k, horizon, variables]``."""
+        block = self._windows()[indices]
+        return {
+            "series": np.ascontiguousarray(block[:, : self.window]),
+            "target": np.ascontiguousarray(block[:, self.window :]),
+        }
+
+    def _windows(self) -> np.ndarray:
+        """Every window with its target: a view ``[n, window + horizon, variables]`` that copies nothing."""
+        values = self._table().values
+        borders = (0, *_borders(len(values)), len(values))
+        number = SPLITS.index(self.split)
+        back = self.window if number else 0
+        start, end = borders[number] - back, borders[number + 1]
+        if start < 0 or end - start < self.window + self.horizon:
+            raise InputError(
+                f"{self._path()}: {len(values)} rows are too few for one {self.split} window of window="
+                f"{self.window} and horizon={self.horizon}: lower these, or give more rows"
+            )
+        view = np.lib.stride_tricks.sliding_window_view(values[start:end], self.window + self.horizon, axis=0)
+        return view.transpose(0, 2, 1)
+
+    def _path(self) -> Path:
+        if self.file is not None:
+            return Path(self.file).expanduser().absolute()
+        path = plain_file(self.name, self.data_dir)
+        if path is None:
+            raise InputError(
+                f"data set {self.name} is not prepared in {self.data_dir or default_data_dir()}: "
+                f"run: python -m jaxtrain prepare {self.name}"
+            )
+        return path
+
+    def _table(self) -> _Table:
+        return _read_table(self._path(), self.columns, self.rows)
+
+
+class _Table(NamedTuple):
+    """``values: float32 [rows, variables]``, standardised; ``mean`` and ``std``: float64 ``[variables]``."""
+
+    names: tuple[str, ...]
+    values: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+
+
+def _borders(rows: int) -> tuple[int, int]:
+    """Where the validation rows and the test rows begin."""
+    return rows * 6 // 10, rows * 8 // 10
+
+
+@functools.lru_cache(maxsize=8)
+def _read_table(path: Path, columns: tuple[str, ...], limit: int | None) -> _Table:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            names, raw = _parse(path, csv.reader(file, strict=True), columns, limit)
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}): correct the path, or leave it out to read a data set"
+        ) from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is no csv file in UTF-8 ({error}): write it as one") from error
+    if limit is not None and len(raw) < limit:
+        raise InputError(f"{path} has {len(raw)} rows, fewer than rows={limit}: lower it, or none for all")
+    train = raw[: _borders(len(raw))[0]]
+    if not len(train):
+        raise InputError(f"{path}: {len(raw)} rows are too few to split: give at least 2")
+    for name, low, high in zip(names, train.min(axis=0), train.max(axis=0), strict=True):
+        if low == high:
+            raise InputError(
+                f"{path}, column {name!r}: all {len(train)} rows for training, from the first, are {low:g}, "
+                "so it cannot be standardised: leave it out of columns"
+            )
+    mean, std = train.mean(axis=0), train.std(axis=0)
+    table = _Table(names, ((raw - mean) / std).astype(np.float32), mean, std)
+    for array in table[1:]:
+        array.flags.writeable = False
+    return table
+
+
+def _parse(
+    path: Path, lines: Any, columns: tuple[str, ...], limit: int | None
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names and values, float64 ``[rows, variables]``, of the columns that are asked for."""
+    header = [name.strip() for name in next(lines, [])]
+    rows = _rows(path, lines, header)
+    first = next(rows, None)
+    if first is None:
+        raise InputError(f"{path} has no rows: it needs a line of column names and a row for each time")
+    places = _places(path, header, columns, first[1])
+    values = [_numbers(path, first, header, places)]
+    for row in rows:
+        if len(values) == limit:
+            break
+        values.append(_numbers(path, row, header, places))
+    return tuple(header[place] for place in places), np.array(values)
+
+
+def _rows(path: Path, lines: Any, header: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """Line number and cells of each row; empty lines are none."""
+    for cells in lines:
+        if not cells:
+            continue
+        if len(cells) != len(header):
+            short = header[len(cells)] if len(cells) < len(header) else header[-1]
+            relation = "ends before" if len(cells) < len(header) else "goes on after"
+            raise InputError(
+                f"{path}, row {lines.line_num}: {len(cells)} cells for {len(header)} columns: "
+                f"it {relation} column {short!r}"
+            )
+        yield lines.line_num, cells
+
+
+def _places(path: Path, header: list[str], columns: tuple[str, ...], first: list[str]) -> list[int]:
+    for name in columns:
+        if header.count(name) != 1:
+            problem = "appears twice" if name in header else "is missing"
+            raise InputError(f"{path}, row 1: column {name!r} {problem}; there are {', '.join(header)}")
+    if columns:
+        return [header.index(name) for name in columns]
+    # An empty first cell is a gap in the numbers, and not a date.
+    skip = bool(first[0].strip()) and _number(first[0]) is None
+    places = list(range(int(skip), len(header)))
+    if not places:
+        raise InputError(f"{path}, row 1: its only column {header[0]!r} holds no numbers: separate by commas")
+    return places
+
+
+def _numbers(path: Path, row: tuple[int, list[str]], header: list[str], places: list[int]) -> list[float]:
+    line, cells = row
+    values = []
+    for place in places:
+        value = _number(cells[place])
+        if value is None or not math.isfinite(value):
+            what = repr(cells[place]) if cells[place].strip() else "empty"
+            raise InputError(
+                f"{path}, row {line}, column {header[place]!r}: {what}, which is no finite number: "
+                "fill it in, or leave the column out of columns"
+            )
+        values.append(value)
+    return values
+
+
+def _number(cell: str) -> float | None:
+    try:
+        return float(cell) if "_" not in cell else None  # to Python, 1_5 is fifteen
+    except ValueError:
+        return None

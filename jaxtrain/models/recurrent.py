@@ -1,0 +1,191 @@
+"""Recurrent networks: an LSTM that classifies sequences of tokens, and a GRU that forecasts series.
+
+Both scan Flax's own cells. The usual advice is to take the product with the input out of the scan, as
+one large product over all steps; on a CPU that is not faster. Forward and backward at batch 64, time 200
+and width 128 took, as medians of n=40 on 2 CPU cores, 154 ms (LSTM) and 131 ms (GRU) as it is here, and
+183 and 141 ms with the product taken out.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from jaxtrain.errors import InputError
+from jaxtrain.types import Batch
+
+
+class LSTMClassifier(nn.Module):
+    """Embedding → LSTM layers → one vector a sequence → a dense head (Hochreiter & Schmidhuber 1997).
+
+    Only the first ``length`` tokens of a sequence are read: what stands after them changes nothing. A
+    sequence of length 0 is the zero vector to the head.
+
+    Attributes:
+      vocab: number of tokens; 256 reads bytes.
+      width: size of the hidden state, in each direction.
+      embedding: size of a token's vector.
+      layers: LSTM layers, at least 1.
+      bidirectional: a second LSTM per layer reads from the end, and the two states stand side by side.
+      pool: the vector of a sequence: the ``last`` state of each direction, or the ``mean`` or the ``max``
+        of the states at real tokens.
+      classes: size of the output.
+      dropout: rate between layers and before the head, in [0, 1); active only when training.
+
+    Call with ``tokens: int [batch, time]`` in ``[0, vocab)`` and ``length: int [batch]``; gives logits
+    ``[batch, classes]``.
+
+    >>> net = LSTMClassifier(width=8, embedding=4, classes=3)
+    >>> tokens, length = jnp.array([[72, 105, 0, 0]], jnp.uint8), jnp.array([2])
+    >>> logits, _ = jax.eval_shape(net.init_with_output, jax.random.key(0), tokens, length)
+    >>> logits.shape
+    (1, 3)
+    """
+
+    vocab: int = 256
+    width: int = 128
+    embedding: int = 64
+    layers: int = 1
+    bidirectional: bool = False
+    pool: Literal["last", "mean", "max"] = "max"
+    classes: int = 2
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, length: jax.Array, train: bool = False) -> jax.Array:
+        _at_least_one(self, "vocab", "width", "embedding", "layers", "classes")
+        if tokens.ndim != 2 or length.shape != tokens.shape[:1]:
+            raise InputError(
+                f"tokens {tokens.shape} and length {length.shape}: LSTMClassifier takes [batch, time] and "
+                "[batch]"
+            )
+        length = jnp.clip(length, 0, tokens.shape[1])
+        real = jnp.arange(tokens.shape[1])[None, :] < length[:, None]
+        # Padding may hold any number, and the embedding of one outside the vocabulary is NaN.
+        x = nn.Embed(self.vocab, self.embedding, name="embedding")(jnp.where(real, tokens, 0))
+        for layer in range(self.layers):
+            if layer:
+                x = nn.Dropout(self.dropout, deterministic=not train)(x)
+            x = self._layer(x, length, f"layer{layer}")
+        x = self._pooled(x, length, real)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(self.classes, name="head")(x)
+
+    def _layer(self, x: jax.Array, length: jax.Array, name: str) -> jax.Array:
+        """States ``[batch, time, width]``, of twice the width where the layer reads both ways."""
+        zero = jnp.zeros((x.shape[0], self.width), x.dtype)
+        states = []
+        for direction in ("forward", "backward") if self.bidirectional else ("forward",):
+            # Reversed by lengths: padding stays at the end, where a scan has passed every real token.
+            rnn: Any = nn.RNN(
+                nn.OptimizedLSTMCell(self.width, name=f"{name}_{direction}"),
+                reverse=direction == "backward",
+                keep_order=True,
+            )
+            states.append(rnn(x, seq_lengths=length, initial_carry=(zero, zero)))
+        return jnp.concatenate(states, -1)
+
+    def _pooled(self, x: jax.Array, length: jax.Array, real: jax.Array) -> jax.Array:
+        if self.pool == "last":
+            at = jnp.maximum(length - 1, 0)[:, None, None]
+            end = jnp.take_along_axis(x[..., : self.width], at, 1)[:, 0]
+            found = jnp.concatenate([end, x[:, 0, self.width :]], -1)  # reading back, the last is the first
+        elif self.pool == "mean":
+            total = jnp.where(real[..., None], x, 0).sum(1, dtype=jnp.promote_types(x.dtype, jnp.float32))
+            found = (total / jnp.maximum(length, 1)[:, None]).astype(x.dtype)
+        elif self.pool == "max":
+            found = jnp.where(real[..., None], x, -1).max(1)  # no state is below -1
+        else:
+            raise InputError(f"LSTMClassifier.pool is {self.pool!r}: it must be last, mean or max")
+        return jnp.where(length[:, None] > 0, found, 0)
+
+    @nn.nowrap
+    def check(self, batch: Batch, ids: np.ndarray) -> None:
+        """Raise InputError if a real token of raw host data is outside the vocabulary.
+
+        Args:
+          batch: has ``tokens: int [batch, time]`` and ``length: int [batch]``.
+          ids: the examples' numbers, for the message.
+        """
+        if not {"tokens", "length"} <= batch.keys():
+            return  # the call says which argument has no field
+        tokens, length = np.asarray(batch["tokens"]), np.asarray(batch["length"])
+        bad = (tokens < 0) | (tokens >= self.vocab)
+        bad &= np.arange(tokens.shape[1])[None, :] < length[:, None]
+        if bad.any():
+            row = int(np.argwhere(bad)[0][0])
+            raise InputError(
+                f"token {tokens[bad][0]} of example {ids[row]} is outside 0..{self.vocab - 1} "
+                f"({int(bad.sum())} such): set model.vocab to at least {int(tokens[bad].max()) + 1}, or fix "
+                "the tokens"
+            )
+
+
+class GRUForecaster(nn.Module):
+    """GRU layers over the window, and all steps of the horizon at once from the last state.
+
+    The cell is that of Cho et al. 2014 (arXiv:1406.1078). One dense layer gives the whole horizon (a
+    direct forecast), so no error is fed back.
+
+    Attributes:
+      width: size of the hidden state.
+      layers: GRU layers, at least 1.
+      horizon: steps to forecast.
+      variables: variables of the forecast.
+      dropout: rate between layers and before the head, in [0, 1); active only when training.
+      residual: read and forecast differences from the last observed row, so that a level that drifts away
+        from the training data's changes nothing (as in NLinear, arXiv:2205.13504); the input's variables
+        must then be those of the output. A head of zeros repeats that row.
+
+    Call with ``series: float [batch, window, variables]``; gives ``[batch, horizon, variables]``.
+
+    >>> net = GRUForecaster(width=8, horizon=4, variables=2)
+    >>> series = jnp.zeros((3, 12, 2))
+    >>> forecast, _ = jax.eval_shape(net.init_with_output, jax.random.key(0), series)
+    >>> forecast.shape
+    (3, 4, 2)
+    """
+
+    width: int = 128
+    layers: int = 1
+    horizon: int = 24
+    variables: int = 7  # type: ignore[assignment]  # hides a property that only Module.unbind reads
+    dropout: float = 0.0
+    residual: bool = True
+
+    @nn.compact
+    def __call__(self, series: jax.Array, train: bool = False) -> jax.Array:
+        _at_least_one(self, "width", "layers", "horizon", "variables")
+        if series.ndim != 3 or not series.shape[1]:
+            raise InputError(
+                f"series has shape {series.shape}: GRUForecaster takes [batch, window, variables]"
+            )
+        if self.residual and series.shape[2] != self.variables:
+            raise InputError(
+                f"series {series.shape} has {series.shape[2]} variables and model.variables is "
+                f"{self.variables}: a change from the last row needs the same, so set model.variables="
+                f"{series.shape[2]} (or model.residual=False)"
+            )
+        x = series - series[:, -1:] if self.residual else series
+        for layer in range(self.layers):
+            if layer:
+                x = nn.Dropout(self.dropout, deterministic=not train)(x)
+            zero = jnp.zeros((x.shape[0], self.width), x.dtype)
+            rnn: Any = nn.RNN(nn.GRUCell(self.width, name=f"layer{layer}"))
+            x = rnn(x, initial_carry=zero)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x[:, -1])
+        x = nn.Dense(self.horizon * self.variables, name="head")(x)
+        x = x.reshape(-1, self.horizon, self.variables)
+        return x + series[:, -1:] if self.residual else x
+
+
+def _at_least_one(module: Any, *fields: str) -> None:
+    for field in fields:
+        if getattr(module, field) < 1:
+            raise InputError(
+                f"{type(module).__name__}.{field} is {getattr(module, field)}: it must be at least 1"
+            )

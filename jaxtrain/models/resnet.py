@@ -1,0 +1,120 @@
+"""Residual networks for ImageNet-sized and small images."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+from flax import linen as nn
+
+from jaxtrain.errors import InputError
+from jaxtrain.models.layers import check_image
+
+BlockKind = Literal["basic", "bottleneck"]
+Stem = Literal["imagenet", "cifar"]
+
+HE = nn.initializers.variance_scaling(2, "fan_out", "normal")
+EXPANSION = 4
+
+
+class ResNet(nn.Module):
+    """ResNet v1.5: the stride of a bottleneck is in its 3×3 convolution (He et al., arXiv:1512.03385).
+
+    ``stages=(3, 4, 6, 3)`` of bottlenecks is ResNet-50, ``(2, 2, 2, 2)`` of basic blocks ResNet-18. The last
+    BatchNorm of every residual branch starts at scale 0, so that each block begins as the identity, and the
+    head at a standard deviation of 0.01 (Goyal et al., arXiv:1706.02677, section 5.1). BatchNorm statistics
+    are over the global batch. Paddings are equal on all sides, as in PyTorch, whose weights fit.
+
+    Attributes:
+      stages: residual blocks in each stage; every stage but the first halves the sides and doubles the width.
+      block: ``basic`` (3×3, 3×3) or ``bottleneck`` (1×1, 3×3, 1×1 with four times the channels).
+      stem: ``imagenet`` (7×7 stride 2, 3×3 max-pool stride 2) or ``cifar`` (3×3, no pooling).
+      width: channels of the stem, and of the first stage's 3×3 convolutions.
+      classes: size of the output.
+      bn_momentum: decay of BatchNorm's running statistics, in [0, 1).
+
+    Call with ``image: float [batch, height, width, channel]``; gives logits ``[batch, classes]``.
+
+    Raises:
+      InputError: an image that is not of that layout, or smaller than the product of all strides.
+
+    >>> import jax.numpy as jnp
+    >>> net = ResNet(stages=(1, 1), block="basic", stem="cifar", width=8, classes=5)
+    >>> logits, variables = jax.eval_shape(net.init_with_output, jax.random.key(0), jnp.ones((4, 8, 8, 3)))
+    >>> logits.shape
+    (4, 5)
+    """
+
+    stages: tuple[int, ...] = (3, 4, 6, 3)
+    block: BlockKind = "bottleneck"
+    stem: Stem = "imagenet"
+    width: int = 64
+    classes: int = 1000
+    bn_momentum: float = 0.9
+
+    @nn.compact
+    def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+        if not self.stages or min(*self.stages, self.width) < 1:
+            raise InputError(f"ResNet(stages={self.stages}, width={self.width}): all must be at least 1")
+        large = self.stem == "imagenet"
+        check_image(image, (4 if large else 1) * 2 ** (len(self.stages) - 1), "ResNet")
+        x = _conv(image, self.width, 7 if large else 3, 2 if large else 1, "stem_conv")
+        x = nn.relu(_norm(x, train, self.bn_momentum, "stem_norm"))
+        if large:
+            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        for stage, blocks in enumerate(self.stages):
+            for number in range(blocks):
+                x = ResidualBlock(
+                    width=self.width * 2**stage,
+                    stride=2 if stage and not number else 1,
+                    kind=self.block,
+                    bn_momentum=self.bn_momentum,
+                    name=f"stage{stage}_block{number}",
+                )(x, train)
+        return nn.Dense(self.classes, kernel_init=nn.initializers.normal(0.01), name="head")(x.mean((1, 2)))
+
+
+class ResidualBlock(nn.Module):
+    """One residual block: ``[batch, h, w, c]`` → ``[batch, ⌈h / stride⌉, ⌈w / stride⌉, out]``.
+
+    ``out`` is ``width``, or ``4 * width`` for a bottleneck. Where the shape changes a 1×1 convolution
+    brings the shortcut to it.
+    """
+
+    width: int
+    stride: int
+    kind: BlockKind
+    bn_momentum: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        kernels = (1, 3, 1) if self.kind == "bottleneck" else (3, 3)
+        widths = [self.width] * len(kernels)
+        if self.kind == "bottleneck":
+            widths[-1] *= EXPANSION
+        strided = kernels.index(3)
+        branch, last = x, len(kernels) - 1
+        for i, (kernel, width) in enumerate(zip(kernels, widths, strict=True)):
+            branch = _conv(branch, width, kernel, self.stride if i == strided else 1, f"conv{i}")
+            branch = _norm(branch, train, self.bn_momentum, f"norm{i}", zero=i == last)
+            if i < last:
+                branch = nn.relu(branch)
+        if branch.shape != x.shape:
+            x = _conv(x, widths[-1], 1, self.stride, "shortcut_conv")
+            x = _norm(x, train, self.bn_momentum, "shortcut_norm")
+        return nn.relu(x + branch)
+
+
+def _conv(x: jax.Array, width: int, kernel: int, stride: int, name: str) -> jax.Array:
+    # "SAME" would pad a strided convolution of an even side on one side only.
+    pad = (kernel // 2, kernel // 2)
+    conv = nn.Conv(
+        width, (kernel, kernel), (stride, stride), (pad, pad), use_bias=False, kernel_init=HE, name=name
+    )
+    return conv(x)
+
+
+def _norm(x: jax.Array, train: bool, momentum: float, name: str, zero: bool = False) -> jax.Array:
+    scale = nn.initializers.zeros if zero else nn.initializers.ones
+    norm = nn.BatchNorm(use_running_average=not train, momentum=momentum, scale_init=scale, name=name)
+    return norm(x)

@@ -1,0 +1,102 @@
+"""A vision transformer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxtrain.errors import InputError
+from jaxtrain.models.layers import check_image
+from jaxtrain.models.transformer import Block, check_heads
+
+
+class ViT(nn.Module):
+    """Vision transformer with global average pooling and no class token; the defaults are ViT-S/16.
+
+    Patches, positions, pre-norm blocks, LayerNorm, mean over the patches, and a head that starts at zero
+    (Dosovitskiy et al., arXiv:2010.11929, simplified as in Beyer et al., arXiv:2205.01580).
+
+    Attributes:
+      patch: side of a patch in pixels; image sides must be multiples of it.
+      width: size of the residual stream; for ``sincos`` a multiple of 4.
+      depth: blocks, at least 1.
+      heads: attention heads; must divide ``width``.
+      mlp: hidden size of a block's MLP as a multiple of ``width``.
+      classes: size of the output.
+      dropout: rate after the positions and on every residual branch, in [0, 1); active only when training.
+      positions: ``sincos``, fixed, works at any image size; or ``learned``, for one size only.
+
+    Call with ``image: float [batch, height, width, channel]``; gives logits ``[batch, classes]``.
+
+    Raises:
+      InputError: an image that is not of that layout or does not cut into patches, or sizes that do not fit.
+
+    >>> net = ViT(patch=4, width=8, depth=1, heads=2, classes=5)
+    >>> logits, variables = jax.eval_shape(net.init_with_output, jax.random.key(0), jnp.ones((4, 8, 12, 3)))
+    >>> logits.shape
+    (4, 5)
+    """
+
+    patch: int = 16
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    mlp: int = 4
+    classes: int = 1000
+    dropout: float = 0.0
+    positions: Literal["sincos", "learned"] = "sincos"
+
+    @nn.compact
+    def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+        self._check(image)
+        side = (self.patch, self.patch)
+        x = nn.Conv(self.width, side, side, padding="VALID", name="patches")(image)
+        batch, rows, columns, _ = x.shape
+        x = x.reshape(batch, rows * columns, self.width)
+        if self.positions == "learned":
+            init = nn.initializers.normal(0.02)
+            table = self.param("position_table", init, (rows * columns, self.width))
+        else:
+            table = sincos(rows, columns, self.width)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x + table[None].astype(x.dtype))
+        for number in range(self.depth):
+            block = Block(self.heads, self.mlp, self.dropout, name=f"block{number}")
+            x = block(x, train)
+        x = nn.LayerNorm(name="norm")(x).mean(1)
+        return nn.Dense(self.classes, kernel_init=nn.initializers.zeros, name="head")(x)
+
+    def _check(self, image: jax.Array) -> None:
+        if min(self.patch, self.depth, self.mlp) < 1:
+            raise InputError(
+                f"ViT(patch={self.patch}, depth={self.depth}, mlp={self.mlp}): all must be at least 1"
+            )
+        check_heads("ViT", self.width, self.heads)
+        if self.positions == "sincos" and self.width % 4:
+            raise InputError(
+                f"ViT(width={self.width}): sincos positions need a width that is a multiple of 4; set "
+                "model.width, or model.positions=learned"
+            )
+        check_image(image, 1, "ViT")
+        if image.shape[1] % self.patch or image.shape[2] % self.patch:
+            raise InputError(
+                f"image {tuple(image.shape)}: height and width must be multiples of ViT's patch of "
+                f"{self.patch} pixels; resize the images or set model.patch"
+            )
+
+
+def sincos(rows: int, columns: int, width: int) -> jax.Array:
+    """Fixed 2-D positions ``float32 [rows * columns, width]``, row by row; ``width`` a multiple of 4.
+
+    A quarter each of sine and cosine of the column, then of the row, at frequencies that fall
+    geometrically from 1 to 1/10000 (arXiv:2205.01580).
+
+    >>> sincos(2, 3, 4).tolist()[0]
+    [0.0, 1.0, 0.0, 1.0]
+    """
+    frequency = 10_000.0 ** -jnp.linspace(0, 1, width // 4)
+    row, column = jnp.divmod(jnp.arange(rows * columns), columns)
+    angles = [axis[:, None] * frequency[None] for axis in (column, row)]
+    return jnp.concatenate([wave(angle) for angle in angles for wave in (jnp.sin, jnp.cos)], axis=1)

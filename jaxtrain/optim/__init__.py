@@ -1,0 +1,28 @@
+"""Optimizers, schedules and averages, as frozen dataclasses with ``build(steps)``.
+
+>>> import optax
+>>> tx = SGD(lr=OneCycle(peak=0.4), momentum=0.9, nesterov=True).build(steps=1000)
+>>> isinstance(tx, optax.GradientTransformation)
+True
+"""
+
+from jaxtrain.optim.averages import EMA, Lookahead
+from jaxtrain.optim.groups import Group
+from jaxtrain.optim.optimizers import SGD, Adam, AdamW
+from jaxtrain.optim.schedules import Constant, Cosine, Linear, OneCycle, Rate, Schedule, rate
+
+__all__ = [
+    "EMA",
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Constant",
+    "Cosine",
+    "Group",
+    "Linear",
+    "Lookahead",
+    "OneCycle",
+    "Rate",
+    "Schedule",
+    "rate",
+]
