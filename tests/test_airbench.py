@@ -200,6 +200,24 @@ def test_bfloat16_goes_through_and_statistics_stay_in_float32(train: bool) -> No
     chex.assert_trees_all_close(after, moved, rtol=0.05, atol=0.05)
 
 
+def test_gradient_of_a_batch_split_over_devices_is_that_of_one(mesh1: Any, mesh8: Any) -> None:
+    """The last pool follows a fused BatchNorm and GELU, which XLA may compute twice and round differently."""
+    image = images(64)
+    batch = {"image": image, "label": (image[..., 0].mean((1, 2)) > image[..., 0].mean()).astype(np.int32)}
+    state = jax.device_get(jax.jit(make_init(SMALL, SGD(0.1).build(), data_init=Whiten(64)))(KEY, batch))
+
+    def total(params: Any, extra: Any, batch: Any) -> Any:
+        outputs, _ = as_model(SMALL).apply(params, extra, batch, train=True, key=KEY)
+        return CrossEntropy(smoothing=0.2)(outputs, batch)[0]
+
+    def on(mesh: Any) -> Any:
+        whole, split = sharding.replicated(mesh), sharding.batch_split(mesh)
+        gradient = sharding.compile(jax.grad(total), args=(whole, whole, split), out=whole)
+        return jax.device_get(gradient(state.params, state.extra, batch))
+
+    chex.assert_trees_all_close(on(mesh1), on(mesh8), rtol=1e-4, atol=1e-5)
+
+
 def test_the_slow_weights_of_lookahead_are_not_the_models() -> None:
     image = images()
     params, extra = made(SMALL, {"image": image})
@@ -456,7 +474,7 @@ def test_recipe_trains_with_lookahead_and_average_on_a_donated_state_and_eight_d
     chex.assert_trees_all_equal(slow["batch_stats"], state.extra["batch_stats"])
     np.testing.assert_array_equal(state.params["net"]["whiten"]["kernel"], kernel)
     assert set(state.extra) == {"batch_stats", "lookahead", "ema"}
-    assert float(evaluate(state, batch)["loss"].compute()) < 0.8 * before
+    assert float(evaluate(state, batch)["loss"].compute()) < 0.9 * before
 
 
 # --- every field

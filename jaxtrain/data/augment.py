@@ -161,7 +161,8 @@ class Normalise:
             if len(values) not in (1, image.shape[-1]):
                 raise InputError(
                     f"Normalise has {len(values)} values of {name} for images of {image.shape[-1]} "
-                    f"channels (image {image.shape}, [batch, height, width, channel])"
+                    f"channels (image {image.shape}, [batch, height, width, channel]): give one, or one for "
+                    "each channel"
                 )
         shape = (1,) * (image.ndim - 1) + (-1,)
         mean = jnp.asarray(self.mean, jnp.float32).reshape(shape)

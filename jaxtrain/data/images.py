@@ -13,7 +13,6 @@ import io
 import math
 import multiprocessing
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,10 +26,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _TRIES = 10
-
-# Two threads of a worker that both import TFDS first thing can wait for each other for ever: each holds a
-# lock that the other needs, of an import or of the cached properties behind TFDS's lazy ones (Python 3.11).
-_OPENING = threading.Lock()
 
 
 class _View(NamedTuple):
@@ -156,8 +151,6 @@ class Images:
 
     def _batch(self, indices: np.ndarray, draws: Sequence[Draws] | None) -> dict[str, np.ndarray]:
         target = self.label if self.mask is None else self.mask
-        with _OPENING:
-            len(self.source)  # opens its files, once in a process
         raw = self.source.raw(indices, (self.image, target))
         batch = self._zeros(len(indices))
 

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from jaxtrain.errors import InputError, RunError
 
 # Enough records to repay handing a chunk to a thread, few enough to keep all threads busy.
 _CHUNK = 512
+# Two threads of a worker that both import TFDS first thing can wait for each other for ever: each holds a
+# lock that the other needs, of an import or of the cached properties behind TFDS's lazy ones (Python 3.11).
+_OPENING = threading.Lock()
 _NAME = re.compile(r"(?P<base>\w+)(/(?P<config>[^:]+))?(:(?P<version>[\d*]+(\.[\d*]+){2}))?")
 # What Pillow calls an image of one, three or four uint8 channels.
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -205,7 +209,8 @@ class TFDS:
         folder = find_folder(self.name, self.data_dir)
         if folder is None:
             raise InputError(_not_prepared(self.name, self.data_dir))
-        return _open_split(self.name, str(folder), self.split)
+        with _OPENING:
+            return _open_split(self.name, str(folder), self.split)
 
 
 def _not_prepared(name: str, data_dir: str | None) -> str:

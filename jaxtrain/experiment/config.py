@@ -62,7 +62,8 @@ def override(experiment: T, settings: list[str]) -> T:
 
     >>> from jaxtrain.optim import SGD
     >>> override(SGD(lr=0.1), ["lr=0.2", "nesterov=true", "clip=none"])
-    SGD(lr=0.2, momentum=0.0, nesterov=True, weight_decay=0.0, decay='kernel|embedding', clip=None)
+    SGD(lr=0.2, momentum=0.0, nesterov=True, weight_decay=0.0, decay='kernel|embedding', clip=None,
+    groups=())
     """
     for setting in settings:
         path, separator, text = setting.partition("=")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -22,43 +21,45 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def max_pool(x: jax.Array, size: int = 2) -> jax.Array:
     """Non-overlapping max-pooling: float ``[batch, h, w, c]`` → ``[batch, h // size, w // size, c]``.
 
-    The same values as ``flax.linen.max_pool(x, (size, size), (size, size))``, by reshape and max: on a
-    CPU the gradient of XLA's ``reduce_window`` is several times slower. Where a window holds its maximum
-    twice the gradient is shared instead of going to the first.
+    The same values as ``flax.linen.max_pool(x, (size, size), (size, size))``, from comparisons of strided
+    slices: on a CPU the gradient of XLA's ``reduce_window`` is several times slower. Where elements of a
+    window are equal they share its gradient.
 
+    >>> import jax.numpy as jnp
     >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0].tolist()
     [[5.0, 7.0], [13.0, 15.0]]
     """
-    return _windows(x, size).max((2, 4))
-
-
-@max_pool.defjvp
-def _max_pool_jvp(
-    size: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """JAX's own rule for a maximum, but for the 1: its quotient of 0 / 0 is NaN.
-
-    XLA may compute ``x`` once for the maximum and once more for the comparison and round it otherwise, so
-    that a window holds no value that equals its maximum.
-    """
-    windows, out = _windows(primals[0], size), max_pool(primals[0], size)
-    hit = (windows == out[:, :, None, :, None]).astype(out.dtype)
-    total = (_windows(tangents[0], size) * hit).sum((2, 4))
-    return out, total / jnp.maximum(hit.sum((2, 4)), 1)
-
-
-def _windows(x: jax.Array, size: int) -> jax.Array:
-    """``[batch, h, w, c]`` → ``[batch, h // size, size, w // size, size, c]``."""
-    # The gradient compares x with its maximum. Without the barrier XLA may compute x once for each side, and
-    # where the two differ in the last bit no element is the maximum and the gradient is infinite.
-    x = jax.lax.optimization_barrier(x)
     b, h, w, c = x.shape
     rows, columns = h // size, w // size
-    return x[:, : rows * size, : columns * size].reshape(b, rows, size, columns, size, c)
+    windows = x[:, : rows * size, : columns * size].reshape(b, rows, size, columns, size, c)
+    parts = [windows[:, :, i, :, j] for i in range(size) for j in range(size)]
+    while len(parts) > 1:  # as a tree, so that all elements of a 2×2 window share alike
+        pairs = [_larger(*parts[k : k + 2]) for k in range(0, len(parts) - 1, 2)]
+        parts = pairs + parts[len(pairs) * 2 :]
+    return parts[0]
+
+
+@jax.custom_jvp
+def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.maximum(a, b)
+
+
+@_larger.defjvp
+def _larger_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """The larger one's tangent, the mean of both where they are equal.
+
+    JAX's own rules ask which element equals the maximum. XLA may compute an element twice, once for the
+    maximum and once for the question, and round it differently; then none does, and the gradient is lost or,
+    for ``max`` over an axis, 0 / 0. This rule only asks which of two is larger: whatever the answer to a
+    difference in the last bit, the gradient goes to one of them.
+    """
+    (a, b), (da, db) = primals, tangents
+    return jnp.maximum(a, b), jnp.where(a == b, 0.5 * (da + db), jnp.where(a > b, da, db))
 
 
 def check_image(image: jax.Array, smallest: int, model: str) -> None:
