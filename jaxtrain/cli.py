@@ -7,6 +7,7 @@ import dataclasses
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,6 +41,8 @@ def main(
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
+        # A save that was cut off leaves coroutines behind, of which Python would warn.
+        warnings.simplefilter("ignore", RuntimeWarning)
         print(f"{parser.prog}: interrupted at once; the last checkpoint is kept", file=sys.stderr)
         return 130
 

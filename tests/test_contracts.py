@@ -38,7 +38,10 @@ SMALLER = {
     "pets_unet": ["model.widths=8,16", "train.size=16", "valid.size=16", "test.size=16"],
     "ratings_factors": ["model.users=20", "model.items=30"],
     "sentiment_lstm": ["model.vocab=300", "model.width=16", "train.length=12", "test.length=12"],
-    "series_gru": ["model.width=16"],
+    "series_gru": [
+        "model.width=32", "model.horizon=2", "train.window=8", "train.horizon=2",
+        "valid.window=8", "valid.horizon=2", "test.window=8", "test.horizon=2",
+    ],
     "shakespeare_gpt": [
         "model.width=32", "model.depth=1", "model.heads=2", "model.context=16",
         "train.context=16", "valid.context=16", "test.context=16",
@@ -183,14 +186,19 @@ def test_output_has_the_shape_that_the_loss_takes(name: str) -> None:
     assert outputs.ndim == target.ndim + ("label" in batch)
 
 
+def widened(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(np.float64) if x.dtype == np.float32 else x, tree)
+
+
 @functools.cache
 def stepped(name: str, devices: int) -> dict[str, Any]:
     """Two steps in float64: in float32 Adam makes whole steps of the rounding noise of a zero gradient."""
     exp = small(name)
-    made = assemble(exp, sharding.make_mesh(jax.devices()[:1]))
+    state = jax.device_get(assemble(exp, sharding.make_mesh(jax.devices()[:1])).init())
+    source = data.Arrays(widened(exp.train.fields))
+    exp = dataclasses.replace(exp, train=source, test=source)
     with jax.enable_x64(True):
-        state = jax.device_get(made.init())
-        state = jax.tree.map(lambda x: x.astype(np.float64) if x.dtype == np.float32 else x, state)
+        state = widened(state)
         mesh = sharding.make_mesh(jax.devices()[:devices])
         made = assemble(exp, mesh)
         state = jax.device_put(state, sharding.replicated(mesh))

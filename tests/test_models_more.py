@@ -360,11 +360,14 @@ def test_forecast_of_a_silent_head_repeats_the_last_row() -> None:
     assert not evaluated(module.clone(residual=False), batch, silent).any()
 
 
-def test_residual_is_the_change_from_the_last_row() -> None:
+def test_residual_reads_and_gives_differences_from_the_last_row() -> None:
     module, batch = BASES[GRUForecaster], BATCHES[GRUForecaster]
     params, _ = made(module, batch)
-    change = evaluated(module, batch, params) - evaluated(module.clone(residual=False), batch, params)
-    np.testing.assert_allclose(change, np.repeat(batch["series"][:, -1:], 4, axis=1), rtol=1e-5, atol=1e-6)
+    last = batch["series"][:, -1:]
+    change = evaluated(module.clone(residual=False), {**batch, "series": batch["series"] - last}, params)
+    np.testing.assert_allclose(evaluated(module, batch, params), change + last, rtol=1e-5, atol=1e-6)
+    higher = evaluated(module, {**batch, "series": batch["series"] + 100}, params)
+    np.testing.assert_allclose(higher, change + last + 100, rtol=1e-5)
 
 
 def test_forecast_is_the_loop_over_flaxs_cell_and_one_dense_layer() -> None:

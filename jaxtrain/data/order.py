@@ -62,7 +62,7 @@ class Order:
             ids.append(part)
             epochs.append(np.full(len(part), epoch))
             start += len(part)
-        return np.concatenate(ids), np.concatenate(epochs)
+        return _joined(ids), _joined(epochs)
 
     def steps(self, epochs: float) -> int:
         """Number of batches in ``epochs``, which may be fractional; a begun batch counts whole."""
@@ -92,6 +92,11 @@ class Sequential:
         """Example ids int64 ``[batch]`` and a mask bool ``[batch]``, false on padding."""
         ids = np.arange(step * self.batch, (step + 1) * self.batch)
         return np.where(ids < self.n, ids, 0), ids < self.n
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """A batch within one epoch is a read-only view: most of them are, and nothing is copied."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 @functools.lru_cache(maxsize=4)
