@@ -1,7 +1,7 @@
 """CIFAR-10 to 94 % in ten epochs: the airbench94 recipe (Jordan 2024, arXiv:2404.00498).
 
 Run:       python -m jaxtrain.run --experiment cifar_airbench94
-Measured:  not yet
+Measured:  not measured at full length (meant for a GPU; the paper reports 94.01 %, n = 1000).
 """
 
 from jaxtrain import data, losses, models, optim

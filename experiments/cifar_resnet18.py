@@ -1,7 +1,7 @@
 """CIFAR-10 with ResNet-18 and a 3×3 stem, the usual strong baseline.
 
 Run:       python -m jaxtrain.run --experiment cifar_resnet18
-Measured:  not yet
+Measured:  not measured at full length (60 epochs, meant for a GPU; aim 94 to 95 %).
 """
 
 from jaxtrain import data, losses, models, optim

@@ -1,7 +1,7 @@
 """CIFAR-10 with two convolutions and one dense layer: a first network, not a good one.
 
 Run:       python -m jaxtrain.run --experiment cifar_small_cnn
-Measured:  not yet
+Measured:  not measured yet.
 """
 
 from jaxtrain import data, losses, models, optim

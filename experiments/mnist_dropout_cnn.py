@@ -1,7 +1,8 @@
 """MNIST with whole-channel and plain dropout, from PyTorch's old MNIST example.
 
 Run:       python -m jaxtrain.run --experiment mnist_dropout_cnn
-Measured:  not yet
+Measured:  98.29 ± 0.13 % test accuracy (n = 3 seeds, 0 to 2); 283 s (median) on two cores of an AMD EPYC CPU
+           with other work on them, 2026-11-21. The reference to meet was 98.5 %.
 """
 
 from jaxtrain import data, losses, models, optim

@@ -1,7 +1,9 @@
 """Forecasting the seven variables of ETTh1 24 hours ahead from the last four days, with a GRU.
 
 Run:       python -m jaxtrain.run --experiment series_gru
-Measured:  not yet
+Measured:  test MSE 0.4197 ± 0.0004, MAE 0.4353 ± 0.0009 (n = 3 seeds, 0 to 2, standardised values), where
+           repeating the last row gives 1.222 and 0.671; 39 s (median) on two cores of an AMD EPYC CPU with
+           other work on them, 2026-11-21.
 """
 
 from jaxtrain import data, losses, models, optim
