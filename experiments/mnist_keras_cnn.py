@@ -1,7 +1,8 @@
 """MNIST with the Keras documentation's small network, as an article trains it with Keras on JAX.
 
 Run:       python -m jaxtrain.run --experiment mnist_keras_cnn
-Measured:  not yet
+Measured:  99.31 % test accuracy (n = 1 seed), 442 s on two cores of an AMD EPYC CPU with other work on them,
+           2026-11-21. The article claims about 98 %.
 """
 
 from jaxtrain import data, losses, models, optim
