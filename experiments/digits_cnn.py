@@ -1,8 +1,8 @@
 """Handwritten 8×8 digits that need no download: the first thing to run.
 
 Run:       python -m jaxtrain.run --experiment digits_cnn
-Measured:  98.78 ± 0.32 % test accuracy (n = 5 seeds, 0 to 4); 8 s for the whole command on two cores of an
-           AMD EPYC CPU (seed 0), 2026-11-20.
+Measured:  98.67 ± 0.30 % test accuracy (n = 5 seeds, 0 to 4); 20 s (median) for the whole command on
+           two cores of an AMD EPYC CPU, 2026-11-21, on which day the machine was slow (8 s the day before).
 """
 
 from jaxtrain import data, losses, models, optim
