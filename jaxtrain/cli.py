@@ -92,14 +92,14 @@ def choose_checkpoint(saved: Any, which: str, folder: Path) -> Any:
     raise InputError(f"--checkpoint {which}: give best, latest or a kept step ({kept})")
 
 
-def mesh(args: argparse.Namespace) -> Mesh:
-    """The mesh of all devices of this machine, or of the first ``--devices``."""
+def mesh(devices: int | None) -> Mesh:
+    """The mesh of this machine's first ``devices``, or of all of them."""
     import jax
 
     from jaxtrain import sharding
 
     local = jax.local_devices()
-    wanted = len(local) if args.devices is None else args.devices
+    wanted = len(local) if devices is None else devices
     if not 1 <= wanted <= len(local):
         raise InputError(f"--devices {wanted}: there are {len(local)} here, so give 1 to {len(local)}")
     return sharding.make_mesh(local[:wanted])

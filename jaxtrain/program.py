@@ -128,8 +128,12 @@ def assemble(
     steps = order.steps(exp.epochs)
     train = _loader(sources["train"], order, exp, mesh, check)
     init_key, key = jax.device_put(jax.random.split(jax.random.key(exp.seed)), sharding.replicated(mesh))
-    like, init = _init_function(exp, model, sources["train"], mesh, steps, init_key)
-    train_step = _train_function(exp, model, train, mesh, steps, like, key)
+    tx, after = exp.optimizer.build(steps), _after(exp, steps)
+    start = make_init(model, tx, compose(*exp.preprocess), exp.data_init, after)
+    like, init = _init_function(start, _sample(exp, sources["train"]), mesh, init_key)
+    prepare = compose(lambda batch, _: train.fetch(batch), *exp.augment, *exp.preprocess)
+    update = (exp.step_factory or make_train_step)(model, exp.loss, tx, prepare, after)
+    train_step = _train_function(update, train, mesh, like, key)
     evals = {}
     for name in [name for name in sources if name != "train"]:
         rows = Sequential(len(sources[name]), eval_batch)
@@ -141,6 +145,20 @@ def assemble(
     choices = {"steps": steps, "resident": resident}
     epoch = order.n // order.batch if exp.remainder == "drop" else order.n / order.batch
     return Program(exp, steps, key, init, like, train_step, train, evals, choices, epoch, _rates(exp, steps))
+
+
+def abstract_state(experiment: Experiment, mesh: Mesh, example: Batch) -> State:
+    """Shapes, dtypes and shardings of ``experiment``'s state, for restoring it where its data is not needed.
+
+    Args:
+      experiment: what the state is of.
+      mesh: the devices to restore to.
+      example: arrays of one raw example's shapes, with a leading axis.
+    """
+    exp, steps = experiment, 1000  # how many there are changes no shape
+    model, prepare = compute_in(exp.model, exp.compute_dtype), compose(*exp.preprocess)
+    start = make_init(model, exp.optimizer.build(steps), prepare, None, _after(exp, steps))
+    return _abstract(start, example, mesh)
 
 
 def _open_sources(exp: Experiment, mesh: Mesh) -> dict[str, Source]:
@@ -192,34 +210,37 @@ def _loader(source: Source, order: Order | Sequential, exp: Experiment, mesh: Me
     return Streamed(source, order, mesh, exp.workers, check)
 
 
+def _sample(exp: Experiment, source: Source) -> Batch:
+    """What initialisation sees: parameters need one example's shapes; ``data_init`` asks for more."""
+    examples = 1 if exp.data_init is None else getattr(exp.data_init, "examples", exp.batch)
+    return source.gather(np.arange(min(examples, len(source))))
+
+
 def _init_function(
-    exp: Experiment, model: Model, source: Source, mesh: Mesh, steps: int, key: jax.Array
+    start: Callable[[jax.Array, Batch], State], sample: Batch, mesh: Mesh, key: jax.Array
 ) -> tuple[State, Callable[[], State]]:
     """The abstract state, and what makes the one of step 0."""
-    # Parameters depend on one example's shapes only; initialisation from data asks for more of them.
-    examples = 1 if exp.data_init is None else getattr(exp.data_init, "examples", exp.batch)
-    sample = source.gather(np.arange(min(examples, len(source))))
     whole = sharding.replicated(mesh)
-    tx, after = exp.optimizer.build(steps), _after(exp, steps)
-    function = make_init(model, tx, compose(*exp.preprocess), exp.data_init, after)
-    init = sharding.compile(function, args=(whole, whole), out=whole)
-    shapes = preflight.trace(init, key, sample, what="the state")
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
-    return like, lambda: init(key, jax.device_put(sample, whole))
+    init = sharding.compile(start, args=(whole, whole), out=whole)
+    return _abstract(init, sample, mesh), lambda: init(key, jax.device_put(sample, whole))
+
+
+def _abstract(start: Callable[[jax.Array, Batch], State], sample: Batch, mesh: Mesh) -> State:
+    whole = sharding.replicated(mesh)
+    shapes = preflight.trace(start, jax.random.key(0), sample, what="the state")
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
 
 
 def _train_function(
-    exp: Experiment, model: Model, train: Loader, mesh: Mesh, steps: int, like: State, key: jax.Array
+    update: Callable[[State, Batch, jax.Array], tuple[State, Metrics]],
+    train: Loader,
+    mesh: Mesh,
+    like: State,
+    key: jax.Array,
 ) -> Callable[[State, Any, jax.Array], tuple[State, Metrics]]:
-    prepare = compose(lambda batch, _: train.fetch(batch), *exp.augment, *exp.preprocess)
-    make = exp.step_factory or make_train_step
+    """``update`` compiled; its first argument's buffers are reused for its result."""
     whole = sharding.replicated(mesh)
-    step = sharding.compile(
-        make(model, exp.loss, exp.optimizer.build(steps), prepare, _after(exp, steps)),
-        args=(whole, train.shardings, whole),
-        out=whole,
-        donate=(0,),
-    )
+    step = sharding.compile(update, args=(whole, train.shardings, whole), out=whole, donate=(0,))
     preflight.trace(step, like, train.batch(0), key, what="the train step")
     return step
 

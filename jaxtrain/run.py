@@ -54,7 +54,7 @@ def _run(args: argparse.Namespace) -> int:
     console = make_console()
     cli.ensure_prepared(experiment, console)
     if args.smoke:
-        return _smoke(name, experiment, cli.mesh(args), console)
+        return _smoke(name, experiment, cli.mesh(args.devices), console)
     if args.overfit is not None:
         experiment = cli.overfit(experiment, args.overfit)
     folder = _folder(name, experiment, args)
@@ -74,7 +74,7 @@ def _fit(
     from jaxtrain.program import assemble
 
     began = time.perf_counter()
-    mesh = cli.mesh(args)
+    mesh = cli.mesh(args.devices)
     record = {
         "origin": origin,
         "overrides": args.set,

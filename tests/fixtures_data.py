@@ -6,7 +6,10 @@ import dataclasses
 import hashlib
 import importlib.util
 import os
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,3 +108,48 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
     for name, data in files.items():
         (folder / name).write_bytes(data)
     return folder
+
+
+def write_tfds(root: Path, name: str, features: Any, **splits: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a small data set with TFDS itself, without TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    data_set, spec = name, tfds.features.FeaturesDict(features)
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore
+        name = data_set
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self) -> Any:
+            return tfds.core.DatasetInfo(builder=self, features=spec)
+
+        def _split_generators(self, dl_manager: Any) -> Any:
+            return {split: enumerate(examples) for split, examples in splits.items()}
+
+        def _generate_examples(self) -> Any:
+            raise NotImplementedError
+
+    tfds.disable_progress_bar()
+    Builder(data_dir=root, file_format="array_record").download_and_prepare()
+
+
+def check_fresh_process(sources: Sequence[Any], folder: Path, python: Any) -> None:
+    """Sources travel small, as what they were given, and a process that unpickles them reads the same."""
+    given = list(sources)
+    assert [pickle.loads(pickle.dumps(s)) for s in given] == given and len({*given}) == len(given)
+    whole = [s.gather(np.arange(len(s))) for s in given]  # before pickling: nothing read may travel
+    (folder / "in").write_bytes(pickle.dumps(given))
+    assert (folder / "in").stat().st_size < 2000
+    script = (
+        "import pickle, sys, numpy as np\n"
+        "given = pickle.load(open('in', 'rb'))\n"
+        "batches = [s.gather(np.arange(len(s))) for s in given]\n"
+        "assert not {'tensorflow', 'pandas'} & sys.modules.keys()\n"
+        "pickle.dump(batches, open('out', 'wb'))\n"
+    )
+    done = python("-W", "ignore", "-c", script)
+    assert done.returncode == 0, done.stderr
+    for one, other in zip(whole, pickle.loads((folder / "out").read_bytes()), strict=True):
+        assert one.keys() == other.keys()
+        for name, array in one.items():
+            np.testing.assert_array_equal(array, other[name])

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fixtures_data import write_tfds
 from PIL import Image, JpegImagePlugin
 
 from jaxtrain.data import TFDS, Order, Sequential, Subset
@@ -57,50 +58,27 @@ def board(width: int, height: int, square: int) -> tuple[Image.Image, Image.Imag
     return Image.fromarray(pixels), Image.fromarray((1 + 2 * dark).astype(np.uint8))
 
 
-def write(root: Path, name: str, examples: list[dict[str, Any]], **features: Any) -> TFDS:
-    """Writes a data set with TFDS itself, without TensorFlow."""
-    import tensorflow_datasets as tfds
-
-    data_set = name
-
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore
-        name = data_set
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self) -> Any:
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-        def _split_generators(self, dl_manager: Any) -> Any:
-            return {"train": enumerate(examples)}
-
-        def _generate_examples(self) -> Any:
-            raise NotImplementedError
-
-    tfds.disable_progress_bar()
-    Builder(data_dir=root, file_format="array_record").download_and_prepare()
-    return TFDS(name, data_dir=str(root))
-
-
 def labelled(root: Path, name: str, files: list[bytes]) -> TFDS:
     """Each file with its number in the list as its label: TFDS has an order of its own."""
     import tensorflow_datasets as tfds
 
     examples = [{"image": data, "label": i} for i, data in enumerate(files)]
     label = tfds.features.ClassLabel(num_classes=len(files))
-    return write(root, name, examples, image=tfds.features.Image(), label=label)
+    write_tfds(root, name, {"image": tfds.features.Image(), "label": label}, train=examples)
+    return TFDS(name, data_dir=str(root))
 
 
 def masked(root: Path, name: str, pairs: list[tuple[bytes, bytes]]) -> TFDS:
     import tensorflow_datasets as tfds
 
-    return write(
-        root,
-        name,
-        [{"image": image, "where": mask, "text": "x"} for image, mask in pairs],
-        image=tfds.features.Image(),
-        where=tfds.features.Image(shape=(None, None, 1)),
-        text=tfds.features.Text(),
-    )
+    features = {
+        "image": tfds.features.Image(),
+        "where": tfds.features.Image(shape=(None, None, 1)),
+        "text": tfds.features.Text(),
+    }
+    examples = [{"image": image, "where": mask, "text": "x"} for image, mask in pairs]
+    write_tfds(root, name, features, train=examples)
+    return TFDS(name, data_dir=str(root))
 
 
 @pytest.fixture(scope="module")

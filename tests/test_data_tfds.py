@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fixtures_data import know, tiny_files, write
+from fixtures_data import know, tiny_files, write, write_tfds
 from PIL import Image
 
+from jaxtrain.data.folders import default_data_dir, find_folder
 from jaxtrain.data.prepare import prepare
-from jaxtrain.data.tfds import TFDS, default_data_dir, find_folder
+from jaxtrain.data.tfds import TFDS
 from jaxtrain.errors import InputError, RunError
 
 
@@ -33,29 +34,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         know(patch, "cifar10", files)
         prepare("cifar10", data_dir=folder, source=write(folder / "originals", files))
     return folder
-
-
-def custom(root: Path, name: str, features: Any, examples: list[dict[str, Any]]) -> None:
-    """Writes any data set with TFDS itself."""
-    import tensorflow_datasets as tfds
-
-    data_set = name
-
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore
-        name = data_set
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self) -> Any:
-            return tfds.core.DatasetInfo(builder=self, features=features)
-
-        def _split_generators(self, dl_manager: Any) -> Any:
-            return {"train": enumerate(examples)}
-
-        def _generate_examples(self) -> Any:
-            raise NotImplementedError
-
-    tfds.disable_progress_bar()
-    Builder(data_dir=root, file_format="array_record").download_and_prepare()
 
 
 def encoded(array: np.ndarray, kind: str = "png") -> bytes:
@@ -232,7 +210,7 @@ def test_other_features(tmp_path: Path) -> None:
         }
         for i, image in enumerate(images)
     ]
-    custom(tmp_path, "odd", features, examples)
+    write_tfds(tmp_path, "odd", features, train=examples)
     odd = TFDS("odd", data_dir=str(tmp_path))
     assert odd.classes is None and odd.class_names is None
     got = odd.gather(np.arange(4))
@@ -249,7 +227,7 @@ def test_shapes_that_differ(tmp_path: Path) -> None:
     features = tfds.features.FeaturesDict({"photo": tfds.features.Image(), "label": np.int64})
     sizes = [(4, 4, 3)] * 700 + [(4, 5, 3)]
     examples = [{"photo": encoded(np.zeros(s, np.uint8), "jpeg"), "label": 0} for s in sizes]
-    custom(tmp_path, "photos", features, examples)
+    write_tfds(tmp_path, "photos", features, train=examples)
     photos = TFDS("photos", data_dir=str(tmp_path))
     with pytest.raises(InputError, match="feature 'photo' differs in shape") as caught:
         photos.gather(np.arange(701))

@@ -54,6 +54,15 @@ def test_it_goes_on_from_the_prompt_past_its_context(say: Any) -> None:
     assert (code, out) == (0, "cdefghabcdefghabcdefghab\n")
 
 
+def test_the_text_is_not_needed_any_more(folder: Any, say: Any) -> None:
+    (folder / "abc.txt").rename(folder / "elsewhere.txt")
+    try:
+        code, out, err = say("--prompt", "cde", "--bytes", "3", "--temperature", "0")
+    finally:
+        (folder / "elsewhere.txt").rename(folder / "abc.txt")
+    assert (code, out, err) == (0, "cdefgh\n", "")
+
+
 def test_a_seed_says_which_text(say: Any) -> None:
     hot = ["--temperature", "3", "--bytes", "30", "--prompt", "a"]
     one, again, other = (say(*hot, "--seed", seed)[1] for seed in ("1", "1", "2"))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import csv
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fixtures_data import real_data
+from fixtures_data import check_fresh_process, real_data
 
 from jaxtrain.data.ratings import Ratings
 from jaxtrain.data.series import Series
@@ -123,24 +122,7 @@ def test_gather_is_a_pure_function_of_each_id(tmp_path: Path, root: str) -> None
 
 
 def test_a_fresh_process_reads_the_same(tmp_path: Path, root: str, python: Any) -> None:
-    given = sources(tmp_path, root)
-    assert [pickle.loads(pickle.dumps(s)) for s in given] == given and len({*given}) == len(given)
-    whole = [everything(source) for source in given]  # before pickling: nothing that was read may travel
-    (tmp_path / "in").write_bytes(pickle.dumps(given))
-    assert (tmp_path / "in").stat().st_size < 2000
-    script = (
-        "import pickle, sys, numpy as np\n"
-        "given = pickle.load(open('in', 'rb'))\n"
-        "batches = [s.gather(np.arange(len(s))) for s in given]\n"
-        "assert not {'tensorflow', 'pandas'} & sys.modules.keys()\n"
-        "pickle.dump(batches, open('out', 'wb'))\n"
-    )
-    done = python("-W", "ignore", "-c", script)
-    assert done.returncode == 0, done.stderr
-    for one, other in zip(whole, pickle.loads((tmp_path / "out").read_bytes()), strict=True):
-        assert one.keys() == other.keys()
-        for name, array in one.items():
-            np.testing.assert_array_equal(array, other[name])
+    check_fresh_process(sources(tmp_path, root), tmp_path, python)
 
 
 def test_looking_reads_nothing_and_a_file_needs_no_preparing() -> None:

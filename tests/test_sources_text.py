@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import pickle
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fixtures_data import real_data
+from fixtures_data import check_fresh_process, real_data, write_tfds
 
 from jaxtrain.data import text
 from jaxtrain.data.sources import Source
@@ -33,36 +32,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     folder = tmp_path_factory.mktemp("tfds")
     names = tfds.features.ClassLabel(names=["neg", "pos"])
-    put(folder, "reviews", {"text": tfds.features.Text(), "label": names}, REVIEWS)
-    plays = {split: [(play[:20],), (play[20:],)] for split, play in SHAKESPEARE.items()}
-    put(folder, "plays", {"text": tfds.features.Text()}, plays)
-    put(folder, "scores", {"text": tfds.features.Text(), "label": np.int64}, REVIEWS)
+    reviews = {
+        split: [{"text": text, "label": label} for text, label in rows] for split, rows in REVIEWS.items()
+    }
+    write_tfds(folder, "reviews", {"text": tfds.features.Text(), "label": names}, **reviews)
+    plays = {split: [{"text": play[:20]}, {"text": play[20:]}] for split, play in SHAKESPEARE.items()}
+    write_tfds(folder, "plays", {"text": tfds.features.Text()}, **plays)
+    write_tfds(folder, "scores", {"text": tfds.features.Text(), "label": np.int64}, **reviews)
     return str(folder)
-
-
-def put(folder: Path, name: str, features: Any, splits: dict[str, list[tuple[Any, ...]]]) -> None:
-    import tensorflow_datasets as tfds
-
-    data_set = name
-
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore
-        name = data_set
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self) -> Any:
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-        def _split_generators(self, dl_manager: Any) -> Any:
-            return {
-                split: enumerate(dict(zip(features, row, strict=True)) for row in rows)
-                for split, rows in splits.items()
-            }
-
-        def _generate_examples(self) -> Any:
-            raise NotImplementedError
-
-    tfds.disable_progress_bar()
-    Builder(data_dir=folder, file_format="array_record").download_and_prepare()
 
 
 def everything(source: Any) -> dict[str, np.ndarray]:
@@ -120,24 +97,7 @@ def test_gather_is_a_pure_function_of_each_id(tmp_path: Path, root: str) -> None
 
 
 def test_a_fresh_process_reads_the_same(tmp_path: Path, root: str, python: Any) -> None:
-    given = sources(tmp_path, root)
-    assert [pickle.loads(pickle.dumps(s)) for s in given] == given and len({*given}) == len(given)
-    whole = [everything(source) for source in given]  # before pickling: nothing that was read may travel
-    (tmp_path / "in").write_bytes(pickle.dumps(given))
-    assert (tmp_path / "in").stat().st_size < 2000
-    script = (
-        "import pickle, sys, numpy as np\n"
-        "given = pickle.load(open('in', 'rb'))\n"
-        "batches = [s.gather(np.arange(len(s))) for s in given]\n"
-        "assert 'tensorflow' not in sys.modules\n"
-        "pickle.dump(batches, open('out', 'wb'))\n"
-    )
-    done = python("-W", "ignore", "-c", script)
-    assert done.returncode == 0, done.stderr
-    for one, other in zip(whole, pickle.loads((tmp_path / "out").read_bytes()), strict=True):
-        assert one.keys() == other.keys()
-        for name, array in one.items():
-            np.testing.assert_array_equal(array, other[name])
+    check_fresh_process(sources(tmp_path, root), tmp_path, python)
 
 
 def test_looking_reads_nothing_and_a_file_needs_no_preparing() -> None:

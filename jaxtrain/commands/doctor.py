@@ -89,7 +89,7 @@ def _devices(problems: list[str]) -> dict[str, str]:
 
 
 def _storage(problems: list[str]) -> dict[str, str]:
-    from jaxtrain.data.tfds import default_data_dir
+    from jaxtrain.data.folders import default_data_dir
 
     rows = {}
     folders = {"working folder": Path.cwd(), "data folder": Path(default_data_dir())}

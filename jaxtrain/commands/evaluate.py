@@ -37,7 +37,7 @@ def _run(args: argparse.Namespace) -> int:
     name, experiment = cli.recorded(record, folder)
     console = make_console()
     cli.ensure_prepared(experiment, console)
-    program = assemble(experiment, cli.mesh(args), _confusion)
+    program = assemble(experiment, cli.mesh(args.devices), _confusion)
     if args.split not in program.evals:
         raise InputError(f"{name} has no {args.split} split: it has {', '.join(program.evals)}")
     with checkpoint.open(folder) as saved:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from jaxtrain import cli
 from jaxtrain.errors import InputError
+from jaxtrain.experiment import Experiment
+from jaxtrain.types import Batch
 
 SUMMARY = "text from a run's language model"
 
@@ -42,22 +43,20 @@ def _run(args: argparse.Namespace) -> int:
 
     from jaxtrain import checkpoint, workdir
     from jaxtrain.models import generate
-    from jaxtrain.program import assemble
+    from jaxtrain.program import abstract_state
     from jaxtrain.recorder import make_console
     from jaxtrain.step import evaluated
 
     folder = cli.run_folder(args.workdir)
     record = workdir.load(folder)
     name, experiment = cli.recorded(record, folder)
-    context = _context(name, experiment)
+    example = _example(name, experiment)
+    context = int(getattr(experiment.model, "context", example["tokens"].shape[1]))
     prompt = np.frombuffer(args.prompt.encode(), np.uint8)[None, :]
     console = make_console()
-    cli.ensure_prepared(experiment, console)
-    args.devices = 1  # one text at a time has nothing to split
-    program = assemble(experiment, cli.mesh(args))
-    program.close()
+    like = abstract_state(experiment, cli.mesh(1), example)  # one text at a time has nothing to split
     with checkpoint.open(folder) as saved:
-        state = saved.restore(cli.choose_checkpoint(saved, args.checkpoint, folder), program.like)
+        state = saved.restore(cli.choose_checkpoint(saved, args.checkpoint, folder), like)
     params, extra = evaluated(state)
     text = generate(
         experiment.model,
@@ -74,13 +73,13 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _context(name: str, experiment: Any) -> int:
-    """How many bytes the model looks back on, for a model that predicts the next of them."""
-    example = experiment.train.example() if hasattr(experiment.train, "example") else None
-    tokens, label = ((example or {}).get(field) for field in ("tokens", "label"))
+def _example(name: str, experiment: Experiment) -> Batch:
+    """One example's shapes, for a model that predicts the next byte."""
+    example: Batch = (experiment.train.example() if hasattr(experiment.train, "example") else None) or {}
+    tokens, label = example.get("tokens"), example.get("label")
     if tokens is None or label is None or tokens.shape != label.shape or tokens.dtype != np.uint8:
         raise InputError(
             f"{name} is no language model over bytes: sample needs a run on data.TextWindows, "
             "such as shakespeare_gpt"
         )
-    return int(getattr(experiment.model, "context", tokens.shape[1]))
+    return example

@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 
 from jaxtrain.data.fetch import Progress, fetched
+from jaxtrain.data.folders import default_data_dir, parse_name
 from jaxtrain.data.formats import Member
-from jaxtrain.data.tfds import default_data_dir, parse_name
 from jaxtrain.errors import InputError
 
 

@@ -24,9 +24,9 @@ import numpy as np
 from jaxtrain.data.archives import load_members
 from jaxtrain.data.collections import COLLECTIONS, Collection, find_collection
 from jaxtrain.data.fetch import Progress, check, connect, fetch_members, fetched
+from jaxtrain.data.folders import default_data_dir, file_formats, find_folder, folders, parse_name
 from jaxtrain.data.formats import ORIGINALS, About, Examples, Original, Parsed, Split
 from jaxtrain.data.plain import PLAIN, Plain, plain_file, write_plain
-from jaxtrain.data.tfds import default_data_dir, file_formats, find_folder, folders, parse_name
 from jaxtrain.data.writer import quiet, write
 from jaxtrain.errors import InputError
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxtrain.data.folders import default_data_dir
 from jaxtrain.data.order import permutation
-from jaxtrain.data.tfds import TFDS, default_data_dir
+from jaxtrain.data.tfds import TFDS
 from jaxtrain.errors import InputError
 
 SPLITS = ("train", "test")

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxtrain.data.folders import default_data_dir, parse_name
 from jaxtrain.data.plain import plain_file
-from jaxtrain.data.tfds import default_data_dir, parse_name
 from jaxtrain.errors import InputError
 
 SPLITS = ("train", "validation", "test")

@@ -10,9 +10,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import io
-import json
 import os
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,93 +18,17 @@ from typing import Any
 
 import numpy as np
 
+from jaxtrain.data.folders import default_data_dir, file_formats, find_folder, folders, parse_name
 from jaxtrain.data.formats import ORIGINALS
 from jaxtrain.errors import InputError, RunError
 
 # Enough records to repay handing a chunk to a thread, few enough to keep all threads busy.
 _CHUNK = 512
+# What Pillow calls an image of one, three or four uint8 channels.
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # Two threads of a worker that both import TFDS first thing can wait for each other for ever: each holds a
 # lock that the other needs, of an import or of the cached properties behind TFDS's lazy ones (Python 3.11).
 _OPENING = threading.Lock()
-_NAME = re.compile(r"(?P<base>\w+)(/(?P<config>[^:]+))?(:(?P<version>[\d*]+(\.[\d*]+){2}))?")
-# What Pillow calls an image of one, three or four uint8 channels.
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-
-
-def default_data_dir() -> Path:
-    """Where data sets live when nothing else is said: ``$TFDS_DATA_DIR``, else the TFDS default.
-
-    >>> default_data_dir().is_absolute()
-    True
-    """
-    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()
-
-
-def parse_name(name: str) -> tuple[str, str | None, str | None]:
-    """Splits ``base[/config][:version]`` into its three parts.
-
-    >>> parse_name("imdb_reviews/plain_text:1.0.0")
-    ('imdb_reviews', 'plain_text', '1.0.0')
-    >>> parse_name("mnist")
-    ('mnist', None, None)
-
-    Raises:
-      InputError: ``name`` has another form.
-    """
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise InputError(
-            f"data set {name!r}: expected NAME, NAME/CONFIG or NAME/CONFIG:1.2.3, "
-            "such as cifar10, imdb_reviews/plain_text or mnist:3.0.1"
-        )
-    return match["base"], match["config"], match["version"]
-
-
-def find_folder(name: str, data_dir: str | os.PathLike[str] | None = None) -> Path | None:
-    """The folder of a prepared data set that can be read here, newest version first; else None.
-
-    Looks at names and two small JSON files only: no network, no TFDS import.
-    """
-    return next((f for f in folders(name, data_dir) if "array_record" in file_formats(f)), None)
-
-
-def folders(name: str, data_dir: str | os.PathLike[str] | None = None) -> list[Path]:
-    """All complete folders of data set ``name``, in any file format, newest version first."""
-    base, config, version = parse_name(name)
-    root = Path(data_dir).expanduser().absolute() if data_dir is not None else default_data_dir()
-    parent = root / base
-    config = config or _default_config(parent)
-    parent = parent / config if config else parent
-    wanted = re.compile(re.escape(version or "*.*.*").replace(r"\*", r"\d+"))
-    found = [
-        path
-        for path in (parent.iterdir() if parent.is_dir() else ())
-        # A prepare under way, or killed, has another name: a version is its name at the very end.
-        if wanted.fullmatch(path.name) and file_formats(path)
-    ]
-    return sorted(found, key=lambda p: tuple(map(int, p.name.split("."))), reverse=True)
-
-
-def file_formats(folder: Path) -> tuple[str, ...]:
-    """The record formats a version folder holds; empty when it is no complete data set."""
-    if not (folder / "features.json").is_file():
-        return ()
-    try:
-        info = json.loads((folder / "dataset_info.json").read_text())
-    except (OSError, ValueError):
-        return ()
-    # Folders written before the field existed are all TFRecord.
-    return (info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", ()))
-
-
-def _default_config(parent: Path) -> str | None:
-    """The config that TFDS means by the bare name, as it recorded it beside the configs."""
-    try:
-        metadata = json.loads((parent / ".config" / "metadata.json").read_text())
-    except (OSError, ValueError):
-        return None
-    config: str | None = metadata.get("default_config_name")
-    return config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from jaxtrain.data.fetch import Progress
+from jaxtrain.data.folders import find_folder
 from jaxtrain.data.formats import About, Examples
-from jaxtrain.data.tfds import find_folder
 from jaxtrain.errors import InputError
 
 # Only a prepare that was killed leaves its half-written folder for this long.
