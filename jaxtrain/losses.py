@@ -1,7 +1,7 @@
 """Losses: ``(outputs, batch) -> (loss, metrics)``, with the loss a scalar mean over the examples.
 
 Any function of that form trains; these are frozen dataclasses so that they can stand in a config.
-A loss may have ``check(outputs, labels)``, which looks at raw host data before anything is compiled.
+A loss may have ``check(outputs, batch, ids)``, which looks at raw host data before anything is compiled.
 """
 
 from __future__ import annotations
