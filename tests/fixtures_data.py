@@ -1,10 +1,9 @@
-"""Prepared data sets that several test files share, each prepared once per session."""
+"""What several test files of data share: small sets in their original and in TFDS's layout, and a check."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import os
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 
 from jaxtrain.data import formats
-from jaxtrain.data.prepare import prepare
 
 
 def real_data(name: str) -> Path:
@@ -25,44 +23,6 @@ def real_data(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"no {name} in {folder.parent}: set JAXTRAIN_TEST_DATA to where it is")
     return folder
-
-
-@pytest.fixture(scope="session")
-def cifar10_originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds the original CIFAR-10 .bin files."""
-    script = real_data("cifar10").parent / "unpack.py"
-    spec = importlib.util.spec_from_file_location("unpack", script)
-    assert spec is not None and spec.loader is not None
-    unpack = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(unpack)
-    folder = tmp_path_factory.mktemp("originals") / "cifar-10-batches-bin"
-    folder.mkdir()
-    with np.load(unpack.HERE / "labels.npz") as labels:
-        for i in range(5):
-            part = labels["train"][10_000 * i : 10_000 * (i + 1)]
-            blocks = range(10 * i, 10 * i + 10)
-            data = unpack.records("train", blocks, part)
-            (folder / f"data_batch_{i + 1}.bin").write_bytes(data)
-        data = unpack.records("test", range(10), labels["test"])
-        (folder / "test_batch.bin").write_bytes(data)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def cifar10_dir(cifar10_originals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A TFDS data_dir that holds the real CIFAR-10."""
-    root = tmp_path_factory.mktemp("cifar10")
-    prepare("cifar10", data_dir=root, source=cifar10_originals)
-    return root
-
-
-@pytest.fixture(scope="session")
-def mnist_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A TFDS data_dir that holds the real MNIST."""
-    source = real_data("mnist")
-    root = tmp_path_factory.mktemp("mnist")
-    prepare("mnist", data_dir=root, source=source)
-    return root
 
 
 def tiny_files(name: str, records: int = 6) -> dict[str, bytes]:
