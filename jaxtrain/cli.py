@@ -101,7 +101,7 @@ def mesh(devices: int | None) -> Mesh:
     local = jax.local_devices()
     wanted = len(local) if devices is None else devices
     if not 1 <= wanted <= len(local):
-        raise InputError(f"--devices {wanted}: there are {len(local)} here, so give 1 to {len(local)}")
+        raise InputError(f"--devices {wanted}: give 1 to {len(local)}, as many as there are here")
     return sharding.make_mesh(local[:wanted])
 
 
@@ -170,7 +170,13 @@ def ensure_prepared(experiment: Experiment, console: Console) -> None:
         if ready is not None and not ready():
             name, folder = getattr(source, "name"), getattr(source, "data_dir")  # noqa: B009
             console.note(f"{name} is not prepared yet: fetching it")
-            with_progress(console, lambda p: prepare(name, data_dir=folder, progress=p))  # noqa: B023
+            try:
+                with_progress(console, lambda p: prepare(name, data_dir=folder, progress=p))  # noqa: B023
+            except InputError as error:
+                if folder is None:
+                    raise
+                command = f"prepare {name}"
+                raise InputError(str(error).replace(command, f"{command} --data-dir {folder}")) from error
 
 
 def with_progress(console: Console, work: Callable[[Callable[[str, int, int], None]], Any]) -> Any:

@@ -181,8 +181,8 @@ def _error(outputs: jax.Array, target: jax.Array) -> jax.Array:
     """``outputs - target`` in float32 at least: half precision would round the target too."""
     if outputs.shape != target.shape:  # (8, 1) - (8,) would broadcast to (8, 8)
         raise InputError(
-            f"outputs {outputs.shape} and target {target.shape} must have one shape: the model's sizes are "
-            "not those of the data"
+            f"outputs {outputs.shape} and target {target.shape} must have one shape: set the model's "
+            "output sizes to those of the target"
         )
     dtype = jnp.promote_types(outputs.dtype, jnp.float32)
     return outputs.astype(dtype) - target.astype(dtype)

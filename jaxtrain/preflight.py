@@ -16,6 +16,25 @@ from jaxtrain.models import as_model
 from jaxtrain.types import Batch, Model
 
 
+def check_splits(experiment: Experiment) -> None:
+    """Raise InputError where splits that a source cuts itself are not cut from the same data.
+
+    A source class names in ``shared`` the settings that its splits must have in common: with another file,
+    part or number of rows, training examples would be test examples, or words have other numbers.
+    """
+    train = experiment.train
+    for name, other in (("valid", experiment.valid), ("test", experiment.test)):
+        if type(other) is not type(train):
+            continue
+        for field in getattr(train, "shared", ()):
+            ours, theirs = getattr(train, field), getattr(other, field)
+            if ours != theirs:
+                raise InputError(
+                    f"{name}.{field} is {theirs!r} and train.{field} is {ours!r}: both must be the same, "
+                    f"because {type(train).__name__} cuts its splits from one set of data"
+                )
+
+
 def check_fields(sources: Mapping[str, Source]) -> None:
     """Raise InputError when a split's fields, shapes or types are not those of ``"train"``."""
     want = _specs(sources["train"])

@@ -116,6 +116,7 @@ def assemble(
     """
     exp, model = experiment, compute_in(experiment.model, experiment.compute_dtype)
     eval_batch = exp.eval_batch or exp.batch
+    preflight.check_splits(exp)
     sharding.check_batch(exp.batch, mesh)
     sharding.check_batch(eval_batch, mesh, "eval_batch" if exp.eval_batch else "batch")
     sources = _open_sources(exp, mesh)

@@ -141,7 +141,7 @@ CASES = {
     ),
     "fewer rows than asked for": (
         "series_gru",
-        (*CSV, "train.rows=14400"),
+        (*CSV, *everywhere("rows=14400")),
         ("400 rows, fewer than rows=14400", "/a.csv", "lower it, or none for all"),
     ),
     "variables that the model has not": (
@@ -158,6 +158,36 @@ CASES = {
         "ratings_factors",
         (*RATINGS, "model.items=30"),
         ("item 3", "is outside 0..29", "set model.items to at least 40"),
+    ),
+    "reviews of two files to train on and of two others to test on": (
+        "sentiment_lstm",
+        (*WORDS, "test.files=b.pos,a.neg"),
+        ("test.files is ('b.pos', 'a.neg')", "train.files is ('a.neg', 'b.pos')", "both must be the same"),
+    ),
+    "words of two vocabularies": (
+        "sentiment_lstm",
+        (*WORDS, "test.words=9"),
+        ("test.words is 9", "train.words is 10000", "both must be the same"),
+    ),
+    "one column to train on and another to test on": (
+        "series_gru",
+        (*CSV, "train.columns=x0", "valid.columns=x0", "test.columns=x1"),
+        ("test.columns is ('x1',)", "train.columns is ('x0',)", "both must be the same"),
+    ),
+    "rows of a series cut at two places": (
+        "series_gru",
+        (*CSV, "valid.rows=300"),
+        ("valid.rows is 300", "train.rows is None", "both must be the same"),
+    ),
+    "test ratings that are training ratings": (
+        "ratings_factors",
+        (*RATINGS, "test.part=0.5"),
+        ("test.part is 0.5", "train.part is 0.1", "both must be the same"),
+    ),
+    "dropout of more than everything": (
+        "shakespeare_gpt",
+        (*TEXT, "model.dropout=1.5"),
+        ("GPT.dropout is 1.5", "it must be in [0, 1)"),
     ),
     "no ratings in a file": (
         "ratings_factors",
@@ -219,7 +249,9 @@ def test_one_line_says_what_where_and_what_to_do(case: str, capsys: pytest.Captu
 @pytest.mark.parametrize("devices", [-1, 0, 9])
 def test_devices_that_are_not_there(devices: int, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(capsys, run.main(command("cifar_lenet", (), "--devices", str(devices))))
-    assert f"--devices {devices}: there are 8 here, so give 1 to 8" in line and not Path("runs").exists()
+    assert (
+        f"--devices {devices}: give 1 to 8, as many as there are here" in line and not Path("runs").exists()
+    )
 
 
 @pytest.mark.parametrize("devices", [1, 4])

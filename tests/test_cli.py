@@ -163,6 +163,9 @@ def test_data_that_cannot_be_fetched_names_the_command(capsys, monkeypatch):
     )
     error = refused(capsys, run.main(["--experiment", "cifar_cnn"]))
     assert "python -m jaxtrain prepare cifar10 --from" in error
+    settings = ["--set", "train.data_dir=my/data", "--set", "test.data_dir=my/data"]
+    error = refused(capsys, run.main(["--experiment", "cifar_cnn", *settings]))
+    assert "python -m jaxtrain prepare cifar10 --data-dir my/data --from" in error
 
 
 def test_a_folder_of_another_run_or_of_something_else_is_refused(capsys):

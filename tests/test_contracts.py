@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT
 
 from jaxtrain import checkpoint, data, losses, models, optim, sharding
+from jaxtrain.errors import InputError
 from jaxtrain.experiment import Experiment, find, override
 from jaxtrain.models import as_model, compute_in
 from jaxtrain.program import abstract_state, assemble
@@ -241,6 +242,17 @@ def test_the_second_step_compiles_nothing(name: str) -> None:
 def test_one_optimizer_step_lowers_the_loss_on_a_fixed_batch(name: str) -> None:
     first, lower, _ = stepped(name, 1)["figures"]
     assert lower["loss"] < first["loss"]
+
+
+@row
+def test_a_rate_outside_its_range_is_refused(name: str) -> None:
+    exp, batch = small(name), prepared(small(name), 2)
+    net = getattr(exp.model, "net", exp.model)
+    for field in ("dropout", "channel_dropout", "bn_momentum"):
+        for rate in (-0.1, 1.0) if hasattr(net, field) else ():
+            model = as_model(net.clone(**{field: rate}))
+            with pytest.raises(InputError, match=rf"{field} is {rate}: it must be in \[0, 1\)"):
+                jax.eval_shape(model.init, jax.random.key(0), batch)
 
 
 def distinct() -> list[str]:

@@ -84,7 +84,7 @@ def test_not_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mnist = TFDS("mnist", data_dir=str(tmp_path))
     assert not mnist.prepared()
     for use in (len, lambda s: s.gather(np.arange(1)), lambda s: s.classes):
-        with pytest.raises(InputError, match=r"run: python -m jaxtrain prepare mnist$"):
+        with pytest.raises(InputError, match=f"prepare mnist --data-dir {tmp_path}$"):
             use(mnist)
     with pytest.raises(InputError, match="expected NAME"):
         TFDS("../mnist", data_dir=str(tmp_path)).prepared()

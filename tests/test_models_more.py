@@ -386,7 +386,9 @@ def test_forecast_is_the_loop_over_flaxs_cell_and_one_dense_layer() -> None:
 
 def test_other_variables_are_refused_only_where_the_last_row_is_added() -> None:
     batch = {"series": np.zeros((2, 5, 3), np.float32)}
-    with pytest.raises(InputError, match=r"has 3 variables and model.variables is 2: .*residual=False"):
+    with pytest.raises(
+        InputError, match=r"has 3 variables and model.variables is 2: .*set model.variables=3"
+    ):
         jax.eval_shape(as_model(BASES[GRUForecaster]).init, KEY, batch)
     assert evaluated(BASES[GRUForecaster].clone(residual=False), batch).shape == (2, 4, 2)
 

@@ -63,6 +63,11 @@ def test_the_text_is_not_needed_any_more(folder: Any, say: Any) -> None:
     assert (code, out, err) == (0, "cdefgh\n", "")
 
 
+def test_a_prompt_of_any_bytes_is_taken_as_it_is(say: Any) -> None:
+    """As a shell hands over the byte 255, which is no text in UTF-8; this model knows bytes up to 127."""
+    assert "token 255 of example 0" in say("--prompt", "\udcff")[2]
+
+
 def test_a_seed_says_which_text(say: Any) -> None:
     hot = ["--temperature", "3", "--bytes", "30", "--prompt", "a"]
     one, again, other = (say(*hot, "--seed", seed)[1] for seed in ("1", "1", "2"))
@@ -75,8 +80,10 @@ def test_a_seed_says_which_text(say: Any) -> None:
     [
         (["--prompt", ""], "prompt is empty"),
         (["--prompt", "é"], "token 195 of example 0 is outside the vocabulary of 128"),
-        (["--bytes", "0"], "length=0: at least 1"),
-        (["--temperature", "-1"], "temperature=-1.0"),
+        (["--bytes", "0"], "--bytes 0: give at least 1"),
+        (["--temperature", "-1"], "--temperature -1.0: give 0"),
+        (["--top-k", "0"], "--top-k 0: give at least 1"),
+        (["--seed", str(2**70)], f"--seed {2**70}: it must be in [0, 2**31)"),
         (["--top-k", "129"], "top_k=129 of a vocabulary of 128"),
         (["--checkpoint", "7"], "--checkpoint 7: give best, latest or a kept step"),
     ],

@@ -131,7 +131,8 @@ def test_looking_reads_nothing_and_a_file_needs_no_preparing() -> None:
     assert Series(file="/none").example() is None  # only the file knows how many columns
     for missing in (Series(data_dir="/none"), Ratings(data_dir="/none")):
         assert missing.example() and not missing.prepared()
-        with pytest.raises(InputError, match=f"not prepared in /none: .*jaxtrain prepare {missing.name}$"):
+        command = f"jaxtrain prepare {missing.name} --data-dir /none"
+        with pytest.raises(InputError, match=f"not prepared in /none: .*{command}$"):
             len(missing)
 
 
@@ -264,6 +265,7 @@ def test_one_line_errors_of_a_csv_file(change: dict[int, str | None], message: s
 def test_one_line_errors_of_settings_of_series(tmp_path: Path) -> None:
     file = table(tmp_path)
     (tmp_path / "twice.csv").write_text("a,b,a\n1,2,3\n")
+    (tmp_path / "headless.csv").write_text("1,2,3\n4,5,6\n")
     for settings, message in [
         ({"window": 0}, "window is 0: it must be at least 1"),
         ({"horizon": 0}, "horizon is 0: it must be at least 1"),
@@ -274,6 +276,8 @@ def test_one_line_errors_of_settings_of_series(tmp_path: Path) -> None:
         ({"columns": ("b", "d")}, "row 1: column 'd' is missing; there are date, b, c"),
         ({"columns": ("date",)}, "row 2, column 'date': '2016-07-01', which is no finite number"),
         ({"columns": ("a",), "file": str(tmp_path / "twice.csv")}, "column 'a' appears twice"),
+        ({"file": str(tmp_path / "twice.csv")}, "row 1: column 'a' appears twice"),
+        ({"file": str(tmp_path / "headless.csv")}, "headless.csv, row 1 holds numbers only"),
         ({"file": str(tmp_path / "gone.csv")}, r"gone.csv cannot be read \(No such file"),
         ({"window": 8, "horizon": 1, "split": "validation"}, "too few for one validation window"),
         ({"window": 2, "horizon": 3, "split": "validation"}, "too few for one validation window"),
@@ -316,7 +320,7 @@ def test_ratings_of_a_data_set(root: str) -> None:
     assert train.prepared() and train.users == test.users == 9 and train.items == test.items == 10
     bad = Ratings(name="movielens/bad-ratings", data_dir=root)
     with pytest.raises(
-        InputError, match=r"data set movielens/bad-ratings, example 0: .*b'ten'.* not two whole"
+        InputError, match=r"data set movielens/bad-ratings, example 0: .*'ten'.* not two whole"
     ):
         len(bad)
 
@@ -328,8 +332,8 @@ def test_ratings_of_a_data_set(root: str) -> None:
         ("1 2 3 4", "u.data, line 3: 1 cells"),
         ("1::2::3::4", "u.data, line 3: 1 cells"),
         ("1\t2.5\t3\t4", "u.data, line 3: .* are not two whole ids"),
-        ("one\t2\t3\t4", "u.data, line 3: b'one'.* are not two whole ids"),
-        ("1\t2\tgood\t4", "u.data, line 3: .*b'good' are not"),
+        ("one\t2\t3\t4", "u.data, line 3: 'one'.* are not two whole ids"),
+        ("1\t2\tgood\t4", "u.data, line 3: .*'good' are not"),
         ("0\t2\t3\t4", "u.data, line 3: ids 0 and 2 must be in 1.."),
         ("1\t-2\t3\t4", "u.data, line 3: ids 1 and -2 must"),
         ("1\t4000000000\t3\t4", "u.data, line 3: ids 1 and 4000000000 must be in 1..2147483647"),

@@ -106,7 +106,9 @@ def test_looking_reads_nothing_and_a_file_needs_no_preparing() -> None:
         assert source.example() and source.prepared()
     for missing in (TextWindows(data_dir="/none"), LabelledText(data_dir="/none")):
         assert missing.example() and not missing.prepared()
-        with pytest.raises(InputError, match=f"run: python -m jaxtrain prepare {missing.name}$"):
+        with pytest.raises(
+            InputError, match=f"run: python -m jaxtrain prepare {missing.name} --data-dir /none$"
+        ):
             len(missing)
 
 
@@ -117,6 +119,16 @@ def test_overrides_from_the_command_line(tmp_path: Path) -> None:
     labelled = override(LabelledText(), [f"files={','.join(files)}", "words=2"])
     assert labelled == LabelledText(files=files, words=2) == LabelledText(files=list(files), words=2)  # type: ignore
     assert hash(labelled) == hash(LabelledText(files=list(files), words=2))  # type: ignore
+
+
+def test_classes_have_different_names() -> None:
+    named = {
+        ("a/x.txt", "b/x.txt"): ("a/x.txt", "b/x.txt"),
+        ("x.neg", "x.pos"): ("x.neg", "x.pos"),
+        ("a/neg.txt", "b/pos.txt"): ("neg", "pos"),
+    }
+    for files, names in named.items():
+        assert LabelledText(files=files).class_names == names
 
 
 # --- windows
@@ -311,14 +323,16 @@ def test_rt_polarity() -> None:
         (lambda f: LabelledText(files="ab"), "files is 'ab': give two or more"),
         (lambda f: LabelledText(files=("a",)), r"files is \('a',\): give two or more"),
         (lambda f: LabelledText(split="dev", files=("a", "b")), "train, validation, test, not 'dev'"),
-        (lambda f: LabelledText(files=(f"{f}/ten", f"{f}/gone")), "gone cannot be read"),
-        (lambda f: LabelledText(files=(f"{f}/ten", f"{f}/empty")), "empty holds no text"),
-        (lambda f: LabelledText(split="test", files=(f"{f}/ten",) * 2), "too few lines for a test split"),
+        (lambda f: LabelledText(files=(f"{f}/lines", f"{f}/gone")), "gone cannot be read"),
+        (lambda f: LabelledText(files=(f"{f}/lines", f"{f}/empty")), "empty holds no text"),
+        (lambda f: LabelledText(files=(f"{f}/lines", f"{f}/ten")), "ten has 1 texts, too few for splits"),
+        (lambda f: LabelledText(files=("a", "b", "a")), "each class needs a file of its own"),
     ],
 )
 def test_one_line_errors(wrong: Any, message: str, tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "ten").write_bytes(b"0123456789")
+    (tmp_path / "lines").write_bytes(b"a line\n" * 10)
     with pytest.raises(InputError, match=message) as caught:
         len(wrong(str(tmp_path)))
     assert "\n" not in str(caught.value)

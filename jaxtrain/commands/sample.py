@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -52,7 +53,8 @@ def _run(args: argparse.Namespace) -> int:
     name, experiment = cli.recorded(record, folder)
     example = _example(name, experiment)
     context = int(getattr(experiment.model, "context", example["tokens"].shape[1]))
-    prompt = np.frombuffer(args.prompt.encode(), np.uint8)[None, :]
+    _check(args)
+    prompt = np.frombuffer(os.fsencode(args.prompt), np.uint8)[None, :]
     console = make_console()
     like = abstract_state(experiment, cli.mesh(1), example)  # one text at a time has nothing to split
     with checkpoint.open(folder) as saved:
@@ -71,6 +73,20 @@ def _run(args: argparse.Namespace) -> int:
     )
     console.note(np.asarray(text[0]).astype(np.uint8).tobytes().decode(errors="replace"))
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What ``generate`` would refuse too, by the names that were typed."""
+    if not args.prompt:
+        raise InputError("--prompt is empty: give at least one character to go on from")
+    if args.bytes < 1:
+        raise InputError(f"--bytes {args.bytes}: give at least 1")
+    if not args.temperature >= 0:
+        raise InputError(f"--temperature {args.temperature}: give 0 (always the likeliest byte) or more")
+    if args.top_k is not None and args.top_k < 1:
+        raise InputError(f"--top-k {args.top_k}: give at least 1, or leave it out to draw among all")
+    if not 0 <= args.seed < 2**31:
+        raise InputError(f"--seed {args.seed}: it must be in [0, 2**31)")
 
 
 def _example(name: str, experiment: Experiment) -> Batch:

@@ -66,6 +66,16 @@ def folders(name: str, data_dir: str | os.PathLike[str] | None = None) -> list[P
     return sorted(found, key=lambda p: tuple(map(int, p.name.split("."))), reverse=True)
 
 
+def not_prepared(name: str, data_dir: str | os.PathLike[str] | None) -> str:
+    """One line: what is missing, where, and the command that provides it."""
+    default = default_data_dir()
+    option = f" --data-dir {data_dir}" if Path(data_dir or default) != default else ""
+    return (
+        f"data set {name} is not prepared in {data_dir or default}: "
+        f"run: python -m jaxtrain prepare {name}{option}"
+    )
+
+
 def file_formats(folder: Path) -> tuple[str, ...]:
     """The record formats a version folder holds; empty when it is no complete data set."""
     if not (folder / "features.json").is_file():

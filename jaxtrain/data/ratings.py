@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -49,6 +49,8 @@ class Ratings:
     file: str | None = None
     part: float = 0.1
     data_dir: str | None = dataclasses.field(default=None, metadata={"operational": True})
+
+    shared: ClassVar[tuple[str, ...]] = ("name", "file", "part")
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -156,13 +158,16 @@ def _rating(where: str, user: Any, item: Any, rating: Any) -> tuple[int, int, fl
     try:
         ids, value = (int(user), int(item)), float(rating)
     except ValueError as error:
+        shown = (x.decode(errors="replace") if isinstance(x, bytes) else x for x in (user, item, rating))
         raise InputError(
-            f"{where}: {user!r}, {item!r}, {rating!r} are not two whole ids and a rating"
+            f"{where}: {', '.join(map(repr, shown))} are not two whole ids and a rating: correct or delete it"
         ) from error
     if min(ids) < 1 or max(ids) > 2**31 - 1:
-        raise InputError(f"{where}: ids {ids[0]} and {ids[1]} must be in 1..{2**31 - 1}")
+        raise InputError(
+            f"{where}: ids {ids[0]} and {ids[1]} must be in 1..{2**31 - 1}: number users and items from 1"
+        )
     if not math.isfinite(value):
-        raise InputError(f"{where}: rating {value} is no finite number")
+        raise InputError(f"{where}: rating {value} is no finite number: correct or delete it")
     return ids[0] - 1, ids[1] - 1, value
 
 

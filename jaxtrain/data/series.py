@@ -8,11 +8,11 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from jaxtrain.data.folders import default_data_dir, parse_name
+from jaxtrain.data.folders import not_prepared, parse_name
 from jaxtrain.data.plain import plain_file
 from jaxtrain.errors import InputError
 
@@ -56,6 +56,8 @@ class Series:
     columns: tuple[str, ...] = ()
     rows: int | None = None
     data_dir: str | None = dataclasses.field(default=None, metadata={"operational": True})
+
+    shared: ClassVar[tuple[str, ...]] = ("name", "file", "columns", "rows")
 
     def __post_init__(self) -> None:
         for name, value in (("window", self.window), ("horizon", self.horizon), ("rows", self.rows)):
@@ -134,10 +136,7 @@ class Series:
             return Path(self.file).expanduser().absolute()
         path = plain_file(self.name, self.data_dir)
         if path is None:
-            raise InputError(
-                f"data set {self.name} is not prepared in {self.data_dir or default_data_dir()}: "
-                f"run: python -m jaxtrain prepare {self.name}"
-            )
+            raise InputError(not_prepared(self.name, self.data_dir))
         return path
 
     def _table(self) -> _Table:
@@ -192,6 +191,8 @@ def _parse(
 ) -> tuple[tuple[str, ...], np.ndarray]:
     """Names and values, float64 ``[rows, variables]``, of the columns that are asked for."""
     header = [name.strip() for name in next(lines, [])]
+    if header and all(_number(name) is not None for name in header):
+        raise InputError(f"{path}, row 1 holds numbers only: write the columns' names above them")
     rows = _rows(path, lines, header)
     first = next(rows, None)
     if first is None:
@@ -230,6 +231,9 @@ def _places(path: Path, header: list[str], columns: tuple[str, ...], first: list
     # An empty first cell is a gap in the numbers, and not a date.
     skip = bool(first[0].strip()) and _number(first[0]) is None
     places = list(range(int(skip), len(header)))
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{path}, row 1: column {twice!r} appears twice: give each column a name of its own")
     if not places:
         raise InputError(f"{path}, row 1: its only column {header[0]!r} holds no numbers: separate by commas")
     return places

@@ -8,6 +8,7 @@ import functools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -136,6 +137,8 @@ class LabelledText:
     words: int = 0
     data_dir: str | None = dataclasses.field(default=None, metadata={"operational": True})
 
+    shared: ClassVar[tuple[str, ...]] = ("name", "files", "words")
+
     def __post_init__(self) -> None:
         if self.length < 1:
             raise InputError(f"LabelledText: length is {self.length}: it must be at least 1")
@@ -144,6 +147,8 @@ class LabelledText:
         if isinstance(self.files, str) or len(self.files) == 1:
             raise InputError(f"LabelledText: files is {self.files!r}: give two or more, one for each class")
         object.__setattr__(self, "files", tuple(map(str, self.files)))
+        if len(set(self.files)) < len(self.files):
+            raise InputError(f"LabelledText: files is {self.files!r}: each class needs a file of its own")
         if self.files:
             _check_split("LabelledText", self.split)
 
@@ -159,11 +164,12 @@ class LabelledText:
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes in label order; files without suffix, unless only that differs."""
+        """Names of the classes in label order; the files' stems, or as much more as tells them apart."""
         if not self.files:
             return _tfds(self).class_names
-        stems = tuple(Path(file).stem for file in self.files)
-        return stems if len(set(stems)) == len(stems) else tuple(Path(file).name for file in self.files)
+        paths = [Path(file) for file in self.files]
+        ways = [tuple(p.stem for p in paths), tuple(p.name for p in paths), self.files]
+        return next(names for names in ways if len(set(names)) == len(names))
 
     def prepared(self) -> bool:
         """Whether there is nothing to fetch: files are given, or the data set lies on disk."""
@@ -277,12 +283,14 @@ def _labelled_lines(paths: tuple[str, ...], split: str) -> tuple[tuple[bytes, ..
         if not lines:
             raise InputError(f"{path} holds no text: it needs one on each line")
         tenth = round(len(lines) / 10)
+        if not tenth:
+            raise InputError(
+                f"{path} has {len(lines)} texts, too few for splits of a tenth: give at least 10"
+            )
         order = permutation(_SPLIT_SEED, label, len(lines))
         parts = {"validation": order[:tenth], "test": order[tenth : 2 * tenth], "train": order[2 * tenth :]}
         texts += [lines[i] for i in np.sort(parts[split])]
         labels += [label] * len(parts[split])
-    if not texts:
-        raise InputError(f"{', '.join(paths)}: too few lines for a {split} split of a tenth: give more text")
     return tuple(texts), np.array(labels, np.int32)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain.data.folders import default_data_dir, file_formats, find_folder, folders, parse_name
+from jaxtrain.data.folders import file_formats, find_folder, folders, not_prepared, parse_name
 from jaxtrain.data.formats import ORIGINALS
 from jaxtrain.errors import InputError, RunError
 
@@ -130,12 +130,12 @@ class TFDS:
     def _open(self) -> _Split:
         folder = find_folder(self.name, self.data_dir)
         if folder is None:
-            raise InputError(_not_prepared(self.name, self.data_dir))
+            raise InputError(_why_not(self.name, self.data_dir))
         with _OPENING:
             return _open_split(self.name, str(folder), self.split)
 
 
-def _not_prepared(name: str, data_dir: str | None) -> str:
+def _why_not(name: str, data_dir: str | None) -> str:
     """One line: what is missing and the command that provides it."""
     other = folders(name, data_dir)
     if other:
@@ -144,10 +144,7 @@ def _not_prepared(name: str, data_dir: str | None) -> str:
             "TensorFlow: move that folder away (or set TFDS_DATA_DIR to another folder), then run: "
             f"python -m jaxtrain prepare {name}"
         )
-    return (
-        f"data set {name} is not prepared in {data_dir or default_data_dir()}: "
-        f"run: python -m jaxtrain prepare {name}"
-    )
+    return not_prepared(name, data_dir)
 
 
 @functools.lru_cache(maxsize=64)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
-from jaxtrain.models.layers import check_image, max_pool
+from jaxtrain.models.layers import check_image, check_rates, max_pool
 from jaxtrain.types import Batch
 
 WHITEN = "whiten"
@@ -57,6 +57,7 @@ class Airbench(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+        check_rates(self)
         if self.convs < 1 or self.whiten < 1 or not self.widths or min(self.widths) < 1:
             raise InputError(
                 f"Airbench(widths={self.widths}, convs={self.convs}, whiten={self.whiten}): all must be at "

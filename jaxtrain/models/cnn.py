@@ -6,7 +6,7 @@ import jax
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
-from jaxtrain.models.layers import ACTIVATIONS, Activation, check_image, max_pool
+from jaxtrain.models.layers import ACTIVATIONS, Activation, check_image, check_rates, max_pool
 
 
 class CNN(nn.Module):
@@ -45,6 +45,7 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+        check_rates(self)
         if self.convs < 1 or not self.widths or min(self.widths) < 1:
             raise InputError(f"CNN(widths={self.widths}, convs={self.convs}): all must be at least 1")
         check_image(image, 2 ** len(self.widths), "CNN")

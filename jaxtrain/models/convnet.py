@@ -8,7 +8,7 @@ import jax
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
-from jaxtrain.models.layers import ACTIVATIONS, Activation, check_image, max_pool
+from jaxtrain.models.layers import ACTIVATIONS, Activation, check_image, check_rates, max_pool
 
 
 class ConvNet(nn.Module):
@@ -49,6 +49,7 @@ class ConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+        check_rates(self)
         if not self.widths or min(*self.widths, *self.hidden, self.kernel, self.pool, self.classes) < 1:
             raise InputError(f"{self._name()}: widths, hidden, kernel, pool and classes must be at least 1")
         check_image(image, self._smallest(), "ConvNet")

@@ -8,6 +8,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
+from jaxtrain.models.layers import check_rates
 from jaxtrain.types import Batch
 
 # Small: test RMSE on made-up ratings of rank 5 with noise 0.3 (600 × 400, 20 % seen, width 64, AdamW, best
@@ -51,6 +52,7 @@ class Factors(nn.Module):
 
     @nn.compact
     def __call__(self, user: jax.Array, item: jax.Array, train: bool = False) -> jax.Array:
+        check_rates(self)
         if min(self.users, self.items, self.width, *self.hidden) < 1:
             raise InputError(
                 f"Factors(users={self.users}, items={self.items}, width={self.width}, hidden={self.hidden}): "
@@ -90,7 +92,8 @@ class Factors(nn.Module):
             bad = (index < 0) | (index >= size)
             if bad.any():
                 row = int(np.argwhere(bad)[0][0])
+                below = ", and count from 0" if (index < 0).any() else ""
                 raise InputError(
                     f"{name} {index[row]} of example {ids[row]} is outside 0..{size - 1} ({int(bad.sum())} "
-                    f"such): set model.{name}s to at least {int(index.max()) + 1}, and count from 0"
+                    f"such): set model.{name}s to at least {int(index.max()) + 1}{below}"
                 )

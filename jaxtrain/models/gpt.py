@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
+from jaxtrain.models.layers import check_rates
 from jaxtrain.models.transformer import Block, check_heads
 
 STD = 0.02
@@ -56,6 +57,7 @@ class GPT(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:
+        check_rates(self)
         self._check_sizes(tokens)
         init = nn.initializers.normal(STD)
         embed = nn.Embed(self.vocab, self.width, embedding_init=init, name="embed")

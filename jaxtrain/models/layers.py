@@ -62,6 +62,14 @@ def _larger_jvp(
     return jnp.maximum(a, b), jnp.where(a == b, 0.5 * (da + db), jnp.where(a > b, da, db))
 
 
+def check_rates(module: nn.Module) -> None:
+    """Raise InputError unless the module's rates of dropout and its ``bn_momentum`` are in [0, 1)."""
+    for name in ("dropout", "channel_dropout", "bn_momentum"):
+        rate = getattr(module, name, 0.0)
+        if not 0 <= rate < 1:
+            raise InputError(f"{type(module).__name__}.{name} is {rate}: it must be in [0, 1)")
+
+
 def check_image(image: jax.Array, smallest: int, model: str) -> None:
     """Raise InputError unless ``image`` is ``[batch, h, w, c]`` of at least ``smallest`` pixels a side.
 
@@ -80,5 +88,5 @@ def check_image(image: jax.Array, smallest: int, model: str) -> None:
         )
     if min(shape[1:3]) < smallest:
         raise InputError(
-            f"image {shape} is too small: {model} halves its sides and needs at least {smallest} pixels"
+            f"image {shape} is too small: with these settings {model} needs at least {smallest} pixels a side"
         )

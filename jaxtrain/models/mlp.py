@@ -6,7 +6,7 @@ import jax
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
-from jaxtrain.models.layers import ACTIVATIONS, Activation
+from jaxtrain.models.layers import ACTIVATIONS, Activation, check_rates
 
 
 class MLP(nn.Module):
@@ -33,6 +33,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+        check_rates(self)
         if min(self.widths, default=1) < 1:
             raise InputError(f"MLP(widths={self.widths}): all must be at least 1")
         x = image.reshape(image.shape[0], -1)

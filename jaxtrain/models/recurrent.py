@@ -16,6 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
+from jaxtrain.models.layers import check_rates
 from jaxtrain.types import Batch
 
 
@@ -57,6 +58,7 @@ class LSTMClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, length: jax.Array, train: bool = False) -> jax.Array:
+        check_rates(self)
         _at_least_one(self, "vocab", "width", "embedding", "layers", "classes")
         if tokens.ndim != 2 or length.shape != tokens.shape[:1]:
             raise InputError(
@@ -159,6 +161,7 @@ class GRUForecaster(nn.Module):
 
     @nn.compact
     def __call__(self, series: jax.Array, train: bool = False) -> jax.Array:
+        check_rates(self)
         _at_least_one(self, "width", "layers", "horizon", "variables")
         if series.ndim != 3 or not series.shape[1]:
             raise InputError(
@@ -167,8 +170,8 @@ class GRUForecaster(nn.Module):
         if self.residual and series.shape[2] != self.variables:
             raise InputError(
                 f"series {series.shape} has {series.shape[2]} variables and model.variables is "
-                f"{self.variables}: a change from the last row needs the same, so set model.variables="
-                f"{series.shape[2]} (or model.residual=False)"
+                f"{self.variables}: a change from the last row needs the same: set model.variables="
+                f"{series.shape[2]}"
             )
         x = series - series[:, -1:] if self.residual else series
         for layer in range(self.layers):

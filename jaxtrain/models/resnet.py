@@ -8,7 +8,7 @@ import jax
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
-from jaxtrain.models.layers import check_image
+from jaxtrain.models.layers import check_image, check_rates
 
 BlockKind = Literal["basic", "bottleneck"]
 Stem = Literal["imagenet", "cifar"]
@@ -54,6 +54,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+        check_rates(self)
         if not self.stages or min(*self.stages, self.width) < 1:
             raise InputError(f"ResNet(stages={self.stages}, width={self.width}): all must be at least 1")
         large = self.stem == "imagenet"

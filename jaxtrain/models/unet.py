@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
-from jaxtrain.models.layers import check_image, max_pool
+from jaxtrain.models.layers import check_image, check_rates, max_pool
 
 
 class UNet(nn.Module):
@@ -42,6 +42,7 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+        check_rates(self)
         if not self.widths or min(self.classes, *self.widths) < 1:
             raise InputError(f"UNet(widths={self.widths}, classes={self.classes}): all must be at least 1")
         self._check(image)

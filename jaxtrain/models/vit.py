@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
-from jaxtrain.models.layers import check_image
+from jaxtrain.models.layers import check_image, check_rates
 from jaxtrain.models.transformer import Block, check_heads
 
 
@@ -51,6 +51,7 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+        check_rates(self)
         self._check(image)
         side = (self.patch, self.patch)
         x = nn.Conv(self.width, side, side, padding="VALID", name="patches")(image)
