@@ -1,7 +1,9 @@
 """CIFAR-10 to 94 % in ten epochs: the airbench94 recipe (Jordan 2024, arXiv:2404.00498).
 
 Run:       python -m jaxtrain.run --experiment cifar_airbench94
-Measured:  not measured at full length (meant for a GPU; the paper reports 94.01 %, n = 1000).
+Measured:  not measured at full length (meant for a GPU; the paper reports 94.01 %, n = 1000). A quarter as
+           wide and for two epochs (--set model.net.widths=16,64,64 --set epochs=2): 74.27 % test accuracy
+           (n = 1 seed), 717 s on two cores of an AMD EPYC CPU with other work on them, 2026-11-21.
 """
 
 from jaxtrain import data, losses, models, optim

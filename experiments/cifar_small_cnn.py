@@ -1,7 +1,8 @@
 """CIFAR-10 with two convolutions and one dense layer: a first network, not a good one.
 
 Run:       python -m jaxtrain.run --experiment cifar_small_cnn
-Measured:  not measured yet.
+Measured:  70.89 % test accuracy (n = 1 seed), 845 s on two cores of an AMD EPYC CPU with other work on them,
+           2026-11-21.
 """
 
 from jaxtrain import data, losses, models, optim

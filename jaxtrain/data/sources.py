@@ -24,8 +24,8 @@ class Source(Protocol):
     ``draw(indices, epochs, seed)``: the same fields, a pure function of its arguments (``epochs: int64 [k]``
     is the pass that each example is seen in). Training batches come from it, evaluation from ``gather``.
 
-    A source that cuts its splits itself may name in ``shared`` the settings that the splits of a run must have
-    in common, such as the file that they are cut from.
+    A source that cuts its splits itself may name in ``shared`` the settings that the splits of a run must
+    have in common, such as the file that they are cut from.
     """
 
     def __len__(self) -> int: ...
