@@ -121,7 +121,7 @@ WRONG_IMAGES = {
     "unbatched": ((32, 32, 3), r"image has shape \(32, 32, 3\): CNN takes \[batch, height, width, channel"),
     "no channel axis": ((8, 28, 28), "add a channel axis of 1"),
     "flat": ((8, 784), r"image has shape \(8, 784\)"),
-    "too small": ((8, 7, 9, 3), r"\(8, 7, 9, 3\) is too small: CNN .* at least 8 pixels"),
+    "too small": ((8, 7, 9, 3), r"\(8, 7, 9, 3\) is too small: .* CNN needs at least 8 pixels"),
     "too narrow": ((8, 9, 7, 3), "too small"),
 }
 

@@ -331,7 +331,7 @@ def test_bfloat16_stays_bfloat16(module: Any, products: int, scores: int, train:
     ("module", "shape", "message"),
     [
         (RESNET, (4, 3, 8, 8), r"NCHW.*ResNet takes"),
-        (ResNet(), (4, 31, 40, 3), r"too small: ResNet .* at least 32 pixels"),
+        (ResNet(), (4, 31, 40, 3), r"too small: .* ResNet needs at least 32 pixels"),
         (ResNet(stages=(1, 1), stem="cifar"), (4, 1, 9, 3), r"at least 2 pixels"),
         (ResNet(stages=()), (4, 64, 64, 3), r"ResNet\(stages=\(\), width=64\): all must be at least 1"),
         (ResNet(stages=(1, 0)), (4, 64, 64, 3), r"stages=\(1, 0\)"),
