@@ -168,7 +168,12 @@ class Checkpoints:
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            response = ocp.save_async(folder / "state", paths, overwrite=True)
+            context = ocp.Context()
+            # Else every replica writes a slice, by a program compiled for each array and device: training
+            # stood still for 35 s at the first save of 30 arrays on 8 CPU devices.
+            context.array.saving.use_replica_parallel = False
+            with context:
+                response = ocp.save_async(folder / "state", paths, overwrite=True)
         except Exception as error:
             raise self._failed(step, error) from error
         self._pending = step, self._writer.submit(self._finish, response, folder, manifest)

@@ -259,7 +259,7 @@ def _rates(exp: Experiment, steps: int) -> np.ndarray | None:
     rate = optim_rate(lr, steps)
     if not callable(rate):
         return np.full(steps, rate)
-    return np.asarray(jax.vmap(rate)(np.arange(steps)))
+    return np.asarray(jax.jit(jax.vmap(rate))(np.arange(steps)))
 
 
 def _eval_function(

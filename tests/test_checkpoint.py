@@ -195,3 +195,14 @@ def test_a_state_with_colliding_paths_is_refused(tmp_path, mesh1):
     state = make_state(mesh1).replace(extra={"a/b": jnp.zeros(1), "a": {"b": jnp.zeros(1)}})
     with pytest.raises(InputError, match="one path"), checkpoint.open(tmp_path) as saved:
         saved.save(1, state)
+
+
+def test_a_save_on_eight_devices_compiles_nothing(mesh8, tmp_path, caplog):
+    """Orbax would cut every array into a slice for each device, and compile a program for each cut."""
+    values = {f"w{i}": np.zeros((64 + i, 24), np.float32) for i in range(4)}
+    state = State(np.int32(3), values, {}, {})
+    state = jax.device_put(state, sharding.replicated(mesh8))
+    with checkpoint.open(tmp_path) as saved, jax.log_compiles(), caplog.at_level("WARNING"):
+        saved.save(3, state)
+        saved.wait()
+    assert not [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
