@@ -170,13 +170,7 @@ def ensure_prepared(experiment: Experiment, console: Console) -> None:
         if ready is not None and not ready():
             name, folder = getattr(source, "name"), getattr(source, "data_dir")  # noqa: B009
             console.note(f"{name} is not prepared yet: fetching it")
-            try:
-                with_progress(console, lambda p: prepare(name, data_dir=folder, progress=p))  # noqa: B023
-            except InputError as error:
-                if folder is None:
-                    raise
-                command = f"prepare {name}"
-                raise InputError(str(error).replace(command, f"{command} --data-dir {folder}")) from error
+            with_progress(console, lambda p: prepare(name, data_dir=folder, progress=p))  # noqa: B023
 
 
 def with_progress(console: Console, work: Callable[[Callable[[str, int, int], None]], Any]) -> Any:

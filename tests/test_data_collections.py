@@ -657,7 +657,7 @@ def test_imagenet_is_never_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("urllib.request.urlopen", None)
     message = refusal("imagenet2012", data_dir=tmp_path)
     assert "https://image-net.org/download-images to get ILSVRC2012_img_train.tar and ILSVRC2012_" in message
-    assert "python -m jaxtrain prepare imagenet2012 --from DIR" in message
+    assert f"python -m jaxtrain prepare imagenet2012 --data-dir {tmp_path} --from DIR" in message
 
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -773,7 +773,7 @@ def test_fetched_archives_must_be_the_originals(tmp_path: Path, monkeypatch: pyt
     path.unlink()
     message = refusal(ML, data_dir=tmp_path / "out")
     assert "get ml-100k.zip on a machine with a network" in message
-    assert "python -m jaxtrain prepare movielens/100k-ratings --from DIR_OR_TAR" in message
+    assert f"prepare movielens/100k-ratings --data-dir {tmp_path / 'out'} --from DIR_OR_TAR" in message
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
     (tmp_path / "file").touch()
     assert "no place to write" in refusal(ML, data_dir=tmp_path / "file")
@@ -790,4 +790,4 @@ def test_fetched_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "fetched ETTh1.csv: ETTh1.csv is not the orig"
     )
     path.unlink()
-    assert "python -m jaxtrain prepare etth1 --from" in refusal("etth1", data_dir=tmp_path / "b")
+    assert f"prepare etth1 --data-dir {tmp_path / 'b'} --from" in refusal("etth1", data_dir=tmp_path / "b")

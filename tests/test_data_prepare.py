@@ -284,7 +284,7 @@ def test_no_network_fails_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     start = time.monotonic()
     message = refusal("mnist", data_dir=tmp_path)
     assert time.monotonic() - start < 5
-    assert "python -m jaxtrain prepare mnist --from DIR_OR_TAR" in message
+    assert f"python -m jaxtrain prepare mnist --data-dir {tmp_path} --from DIR_OR_TAR" in message
     assert urls[0] in message and "t10k-labels-idx1-ubyte.gz" in message
 
 

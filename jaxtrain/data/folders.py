@@ -68,12 +68,16 @@ def folders(name: str, data_dir: str | os.PathLike[str] | None = None) -> list[P
 
 def not_prepared(name: str, data_dir: str | os.PathLike[str] | None) -> str:
     """One line: what is missing, where, and the command that provides it."""
-    default = default_data_dir()
-    option = f" --data-dir {data_dir}" if Path(data_dir or default) != default else ""
     return (
-        f"data set {name} is not prepared in {data_dir or default}: "
-        f"run: python -m jaxtrain prepare {name}{option}"
+        f"data set {name} is not prepared in {data_dir or default_data_dir()}: "
+        f"run: python -m jaxtrain prepare {name}{data_dir_option(data_dir)}"
     )
+
+
+def data_dir_option(data_dir: str | os.PathLike[str] | None) -> str:
+    """What a ``prepare`` command needs besides the name to work in ``data_dir``."""
+    default = default_data_dir()
+    return f" --data-dir {data_dir}" if Path(data_dir or default) != default else ""
 
 
 def file_formats(folder: Path) -> tuple[str, ...]:

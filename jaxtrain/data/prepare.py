@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import io
 import os
+import re
 import urllib.error
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,11 +25,21 @@ import numpy as np
 from jaxtrain.data.archives import load_members
 from jaxtrain.data.collections import COLLECTIONS, Collection, find_collection
 from jaxtrain.data.fetch import Progress, check, connect, fetch_members, fetched
-from jaxtrain.data.folders import default_data_dir, file_formats, find_folder, folders, parse_name
+from jaxtrain.data.folders import (
+    data_dir_option,
+    default_data_dir,
+    file_formats,
+    find_folder,
+    folders,
+    parse_name,
+)
 from jaxtrain.data.formats import ORIGINALS, About, Examples, Original, Parsed, Split
 from jaxtrain.data.plain import PLAIN, Plain, plain_file, write_plain
 from jaxtrain.data.writer import quiet, write
 from jaxtrain.errors import InputError
+
+# The command that an error tells the user to type, up to its data set.
+_COMMAND = re.compile(r"python -m jaxtrain prepare [^\s:,]+")
 
 
 def prepare(
@@ -69,6 +80,20 @@ def prepare(
         ...
     jaxtrain.errors.InputError: unknown data set 'cifer10': did you mean cifar10?
     """
+    try:
+        return _prepare(name, data_dir, source, progress)
+    except InputError as error:
+        # Whoever gives advice below does not know the folder, and must not send the user to another.
+        option = data_dir_option(data_dir)
+        raise InputError(_COMMAND.sub(lambda found: found[0] + option, str(error))) from error
+
+
+def _prepare(
+    name: str,
+    data_dir: str | os.PathLike[str] | None,
+    source: str | os.PathLike[str] | None,
+    progress: Progress | None,
+) -> Path:
     plain = plain_file(name, data_dir)
     folder = plain.parent if plain is not None else find_folder(name, data_dir)
     if folder is not None:
