@@ -19,7 +19,7 @@ EXPERIMENT = Experiment(
     preprocess=(data.Normalise(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),),
     batch=1024,
     epochs=90,
-    compute_dtype="bfloat16",
+    precision="bfloat16",
     remainder="drop",
     workers=8,
 )

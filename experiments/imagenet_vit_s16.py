@@ -26,7 +26,7 @@ EXPERIMENT = Experiment(
     preprocess=(data.Normalise(mean=(0.5,), std=(0.5,)),),
     batch=1024,
     epochs=90,
-    compute_dtype="bfloat16",
+    precision="bfloat16",
     remainder="drop",
     workers=8,
 )

@@ -19,7 +19,8 @@ from typing import Any
 import jax
 
 from jaxtrain.errors import InputError, RunError
-from jaxtrain.types import State
+from jaxtrain.sharding import processes
+from jaxtrain.types import State, leaf_paths
 
 FORMAT = 1
 
@@ -68,17 +69,13 @@ class Checkpoints:
         self._pending: tuple[int, Future[None]] | None = None
 
     def steps(self) -> list[Saved]:
-        """Complete checkpoints, oldest first.
+        """Complete checkpoints, oldest first; the same in every process.
 
         Raises:
           RunError: a manifest that cannot be read.
         """
-        found = [p for p in self._folder.glob("[0-9]*") if p.name.isdigit()]
-        return [
-            Saved(int(p.name), p, _read_manifest(p / "manifest.json"))
-            for p in sorted(found, key=lambda p: int(p.name))
-            if (p / "manifest.json").exists()
-        ]
+        listed = processes.first(lambda: [(one.folder.name, one.manifest) for one in _listed(self._folder)])
+        return [Saved(int(name), self._folder / name, manifest) for name, manifest in listed]
 
     def latest(self) -> Saved | None:
         """The newest complete checkpoint."""
@@ -87,8 +84,7 @@ class Checkpoints:
 
     def best(self) -> Saved | None:
         """The complete checkpoint with the highest validation score, the earliest of equals."""
-        scored = [s for s in self.steps() if s.score is not None]
-        return max(scored, key=lambda s: (s.score, -s.step)) if scored else None
+        return _best(self.steps())
 
     def best_score(self) -> float | None:
         """The score of ``best()``."""
@@ -101,13 +97,16 @@ class Checkpoints:
         Raises:
           RunError: the only checkpoints there are have lost their manifests.
         """
+        return processes.first(self._clean)
+
+    def _clean(self) -> list[str]:
         stray = [
             p
             for p in self._folder.glob("*")
             if p.name.startswith(".trash-") or (p.name.isdigit() and not (p / "manifest.json").exists())
         ]
         whole = [p for p in stray if p.name.isdigit() and (p / "state").is_dir()]
-        if whole and self.latest() is None:  # Orbax finished, so this is no save that a kill cut off
+        if whole and not _listed(self._folder):  # Orbax finished, so this is no save that a kill cut off
             raise RunError(
                 f"checkpoint {whole[-1]} has its arrays and no manifest.json: restore that file from a copy, "
                 "or delete the folder to start again"
@@ -156,7 +155,7 @@ class Checkpoints:
 
         self.wait()
         folder = self._folder / f"{step:06d}"
-        if (folder / "manifest.json").exists():
+        if processes.agree((folder / "manifest.json").exists(), "checkpoint"):
             return
         paths, _ = _flatten(state)
         manifest = {
@@ -180,11 +179,11 @@ class Checkpoints:
 
     def poll(self) -> None:
         """Raise RunError if the save under way has failed; costs about a microsecond."""
-        if self._pending is not None and self._pending[1].done():
+        if self._pending is not None and self._pending[1].done() and self._pending[1].exception():
             self.wait()
 
     def wait(self) -> None:
-        """Block until the save under way is on disk. Raises RunError if it failed."""
+        """Block until the save under way is on disk, in every process. Raises RunError if it failed."""
         if self._pending is None:
             return
         step, future = self._pending
@@ -193,33 +192,51 @@ class Checkpoints:
             future.result()
         except Exception as error:
             raise self._failed(step, error) from error
+        processes.barrier("checkpoint")
 
     def close(self, wait: bool = True) -> None:
         """Let go of the writer thread, without waiting for what it does if ``wait`` is false."""
         self._writer.shutdown(wait, cancel_futures=not wait)
 
     def _finish(self, response: Any, folder: Path, manifest: dict[str, Any]) -> None:
-        response.result()
+        response.result()  # in every process: Orbax commits when all have written
+        if not processes.is_first():
+            return
         write_json(folder / "manifest.json", manifest)
-        best, steps = self.best(), self.steps()
+        steps = _listed(self._folder)
+        best = _best(steps)
         for old in steps[: -self._keep]:
             if best is None or old.step != best.step:
                 _remove(old.folder)
 
     def _failed(self, step: int, error: Exception) -> RunError:
-        last = self.latest()
-        safe = f"step {last.step} is safe" if last else "no step has been saved"
+        kept = _listed(self._folder)
+        safe = f"step {kept[-1].step} is safe" if kept else "no step has been saved"
         return RunError(
             f"saving step {step} to {self._folder} failed ({_first_line(error)}); {safe}: "
             "free space or fix the folder, then run the same command again"
         )
 
 
+def _listed(folder: Path) -> list[Saved]:
+    """The complete checkpoints that this process sees, oldest first."""
+    found = [p for p in folder.glob("[0-9]*") if p.name.isdigit()]
+    return [
+        Saved(int(p.name), p, _read_manifest(p / "manifest.json"))
+        for p in sorted(found, key=lambda p: int(p.name))
+        if (p / "manifest.json").exists()
+    ]
+
+
+def _best(steps: list[Saved]) -> Saved | None:
+    scored = [s for s in steps if s.score is not None]
+    return max(scored, key=lambda s: (s.score, -s.step)) if scored else None
+
+
 def _flatten(state: State) -> tuple[dict[str, Any], Any]:
     """Leaves by path (``params/head/kernel``), and the structure to put them back."""
-    leaves, tree = jax.tree_util.tree_flatten_with_path(state)
-    paths = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    if len(paths) != len(leaves):
+    paths, tree = leaf_paths(state), jax.tree.structure(state)
+    if len(paths) != len(jax.tree.leaves(state)):
         raise InputError("two arrays of the state have one path: names must not contain '/'")
     return paths, tree
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxtrain.data import Subset
 from jaxtrain.errors import InputError, RunError
 from jaxtrain.experiment import Experiment, config_text, find, first_difference, override
 from jaxtrain.recorder import Console
+from jaxtrain.sharding import processes
 from jaxtrain.stop import Stopped
 
 
@@ -59,11 +59,6 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def add_devices(parser: argparse.ArgumentParser) -> None:
-    """The flag ``--devices``, which ``mesh`` reads."""
-    parser.add_argument("--devices", type=int, metavar="N", help="use the first N devices; default: all")
-
-
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """The flag ``--checkpoint``, which ``choose_checkpoint`` reads."""
     parser.add_argument(
@@ -92,17 +87,9 @@ def choose_checkpoint(saved: Any, which: str, folder: Path) -> Any:
     raise InputError(f"--checkpoint {which}: give best, latest or a kept step ({kept})")
 
 
-def mesh(devices: int | None) -> Mesh:
-    """The mesh of this machine's first ``devices``, or of all of them."""
-    import jax
-
-    from jaxtrain import sharding
-
-    local = jax.local_devices()
-    wanted = len(local) if devices is None else devices
-    if not 1 <= wanted <= len(local):
-        raise InputError(f"--devices {wanted}: give 1 to {len(local)}, as many as there are here")
-    return sharding.make_mesh(local[:wanted])
+def warn(line: str) -> None:
+    """A line that whoever runs the command should read, before there is a console."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def load(name: str, settings: Sequence[str]) -> tuple[str, str, Experiment]:
@@ -169,6 +156,10 @@ def ensure_prepared(experiment: Experiment, console: Console) -> None:
         ready = getattr(source, "prepared", None)
         if ready is not None and not ready():
             name, folder = getattr(source, "name"), getattr(source, "data_dir")  # noqa: B009
+            if processes.count() > 1:  # they would write over each other, or wait for one and give up
+                raise InputError(
+                    f"{name} is not prepared: run python -m jaxtrain prepare {name} on each host first"
+                )
             console.note(f"{name} is not prepared yet: fetching it")
             with_progress(console, lambda p: prepare(name, data_dir=folder, progress=p))  # noqa: B023
 

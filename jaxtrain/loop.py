@@ -13,6 +13,7 @@ from jaxtrain import __version__, checkpoint, recorder, workdir
 from jaxtrain.experiment import config_hash
 from jaxtrain.program import Program
 from jaxtrain.recorder import Console
+from jaxtrain.sharding import processes
 from jaxtrain.stop import Request, Stopped, on_signals
 from jaxtrain.types import Metrics, State
 
@@ -61,6 +62,7 @@ def fit(
     experiment = program.experiment
     folder.mkdir(parents=True, exist_ok=True)
     about = {"experiment": name, "hash": config_hash(experiment), "jaxtrain": __version__}
+    writes = processes.is_first()
     with (
         on_signals() as request,
         checkpoint.open(folder, experiment.keep, {**about, "jax": jax.__version__}) as saved,
@@ -71,7 +73,7 @@ def fit(
         how = f"going on from step {start} of" if start else "starting:"
         console.note(f"{how} {program.steps} steps of {experiment.batch} examples")
         with recorder.open(
-            folder,
+            folder if writes else None,
             console,
             start=start,
             log_every=experiment.log_every,
@@ -81,7 +83,7 @@ def fit(
             state = _train(program, state, start, saved, record, console, request)
             found = _result(program, state, saved, record, console)
     found |= {"seconds": time.perf_counter() - began, "resumed_from": start, "folder": str(folder)}
-    workdir.write_result(folder, found)
+    processes.first(lambda: workdir.write_result(folder, found))
     return found
 
 
@@ -95,7 +97,7 @@ def _train(
     request: Request,
 ) -> State:
     """The loop. Every line of it is ordered: evaluate, then save what the evaluation chose, then stop."""
-    flight = InFlight(program.experiment.max_in_flight)
+    flight, votes = InFlight(program.experiment.max_in_flight), processes.Votes()
     top = saved.best_score()
     console.begin(start, program.steps)
     for step in range(start + 1, program.steps + 1):
@@ -109,13 +111,14 @@ def _train(
             with record.paused():
                 score = _look(program, state, step, record, console)
         improved = score is not None and (top is None or score > top)
-        if program.saves(step) or improved or request.signum is not None:
+        stop = votes.cast(request.signum or 0)  # what any process has been asked
+        if program.saves(step) or improved or stop:
             record.flush()  # raises on a loss that is not finite: such a state is never saved
             saved.save(step, state, score)
             top = score if improved else top
-        if request.signum is not None and step < program.steps:
+        if stop and step < program.steps:
             saved.wait()
-            raise Stopped(f"stopped after step {step} of {program.steps}", request.signum)
+            raise Stopped(f"stopped after step {step} of {program.steps}", stop)
     console.end()
     saved.wait()
     return state

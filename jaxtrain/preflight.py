@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxtrain.data import Arrays, Source, compose
 from jaxtrain.data.loader import EPOCH, EXAMPLE_ID, Check
 from jaxtrain.errors import InputError
 from jaxtrain.experiment import Experiment
 from jaxtrain.models import as_model
-from jaxtrain.types import Batch, Model
+from jaxtrain.types import Batch, Model, State
 
 
 def check_splits(experiment: Experiment) -> None:
@@ -91,6 +92,30 @@ def value_check(model: Model, loss: Any, outputs: Any) -> Check:
             loss.check(outputs, batch, ids)
 
     return check
+
+
+def notes(experiment: Experiment, mesh: Mesh, state: State, whole: Sequence[str]) -> tuple[str, ...]:
+    """What changes with the mesh or is not as one may think, a line each.
+
+    Args:
+      experiment: what is to be run.
+      mesh: the devices.
+      state: its shapes.
+      whole: paths of arrays that ``fsdp`` could not divide.
+    """
+    lines = []
+    if experiment.accumulate > 1 and "batch_stats" in state.extra:
+        lines.append(
+            f"BatchNorm statistics are those of a microbatch of {experiment.batch // experiment.accumulate} "
+            f"examples (accumulate={experiment.accumulate}), not of the whole batch"
+        )
+    if whole:
+        more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
+        lines.append(
+            f"fsdp={mesh.shape['fsdp']} divides no dimension of {', '.join(whole[:3])}{more}: "
+            "each device holds all of it"
+        )
+    return tuple(lines)
 
 
 def _specs(source: Source) -> dict[str, str]:

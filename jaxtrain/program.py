@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain import preflight, sharding
-from jaxtrain.data import Arrays, Order, Sequential, Source, Subset, compose, holdout, in_memory
-from jaxtrain.data.loader import Check, Loader, Resident, Streamed
-from jaxtrain.errors import InputError, RunError
+from jaxtrain import preflight, sharding, splits
+from jaxtrain.data import Order, Sequential, Source, compose
+from jaxtrain.data.loader import Loader, Resident
+from jaxtrain.errors import InputError
 from jaxtrain.experiment import Experiment
-from jaxtrain.models import compute_in
-from jaxtrain.optim import Schedule
+from jaxtrain.models import as_model, compute_in
+from jaxtrain.optim import LossScale, Schedule
 from jaxtrain.optim import rate as optim_rate
 from jaxtrain.step import make_eval_step, make_init, make_train_step
-from jaxtrain.types import Batch, Metrics, Model, State
-
-RESIDENT_PART = 10  # a set of at most this part of a device's memory is kept on it
+from jaxtrain.types import Batch, Metrics, Model, Names, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +47,7 @@ class Program:
       train: training batches.
       evals: ``"valid"`` (where there is one) and ``"test"``.
       choices: what was decided by measurement or size, for the run's record.
+      notes: what whoever starts the run should know, a line each.
       epoch: batches in one pass over the training examples.
       rates: the learning rate of every update, float [steps]; None when the optimizer has none to tell.
     """
@@ -63,6 +61,7 @@ class Program:
     train: Loader
     evals: dict[str, Split]
     choices: dict[str, Any]
+    notes: tuple[str, ...]
     epoch: float
     rates: np.ndarray | None
 
@@ -114,12 +113,12 @@ def assemble(
     Raises:
       InputError: whatever the preflight finds.
     """
-    exp, model = experiment, compute_in(experiment.model, experiment.compute_dtype)
+    exp, model = experiment, _model(experiment)
     eval_batch = exp.eval_batch or exp.batch
     preflight.check_splits(exp)
-    sharding.check_batch(exp.batch, mesh)
+    sharding.check_batch(exp.batch, mesh, accumulate=exp.accumulate)
     sharding.check_batch(eval_batch, mesh, "eval_batch" if exp.eval_batch else "batch")
-    sources = _open_sources(exp, mesh)
+    sources, whole = splits.open_sources(exp, mesh), sharding.replicated(mesh)
     preflight.check_fields(sources)
     outputs = _outputs(exp, model, sources["train"])
     check = preflight.value_check(model, exp.loss, outputs)
@@ -127,25 +126,41 @@ def assemble(
 
     order = Order(exp.seed, len(sources["train"]), exp.batch, exp.remainder)
     steps = order.steps(exp.epochs)
-    train = _loader(sources["train"], order, exp, mesh, check)
-    init_key, key = jax.device_put(jax.random.split(jax.random.key(exp.seed)), sharding.replicated(mesh))
+    train = splits.make_loader(sources["train"], order, exp, mesh, check)
+    init_key, key = _keys(exp.seed, mesh)
     tx, after = exp.optimizer.build(steps), _after(exp, steps)
-    start = make_init(model, tx, compose(*exp.preprocess), exp.data_init, after)
-    like, init = _init_function(start, _sample(exp, sources["train"]), mesh, init_key)
+    sample = splits.first_examples(exp, sources["train"])
+    start = make_init(model, tx, compose(*exp.preprocess), exp.data_init, after, **_scaling(exp))
+    like, unsplit = _abstract(start, sample, mesh, exp, model)
+    init = sharding.compile(start, args=(whole, whole), out=_shardings(like))
+    model = _model(exp, like)
     prepare = compose(lambda batch, _: train.fetch(batch), *exp.augment, *exp.preprocess)
-    update = (exp.step_factory or make_train_step)(model, exp.loss, tx, prepare, after)
+    update = (exp.step_factory or make_train_step)(model, exp.loss, tx, prepare, after, **_options(exp, mesh))
     train_step = _train_function(update, train, mesh, like, key)
     evals = {}
     for name in [name for name in sources if name != "train"]:
         rows = Sequential(len(sources[name]), eval_batch)
-        loader = _loader(sources[name], rows, exp, mesh, check)
+        loader = splits.make_loader(sources[name], rows, exp, mesh, check)
         step = _eval_function(exp, model, loader, mesh, like, metrics_fn)
         evals[name] = Split(loader, len(rows), rows.n, step)
     loaders = {"train": train, **{name: split.loader for name, split in evals.items()}}
     resident = {name: isinstance(loader, Resident) for name, loader in loaders.items()}
     choices = {"steps": steps, "resident": resident}
     epoch = order.n // order.batch if exp.remainder == "drop" else order.n / order.batch
-    return Program(exp, steps, key, init, like, train_step, train, evals, choices, epoch, _rates(exp, steps))
+    return Program(
+        experiment=exp,
+        steps=steps,
+        key=key,
+        init=lambda: init(init_key, sample),
+        like=like,
+        train_step=train_step,
+        train=train,
+        evals=evals,
+        choices=choices,
+        notes=preflight.notes(exp, mesh, like, unsplit),
+        epoch=epoch,
+        rates=_rates(exp, steps),
+    )
 
 
 def abstract_state(experiment: Experiment, mesh: Mesh, example: Batch) -> State:
@@ -157,39 +172,9 @@ def abstract_state(experiment: Experiment, mesh: Mesh, example: Batch) -> State:
       example: arrays of one raw example's shapes, with a leading axis.
     """
     exp, steps = experiment, 1000  # how many there are changes no shape
-    model, prepare = compute_in(exp.model, exp.compute_dtype), compose(*exp.preprocess)
-    start = make_init(model, exp.optimizer.build(steps), prepare, None, _after(exp, steps))
-    return _abstract(start, example, mesh)
-
-
-def _open_sources(exp: Experiment, mesh: Mesh) -> dict[str, Source]:
-    """``train``, ``test`` and perhaps ``valid``; what is small enough comes back as Arrays."""
-    limit = {
-        "auto": sharding.device_memory(mesh) // RESIDENT_PART,
-        "resident": sys.maxsize,
-        "stream": 0,
-    }[exp.feed]
-
-    def opened(name: str, source: Source) -> Source:
-        if len(source) < 1:
-            raise InputError(f"{name}: the data set {type(source).__name__} is empty")
-        try:
-            return in_memory(source, limit) or source
-        except (InputError, RunError):
-            raise
-        except Exception as error:  # a user's own source: anything may come out of it
-            line = str(error).partition("\n")[0]
-            raise RunError(
-                f"{name}: {type(source).__name__}.gather failed: {type(error).__name__}: {line} "
-                "(--debug shows where)"
-            ) from error
-
-    train, valid = opened("train", exp.train), exp.valid
-    if exp.holdout:
-        kept, held = holdout(len(train), exp.holdout)
-        train, valid = opened("train", Subset(train, kept)), Subset(train, held)
-    splits = {"train": train, "test": opened("test", exp.test)}
-    return splits if valid is None else {**splits, "valid": opened("valid", valid)}
+    model, prepare = _model(exp), compose(*exp.preprocess)
+    start = make_init(model, exp.optimizer.build(steps), prepare, None, _after(exp, steps), **_scaling(exp))
+    return _abstract(start, example, mesh, exp, model)[0]
 
 
 def _outputs(exp: Experiment, model: Model, source: Source) -> Any:
@@ -205,31 +190,55 @@ def _outputs(exp: Experiment, model: Model, source: Source) -> Any:
     return preflight.trace(forward, jax.random.key(0), batch, what="the model")
 
 
-def _loader(source: Source, order: Order | Sequential, exp: Experiment, mesh: Mesh, check: Check) -> Loader:
-    if isinstance(source, Arrays) and exp.feed != "stream":
-        return Resident(source, order, mesh)
-    return Streamed(source, order, mesh, exp.workers, check)
+def _model(exp: Experiment, like: State | None = None) -> Model:
+    """The model as it is computed; with the state's shardings, as it is computed on their mesh."""
+    model = as_model(exp.model, exp.remat)
+    if like is not None:
+        model = sharding.gathered(model, _shardings(like.params))
+    return compute_in(model, exp.precision)
 
 
-def _sample(exp: Experiment, source: Source) -> Batch:
-    """What initialisation sees: parameters need one example's shapes; ``data_init`` asks for more."""
-    examples = 1 if exp.data_init is None else getattr(exp.data_init, "examples", exp.batch)
-    return source.gather(np.arange(min(examples, len(source))))
+def _keys(seed: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+    """Of the initialisation and of the steps. Compiled: no process can place an array on others' devices."""
+    split = sharding.compile(
+        lambda: tuple(jax.random.split(jax.random.key(seed))), args=(), out=sharding.replicated(mesh)
+    )
+    first, second = split()
+    return first, second
 
 
-def _init_function(
-    start: Callable[[jax.Array, Batch], State], sample: Batch, mesh: Mesh, key: jax.Array
-) -> tuple[State, Callable[[], State]]:
-    """The abstract state, and what makes the one of step 0."""
-    whole = sharding.replicated(mesh)
-    init = sharding.compile(start, args=(whole, whole), out=whole)
-    return _abstract(init, sample, mesh), lambda: init(key, jax.device_put(sample, whole))
+def _scaling(exp: Experiment) -> dict[str, Any]:
+    return {"loss_scale": LossScale()} if exp.precision == "float16" else {}
 
 
-def _abstract(start: Callable[[jax.Array, Batch], State], sample: Batch, mesh: Mesh) -> State:
-    whole = sharding.replicated(mesh)
+def _options(exp: Experiment, mesh: Mesh) -> dict[str, Any]:
+    """What the step factory is given beyond its five arguments, where it is asked for."""
+    if exp.accumulate == 1:
+        return _scaling(exp)
+    # XLA:CPU runs convolutions in a loop several times slower than outside.
+    unroll = mesh.devices.flat[0].platform == "cpu"
+    return {"accumulate": exp.accumulate, "unroll": unroll, **_scaling(exp)}
+
+
+def _abstract(
+    start: Callable[[jax.Array, Batch], State], sample: Batch, mesh: Mesh, exp: Experiment, model: Model
+) -> tuple[State, tuple[str, ...]]:
+    """The state of step 0 without its values, and the paths of what ``fsdp`` could not split."""
     shapes = preflight.trace(start, jax.random.key(0), sample, what="the state")
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
+    names: Mapping[str, Names] = {}
+    if model.axes is not None and mesh.size > 1:
+        prepared = jax.eval_shape(lambda batch: compose(*exp.preprocess)(batch, None), sample)
+        names = model.axes(prepared)
+    placement = sharding.place(shapes, mesh, names, exp.rules)
+
+    def placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree.map(placed, shapes, placement.shardings), placement.whole
+
+
+def _shardings(like: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, like)
 
 
 def _train_function(
@@ -240,8 +249,8 @@ def _train_function(
     key: jax.Array,
 ) -> Callable[[State, Any, jax.Array], tuple[State, Metrics]]:
     """``update`` compiled; its first argument's buffers are reused for its result."""
-    whole = sharding.replicated(mesh)
-    step = sharding.compile(update, args=(whole, train.shardings, whole), out=whole, donate=(0,))
+    whole, state = sharding.replicated(mesh), _shardings(like)
+    step = sharding.compile(update, args=(state, train.shardings, whole), out=(state, whole), donate=(0,))
     preflight.trace(step, like, train.batch(0), key, what="the train step")
     return step
 
@@ -271,11 +280,10 @@ def _eval_function(
     metrics_fn: Callable[[Any, Batch], Metrics] | None,
 ) -> Callable[[State, Any], Metrics]:
     prepare = compose(lambda batch, _: loader.fetch(batch), *exp.preprocess)
-    whole = sharding.replicated(mesh)
     step = sharding.compile(
         make_eval_step(model, exp.loss, prepare, metrics_fn),
-        args=(whole, loader.shardings),
-        out=whole,
+        args=(_shardings(like), loader.shardings),
+        out=sharding.replicated(mesh),
     )
     metrics = preflight.trace(step, like, loader.batch(0), what="the evaluation")
     if exp.select.removeprefix("-") not in metrics and (exp.valid is not None or exp.holdout):

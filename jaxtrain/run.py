@@ -6,6 +6,7 @@ A thin shell around ``jaxtrain.loop.fit``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import shlex
 import sys
@@ -18,10 +19,11 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain import cli
+from jaxtrain import cli, devices
 from jaxtrain.errors import InputError, RunError
 from jaxtrain.experiment import Experiment
 from jaxtrain.recorder import Console
+from jaxtrain.sharding import processes
 from jaxtrain.stop import Stopped
 
 SUMMARY = "train an experiment, or go on with it (the same as python -m jaxtrain.run)"
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--extend", action="store_true", help="go on with more epochs under a longer schedule"
     )
-    cli.add_devices(parser)
+    devices.add_flags(parser, many_processes=True)
     parser.add_argument("--smoke", action="store_true", help="two steps, an evaluation, a save and a restore")
     parser.add_argument("--overfit", type=int, metavar="N", help="train on N fixed examples")
     return cli.main(_run, parser, argv)
@@ -51,20 +53,22 @@ def _run(args: argparse.Namespace) -> int:
     from jaxtrain.recorder import make_console
 
     name, origin, experiment = cli.load(args.experiment, args.set)
-    console = make_console()
+    mesh = devices.make(args, cli.warn)
+    console = make_console(quiet=not processes.is_first())
     cli.ensure_prepared(experiment, console)
     if args.smoke:
-        return _smoke(name, experiment, cli.mesh(args.devices), console)
+        return _smoke(name, experiment, mesh, console)
     if args.overfit is not None:
         experiment = cli.overfit(experiment, args.overfit)
     folder = _folder(name, experiment, args)
-    return _fit(name, origin, experiment, folder, args, console)
+    return _fit(name, origin, experiment, mesh, folder, args, console)
 
 
 def _fit(
     name: str,
     origin: str,
     experiment: Experiment,
+    mesh: Mesh,
     folder: Path,
     args: argparse.Namespace,
     console: Console,
@@ -74,7 +78,6 @@ def _fit(
     from jaxtrain.program import assemble
 
     began = time.perf_counter()
-    mesh = cli.mesh(args.devices)
     record = {
         "origin": origin,
         "overrides": args.set,
@@ -82,16 +85,20 @@ def _fit(
         "devices": [d.device_kind for d in mesh.devices.flat],
         "mesh": dict(mesh.shape),
     }
-    sharding.check_batch(experiment.batch, mesh)
+    sharding.check_batch(experiment.batch, mesh, accumulate=experiment.accumulate)
     if (folder / "config.json").exists():  # another run is refused before any data is opened
-        workdir.claim(folder, name, experiment, record, args.extend)
+        processes.first(lambda: workdir.claim(folder, name, experiment, record, args.extend))
     program = assemble(experiment, mesh)
-    found = workdir.result(folder, program.steps)
-    console.note(f"{name} in {folder} on {_devices(mesh)}, batch {_batch(experiment, mesh)}")
+    found = processes.first(lambda: workdir.result(folder, program.steps))
+    console.note(f"{name} in {folder} on {devices.describe(mesh)}, batch {_batch(experiment, mesh)}")
+    for note in program.notes:
+        console.note(note)
     if found is None:
-        workdir.claim(folder, name, experiment, record | program.choices, args.extend)
+        record |= program.choices
+        processes.first(lambda: workdir.claim(folder, name, experiment, record, args.extend))
         try:
-            with workdir.locked(folder):
+            with contextlib.ExitStack() as held:
+                processes.first(lambda: held.enter_context(workdir.locked(folder)))
                 found = fit(program, folder, console, name, began)
         except Stopped as stopped:
             raise Stopped(f"{stopped}; go on with: {_command(args, folder)}", stopped.signum) from None
@@ -111,7 +118,7 @@ def _folder(name: str, experiment: Experiment, args: argparse.Namespace) -> Path
         raise InputError("--extend goes on with a run of another length: name it with --workdir")
     suffix = "" if args.overfit is None else f"-overfit{args.overfit}"
     folder = cli.run_folder(args.workdir) if args.workdir else workdir.default(name + suffix, experiment)
-    return workdir.beside(folder) if args.new else folder
+    return Path(processes.agree(str(workdir.beside(folder)), "folder")) if args.new else folder
 
 
 def _smoke(name: str, experiment: Experiment, mesh: Mesh, console: Console) -> int:
@@ -120,6 +127,8 @@ def _smoke(name: str, experiment: Experiment, mesh: Mesh, console: Console) -> i
     from jaxtrain.loop import fit
     from jaxtrain.program import assemble
 
+    if processes.count() > 1:
+        raise InputError("--smoke is for one process: leave --processes out, or use --simulate-devices")
     batch, n = experiment.batch, len(experiment.train)
     Order(experiment.seed, n, batch, experiment.remainder).steps(experiment.epochs)
     if experiment.holdout:
@@ -190,12 +199,12 @@ def _summary(name: str, found: dict[str, Any], folder: Path, console: Console) -
     console.summary(name, rows)
 
 
-def _devices(mesh: Mesh) -> str:
-    return f"{mesh.devices.size} × {mesh.devices.flat[0].device_kind}"
-
-
 def _batch(experiment: Experiment, mesh: Mesh) -> str:
-    return f"{experiment.batch} ({experiment.batch // mesh.devices.size} a device)"
+    from jaxtrain import sharding
+
+    each = experiment.batch // sharding.batch_parts(mesh)
+    parts = f", in {experiment.accumulate} parts" if experiment.accumulate > 1 else ""
+    return f"{experiment.batch} ({each} a device{parts})"
 
 
 def _command(args: argparse.Namespace, folder: Path) -> str:
@@ -205,8 +214,7 @@ def _command(args: argparse.Namespace, folder: Path) -> str:
         words += ["--set", setting]
     if args.overfit is not None:
         words += ["--overfit", str(args.overfit)]
-    if args.devices is not None:
-        words += ["--devices", str(args.devices)]
+    words += devices.words(args)
     if args.extend:
         words += ["--extend"]
     return shlex.join([*words, "--workdir", str(folder)])

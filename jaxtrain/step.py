@@ -18,7 +18,7 @@ They need nothing else of jaxtrain: a model, a loss and an optax transformation 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,12 +26,13 @@ import jax.numpy as jnp
 import optax
 
 from jaxtrain.errors import InputError
+from jaxtrain.gradients import LossFn, accumulated, evaluate_loss, gradient_of
 from jaxtrain.metrics import Mean
 from jaxtrain.models import as_model
+from jaxtrain.optim import LossScale
 from jaxtrain.types import Batch, Metrics, Prepare, State
 
 After = Callable[[State], State]
-LossFn = Callable[[Any, Batch], tuple[jax.Array, Metrics]]
 
 
 def identity(batch: Batch, key: jax.Array | None) -> Batch:
@@ -45,6 +46,7 @@ def make_init(
     prepare: Prepare = identity,
     data_init: Callable[[Any, Batch], Any] | None = None,
     after: Sequence[After] = (),
+    loss_scale: LossScale | None = None,
 ) -> Callable[[jax.Array, Batch], State]:
     """Pure ``(key, batch) -> State`` at step 0.
 
@@ -54,6 +56,7 @@ def make_init(
       prepare: what is done to the batch before the model sees it.
       data_init: ``(params, prepared batch) -> params`` for initialisation from data (whitening).
       after: the functions given to the train step; one with an ``init`` method adds its own state.
+      loss_scale: the one given to the train step; adds its own state too.
     """
     pair = as_model(model)
 
@@ -67,6 +70,8 @@ def make_init(
             if jax.tree.structure(changed) != before:
                 raise InputError("data_init must return params of the structure it was given")
             params = changed
+        if loss_scale is not None:
+            extra = {**extra, "loss_scale": loss_scale.init()}
         state = State(jnp.zeros((), jnp.int32), params, extra, tx.init(params))
         for change in after:
             if hasattr(change, "init"):
@@ -82,6 +87,9 @@ def make_train_step(
     tx: optax.GradientTransformation,
     prepare: Prepare = identity,
     after: Sequence[After] = (),
+    accumulate: int = 1,
+    loss_scale: LossScale | None = None,
+    unroll: bool = False,
 ) -> Callable[[State, Batch, jax.Array], tuple[State, Metrics]]:
     """Pure ``(state, batch, key) -> (state, metrics)``: one update.
 
@@ -94,26 +102,37 @@ def make_train_step(
       tx: any optax transformation.
       prepare: ``(batch, key) -> batch``, compiled with the step: cast, normalise, augment.
       after: pure ``State -> State`` functions applied in order after the update (EMA, Lookahead, masks).
+      accumulate: microbatches that the prepared batch is cut into, one after another, for the memory of one.
+        The gradient is that of the whole batch for a loss that is a mean over examples; what a model takes
+        over a batch (BatchNorm) or draws (dropout) is of each microbatch.
+      loss_scale: for float16; updates whose gradient overflows are skipped, and ``loss_scale`` and
+        ``skipped`` reported. The same must be given to ``make_init``.
+      unroll: compile the microbatches one by one instead of as a loop: larger programs, and on a CPU
+        convolutions are several times slower in a loop.
 
     Raises:
-      InputError: while tracing, for a loss that is no scalar or a metric that cannot be merged.
+      InputError: while tracing, for a loss that is no scalar, a metric that cannot be merged, or a batch that
+        does not divide by ``accumulate``.
     """
-    pair = as_model(model)
+    if accumulate < 1:
+        raise InputError(f"accumulate is {accumulate}: it must be at least 1")
+    gradient = gradient_of(as_model(model), loss_fn)
+    if accumulate > 1:
+        gradient = accumulated(gradient, accumulate, unroll)
 
     def train_step(state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
         prepare_key, model_key = jax.random.split(jax.random.fold_in(key, state.step))
         batch = prepare(batch, prepare_key)
-
-        def objective(params: Any) -> tuple[jax.Array, tuple[dict[str, Any], Metrics]]:
-            outputs, extra = pair.apply(params, state.extra, batch, train=True, key=model_key)
-            loss, metrics = _loss(loss_fn, outputs, batch)
-            return loss, (extra, metrics)
-
-        (loss, (extra, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        scale = None if loss_scale is None else state.extra["loss_scale"]["scale"]
+        loss, grads, extra, metrics = gradient(state.params, state.extra, batch, model_key, scale)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": Mean.of(loss), **metrics, "grad_norm": Mean.of(optax.tree.norm(grads))}
-        state = State(state.step + 1, params, extra, opt_state)
+        norm = optax.tree.norm(grads)
+        metrics = {"loss": Mean.of(loss), **metrics, "grad_norm": Mean.of(norm)}
+        old, state = state, State(state.step + 1, params, extra, opt_state)
+        if loss_scale is not None:
+            state, scaling = loss_scale.guard(old, state, grads, norm)
+            metrics |= scaling
         for change in after:
             state = change(state)
         return state, metrics
@@ -141,7 +160,7 @@ def make_eval_step(
         batch = prepare(batch, None)
         params, extra = evaluated(state)
         outputs, _ = pair.apply(params, extra, batch, train=False, key=None)
-        _, metrics = _loss(loss_fn, outputs, batch)
+        _, metrics = evaluate_loss(loss_fn, outputs, batch)
         return {**metrics, **(metrics_fn(outputs, batch) if metrics_fn else {})}
 
     return eval_step
@@ -153,20 +172,3 @@ def evaluated(state: State) -> tuple[Any, dict[str, Any]]:
         return state.params, state.extra
     averaged = dict(state.extra["ema"])
     return averaged.pop("params"), {**state.extra, **averaged}
-
-
-def _loss(loss_fn: LossFn, outputs: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
-    result = loss_fn(outputs, batch)
-    name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
-    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
-        raise InputError(f"{name} must return (loss, metrics): a scalar and a dict of mergeable metrics")
-    loss, metrics = result
-    if jnp.shape(loss) != ():
-        raise InputError(f"{name} gives a loss of shape {jnp.shape(loss)}: average it to a scalar")
-    for key, metric in metrics.items():
-        if not (hasattr(metric, "merge") and hasattr(metric, "compute")):
-            raise InputError(
-                f"{name} gives the metric {key!r} as a bare {type(metric).__name__}, which cannot be "
-                "merged over batches: return jaxtrain.metrics.Mean.of(values, batch.get('mask'))"
-            )
-    return loss, dict(metrics)

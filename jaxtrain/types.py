@@ -20,6 +20,9 @@ Metrics = dict[str, Any]
 """Named mergeable metrics (``jaxtrain.metrics``): sums and counts, never finished averages."""
 
 
+Names = tuple[str | None, ...]
+"""Logical axes of an array, one for each dimension, such as ``("embed", "mlp")``."""
+
 NOT_MODEL_STATE = frozenset({"ema", "lookahead", "masks", "loss_scale"})
 """Names in ``State.extra`` that belong to the training, not to the model's own statistics."""
 
@@ -58,11 +61,24 @@ class Model(NamedTuple):
         ``train`` is false; ``extra`` comes back with its statistics updated when ``train`` is true.
       check: ``(raw batch, example ids)``, which raises InputError for values that the model cannot take, such
         as a token outside the vocabulary; called on the host. None accepts everything.
+      axes: ``batch -> {regular expression: names}``, the logical axes of each parameter whose path the
+        expression finds, one name or None for each dimension (``jaxtrain.sharding.Rule``). None names none.
     """
 
     init: Callable[..., tuple[Any, dict[str, Any]]]
     apply: Callable[..., tuple[Any, dict[str, Any]]]
     check: Callable[[Batch, Any], None] | None = None
+    axes: Callable[[Batch], Mapping[str, Names]] | None = None
+
+
+def leaf_paths(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by their path, in its order.
+
+    >>> leaf_paths({"head": {"bias": 0, "kernel": 1}})
+    {'head/bias': 0, 'head/kernel': 1}
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 Prepare = Callable[[Batch, jax.Array | None], Batch]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain import data, losses, models, optim
+from jaxtrain import data, losses, models, optim, sharding
 from jaxtrain.errors import InputError
 from jaxtrain.experiment import Experiment, config_hash, config_text, first_difference, override
 
@@ -61,6 +61,9 @@ def at(value: Any, path: str) -> Any:
         ("model.widths=()", ()),
         ("model.activation=gelu", "gelu"),
         ("remainder=drop", "drop"),
+        ("accumulate=4", 4),
+        ("precision=float16", "float16"),
+        ("remat=nothing_saveable", "nothing_saveable"),
         ("feed='stream'", "stream"),
         ("select=-loss", "-loss"),
         ("optimizer.decay=norm/|=", "norm/|="),
@@ -132,6 +135,10 @@ def test_overrides_apply_in_order_and_leave_the_original_alone() -> None:
         ("augment.0=flip", "augment.0 is Flip: set one of its fields"),
         ("loss.smoothing=2", r"loss.smoothing is 2.0: it must be in \[0, 1\)"),
         ("batch=0", "batch is 0: it must be at least 1"),
+        ("accumulate=0", "accumulate is 0: it must be at least 1"),
+        ("accumulate=0.5", "accumulate=0.5: expected int, such as 1"),
+        ("precision=float8", "expected 'float32' or 'bfloat16' or 'float16', such as"),
+        ("remat=all", "expected 'none' or 'nothing_saveable' or .* such as 'none'"),
         ("epochs=1e999", "epochs"),
         ("seed=" + "(" * 300, "seed="),
     ],
@@ -157,6 +164,23 @@ def test_field_without_a_usable_annotation_keeps_the_type_of_its_value() -> None
     assert override(Loose(), ["rate=2", "depth=4"]) == Loose(rate=2.0, depth=4)
     with pytest.raises(InputError, match="expected int"):
         override(Loose(), ["depth=deep"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accumulate": 0}, "accumulate is 0: it must be at least 1"),
+        ({"accumulate": 2.0}, "accumulate is 2.0: it must be an int"),
+        ({"precision": "float8"}, "precision is 'float8': it must be one of float32, bfloat16, float16"),
+        (
+            {"remat": None},
+            "remat is None: it must be one of none, nothing_saveable, dots_saveable, dots_with",
+        ),
+    ],
+)
+def test_experiment_refuses_what_its_step_could_not_do(changes: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(BASE, **changes)
 
 
 # --- the config as text
@@ -253,7 +277,9 @@ CASES: dict[str, Any] = {
     "augment": (data.Flip(),),
     "preprocess": (),
     "after": (optim.EMA(),),
-    "compute_dtype": "bfloat16",
+    "accumulate": 2,
+    "precision": "bfloat16",
+    "remat": "dots_saveable",
     "seed": 1,
     "remainder": "drop",
     "eval_batch": 16,
@@ -267,8 +293,9 @@ CASES: dict[str, Any] = {
     "save_every": 2.0,
     "keep": 3,
     "max_in_flight": 3,
+    "rules": (sharding.Rule("vocab", None),),
 }
-NOT_HASHED = {"seed", "workers", "log_every", "save_every", "keep", "max_in_flight"}
+NOT_HASHED = {"seed", "workers", "log_every", "save_every", "keep", "max_in_flight", "rules"}
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Experiment)])

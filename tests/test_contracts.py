@@ -82,7 +82,7 @@ def small(name: str) -> Experiment:
         batch=32,
         eval_batch=32,
         epochs=5,
-        compute_dtype="float32",
+        precision="float32",
         optimizer=dataclasses.replace(exp.optimizer, lr=1e-3),
     )
 
@@ -321,7 +321,7 @@ def test_state_survives_a_checkpoint_bit_for_bit(name: str, tmp_path: Any) -> No
 
 @row
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_state(name: str) -> None:
-    exp = dataclasses.replace(small(name), compute_dtype="bfloat16")
+    exp = dataclasses.replace(small(name), precision="bfloat16")
     made = assemble(exp, sharding.make_mesh(jax.devices()[:1]))
     after, metrics = jax.eval_shape(made.train_step, made.like, made.train.batch(0), made.key)
     for leaf in jax.tree.leaves((after, made.like)):

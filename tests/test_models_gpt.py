@@ -73,7 +73,8 @@ def attended(params: Any, x: Any, heads: int, causal: bool, rotary: bool) -> np.
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
     length, width = x.shape
-    q, k, v = np.split(dense(norm(x, params["norm0"]), params["qkv"]), 3, axis=1)
+    qkv = {"kernel": params["qkv"]["kernel"].reshape(width, -1), "bias": params["qkv"]["bias"].reshape(-1)}
+    q, k, v = np.split(dense(norm(x, params["norm0"]), qkv), 3, axis=1)
     size, out = width // heads, np.zeros((length, width))
     for head in range(heads):
         part = slice(head * size, (head + 1) * size)
@@ -82,7 +83,7 @@ def attended(params: Any, x: Any, heads: int, causal: bool, rotary: bool) -> np.
             seen = t + 1 if causal else length
             weight = np.exp(kh[:seen] @ qh[t] / math.sqrt(size))
             out[t, part] = weight @ v[:seen, part] / weight.sum()
-    x = x + dense(out, params["project"])
+    x = x + dense(out, {**params["project"], "kernel": params["project"]["kernel"].reshape(width, width)})
     return x + dense(gelu(dense(norm(x, params["norm1"]), params["expand"])), params["contract"])
 
 

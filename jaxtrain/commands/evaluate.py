@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain import cli
+from jaxtrain import cli, devices
 from jaxtrain.errors import InputError
+from jaxtrain.sharding import processes
 
 SUMMARY = "test accuracy, precision, recall and F1 of a run's checkpoint"
 
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", required=True, metavar="RUN", help="the folder of a run")
     cli.add_checkpoint(parser)
     parser.add_argument("--split", default="test", choices=("test", "valid"))
-    cli.add_devices(parser)
+    devices.add_flags(parser, many_processes=True)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     return cli.main(_run, parser, argv)
 
@@ -35,9 +36,10 @@ def _run(args: argparse.Namespace) -> int:
     folder = cli.run_folder(args.workdir)
     record = workdir.load(folder)
     name, experiment = cli.recorded(record, folder)
-    console = make_console()
+    mesh = devices.make(args, cli.warn)
+    console = make_console(quiet=not processes.is_first())
     cli.ensure_prepared(experiment, console)
-    program = assemble(experiment, cli.mesh(args.devices), _confusion)
+    program = assemble(experiment, mesh, _confusion)
     if args.split not in program.evals:
         raise InputError(f"{name} has no {args.split} split: it has {', '.join(program.evals)}")
     with checkpoint.open(folder) as saved:

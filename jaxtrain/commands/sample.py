@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     import jax
 
-    from jaxtrain import checkpoint, workdir
+    from jaxtrain import checkpoint, sharding, workdir
     from jaxtrain.models import generate
     from jaxtrain.program import abstract_state
     from jaxtrain.recorder import make_console
@@ -56,7 +56,8 @@ def _run(args: argparse.Namespace) -> int:
     _check(args)
     prompt = np.frombuffer(os.fsencode(args.prompt), np.uint8)[None, :]
     console = make_console()
-    like = abstract_state(experiment, cli.mesh(1), example)  # one text at a time has nothing to split
+    one = sharding.make_mesh(jax.local_devices()[:1])  # one text at a time has nothing to split
+    like = abstract_state(experiment, one, example)
     with checkpoint.open(folder) as saved:
         state = saved.restore(cli.choose_checkpoint(saved, args.checkpoint, folder), like)
     params, extra = evaluated(state)

@@ -2,7 +2,8 @@
 
 Small sets are resident: their arrays live whole on each device, the host sends row numbers, and the gather
 is compiled into the step. Large sets are streamed by Grain, whose element k is batch k. The loop sees no
-difference: it hands ``batch(step)`` to a step that starts with ``fetch``.
+difference: it hands ``batch(step)`` to a step that starts with ``fetch``. A process gathers and sends only
+the rows of a batch that its own devices hold.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import signal
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain import sharding
 from jaxtrain.data.order import Order, Sequential
 from jaxtrain.data.sources import Arrays, Source
+from jaxtrain.sharding import processes
 from jaxtrain.types import Batch
 from jaxtrain.userfile import Loaded
 
@@ -53,8 +54,9 @@ class Resident:
 
     def __init__(self, arrays: Arrays, order: Order | Sequential, mesh: Mesh) -> None:
         self._order = order
-        self._data = jax.device_put(dict(arrays.fields), sharding.replicated(mesh))
+        self._data = processes.put_replicated(dict(arrays.fields), sharding.replicated(mesh))
         split = sharding.batch_split(mesh)
+        self._rows = processes.local_rows(split, order.batch)
         self.shardings = {"data": sharding.replicated(mesh), "rows": split}
         if isinstance(order, Sequential):
             self.shardings["mask"] = split
@@ -63,9 +65,14 @@ class Resident:
         if isinstance(self._order, Order):
             # One array, so that the host sends one thing a step: int32 [batch, (example id, epoch)].
             places = np.stack(self._order.places(step), axis=1)
-            return {"data": self._data, "rows": places.astype(np.int32)}
-        rows, mask = self._order.rows(step)
-        return {"data": self._data, "rows": rows.astype(np.int32), "mask": mask}
+            sent = {"rows": places.astype(np.int32)}
+        else:
+            rows, mask = self._order.rows(step)
+            sent = {"rows": rows.astype(np.int32), "mask": mask}
+        if processes.count() > 1:  # one process may leave it to the step to send its NumPy arrays
+            sent = {name: array[self._rows] for name, array in sent.items()}
+            sent = processes.put(sent, self.shardings["rows"], self._order.batch)
+        return {"data": self._data, **sent}
 
     def fetch(self, batch: Any) -> Batch:
         rows = batch["rows"]
@@ -101,7 +108,7 @@ class Streamed:
         check: Check | None = None,
     ) -> None:
         self.shardings = sharding.batch_split(mesh)
-        self._batches = _Batches(source, order)
+        self._batches = _Batches(source, order, processes.local_rows(self.shardings, order.batch))
         self._workers, self._check = workers, check
         self._stream: Any = None  # a Grain iterator
         self._next = -1
@@ -115,7 +122,7 @@ class Streamed:
         ids = batch.pop(EXAMPLE_ID) if "mask" in batch else batch[EXAMPLE_ID]
         if self._check is not None:
             self._check(batch, ids)
-        return jax.device_put(batch, self.shardings)
+        return processes.put(batch, self.shardings, self._batches.order.batch)
 
     def fetch(self, batch: Any) -> Batch:
         return batch
@@ -139,29 +146,30 @@ class Streamed:
 
 @dataclasses.dataclass(frozen=True)
 class _Batches:
-    """Batch k as element k, for Grain. Pickled with the user's files that its source may come from."""
+    """Rows ``rows`` of batch k as element k, for Grain. Pickled with the user's files of its source."""
 
     source: Source
     order: Order | Sequential
+    rows: np.ndarray
 
     def __len__(self) -> int:
         return len(self.order) if isinstance(self.order, Sequential) else 2**62
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         if isinstance(self.order, Sequential):
-            ids, mask = self.order.rows(step)
+            ids, mask = (array[self.rows] for array in self.order.rows(step))
             return {**self.source.gather(ids), "mask": mask, EXAMPLE_ID: ids.astype(np.int32)}
-        ids, epochs = self.order.places(step)
+        ids, epochs = (array[self.rows] for array in self.order.places(step))
         draw = getattr(self.source, "draw", None)
         fields = self.source.gather(ids) if draw is None else draw(ids, epochs, self.order.seed)
         return {**fields, EXAMPLE_ID: ids.astype(np.int32), EPOCH: epochs.astype(np.int32)}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (Loaded(), self.source, self.order)
+        return _restored, (Loaded(), self.source, self.order, self.rows)
 
 
-def _restored(_: Loaded, source: Source, order: Order | Sequential) -> _Batches:
-    return _Batches(source, order)
+def _restored(_: Loaded, source: Source, order: Order | Sequential, rows: np.ndarray) -> _Batches:
+    return _Batches(source, order, rows)
 
 
 def _ignore_interrupts(worker: int, workers: int) -> None:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from jaxtrain.data import Source
 from jaxtrain.data.order import Remainder
 from jaxtrain.errors import InputError
-from jaxtrain.models import ComputeDtype
+from jaxtrain.models import Precision, Remat, check_precision, check_remat
+from jaxtrain.sharding import Rule
 
 
 def _operational(default: Any) -> Any:
@@ -36,7 +37,12 @@ class Experiment:
       preprocess: stages for every batch, after ``augment``, such as ``data.Normalise(...)``.
       after: ``State -> State`` functions applied in order after every update, such as ``optim.EMA()``, whose
         average is then what is evaluated.
-      compute_dtype: of the model's activations; parameters stay float32.
+      accumulate: parts that ``batch`` is cut into, one after another, for the memory of one part. Same
+        gradients, except that BatchNorm statistics are of each part by itself, and so is dropout.
+      precision: of the model's activations; parameters stay float32. With ``"float16"`` the loss is scaled
+        (``optim.LossScale``).
+      remat: what is kept for the backward pass; all else is computed again, for less memory and up to a third
+        more time: ``"none"`` keeps everything, the others are ``jax.checkpoint_policies``.
       seed: of initialisation, order, augmentation and dropout.
       remainder: how an epoch's last examples are batched: ``"wrap"`` or ``"drop"``.
       eval_batch: batch size of evaluation; None is ``batch``.
@@ -52,6 +58,7 @@ class Experiment:
       save_every: epochs between checkpoints.
       keep: latest checkpoints to keep, beside the best.
       max_in_flight: steps that may be queued on the device, at least 1.
+      rules: how parameters are split over a mesh, where the built-in rules do not suit (``sharding.Rule``).
     """
 
     model: Any
@@ -66,7 +73,9 @@ class Experiment:
     augment: tuple[Any, ...] = ()
     preprocess: tuple[Any, ...] = ()
     after: tuple[Any, ...] = ()
-    compute_dtype: ComputeDtype = "float32"
+    accumulate: int = 1
+    precision: Precision = "float32"
+    remat: Remat = "none"
     seed: int = 0
     remainder: Remainder = "wrap"
     eval_batch: int | None = None
@@ -80,12 +89,15 @@ class Experiment:
     save_every: float = _operational(1.0)
     keep: int = _operational(2)
     max_in_flight: int = _operational(2)
+    rules: tuple[Rule, ...] = _operational(())
 
     def __post_init__(self) -> None:
         _check_kinds(self)
-        for name, least in (("batch", 1), ("log_every", 1), ("keep", 1), ("max_in_flight", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        for name in ("batch", "accumulate", "log_every", "keep", "max_in_flight"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        check_precision(self.precision)
+        check_remat(self.remat)
         for name in ("epochs", "save_every", "eval_every"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -103,7 +115,7 @@ class Experiment:
 
 def _check_kinds(experiment: Experiment) -> None:
     """Say in the experiment's own terms what would fail somewhere inside JAX."""
-    for name in ("batch", "seed", "log_every", "keep", "max_in_flight", "workers"):
+    for name in ("batch", "accumulate", "seed", "log_every", "keep", "max_in_flight", "workers"):
         if type(getattr(experiment, name)) is not int:
             raise InputError(f"{name} is {getattr(experiment, name)!r}: it must be an int")
     for name in ("epochs", "save_every", "holdout"):
@@ -121,6 +133,8 @@ def _check_kinds(experiment: Experiment) -> None:
             f"after is {experiment.after!r}: it must be a tuple of functions State -> State, such as "
             "(optim.EMA(),)"
         )
+    if not isinstance(experiment.rules, tuple) or not all(isinstance(r, Rule) for r in experiment.rules):
+        raise InputError(f"rules is {experiment.rules!r}: it must be a tuple of sharding.Rule")
     if not hasattr(experiment.optimizer, "build"):
         raise InputError(
             f"optimizer is a {type(experiment.optimizer).__name__}, whose settings the run could not record: "

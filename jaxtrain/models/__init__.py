@@ -8,8 +8,9 @@ from jaxtrain.models.gpt import GPT
 from jaxtrain.models.layers import max_pool
 from jaxtrain.models.linen import as_model
 from jaxtrain.models.mlp import MLP
-from jaxtrain.models.precision import ComputeDtype, compute_in
+from jaxtrain.models.precision import Precision, check_precision, compute_in
 from jaxtrain.models.recurrent import GRUForecaster, LSTMClassifier
+from jaxtrain.models.remat import Remat, check_remat, remat_block
 from jaxtrain.models.resnet import ResNet
 from jaxtrain.models.sampling import generate
 from jaxtrain.models.unet import UNet
@@ -20,18 +21,22 @@ __all__ = [
     "GPT",
     "MLP",
     "Airbench",
-    "ComputeDtype",
     "ConvNet",
     "Factors",
     "GRUForecaster",
     "LSTMClassifier",
+    "Precision",
+    "Remat",
     "ResNet",
     "TestTimeViews",
     "UNet",
     "ViT",
     "Whiten",
     "as_model",
+    "check_precision",
+    "check_remat",
     "compute_in",
     "generate",
     "max_pool",
+    "remat_block",
 ]

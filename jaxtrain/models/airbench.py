@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
-from jaxtrain.models.layers import check_image, check_rates, max_pool
-from jaxtrain.types import Batch
+from jaxtrain.models.layers import CONV_AXES, check_image, check_rates, max_pool
+from jaxtrain.types import Batch, Names
 
 WHITEN = "whiten"
 
@@ -54,6 +54,13 @@ class Airbench(nn.Module):
     whiten: int = 24
     scale: float = 1 / 9
     bn_momentum: float = 0.6
+
+    logical_axes: ClassVar[dict[str, Names]] = {
+        "whiten/kernel$": (None,) * 4,
+        "whiten/bias$": (None,),
+        "head/kernel$": (None, None),  # its inputs are pixels and channels in one
+        **CONV_AXES,
+    }
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
@@ -166,6 +173,11 @@ class TestTimeViews(nn.Module):
 
     net: nn.Module
     shift: int = 1
+
+    @property
+    def logical_axes(self) -> dict[str, Names]:
+        """Those of ``net``."""
+        return getattr(self.net, "logical_axes", {})
 
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
         if self.shift < 1:

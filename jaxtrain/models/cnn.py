@@ -6,7 +6,14 @@ import jax
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
-from jaxtrain.models.layers import ACTIVATIONS, Activation, check_image, check_rates, max_pool
+from jaxtrain.models.layers import (
+    ACTIVATIONS,
+    CONV_AXES,
+    Activation,
+    check_image,
+    check_rates,
+    max_pool,
+)
 
 
 class CNN(nn.Module):
@@ -42,6 +49,8 @@ class CNN(nn.Module):
     bn_momentum: float = 0.9
     dropout: float = 0.0
     activation: Activation = "relu"
+
+    logical_axes = CONV_AXES
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:

@@ -8,7 +8,16 @@ import jax
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
-from jaxtrain.models.layers import ACTIVATIONS, Activation, check_image, check_rates, max_pool
+from jaxtrain.models.layers import (
+    ACTIVATIONS,
+    CONV_AXES,
+    Activation,
+    check_image,
+    check_rates,
+    dense_axes,
+    max_pool,
+)
+from jaxtrain.types import Names
 
 
 class ConvNet(nn.Module):
@@ -46,6 +55,11 @@ class ConvNet(nn.Module):
     channel_dropout: float = 0.0
     dropout: float = 0.0
     activation: Activation = "relu"
+
+    @property
+    def logical_axes(self) -> dict[str, Names]:
+        """Names of the parameters' axes, for ``sharding.place``."""
+        return dense_axes(*(f"dense{layer}" for layer in range(len(self.hidden))), "head") | CONV_AXES
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:

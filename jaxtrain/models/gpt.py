@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,9 @@ from flax import linen as nn
 
 from jaxtrain.errors import InputError
 from jaxtrain.models.layers import check_rates
-from jaxtrain.models.transformer import Block, check_heads
+from jaxtrain.models.remat import Remat, remat_block
+from jaxtrain.models.transformer import BLOCK_AXES, Block, check_heads
+from jaxtrain.types import Names
 
 STD = 0.02
 
@@ -55,8 +57,14 @@ class GPT(nn.Module):
     dropout: float = 0.2
     positions: Literal["rotary", "learned"] = "rotary"
 
+    logical_axes: ClassVar[dict[str, Names]] = {
+        "embed/embedding$": ("vocab", "embed"),  # and, transposed, the head
+        "position_table$": (None, "embed"),
+        **BLOCK_AXES,
+    }
+
     @nn.compact
-    def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, tokens: jax.Array, train: bool = False, remat: Remat = "none") -> jax.Array:
         check_rates(self)
         self._check_sizes(tokens)
         init = nn.initializers.normal(STD)
@@ -66,8 +74,9 @@ class GPT(nn.Module):
             table = self.param("position_table", init, (self.context, self.width))
             x = x + table[None, : tokens.shape[1]].astype(x.dtype)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        layer = remat_block(Block, remat)
         for number in range(self.depth):
-            block = Block(
+            block = layer(
                 self.heads,
                 self.mlp,
                 self.dropout,

@@ -10,8 +10,18 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
+from jaxtrain.types import Names
 
 Activation = Literal["relu", "gelu", "silu", "tanh"]
+
+CONV_AXES: dict[str, Names] = {
+    r"norm\d*/": ("channels",),
+    r"conv\d*/kernel$": (None, None, None, "channels"),
+    r"conv\d*/bias$": ("channels",),
+    r"head/kernel$": ("channels", "classes"),
+    r"head/bias$": ("classes",),
+}
+"""Logical axes of a convolutional network whose head reads pooled channels: outputs are split."""
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
@@ -60,6 +70,22 @@ def _larger_jvp(
     """
     (a, b), (da, db) = primals, tangents
     return jnp.maximum(a, b), jnp.where(a == b, 0.5 * (da + db), jnp.where(a > b, da, db))
+
+
+def dense_axes(*layers: str) -> dict[str, Names]:
+    """Logical axes of dense layers in a row: every first is split by its outputs, the next by its inputs.
+
+    The last is whole where it would be a first: what it gives has no layer after it.
+
+    >>> dense_axes("dense0", "head")["dense0/kernel$"], dense_axes("dense0", "head")["head/kernel$"]
+    ((None, 'mlp'), ('mlp', None))
+    """
+    axes: dict[str, Names] = {}
+    for number, layer in enumerate(layers):
+        inputs = "mlp" if number % 2 else None
+        outputs = None if number % 2 or number == len(layers) - 1 else "mlp"
+        axes |= {f"{layer}/kernel$": (inputs, outputs), f"{layer}/bias$": (outputs,)}
+    return axes
 
 
 def check_rates(module: nn.Module) -> None:

@@ -6,7 +6,8 @@ import jax
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
-from jaxtrain.models.layers import ACTIVATIONS, Activation, check_rates
+from jaxtrain.models.layers import ACTIVATIONS, Activation, check_rates, dense_axes
+from jaxtrain.types import Names
 
 
 class MLP(nn.Module):
@@ -30,6 +31,11 @@ class MLP(nn.Module):
     classes: int = 10
     dropout: float = 0.0
     activation: Activation = "relu"
+
+    @property
+    def logical_axes(self) -> dict[str, Names]:
+        """Names of the parameters' axes, for ``sharding.place``."""
+        return dense_axes(*(f"dense{layer}" for layer in range(len(self.widths))), "head")
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:

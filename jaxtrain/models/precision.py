@@ -1,28 +1,34 @@
-"""Computing in bfloat16 with float32 parameters, for any model."""
+"""Computing in half precision with float32 parameters, for any model."""
 
 from __future__ import annotations
 
+import typing
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from jaxtrain.errors import InputError
 from jaxtrain.models.linen import as_model
 from jaxtrain.types import Batch, Model
 
-ComputeDtype = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
-def compute_in(model: Any, dtype: ComputeDtype) -> Model:
-    """``model`` with its activations in ``dtype``; parameters, gradients and statistics stay float32.
+def compute_in(model: Any, precision: Precision) -> Model:
+    """``model`` with its activations in ``precision``; parameters, gradients and statistics stay float32.
 
     Parameters and float inputs are rounded on the way in, and outputs come back as float32, so the loss, the
-    optimizer and checkpoints see no difference (mixed precision, arXiv:1710.03740; bfloat16 has the range of
-    float32 and needs no loss scaling).
+    optimizer and checkpoints see no difference (mixed precision, arXiv:1710.03740). bfloat16 has the range of
+    float32; float16 has more digits and ends at 65,504 and near 6e-8, so its gradients need
+    ``optim.LossScale``.
 
     Args:
       model: a Linen module or an ``(init, apply)`` pair.
-      dtype: ``"float32"`` leaves the model as it is.
+      precision: ``"float32"`` leaves the model as it is.
+
+    Raises:
+      InputError: another precision than those three.
 
     >>> from jaxtrain.models import MLP
     >>> model = compute_in(MLP(widths=(8,), classes=3), "bfloat16")
@@ -32,18 +38,26 @@ def compute_in(model: Any, dtype: ComputeDtype) -> Model:
     >>> params["head"]["kernel"].dtype, logits.dtype
     (dtype('float32'), dtype('float32'))
     """
+    check_precision(precision)
     pair = as_model(model)
-    if dtype == "float32":
+    if precision == "float32":
         return pair
 
     def apply(
         params: Any, extra: dict[str, Any], batch: Batch, *, train: bool, key: jax.Array | None
     ) -> tuple[Any, dict[str, Any]]:
-        params, batch = _cast((params, batch), jnp.float32, dtype)
+        params, batch = _cast((params, batch), jnp.float32, precision)
         outputs, extra = pair.apply(params, extra, batch, train=train, key=key)
-        return _cast(outputs, dtype, jnp.float32), extra
+        return _cast(outputs, precision, jnp.float32), extra
 
     return pair._replace(apply=apply)
+
+
+def check_precision(precision: str) -> None:
+    """Raise InputError unless ``precision`` is a name that ``Precision`` knows."""
+    names = typing.get_args(Precision)
+    if precision not in names:
+        raise InputError(f"precision is {precision!r}: it must be one of {', '.join(names)}")
 
 
 def _cast(tree: Any, old: Any, new: Any) -> Any:

@@ -8,7 +8,8 @@ import jax
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
-from jaxtrain.models.layers import check_image, check_rates
+from jaxtrain.models.layers import CONV_AXES, check_image, check_rates
+from jaxtrain.models.remat import Remat, remat_block
 
 BlockKind = Literal["basic", "bottleneck"]
 Stem = Literal["imagenet", "cifar"]
@@ -52,8 +53,10 @@ class ResNet(nn.Module):
     classes: int = 1000
     bn_momentum: float = 0.9
 
+    logical_axes = CONV_AXES
+
     @nn.compact
-    def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, image: jax.Array, train: bool = False, remat: Remat = "none") -> jax.Array:
         check_rates(self)
         if not self.stages or min(*self.stages, self.width) < 1:
             raise InputError(f"ResNet(stages={self.stages}, width={self.width}): all must be at least 1")
@@ -63,9 +66,10 @@ class ResNet(nn.Module):
         x = nn.relu(_norm(x, train, self.bn_momentum, "stem_norm"))
         if large:
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        block = remat_block(ResidualBlock, remat)
         for stage, blocks in enumerate(self.stages):
             for number in range(blocks):
-                x = ResidualBlock(
+                x = block(
                     width=self.width * 2**stage,
                     stride=2 if stage and not number else 1,
                     kind=self.block,

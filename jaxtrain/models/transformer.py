@@ -7,6 +7,20 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
+from jaxtrain.types import Names
+
+BLOCK_AXES: dict[str, Names] = {
+    "qkv/kernel$": ("embed", None, "heads", None),
+    "qkv/bias$": (None, "heads", None),
+    "project/kernel$": ("heads", None, "embed"),
+    "project/bias$": ("embed",),
+    "expand/kernel$": ("embed", "mlp"),
+    "expand/bias$": ("mlp",),
+    "contract/kernel$": ("mlp", "embed"),
+    "contract/bias$": ("embed",),
+    r"norm\d*/": ("embed",),
+}
+"""Logical axes of a block's parameters: attention is split by heads, the MLP by its hidden layer."""
 
 
 class Block(nn.Module):
@@ -44,8 +58,11 @@ class Block(nn.Module):
         read, write = _kernels(self.std), _kernels(self.residual_std)
 
         h = nn.LayerNorm(name="norm0")(x)
-        h = nn.Dense(3 * width, kernel_init=_three(read), name="qkv")(h)
-        h = nn.Dense(width, kernel_init=write, name="project")(self._attend(h))
+        # The heads are a dimension of the kernels, so that they can be split over devices. Flax hands their
+        # initialisers the shape of two dimensions that a matrix product sees.
+        features = (3, self.heads, width // self.heads)
+        h = nn.DenseGeneral(features, kernel_init=_three(read), name="qkv")(h)
+        h = nn.DenseGeneral(width, axis=(-2, -1), kernel_init=write, name="project")(self._attend(h))
         x = x + drop(h)
 
         h = nn.LayerNorm(name="norm1")(x)
@@ -54,15 +71,12 @@ class Block(nn.Module):
         return x + drop(h)
 
     def _attend(self, qkv: jax.Array) -> jax.Array:
-        """``[batch, length, 3 * width]`` → ``[batch, length, width]``."""
-        batch, length, triple = qkv.shape
-        qkv = qkv.reshape(batch, length, 3, self.heads, triple // (3 * self.heads))
+        """``[batch, length, 3, heads, size]`` → ``[batch, length, heads, size]``."""
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         if self.rotary:
             q, k = rotate(q), rotate(k)
         # The default implementation is XLA's: cuDNN's takes only some shapes and types.
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
-        return out.reshape(batch, length, triple // 3)
+        return jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
 
 
 def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
-from jaxtrain.models.layers import check_image, check_rates, max_pool
+from jaxtrain.models.layers import CONV_AXES, check_image, check_rates, max_pool
+from jaxtrain.models.remat import Remat, remat_block
+from jaxtrain.types import Names
 
 
 class UNet(nn.Module):
@@ -40,23 +44,29 @@ class UNet(nn.Module):
     bn_momentum: float = 0.9
     dropout: float = 0.0
 
+    logical_axes: ClassVar[dict[str, Names]] = {
+        r"up\d+/kernel$": (None, None, None, "channels"),
+        r"up\d+/bias$": (None, None, "channels"),
+        **CONV_AXES,
+    }
+
     @nn.compact
-    def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, image: jax.Array, train: bool = False, remat: Remat = "none") -> jax.Array:
         check_rates(self)
         if not self.widths or min(self.classes, *self.widths) < 1:
             raise InputError(f"UNet(widths={self.widths}, classes={self.classes}): all must be at least 1")
         self._check(image)
-        x, skips = image, []
+        x, skips, run = image, [], remat_block(UNet._level, remat, static=(2, 3, 4))
         for level, width in enumerate(self.widths[:-1]):
-            x = self._level(x, width, train, f"down{level}")
+            x = run(self, x, width, train, f"down{level}")
             skips.append(x)
             x = max_pool(x)
-        x = self._level(x, self.widths[-1], train, "bottom")
+        x = run(self, x, self.widths[-1], train, "bottom")
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         for level in reversed(range(len(skips))):
             width = self.widths[level]
             x = jnp.concatenate([skips[level], self._double(x, width, f"up{level}")], -1)
-            x = self._level(x, width, train, f"up{level}")
+            x = run(self, x, width, train, f"up{level}")
         return nn.Dense(self.classes, name="head")(x)  # a 1×1 convolution
 
     def _level(self, x: jax.Array, width: int, train: bool, name: str) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,9 @@ from flax import linen as nn
 
 from jaxtrain.errors import InputError
 from jaxtrain.models.layers import check_image, check_rates
-from jaxtrain.models.transformer import Block, check_heads
+from jaxtrain.models.remat import Remat, remat_block
+from jaxtrain.models.transformer import BLOCK_AXES, Block, check_heads
+from jaxtrain.types import Names
 
 
 class ViT(nn.Module):
@@ -49,8 +51,17 @@ class ViT(nn.Module):
     dropout: float = 0.0
     positions: Literal["sincos", "learned"] = "sincos"
 
+    logical_axes: ClassVar[dict[str, Names]] = {
+        "patches/kernel$": (None, None, None, "embed"),
+        "patches/bias$": ("embed",),
+        "position_table$": (None, "embed"),
+        "head/kernel$": ("embed", "classes"),
+        "head/bias$": ("classes",),
+        **BLOCK_AXES,
+    }
+
     @nn.compact
-    def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, image: jax.Array, train: bool = False, remat: Remat = "none") -> jax.Array:
         check_rates(self)
         self._check(image)
         side = (self.patch, self.patch)
@@ -63,8 +74,9 @@ class ViT(nn.Module):
         else:
             table = sincos(rows, columns, self.width)
         x = nn.Dropout(self.dropout, deterministic=not train)(x + table[None].astype(x.dtype))
+        layer = remat_block(Block, remat)
         for number in range(self.depth):
-            block = Block(self.heads, self.mlp, self.dropout, name=f"block{number}")
+            block = layer(self.heads, self.mlp, self.dropout, name=f"block{number}")
             x = block(x, train)
         x = nn.LayerNorm(name="norm")(x).mean(1)
         return nn.Dense(self.classes, kernel_init=nn.initializers.zeros, name="head")(x)

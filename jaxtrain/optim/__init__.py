@@ -8,6 +8,7 @@ True
 
 from jaxtrain.optim.averages import EMA, Lookahead
 from jaxtrain.optim.groups import Group
+from jaxtrain.optim.loss_scale import LossScale
 from jaxtrain.optim.optimizers import SGD, Adam, AdamW
 from jaxtrain.optim.schedules import Constant, Cosine, Linear, OneCycle, Rate, Schedule, rate
 
@@ -21,6 +22,7 @@ __all__ = [
     "Group",
     "Linear",
     "Lookahead",
+    "LossScale",
     "OneCycle",
     "Rate",
     "Schedule",

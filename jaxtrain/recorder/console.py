@@ -49,8 +49,10 @@ class Console(Protocol):
         """Nothing more will move."""
 
 
-def make_console() -> Console:
-    """A ``Rich`` console on a terminal, a ``Plain`` one elsewhere."""
+def make_console(quiet: bool = False) -> Console:
+    """A ``Rich`` console on a terminal, a ``Plain`` one elsewhere; a ``quiet`` one shows nothing."""
+    if quiet:
+        return Quiet()
     return Rich() if sys.stdout.isatty() else Plain()
 
 
@@ -98,6 +100,13 @@ class Plain:
         self.note("\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in rows.items())]))
 
     def end(self) -> None:
+        pass
+
+
+class Quiet(Plain):
+    """Nothing: another process of the same run does the talking."""
+
+    def note(self, text: str) -> None:
         pass
 
 

@@ -44,7 +44,7 @@ def fetch(batches: Sequence[Metrics]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def open(
-    workdir: Path,
+    workdir: Path | None,
     console: Console,
     *,
     start: int,
@@ -55,7 +55,7 @@ def open(
     """A recorder that continues the run's files at step ``start``.
 
     Args:
-      workdir: the run's folder.
+      workdir: the run's folder; None writes no files (another process does).
       console: where a person is watching.
       start: the step the run goes on from; later lines of an interrupted run are dropped.
       log_every: steps between records.
@@ -78,21 +78,16 @@ class Recorder:
 
     def __init__(
         self,
-        workdir: Path,
+        workdir: Path | None,
         console: Console,
         start: int,
         log_every: int,
         examples: int,
         position: Position,
     ) -> None:
-        from tensorboardX import SummaryWriter  # here: half a second that --list does not need
-
         self._console, self._log_every, self._examples = console, log_every, examples
         self._position = position
-        self._jsonl = _continued(workdir / "metrics.jsonl", start)
-        self._tensorboard = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start + 1, filename_suffix=f".{start}"
-        )
+        self._files = None if workdir is None else _Files(workdir, start)
         self._window: list[Metrics] = []
         self._step, self._due = start, False
         self._clock: float | None = None
@@ -138,11 +133,8 @@ class Recorder:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write finished numbers for ``step`` to the files; anything but numbers is left out."""
-        numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
-        self._jsonl.write(json.dumps({"step": step, **numbers}) + "\n")
-        self._jsonl.flush()
-        for name, value in numbers.items():
-            self._tensorboard.add_scalar(name, value, step)
+        if self._files is not None:
+            self._files.write(step, {k: float(v) for k, v in values.items() if isinstance(v, int | float)})
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -153,8 +145,8 @@ class Recorder:
 
     def close(self) -> None:
         """Close the files."""
-        self._tensorboard.close()
-        self._jsonl.close()
+        if self._files is not None:
+            self._files.close()
 
     def _lap(self) -> float | None:
         """Examples per second since the last record, None before anything was timed."""
@@ -166,6 +158,28 @@ class Recorder:
         self._examples_seen += steps * self._examples
         self._seconds += seconds
         return steps * self._examples / seconds
+
+
+class _Files:
+    """``metrics.jsonl`` and ``tensorboard/`` of a run's folder."""
+
+    def __init__(self, workdir: Path, start: int) -> None:
+        from tensorboardX import SummaryWriter  # here: half a second that --list does not need
+
+        self._jsonl = _continued(workdir / "metrics.jsonl", start)
+        self._tensorboard = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=start + 1, filename_suffix=f".{start}"
+        )
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._jsonl.write(json.dumps({"step": step, **numbers}) + "\n")
+        self._jsonl.flush()
+        for name, value in numbers.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._tensorboard.close()
+        self._jsonl.close()
 
 
 def _continued(path: Path, start: int) -> TextIO:

@@ -1,0 +1,70 @@
+"""Rematerialisation: activations that are computed again in the backward pass instead of kept."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any, Literal
+
+import jax
+from flax import linen as nn
+
+from jaxtrain.errors import InputError
+from jaxtrain.types import Batch, Model
+
+Remat = Literal["none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
+"""``none``, or the name of one of JAX's own policies (``jax.checkpoint_policies``), which says what is kept:
+nothing but the inputs, the results of all matrix products and convolutions, or those of the matrix products
+with weights only."""
+
+
+def check_remat(remat: str) -> None:
+    """Raise InputError unless ``remat`` is a name that ``Remat`` knows."""
+    names = typing.get_args(Remat)
+    if remat not in names:
+        raise InputError(f"remat is {remat!r}: it must be one of {', '.join(names)}")
+
+
+def remat_block(block: Any, remat: Remat, static: tuple[int, ...] = (2,)) -> Any:
+    """``block`` recomputed in the backward pass (Chen et al., arXiv:1604.06174).
+
+    Parameters are where they are without it, if each instance is given a ``name``.
+
+    Args:
+      block: a module class with ``__call__(self, x, train)``, or a method of a module; call it with
+        positional arguments.
+      remat: what is kept; ``none`` gives ``block`` itself.
+      static: positions of the arguments that are no arrays; ``self`` is 0.
+
+    >>> block = remat_block(nn.BatchNorm, "nothing_saveable")(name="norm")
+    >>> isinstance(block, nn.BatchNorm), remat_block(nn.BatchNorm, "none") is nn.BatchNorm
+    (True, True)
+    """
+    if remat == "none":
+        return block
+    # prevent_cse stays on: without it XLA would find the second computation in the first. Only directly
+    # inside of a scan is it not needed, and there it costs little.
+    return nn.remat(block, policy=_policy(remat), static_argnums=static)
+
+
+def remat_model(model: Model, remat: Remat) -> Model:
+    """``model`` with the whole of its training pass under one policy, for a model that has no blocks to wrap.
+
+    Here ``nothing_saveable`` saves little: the backward pass begins with the whole forward pass, and then
+    has it all. The other two keep what is expensive and drop what is cheap.
+    """
+
+    def apply(
+        params: Any, extra: dict[str, Any], batch: Batch, *, train: bool, key: jax.Array | None
+    ) -> tuple[Any, dict[str, Any]]:
+        def forward(params: Any, extra: dict[str, Any], batch: Batch, key: Any) -> tuple[Any, dict[str, Any]]:
+            return model.apply(params, extra, batch, train=train, key=key)
+
+        if train:
+            forward = jax.checkpoint(forward, policy=_policy(remat))
+        return forward(params, extra, batch, key)
+
+    return model if remat == "none" else model._replace(apply=apply)
+
+
+def _policy(remat: Remat) -> Any:
+    return getattr(jax.checkpoint_policies, remat)

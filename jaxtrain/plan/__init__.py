@@ -1,0 +1,1 @@
+"""What an experiment needs, told before it runs."""

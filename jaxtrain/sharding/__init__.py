@@ -1,0 +1,36 @@
+"""The mesh, where each array of a run lives on it, and the one place where a step is compiled.
+
+A laptop is a mesh of one device; nothing here or above has a second path for more.
+"""
+
+from jaxtrain.sharding.compile import compile
+from jaxtrain.sharding.gather import gathered
+from jaxtrain.sharding.mesh import (
+    AXES,
+    batch_parts,
+    batch_split,
+    check_batch,
+    device_memory,
+    make_mesh,
+    mesh_text,
+    parse_mesh,
+    replicated,
+)
+from jaxtrain.sharding.rules import Placement, Rule, place
+
+__all__ = [
+    "AXES",
+    "Placement",
+    "Rule",
+    "batch_parts",
+    "batch_split",
+    "check_batch",
+    "compile",
+    "device_memory",
+    "gathered",
+    "make_mesh",
+    "mesh_text",
+    "parse_mesh",
+    "place",
+    "replicated",
+]

@@ -1,0 +1,153 @@
+"""The mesh: which devices a run has, and along which axes its work is split."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxtrain.errors import InputError
+
+AXES = ("data", "fsdp", "model")
+"""``data`` splits the batch; ``fsdp`` the batch, and parameters with all that belongs to them; ``model``
+the work on each example (tensor parallelism). Every mesh has them all, unused ones with size 1."""
+
+BATCH_AXES = ("data", "fsdp")
+RESERVED = "replica"  # for independent seeds in one program
+
+
+def parse_mesh(text: str, devices: int) -> dict[str, int]:
+    """``"data=2,fsdp=4"`` as sizes of every axis; one size may be ``*``, for all devices that are left.
+
+    Args:
+      text: ``axis=size`` pairs, separated by commas.
+      devices: how many devices there are; the sizes must multiply to it.
+
+    Raises:
+      InputError: the text is wrong, or the sizes do not use exactly ``devices``.
+
+    >>> parse_mesh("model=2,data=*", 8)
+    {'data': 4, 'fsdp': 1, 'model': 2}
+    """
+    sizes: dict[str, int | None] = {}
+    for part in text.split(","):
+        axis, equals, size = (word.strip() for word in part.partition("="))
+        if not equals or not (size == "*" or (size.isascii() and size.isdigit() and int(size) > 0)):
+            raise InputError(f"--mesh {text}: write axis=size, such as data=2,fsdp=4 or data=*")
+        _check_axis(axis, text)
+        if axis in sizes:
+            raise InputError(f"--mesh {text} names {axis} twice")
+        sizes[axis] = None if size == "*" else int(size)
+    known = math.prod(size for size in sizes.values() if size is not None)
+    free = [axis for axis, size in sizes.items() if size is None]
+    if len(free) > 1:
+        raise InputError(f"--mesh {text}: only one size can be *; give that of {free[0]} or {free[1]}")
+    if free and devices % known:
+        raise InputError(
+            f"--mesh {text}: {devices} devices do not divide by {known}; use --devices "
+            f"{max(devices // known, 1) * known}, or other sizes"
+        )
+    if free:
+        sizes[free[0]] = devices // known
+    elif known < devices:
+        raise InputError(
+            f"--mesh {text} uses {known} of {devices} devices and leaves {devices - known} idle: use "
+            f"--devices {known} if that is meant, or put * for a size"
+        )
+    elif known > devices:
+        raise InputError(
+            f"--mesh {text} needs {known} devices and there are {devices}: lower a size, put * for one, or "
+            f"try it out with --simulate-devices {known}"
+        )
+    return {axis: sizes.get(axis) or 1 for axis in AXES}
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None, sizes: Mapping[str, int] | None = None) -> Mesh:
+    """A mesh of ``devices`` (default: all of this run, on every process) with the axes ``AXES``.
+
+    Args:
+      devices: in order; neighbours share the axes that are named last.
+      sizes: of the axes, multiplying to the number of devices; None puts all of them on ``data``.
+
+    >>> dict(make_mesh(jax.devices()[:1]).shape)
+    {'data': 1, 'fsdp': 1, 'model': 1}
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {"data": len(devices)} if sizes is None else sizes
+    for axis in sizes:
+        _check_axis(axis, mesh_text(sizes))
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    if math.prod(shape) != len(devices):
+        raise InputError(f"mesh {mesh_text(sizes)} is not of {len(devices)} devices")
+    # Auto: make_mesh defaults to Explicit axes, under which flax.linen.Embed raises.
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def mesh_text(sizes: Mapping[str, int]) -> str:
+    """The axes that split something, as ``--mesh`` takes them.
+
+    >>> mesh_text({"data": 4, "fsdp": 1, "model": 2})
+    'data=4,model=2'
+    """
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_split(mesh: Mesh) -> NamedSharding:
+    """The leading axis split over the devices of ``data`` and ``fsdp``."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def check_batch(batch: int, mesh: Mesh, name: str = "batch", accumulate: int = 1) -> None:
+    """Raise InputError unless the global ``batch`` divides over the mesh, and into ``accumulate`` parts."""
+    parts = batch_parts(mesh)
+    whole = parts * accumulate
+    if batch >= 1 and batch % whole == 0:
+        return
+    low, high = batch // whole * whole, (batch // whole + 1) * whole
+    fixes = " or ".join(str(n) for n in (low, high) if n > 0)
+    if batch >= 1 and batch % parts == 0:
+        raise InputError(
+            f"{name} {batch} does not divide into accumulate={accumulate} parts on {mesh_text(mesh.shape)}: "
+            f"use --set {name}={fixes}, or another accumulate"
+        )
+    fewer = max((n for n in range(1, parts) if batch % (n * accumulate) == 0), default=1)
+    instead = f"--devices {fewer}" if parts == mesh.size else f"a --mesh with data × fsdp = {fewer}"
+    raise InputError(
+        f"{name} {batch} does not divide over {parts} devices: use {instead}"
+        f"{' at most' if fewer > 1 else ''}, or --set {name}={fixes}"
+    )
+
+
+def device_memory(mesh: Mesh) -> int:
+    """Bytes of memory for one device of the mesh; CPU devices share the host's."""
+    stats = mesh.local_devices[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total // len(mesh.local_devices)
+
+
+def _check_axis(axis: str, text: str) -> None:
+    if axis == RESERVED:
+        raise InputError(
+            f"--mesh {text}: the axis replica is reserved for independent seeds, which one run does not "
+            "have; use data for more examples at a time"
+        )
+    if axis not in AXES:
+        near = difflib.get_close_matches(axis, AXES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(AXES)}"
+        raise InputError(f"--mesh {text}: no axis is called {axis!r}: {hint}")

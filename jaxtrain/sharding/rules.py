@@ -1,0 +1,290 @@
+"""Where each array of the state lives: from names of its axes to axes of the mesh.
+
+A model names the axes of its parameters once (``logical_axes``). Rules say which mesh axis splits a name; the
+built-in ones are Megatron's (Shoeybi et al. 2019, arXiv:1909.08053): a layer that widens is split by its
+outputs and the next one by its inputs, so that a pair of them communicates once. The axis ``fsdp`` needs no
+names: it splits the largest dimension that it divides (ZeRO stage 3, arXiv:1910.02054).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtrain.errors import InputError
+from jaxtrain.sharding.mesh import AXES, mesh_text
+from jaxtrain.types import NOT_MODEL_STATE, Names, State, leaf_paths
+
+LOGICAL: Mapping[str, str | None] = {
+    "vocab": "model",  # tokens, users, items: rows of an embedding and outputs of a head on them
+    "heads": "model",  # attention heads
+    "mlp": "model",  # the hidden layer between two dense ones
+    "channels": "model",  # outputs of a convolution
+    "embed": None,  # the residual stream
+    "classes": None,
+}
+"""The built-in rules: logical axis → mesh axis, None for one that stays whole."""
+
+SMALLEST = 2**12
+"""Arrays of fewer elements are not worth a message each: ``fsdp`` leaves them whole."""
+
+Spec = tuple[str | tuple[str, ...] | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One line of an experiment's ``rules``: what an array, or a logical axis, is split over.
+
+    Attributes:
+      match: a logical axis, when ``axes`` is a mesh axis or None; else a regular expression that is searched
+        for in the paths of the state (``params/head/kernel``, ``opt_state/0/mu/head/kernel``). What belongs
+        to a parameter follows it unless a rule finds its own path.
+      axes: a mesh axis; or one entry for each dimension of the array: a mesh axis, several of them or None.
+        Such an array is placed exactly so, and ``fsdp`` splits it no further.
+
+    >>> Rule("vocab", None), Rule("head/kernel$", ("fsdp", "model"))
+    (Rule(match='vocab', axes=None), Rule(match='head/kernel$', axes=('fsdp', 'model')))
+    """
+
+    match: str
+    axes: str | Spec | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where a state lives.
+
+    Attributes:
+      shardings: the state's tree, of ``NamedSharding``.
+      whole: paths of arrays with at least ``SMALLEST`` elements that ``fsdp`` could not divide.
+    """
+
+    shardings: State
+    whole: tuple[str, ...]
+
+
+def place(
+    state: State, mesh: Mesh, names: Mapping[str, Names] | None = None, rules: Sequence[Rule] = ()
+) -> Placement:
+    """A sharding for every array of ``state``.
+
+    Args:
+      state: arrays or their ``jax.ShapeDtypeStruct``.
+      mesh: the devices.
+      names: regular expression → logical axes of the parameters and statistics whose path it finds; the
+        first that does counts.
+      rules: in order of precedence, before the built-in ones.
+
+    Raises:
+      InputError: a rule or a name that fits nothing, sizes that do not divide, or a mesh axis ``model`` that
+        would have nothing to do.
+
+    >>> params = {"head": {"kernel": jax.ShapeDtypeStruct((64, 128), "float32")}}
+    >>> mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "model"), devices=jax.devices()[:1])
+    >>> place(State(0, params, {}, ()), mesh).shardings.params["head"]["kernel"].is_fully_replicated
+    True
+    """
+    placer = _Placer(mesh, dict(names or {}), tuple(rules))
+    specs, whole = {}, []
+    leaves = leaf_paths(state)
+    for path, leaf in sorted(leaves.items(), key=lambda item: not item[0].startswith("params/")):
+        specs[path] = spec = placer.spec(path, tuple(jax.numpy.shape(leaf)))
+        large = math.prod(jax.numpy.shape(leaf)) >= SMALLEST
+        if large and mesh.shape["fsdp"] > 1 and "fsdp" not in _flat(spec) and not placer.explicit(path):
+            whole.append(path)
+    placer.check_used(leaves, specs)
+    shardings = [NamedSharding(mesh, PartitionSpec(*_trimmed(specs[path]))) for path in leaves]
+    return Placement(jax.tree.unflatten(jax.tree.structure(state), shardings), tuple(whole))
+
+
+def spec_text(sharding: NamedSharding) -> str:
+    """One word for each dimension, ``-`` where it is whole; empty for an array that is whole.
+
+    >>> mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "model"), devices=jax.devices()[:1])
+    >>> spec_text(NamedSharding(mesh, PartitionSpec(None, ("fsdp", "model"))))
+    '- fsdp+model'
+    """
+    words = ["+".join(_entry(axes)) or "-" for axes in sharding.spec]
+    return " ".join(words) if any(word != "-" for word in words) else ""
+
+
+class _Placer:
+    """Specs one by one; parameters come before what follows them."""
+
+    def __init__(self, mesh: Mesh, names: dict[str, Names], rules: tuple[Rule, ...]) -> None:
+        self._mesh, self._names = mesh, names
+        self._paths = [rule for rule in rules if isinstance(rule.axes, tuple | list)]
+        named = {rule.match: rule.axes for rule in reversed(rules) if rule not in self._paths}
+        self._logical: dict[str, Any] = {**LOGICAL, **named}
+        self._known: dict[tuple[str, tuple[int, ...]], Spec] = {}
+        self._check_rules(named)
+
+    def spec(self, path: str, shape: tuple[int, ...]) -> Spec:
+        """Mesh axes for each dimension."""
+        head, _, rest = path.partition("/")
+        if head == "extra":
+            collection, _, rest = rest.partition("/")
+            own = collection not in NOT_MODEL_STATE
+        else:
+            own = head == "params"
+        rule = self._explicit(path)
+        if rule is not None:
+            spec = self._exact(rule, path, shape)
+        elif own:
+            spec = self._by_size(self._by_name(path, rest, shape, head == "params"), shape)
+        else:
+            spec = self._follows(path, shape)
+        if own:
+            self._known[rest, shape] = spec
+        return spec
+
+    def explicit(self, path: str) -> bool:
+        """Does a rule name this path?"""
+        return self._explicit(path) is not None
+
+    def check_used(self, leaves: Mapping[str, Any], specs: Mapping[str, Spec]) -> None:
+        """Every path rule must have found something, and every mesh axis work."""
+        for rule in self._paths:
+            if not any(re.search(rule.match, path) for path in leaves):
+                raise InputError(
+                    f"rules: {rule.match!r} finds no array of the state, which has {_example(leaves)}"
+                )
+        size = self._mesh.shape["model"]
+        if size > 1 and not any("model" in _flat(spec) for spec in specs.values()):
+            raise InputError(
+                f"mesh {mesh_text(self._mesh.shape)}: no parameter of this model is split over model, so "
+                f"groups of {size} devices would repeat each other's work: put them on data or fsdp, or name "
+                "the parameters' axes (logical_axes of the module, or rules of the experiment)"
+            )
+
+    def _explicit(self, path: str) -> Rule | None:
+        return next((rule for rule in self._paths if re.search(rule.match, path)), None)
+
+    def _exact(self, rule: Rule, path: str, shape: tuple[int, ...]) -> Spec:
+        axes = tuple(rule.axes or ())
+        if len(axes) != len(shape):
+            raise InputError(
+                f"rules: {rule.match!r} has {len(axes)} entries and {path} {list(shape)} has {len(shape)} "
+                "dimensions: give one entry for each, None where it stays whole"
+            )
+        return self._divided(path, shape, axes)
+
+    def _by_name(self, path: str, rest: str, shape: tuple[int, ...], required: bool) -> Spec:
+        """The axes that the rules give for the names of a parameter's dimensions."""
+        found = next((names for match, names in self._names.items() if re.search(match, rest)), None)
+        if found is None:
+            if required and self._names and self._mesh.shape["model"] > 1:
+                raise InputError(
+                    f"no rule says how {path} {list(shape)} is split over model: add it to the module's "
+                    f"logical_axes, or put sharding.Rule({rest + '$'!r}, {(None,) * len(shape)}) into the "
+                    "experiment's rules to leave it whole"
+                )
+            return (None,) * len(shape)
+        if len(found) != len(shape):
+            raise InputError(
+                f"logical_axes names {len(found)} axes {found} for {path} {list(shape)}: give one for each "
+                "dimension, None for one that is never split"
+            )
+        for name in found:
+            if name is not None and name not in self._logical:
+                raise InputError(
+                    f"no rule for the logical axis {name!r} of {path}: add sharding.Rule({name!r}, 'model') "
+                    f"or sharding.Rule({name!r}, None) to the experiment's rules"
+                )
+        axes = tuple(None if name is None else self._logical[name] for name in found)
+        return self._divided(path, shape, axes, found)
+
+    def _divided(self, path: str, shape: tuple[int, ...], axes: Spec, names: Names | None = None) -> Spec:
+        """``axes`` without those of size 1, if they exist, differ and divide the shape."""
+        spec: list[Any] = []
+        for number, entry in enumerate(axes):
+            used = [axis for axis in _entry(entry) if self._mesh.shape[axis] > 1]
+            parts = math.prod(self._mesh.shape[axis] for axis in used)
+            if shape[number] % parts:
+                name = names[number] if names else None
+                whole = f"leave it whole with sharding.Rule({name!r}, None)" if name else "change its rule"
+                raise InputError(
+                    f"{path} {list(shape)}: {name or f'dimension {number}'} of {shape[number]} does not "
+                    f"divide over {'×'.join(used)} = {parts}: use a mesh with "
+                    f"{_smaller(used, shape[number], parts)}, change the model's size, or {whole}"
+                )
+            spec.append(used[0] if len(used) == 1 else tuple(used) or None)
+        flat = _flat(tuple(spec))
+        if len(set(flat)) < len(flat):
+            raise InputError(f"{path} {list(shape)}: rules split two dimensions over one mesh axis: {spec}")
+        return tuple(spec)
+
+    def _by_size(self, spec: Spec, shape: tuple[int, ...]) -> Spec:
+        """``spec`` with the largest dimension that ``fsdp`` divides split over it."""
+        size = self._mesh.shape["fsdp"]
+        if size == 1 or math.prod(shape) < SMALLEST or "fsdp" in _flat(spec):
+            return spec
+        model = self._mesh.shape["model"]
+        parts = [size * (model if entry else 1) for entry in spec]
+        fitting = [d for d in range(len(shape)) if shape[d] % parts[d] == 0]
+        if not fitting:
+            return spec
+        best = max(fitting, key=lambda d: (spec[d] is None, shape[d]))
+        axes = (*_entry(spec[best]), "fsdp")
+        return (*spec[:best], axes if len(axes) > 1 else "fsdp", *spec[best + 1 :])
+
+    def _follows(self, path: str, shape: tuple[int, ...]) -> Spec:
+        """As the parameter whose path ends this one and has its shape: moments, averages, masks."""
+        words = path.split("/")
+        for start in range(1, len(words)):
+            known = self._known.get(("/".join(words[start:]), shape))
+            if known is not None:
+                return known
+        return self._by_size((None,) * len(shape), shape)
+
+    def _check_rules(self, named: Mapping[str, Any]) -> None:
+        names = {name for axes in self._names.values() for name in axes if name} | set(LOGICAL)
+        for name in named:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(names))}"
+                raise InputError(
+                    f"rules: the model has no logical axis {name!r}: {hint} (a regular expression needs one "
+                    "entry for each dimension, in a tuple)"
+                )
+        entries = [axes for rule in self._paths for axes in rule.axes or ()]
+        for axis in (axis for entry in [*entries, *named.values()] for axis in _entry(entry)):
+            if axis not in AXES:
+                raise InputError(f"rules: no mesh axis is called {axis!r}: there are {', '.join(AXES)}")
+        for rule in self._paths:
+            try:
+                re.compile(rule.match)
+            except re.error as error:
+                raise InputError(
+                    f"rules: {rule.match!r} is no regular expression ({error}): correct it"
+                ) from error
+
+
+def _entry(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _trimmed(spec: Spec) -> Spec:
+    """Without the dimensions at the end that stay whole, as JAX writes it."""
+    while spec and spec[-1] is None:
+        spec = spec[:-1]
+    return spec
+
+
+def _flat(spec: Spec) -> list[str]:
+    return [axis for entry in spec for axis in _entry(entry)]
+
+
+def _smaller(axes: list[str], length: int, parts: int) -> str:
+    return f"{'×'.join(axes)} = {max(n for n in range(1, parts) if length % n == 0)}"
+
+
+def _example(leaves: Mapping[str, Any]) -> str:
+    return max(leaves, key=len, default="params/head/kernel")

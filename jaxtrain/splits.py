@@ -1,0 +1,63 @@
+"""The examples of an experiment, opened: which sources, where they are kept, and how batches are made."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtrain import sharding
+from jaxtrain.data import Arrays, Order, Sequential, Source, Subset, holdout, in_memory
+from jaxtrain.data.loader import Check, Loader, Resident, Streamed
+from jaxtrain.errors import InputError, RunError
+from jaxtrain.experiment import Experiment
+from jaxtrain.sharding import processes
+from jaxtrain.types import Batch
+
+RESIDENT_PART = 10  # a set of at most this part of a device's memory is kept on it
+
+
+def open_sources(exp: Experiment, mesh: Mesh) -> dict[str, Source]:
+    """``train``, ``test`` and perhaps ``valid``; what is small enough comes back as Arrays."""
+    limit = {
+        "auto": processes.agree(sharding.device_memory(mesh), "memory") // RESIDENT_PART,
+        "resident": sys.maxsize,
+        "stream": 0,
+    }[exp.feed]
+
+    def opened(name: str, source: Source) -> Source:
+        if len(source) < 1:
+            raise InputError(f"{name}: the data set {type(source).__name__} is empty")
+        try:
+            return in_memory(source, limit) or source
+        except (InputError, RunError):
+            raise
+        except Exception as error:  # a user's own source: anything may come out of it
+            line = str(error).partition("\n")[0]
+            raise RunError(
+                f"{name}: {type(source).__name__}.gather failed: {type(error).__name__}: {line} "
+                "(--debug shows where)"
+            ) from error
+
+    train, valid = opened("train", exp.train), exp.valid
+    if exp.holdout:
+        kept, held = holdout(len(train), exp.holdout)
+        train, valid = opened("train", Subset(train, kept)), Subset(train, held)
+    splits = {"train": train, "test": opened("test", exp.test)}
+    return splits if valid is None else {**splits, "valid": opened("valid", valid)}
+
+
+def make_loader(
+    source: Source, order: Order | Sequential, exp: Experiment, mesh: Mesh, check: Check
+) -> Loader:
+    """Batches of ``source`` in that order: resident where it is in memory, else streamed."""
+    if isinstance(source, Arrays) and exp.feed != "stream":
+        return Resident(source, order, mesh)
+    return Streamed(source, order, mesh, exp.workers, check)
+
+
+def first_examples(exp: Experiment, source: Source) -> Batch:
+    """What initialisation sees: parameters need one example's shapes; ``data_init`` asks for more."""
+    examples = 1 if exp.data_init is None else getattr(exp.data_init, "examples", exp.batch)
+    return source.gather(np.arange(min(examples, len(source))))
