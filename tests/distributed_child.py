@@ -1,0 +1,22 @@
+"""What test_distributed.py runs in each of two processes: the float64 cases, written by process 0."""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import parallel_cases as cases
+
+from jaxtrain import devices
+from jaxtrain.sharding import processes
+
+jax.config.update("jax_enable_x64", True)
+port, index, folder, *wanted = sys.argv[1:]
+devices.simulate(4)
+processes.start(f"127.0.0.1:{port}", 2, int(index), warn=print)
+for case in wanted:
+    name, mesh = case.split("/")
+    arrays, ids = cases.train(cases.make(name, mesh))
+    if processes.is_first():
+        np.savez(Path(folder) / f"{case.replace('/', '-')}.npz", ids=ids, **arrays)
+processes.barrier("end")
