@@ -11,6 +11,7 @@ VERBS = {
     "prepare": "jaxtrain.commands.prepare",
     "evaluate": "jaxtrain.commands.evaluate",
     "sample": "jaxtrain.commands.sample",
+    "bench": "jaxtrain.commands.bench",
     "doctor": "jaxtrain.commands.doctor",
 }
 

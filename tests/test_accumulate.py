@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.errors import InputError
+from jaxtrain.gradients import accumulated, gradient_of
 from jaxtrain.losses import MSE, CrossEntropy
 from jaxtrain.metrics import Mean
 from jaxtrain.models import CNN, MLP, as_model
@@ -92,6 +93,16 @@ def test_update_and_metrics_are_those_of_the_whole_batch(case: str, float64: Any
         for name, metric in metrics.items():
             assert merged[name].compute() == pytest.approx(metric.compute(), rel=1e-12, nan_ok=True), name
             assert merged[name].count == pytest.approx(metric.count)
+
+
+def test_loss_is_the_mean_over_all_examples() -> None:
+    batch = {**lines(), "weight": jnp.array(RNG.uniform(size=8), jnp.float32)}
+    params, extra = LINE.init(KEY, batch)
+    whole = gradient_of(LINE, lambda outputs, batch: weighted(outputs[:, None], batch))
+    found = accumulated(whole, 2)(params, extra, batch, KEY, None)
+    expected = whole(params, extra, batch, KEY, None)
+    assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-5)
+    np.testing.assert_allclose(found.grads["w"], expected.grads["w"], rtol=1e-5)
 
 
 def test_microbatches_are_strided_rows_in_order_and_statistics_thread_through() -> None:

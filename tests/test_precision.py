@@ -157,6 +157,13 @@ def test_scaling_changes_no_update_that_is_taken() -> None:
     assert int(state.extra["loss_scale"]["good"]) == 3 and "loss_scale" not in plain.extra
 
 
+def test_loss_that_is_reported_is_not_the_scaled_one() -> None:
+    start, step = scaled(LINE, lambda outputs, batch: (outputs.mean(), {}), LossScale())
+    batch = lines()
+    _, metrics = step(start(KEY, batch), batch, KEY)
+    assert metrics["loss"].compute() == pytest.approx(float(batch["x"].sum(1).mean()), rel=1e-4)
+
+
 def test_overflow_skips_the_update_and_nothing_but_the_position_moves() -> None:
     config = LossScale(initial=2.0**15, period=2)
     start, step = scaled(compute_in(LINE, "float16"), total, config)
@@ -244,9 +251,9 @@ def test_float16_training_of_a_small_net_goes_down() -> None:
 
 def test_without_a_scale_the_step_is_bitwise_what_it_was() -> None:
     """The step as it is written in a few lines, without any of this."""
-    tx, batch = optax.adam(0.1), images()
-    state = jax.jit(make_init(NET, tx))(KEY, batch)
-    pair = as_model(NET)
+    net, tx, batch = NET.clone(dropout=0.5), optax.adam(0.1), images()
+    state = jax.jit(make_init(net, tx))(KEY, batch)
+    pair = as_model(net)
 
     def written_out(state: State, batch: Any, key: jax.Array) -> State:
         _, model_key = jax.random.split(jax.random.fold_in(key, state.step))
@@ -259,7 +266,7 @@ def test_without_a_scale_the_step_is_bitwise_what_it_was() -> None:
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         return State(state.step + 1, optax.apply_updates(state.params, updates), extra, opt_state)
 
-    one, other = jax.jit(make_train_step(NET, CrossEntropy(), tx)), jax.jit(written_out)
+    one, other = jax.jit(make_train_step(net, CrossEntropy(), tx)), jax.jit(written_out)
     found = expected = state
     for _ in range(3):
         found, expected = one(found, batch, KEY)[0], other(expected, batch, KEY)

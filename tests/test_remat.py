@@ -164,6 +164,10 @@ def test_pair_of_functions_is_wrapped_in_training_only(remat: Remat) -> None:
         assert found[0][1]["seen"] == 1
         assert kept(model, params, extra, batch) < kept(pair, params, extra, batch)
         assert model.apply(params, extra, batch, train=False, key=None)[1]["seen"] == 0
+        one, other = (functools.partial(m.apply, train=False, key=None) for m in (model, pair))
+        assert str(jax.make_jaxpr(one)(params, extra, batch)) == str(
+            jax.make_jaxpr(other)(params, extra, batch)
+        )
 
 
 def test_policy_holds_inside_of_half_precision() -> None:

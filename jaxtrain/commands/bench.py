@@ -1,0 +1,227 @@
+"""``python -m jaxtrain bench --scaling 1,2,4,8``: how throughput grows with the number of devices."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import importlib.util
+import io
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtrain import __version__, cli, devices
+from jaxtrain.errors import InputError, RunError
+
+SUMMARY = "throughput and efficiency of a training step by number of devices"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="jaxtrain bench", description=f"{SUMMARY}, on the devices of this one process"
+    )
+    parser.add_argument(
+        "--scaling", required=True, metavar="N,...", help="numbers of devices, such as 1,2,4,8"
+    )
+    parser.add_argument(
+        "--experiment",
+        default="digits_cnn",
+        metavar="NAME",
+        help="default: digits_cnn, which needs no download",
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a setting")
+    parser.add_argument(
+        "--mesh",
+        default="data=*",
+        metavar="AXIS=N,...",
+        help="how the devices share the work, as in a run, with * for the size that grows; default: data=*",
+    )
+    parser.add_argument(
+        "--weak",
+        action="store_true",
+        help="n devices get n times the experiment's batch, so that each has the same work; without it the "
+        "global batch stays that of the experiment (strong scaling)",
+    )
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="training steps of a round")
+    parser.add_argument(
+        "--rounds", type=int, default=10, metavar="N", help="rounds of each number of devices"
+    )
+    parser.add_argument(
+        "--simulate-devices", type=int, metavar="N", help="run the same programs on N simulated CPU devices"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and every round's time")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw them as a PNG (pip install 'jaxtrain[plot]')"
+    )
+    return cli.main(lambda args: _run(args, words), parser, argv)
+
+
+def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
+    counts = _counts(args.scaling)
+    for name in ("steps", "rounds"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)}: give at least 1")
+    _check_files(args)
+
+    from jaxtrain import scaling
+    from jaxtrain.experiment import config_hash
+    from jaxtrain.recorder import make_console
+
+    load = os.getloadavg()[0]  # before this loads the machine itself
+    name, _, experiment = cli.load(args.experiment, args.set)
+    given = scaling.layouts(experiment, counts, args.mesh, args.weak)
+    devices.simulate(args.simulate_devices)
+    console = make_console()
+    cli.ensure_prepared(experiment, console)
+    found = scaling.measure(given, steps=args.steps, rounds=args.rounds, console=console)
+    about = {
+        "command": shlex.join(["python", "-m", "jaxtrain", "bench", *words]),
+        **_environment(max(counts), load),
+        "experiment": name,
+        "hash": config_hash(experiment),
+        "scaling": "weak" if args.weak else "strong",
+        "rounds": args.rounds,
+        **scaling.record(found),
+    }
+    if about["simulated"]:
+        console.note(
+            f"WARNING: these are simulated devices, which share the {about['cores']} cores of this host: the "
+            "figures show what splitting the work costs, not what real devices gain"
+        )
+    console.summary(_title(about, args.steps), _rows(about))
+    _write(args, about)
+    return 0
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """``"1,2,8"`` as numbers, in order of size."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
+        raise InputError(f"--scaling {text}: give numbers of devices, each at least 1, such as 1,2,4,8")
+    counts = sorted(map(int, words))
+    for count in counts:
+        if counts.count(count) > 1:
+            raise InputError(f"--scaling {text} names {count} twice")
+    return tuple(counts)
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Refuse before measuring what could not be written after it."""
+    for flag, path in (("--json", args.json), ("--plot", args.plot)):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise InputError(f"{flag} {path} is a folder: give a file")
+        if not path.parent.is_dir():
+            raise InputError(f"{flag} {path}: there is no folder {path.parent}: make it first")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise InputError(f"{flag} {path} cannot be written: choose another place")
+    if args.plot is None:
+        return
+    if args.plot.suffix.lower() != ".png":
+        raise InputError(f"--plot {args.plot}: give a name that ends in .png")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError(
+            "--plot needs matplotlib: pip install 'jaxtrain[plot]', or leave it out and use --json"
+        )
+
+
+def _environment(most: int, load: float) -> dict[str, Any]:
+    """What a figure is worth nothing without."""
+    import jax
+
+    device = jax.devices()[0]
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device.device_kind,
+        "platform": device.platform,
+        "simulated": device.platform == "cpu" and most > 1,
+        "cores": os.cpu_count(),
+        "load_before": load,
+        "versions": {"python": platform.python_version(), "jaxtrain": __version__, **versions},
+    }
+
+
+def _title(about: dict[str, Any], steps: int) -> str:
+    return (
+        f"{about['experiment']}, {about['scaling']} scaling on {about['device']}, medians (and quartiles) of "
+        f"{about['rounds']} rounds of {steps} steps"
+    )
+
+
+def _rows(about: dict[str, Any]) -> dict[str, str]:
+    """The table: a line for each number of devices."""
+    lines = [("mesh", "batch", "step ms", "examples/s", "speed-up", "efficiency")]
+    for point in about["points"]:
+        time = point["step_ms"]
+        lines.append(
+            (
+                point["mesh"],
+                str(point["batch"]),
+                f"{time['median']:.2f} ({time['q1']:.2f}–{time['q3']:.2f})",
+                f"{point['examples_per_second']:,.0f}",
+                f"{point['speedup']:.2f}",
+                f"{100 * point['efficiency']:.1f} %",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    names = ["devices", *(str(point["devices"]) for point in about["points"])]
+    return {
+        name: "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for name, line in zip(names, lines, strict=True)
+    }
+
+
+def _write(args: argparse.Namespace, about: dict[str, Any]) -> None:
+    from jaxtrain.checkpoint import write_json
+
+    picture = None if args.plot is None else _draw(about)
+    try:
+        if args.json is not None:
+            write_json(args.json, about)
+        if picture is not None:
+            args.plot.write_bytes(picture)
+    except OSError as error:
+        raise RunError(
+            f"{error.filename} cannot be written ({error.strerror}): the figures are above"
+        ) from error
+
+
+def _draw(about: dict[str, Any]) -> bytes:
+    """Examples a second by devices, measured and ideal, as a PNG."""
+    from matplotlib.figure import Figure
+
+    points = about["points"]
+    counts = [point["devices"] for point in points]
+    speeds = [point["examples_per_second"] for point in points]
+    # A slow quartile of the time is a low one of the speed.
+    spread = [
+        [1 - point["step_ms"]["median"] / point["step_ms"]["q3"] for point in points],
+        [point["step_ms"]["median"] / point["step_ms"]["q1"] - 1 for point in points],
+    ]
+    bars = [[s * part for s, part in zip(speeds, side, strict=True)] for side in spread]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(counts, [speeds[0] * n / counts[0] for n in counts], "--", color="grey", label="ideal")
+    axis.errorbar(counts, speeds, bars, marker="o", capsize=3, label="measured, with quartiles")
+    axis.set_xticks(counts)
+    axis.set(xlabel="devices", ylabel="examples a second", ylim=(0, None))
+    axis.set_title(
+        f"{about['experiment']}, {about['scaling']} scaling, {about['device']}"
+        + (" (simulated devices)" if about["simulated"] else ""),
+        fontsize="medium",
+    )
+    axis.grid(alpha=0.3)
+    axis.legend()
+    target = io.BytesIO()
+    figure.savefig(target, format="png", dpi=120)
+    return target.getvalue()

@@ -1,0 +1,163 @@
+"""One program, compiled and not run: its memory, arithmetic and communication."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxtrain import splits
+from jaxtrain.errors import RunError
+from jaxtrain.experiment import Experiment
+from jaxtrain.plan.collectives import Collective, collectives
+from jaxtrain.plan.flops import model_flops
+from jaxtrain.plan.limits import Limit
+from jaxtrain.plan.memory import Held, batch_like, held, mesh_of, stored
+from jaxtrain.program import Program
+
+LARGEST = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run needs.
+
+    Attributes:
+      mesh: sizes of its axes.
+      platform: what it was compiled for: ``cpu``, ``gpu``.
+      batch, accumulate, remat, precision: as in the experiment.
+      parameters: how many.
+      bytes: on each device, by part: ``params``, ``optimizer``, ``other_state`` (step, statistics, averages),
+        ``batch``, ``batches_ahead`` (sent while earlier steps are computed), ``data`` (kept on each device),
+        which are exact; and XLA's figures for the compiled step, ``temporaries`` and ``outputs``, the latter
+        without what takes the place of the state.
+      flops: of an update, of all devices together; None if not counted.
+      collectives: what the devices send each other in an update.
+      largest: the arrays that take most of a device.
+      notes: what whoever starts the run should know, a line each.
+    """
+
+    mesh: dict[str, int]
+    platform: str
+    batch: int
+    accumulate: int
+    remat: str
+    precision: str
+    parameters: int
+    bytes: dict[str, int]
+    flops: float | None
+    collectives: tuple[Collective, ...]
+    largest: tuple[Held, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        """Bytes on each device."""
+        return sum(self.bytes.values())
+
+    @property
+    def kept(self) -> int:
+        """The bytes that are there between two steps too: no microbatch and no recomputation lowers them."""
+        return self.total - self.bytes["temporaries"] - self.bytes["outputs"]
+
+
+def measure(program: Program, resident: Mapping[str, bool] | None = None, *, count: bool = True) -> Plan:
+    """Compile the train step of ``program`` and read what it needs; nothing is computed.
+
+    Args:
+      program: ``jaxtrain.program.assemble`` of an experiment on a mesh, of which the devices may be simulated.
+      resident: whether each split is kept on the devices, as ``as_on`` gives it; None is as in ``program``.
+      count: also count floating-point operations, which traces and lowers the step once more.
+
+    Raises:
+      RunError: XLA does not compile it.
+    """
+    exp, mesh = program.experiment, mesh_of(program)
+    arrays = held(program, resident)
+    sizes = {part: sum(one.bytes for one in there) for part, there in arrays.items()}
+    compiled = _compile(program, mesh)
+    stats = compiled.memory_analysis()
+    sizes["temporaries"] = int(stats.temp_size_in_bytes)
+    sizes["outputs"] = max(0, int(stats.output_size_in_bytes - stats.alias_size_in_bytes))
+    sizes["batches_ahead"] = exp.max_in_flight * sizes["batch"]
+    everything = sorted((one for there in arrays.values() for one in there), key=lambda one: -one.bytes)
+    return Plan(
+        mesh=dict(mesh.shape),
+        platform=mesh.devices.flat[0].platform,
+        batch=exp.batch,
+        accumulate=exp.accumulate,
+        remat=exp.remat,
+        precision=exp.precision,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(program.like.params)),
+        bytes={part: sizes[part] for part in PARTS},
+        flops=model_flops(program) if count else None,
+        collectives=collectives(compiled.as_text(), mesh),
+        largest=tuple(everything[:LARGEST]),
+        notes=(*program.notes, *_notes(exp)),
+    )
+
+
+PARTS = (
+    "params",
+    "optimizer",
+    "other_state",
+    "batch",
+    "batches_ahead",
+    "data",
+    "temporaries",
+    "outputs",
+)
+
+
+def opened(experiment: Experiment, mesh: Mesh) -> Experiment:
+    """``experiment`` with its data read, for more than one plan of it."""
+    sources = splits.open_sources(experiment, mesh)
+    return dataclasses.replace(
+        experiment,
+        train=sources["train"],
+        test=sources["test"],
+        valid=sources.get("valid"),
+        holdout=0,
+    )
+
+
+def as_on(experiment: Experiment, limit: Limit | None) -> tuple[Experiment, dict[str, bool] | None]:
+    """``experiment`` as a device of that memory would run it, and whether it would keep each split.
+
+    With ``feed="auto"`` the size of a device decides about that, and the devices here may be others.
+
+    Args:
+      experiment: with its validation set held out already (``opened``).
+      limit: the memory; None leaves the decision to the devices that are here.
+    """
+    if experiment.feed != "auto" or limit is None:
+        return experiment, None
+    named = {"train": experiment.train, "test": experiment.test, "valid": experiment.valid}
+    kept = {
+        name: not hasattr(source, "draw") and stored(source) <= limit.bytes // splits.RESIDENT_PART
+        for name, source in named.items()
+        if source is not None
+    }
+    return dataclasses.replace(experiment, feed="resident" if kept["train"] else "stream"), kept
+
+
+def _compile(program: Program, mesh: Mesh) -> Any:
+    """The very step of a run. What LLVM makes of its loops on a CPU changes no figure and takes most time."""
+    lowered = program.train_step.lower(  # type: ignore[attr-defined]
+        program.like, batch_like(program), program.key
+    )
+    quick = {"xla_backend_optimization_level": "0"} if mesh.devices.flat[0].platform == "cpu" else None
+    try:
+        return lowered.compile(compiler_options=quick)
+    except jax.errors.JaxRuntimeError as error:
+        line = str(error).partition("\n")[0]
+        raise RunError(f"XLA does not compile the train step: {line[:300]} (--debug shows where)") from error
+
+
+def _notes(exp: Experiment) -> tuple[str, ...]:
+    if (exp.eval_batch or exp.batch) <= exp.batch:
+        return ()
+    return (f"evaluation takes batches of {exp.eval_batch}, more than training: they are not planned here",)
