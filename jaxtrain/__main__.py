@@ -8,6 +8,7 @@ import sys
 
 VERBS = {
     "run": "jaxtrain.run",
+    "plan": "jaxtrain.commands.plan",
     "prepare": "jaxtrain.commands.prepare",
     "evaluate": "jaxtrain.commands.evaluate",
     "sample": "jaxtrain.commands.sample",

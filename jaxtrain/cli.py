@@ -45,18 +45,27 @@ def main(
         warnings.simplefilter("ignore", RuntimeWarning)
         print(f"{parser.prog}: interrupted at once; the last checkpoint is kept", file=sys.stderr)
         return 130
+    except Exception as error:
+        if processes.count() == 1:
+            raise
+        lost = processes.lost(error)  # not our fault, then; else a bug, which the others must not wait for
+        if lost is None or args.debug:
+            traceback.print_exc()
+        if lost is not None:
+            print(f"{parser.prog}: {lost}", file=sys.stderr)
+        return 1 if lost is None else lost.exit_code
 
 
 def leave(code: int) -> NoReturn:
     """End the process with ``code``; after a signal at once, whatever threads are still waiting for.
 
-    Orbax's threads wait for ever for a save that an interrupt has cut off.
+    Orbax's threads wait for ever for a save that an interrupt has cut off, and JAX for other processes.
     """
     if code > 128:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    sys.exit(code)
+    processes.leave(code)
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxtrain import __version__, checkpoint, recorder, workdir
+from jaxtrain import __version__, checkpoint, plan, recorder, workdir
 from jaxtrain.experiment import config_hash
 from jaxtrain.program import Program
 from jaxtrain.recorder import Console
@@ -64,6 +64,7 @@ def fit(
     about = {"experiment": name, "hash": config_hash(experiment), "jaxtrain": __version__}
     writes = processes.is_first()
     with (
+        plan.explained(program, name, folder, console),
         on_signals() as request,
         checkpoint.open(folder, experiment.keep, {**about, "jax": jax.__version__}) as saved,
     ):

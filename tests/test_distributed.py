@@ -146,3 +146,14 @@ def test_an_error_of_one_run_is_told_once_by_each_process(tmp_path):
     assert refused.returncode == 2
     lines = [line for line in refused.stderr.splitlines() if "is not empty and holds no run" in line]
     assert sorted(line[:3] for line in lines) == ["[0]", "[1]"]
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "told"), [("bug", 1, "ValueError: a bug of process 1"), ("kill", 137, "")]
+)
+def test_a_process_that_fails_waits_for_nobody(how, code, told, tmp_path):
+    """JAX would wait for the others at exit, and they for it; launch_local ends them."""
+    (tmp_path / how).touch()
+    ended = launch(tmp_path, "--workdir", "run", "--set", "epochs=50")
+    assert ended.returncode == code, ended.stderr
+    assert told in ended.stderr and f"process 1 ended with {code}" in ended.stderr

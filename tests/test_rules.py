@@ -140,7 +140,7 @@ def test_a_rule_may_name_optimizer_state_apart_from_its_parameter():
     ("on", "names", "rules", "message"),
     [
         ("data=4,model=2", {}, (), "no parameter of this model is split over model"),
-        ("data=4,model=2", {"up/": ("embed", "mlp"), **NAMES}, (), r"names 2 axes .* for params/up/bias \[256\]"),
+        ("data=4,model=2", {"up/": ("embed", "mlp"), **NAMES}, (), r"names 2 axes .* params/up/bias \[256\]"),
         (
             "data=4,model=2",
             {"up/kernel$": ("embed", "mlp"), "up/bias$": ("mlp",)},

@@ -1,1 +1,37 @@
 """What an experiment needs, told before it runs."""
+
+from jaxtrain.plan.collectives import Collective, collectives
+from jaxtrain.plan.exhausted import explained
+from jaxtrain.plan.flops import flops_of, model_flops
+from jaxtrain.plan.limits import Limit, limit_of, parse_size, size_text
+from jaxtrain.plan.measure import Plan, as_on, measure, opened
+from jaxtrain.plan.memory import Held, held
+from jaxtrain.plan.nearest import Nearest, nearest
+from jaxtrain.plan.search import Searched, search
+from jaxtrain.plan.variants import Tried, Variant, given, trying
+
+__all__ = [
+    "Collective",
+    "Held",
+    "Limit",
+    "Nearest",
+    "Plan",
+    "Searched",
+    "Tried",
+    "Variant",
+    "as_on",
+    "collectives",
+    "explained",
+    "flops_of",
+    "given",
+    "held",
+    "limit_of",
+    "measure",
+    "model_flops",
+    "nearest",
+    "opened",
+    "parse_size",
+    "search",
+    "size_text",
+    "trying",
+]

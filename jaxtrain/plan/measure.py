@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxtrain import splits
+from jaxtrain.data import Arrays, Source, Subset, holdout
 from jaxtrain.errors import RunError
 from jaxtrain.experiment import Experiment
 from jaxtrain.plan.collectives import Collective, collectives
@@ -29,6 +30,7 @@ class Plan:
       mesh: sizes of its axes.
       platform: what it was compiled for: ``cpu``, ``gpu``.
       batch, accumulate, remat, precision: as in the experiment.
+      resident: the splits whose data is kept on each device.
       parameters: how many.
       bytes: on each device, by part: ``params``, ``optimizer``, ``other_state`` (step, statistics, averages),
         ``batch``, ``batches_ahead`` (sent while earlier steps are computed), ``data`` (kept on each device),
@@ -46,6 +48,7 @@ class Plan:
     accumulate: int
     remat: str
     precision: str
+    resident: tuple[str, ...]
     parameters: int
     bytes: dict[str, int]
     flops: float | None
@@ -68,7 +71,7 @@ def measure(program: Program, resident: Mapping[str, bool] | None = None, *, cou
     """Compile the train step of ``program`` and read what it needs; nothing is computed.
 
     Args:
-      program: ``jaxtrain.program.assemble`` of an experiment on a mesh, of which the devices may be simulated.
+      program: of ``jaxtrain.program.assemble``, on devices that may be simulated.
       resident: whether each split is kept on the devices, as ``as_on`` gives it; None is as in ``program``.
       count: also count floating-point operations, which traces and lowers the step once more.
 
@@ -80,6 +83,8 @@ def measure(program: Program, resident: Mapping[str, bool] | None = None, *, cou
     sizes = {part: sum(one.bytes for one in there) for part, there in arrays.items()}
     compiled = _compile(program, mesh)
     stats = compiled.memory_analysis()
+    if stats is None:
+        raise RunError(f"XLA tells nothing of memory on {mesh.devices.flat[0].device_kind}: plan on the CPU")
     sizes["temporaries"] = int(stats.temp_size_in_bytes)
     sizes["outputs"] = max(0, int(stats.output_size_in_bytes - stats.alias_size_in_bytes))
     sizes["batches_ahead"] = exp.max_in_flight * sizes["batch"]
@@ -91,6 +96,7 @@ def measure(program: Program, resident: Mapping[str, bool] | None = None, *, cou
         accumulate=exp.accumulate,
         remat=exp.remat,
         precision=exp.precision,
+        resident=tuple(dict.fromkeys(one.path.split("/")[1] for one in arrays["data"])),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(program.like.params)),
         bytes={part: sizes[part] for part in PARTS},
         flops=model_flops(program) if count else None,
@@ -112,36 +118,45 @@ PARTS = (
 )
 
 
-def opened(experiment: Experiment, mesh: Mesh) -> Experiment:
-    """``experiment`` with its data read, for more than one plan of it."""
-    sources = splits.open_sources(experiment, mesh)
-    return dataclasses.replace(
-        experiment,
-        train=sources["train"],
-        test=sources["test"],
-        valid=sources.get("valid"),
-        holdout=0,
-    )
-
-
 def as_on(experiment: Experiment, limit: Limit | None) -> tuple[Experiment, dict[str, bool] | None]:
-    """``experiment`` as a device of that memory would run it, and whether it would keep each split.
+    """``experiment`` as devices of that memory would run it, and whether they would keep each split.
 
     With ``feed="auto"`` the size of a device decides about that, and the devices here may be others.
 
     Args:
-      experiment: with its validation set held out already (``opened``).
+      experiment: what is to be run.
       limit: the memory; None leaves the decision to the devices that are here.
     """
     if experiment.feed != "auto" or limit is None:
         return experiment, None
-    named = {"train": experiment.train, "test": experiment.test, "valid": experiment.valid}
-    kept = {
-        name: not hasattr(source, "draw") and stored(source) <= limit.bytes // splits.RESIDENT_PART
-        for name, source in named.items()
-        if source is not None
-    }
-    return dataclasses.replace(experiment, feed="resident" if kept["train"] else "stream"), kept
+    try:
+        resident = {name: _kept(source, limit) for name, source in _sources(experiment).items()}
+    except Exception:  # of a user's own source; opening it says what is wrong
+        return experiment, None
+    return dataclasses.replace(experiment, feed="resident" if resident["train"] else "stream"), resident
+
+
+def opened(experiment: Experiment, mesh: Mesh) -> Experiment:
+    """``experiment`` with its data read, for more than one plan of it."""
+    sources = splits.open_sources(experiment, mesh)
+    return dataclasses.replace(
+        experiment, train=sources["train"], test=sources["test"], valid=sources.get("valid"), holdout=0
+    )
+
+
+def _kept(source: Source, limit: Limit) -> bool:
+    """As ``splits`` decides it."""
+    if hasattr(source, "draw"):
+        return False
+    return isinstance(source, Arrays) or stored(source, len(source)) <= limit.bytes // splits.RESIDENT_PART
+
+
+def _sources(exp: Experiment) -> dict[str, Source]:
+    named: dict[str, Source | None] = {"train": exp.train, "test": exp.test, "valid": exp.valid}
+    if exp.holdout:
+        kept, out = holdout(len(exp.train), exp.holdout)
+        named |= {"train": Subset(exp.train, kept), "valid": Subset(exp.train, out)}
+    return {name: source for name, source in named.items() if source is not None}
 
 
 def _compile(program: Program, mesh: Mesh) -> Any:

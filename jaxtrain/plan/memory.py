@@ -95,10 +95,9 @@ def mesh_of(program: Program) -> Mesh:
     return mesh
 
 
-def stored(source: Source, length: int | None = None) -> int:
-    """Bytes on a device that keeps all of ``source``, or ``length`` examples of it."""
-    one = sum(math.prod(x.shape) * x.dtype.itemsize for x in _example(source).values())
-    return one * (len(source) if length is None else length)
+def stored(source: Source, n: int) -> int:
+    """Bytes on a device that keeps ``n`` examples of ``source``."""
+    return n * sum(math.prod(x.shape) * x.dtype.itemsize for x in _example(source).values())
 
 
 def _data(program: Program, batch: dict[str, Any], resident: Mapping[str, bool] | None) -> dict[str, Any]:

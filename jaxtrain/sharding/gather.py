@@ -17,8 +17,8 @@ def gathered(model: Model, shardings: Any) -> Model:
     """``model``, whose ``apply`` takes parameters split over ``fsdp`` and works on whole ones.
 
     Stated, not left to XLA: it might move activations instead, and its partitioner gives wrong gradients
-    for some convolutions whose kernels are split over two axes. The whole parameters are not kept for the backward
-    pass but gathered once more (FSDP, arXiv:2304.11277; ZeRO stage 3, arXiv:1910.02054).
+    for some convolutions whose kernels are split over two axes. The whole parameters are not kept for the
+    backward pass but gathered once more (FSDP, arXiv:2304.11277; ZeRO stage 3, arXiv:1910.02054).
 
     Args:
       model: takes whole parameters.

@@ -192,7 +192,7 @@ def put_replicated(tree: Any, sharding: NamedSharding) -> Any:
 
     Args:
       tree: whole arrays, random keys among them.
-      sharding: where they go; of a kind that needs no value of another process, such as ``replicated``.
+      sharding: where they go, usually ``replicated``.
     """
     if count() == 1:
         return jax.device_put(tree, sharding)

@@ -1,0 +1,235 @@
+"""Plans as text for a person, at most ``WIDTH`` columns wide, and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtrain import sharding
+from jaxtrain.plan.limits import Limit, size_text
+from jaxtrain.plan.measure import Plan
+from jaxtrain.plan.memory import Held
+from jaxtrain.plan.nearest import Nearest
+from jaxtrain.plan.search import Searched
+from jaxtrain.plan.variants import Tried, Variant
+
+WIDTH = 99
+NAMES = {
+    "params": "parameters",
+    "optimizer": "optimizer state",
+    "other_state": "other state",
+    "batch": "batch",
+    "batches_ahead": "batches sent ahead",
+    "data": "data kept there",
+    "temporaries": "temporaries",
+    "outputs": "outputs",
+}
+
+
+def as_text(plan: Plan) -> str:
+    """Memory of each device, arithmetic, communication and the largest arrays."""
+    blocks = [
+        memory_text(plan.bytes, _remarks(plan)),
+        _arithmetic(plan),
+        _moved(plan),
+        held_text(plan.largest),
+    ]
+    return "\n\n".join(blocks)
+
+
+def memory_text(sizes: dict[str, int], remarks: dict[str, str]) -> str:
+    """A line a part, with its share of the total; ``remarks`` say what a line is."""
+    total = sum(sizes.values())
+    rows = [
+        (NAMES[part], size_text(size), f"{100 * size / max(total, 1):.0f} %", remarks.get(part, ""))
+        for part, size in sizes.items()
+        if size or part in ("params", "optimizer", "temporaries")
+    ]
+    rows.append(("total", size_text(total), "", remarks.get("total", "")))
+    return table("memory of each device", rows, "<>><")
+
+
+def held_text(arrays: Sequence[Held]) -> str:
+    """The largest arrays, a line each."""
+    rows = [
+        (one.path, one.array, one.sharding or "whole", size_text(one.bytes)) for one in arrays if one.bytes
+    ]
+    return table("largest arrays, and what of them is on each device", rows, "<<<>")
+
+
+def verdict_text(plan: Plan, limit: Limit | None) -> str:
+    """Does it fit?"""
+    if limit is None:
+        return (
+            "verdict: none, because a CPU device has no memory of its own: add --device-memory, such as\n"
+            "  --device-memory 80GB"
+        )
+    fits = plan.total <= limit.bytes
+    line = (
+        f"verdict: {'fits' if fits else 'DOES NOT FIT'}: {size_text(plan.total)} of {size_text(limit.bytes)}"
+    )
+    return f"{line} ({100 * plan.total / limit.bytes:.0f} %) on each device\n  the limit is {limit.text}"
+
+
+def nearest_text(nearest: Nearest, given: Variant) -> str:
+    """The change that fits, or that none does, and what was tried."""
+    if nearest.fits is not None and nearest.fits.plan is not None:
+        flags = " ".join(nearest.fits.variant.flags(given))
+        lines = [f"it fits with {flags}: {size_text(nearest.fits.plan.total)}"]
+        lines += [f"  {note}" for note in nearest.fits.plan.notes]
+    elif nearest.smallest is not None and nearest.smallest.plan is not None:
+        flags = " ".join(nearest.smallest.variant.flags(given))
+        lines = [
+            f"none of {len(nearest.tried)} changes fits; the smallest is {flags}: "
+            f"{size_text(nearest.smallest.plan.total)}",
+            "  more devices, a smaller model or a shorter context would need less",
+        ]
+    else:
+        lines = ["nothing else could be tried: more devices or a smaller model would need less"]
+    rows = [(" ".join(one.variant.flags(given)), _total(one)) for one in nearest.tried]
+    return "\n".join(lines) + ("\n\n" + table("tried", rows, "<>") if len(rows) > 1 else "")
+
+
+def search_text(searched: Searched, limit: Limit | None) -> str:
+    """A line for each variant, and for each mesh that is impossible."""
+    rows = [("mesh", "batch", "remat", "fits", "total", "temporaries", "sent a step")]
+    for one in searched.found:
+        plan = one.plan
+        assert plan is not None
+        fits = "" if limit is None else "yes" if plan.total <= limit.bytes else "no"
+        moved = sum(each.bytes for each in plan.collectives)
+        memory = (size_text(plan.total), size_text(plan.bytes["temporaries"]), size_text(moved))
+        rows.append((one.variant.mesh_text, f"{plan.batch:,}", plan.remat, fits, *memory))
+    blocks = [table("what each way of running it needs, on each device", rows, "<><<>>>")]
+    if searched.impossible:
+        refused = dict.fromkeys((one.variant.mesh_text, one.reason) for one in searched.impossible)
+        blocks.append(table("not possible", list(refused), "<<"))
+    if searched.left_out:
+        blocks.append(
+            f"{searched.left_out} more were left out; choose among them with --mesh and --set batch"
+        )
+    return "\n\n".join(blocks)
+
+
+def as_json(plan: Plan, limit: Limit | None) -> dict[str, Any]:
+    """Everything, for a program."""
+    return {
+        "mesh": plan.mesh,
+        "compiled_for": plan.platform,
+        "batch": plan.batch,
+        "accumulate": plan.accumulate,
+        "remat": plan.remat,
+        "precision": plan.precision,
+        "parameters": plan.parameters,
+        "resident": list(plan.resident),
+        "bytes_per_device": {**plan.bytes, "total": plan.total},
+        "flops": None if plan.flops is None else {"step": plan.flops, "example": plan.flops / plan.batch},
+        "collectives": [dataclasses.asdict(one) for one in plan.collectives],
+        "largest": [dataclasses.asdict(one) for one in plan.largest],
+        "limit": None if limit is None else dataclasses.asdict(limit),
+        "fits": None if limit is None else plan.total <= limit.bytes,
+        "notes": list(plan.notes),
+    }
+
+
+def nearest_json(nearest: Nearest, given: Variant) -> dict[str, Any]:
+    """The change that fits (null if none does), the smallest, and all that was tried."""
+    return {
+        "change": None if nearest.fits is None else _tried_json(nearest.fits, given),
+        "smallest": None if nearest.smallest is None else _tried_json(nearest.smallest, given),
+        "tried": [_tried_json(one, given) for one in nearest.tried],
+    }
+
+
+def search_json(searched: Searched, given: Variant, limit: Limit | None) -> dict[str, Any]:
+    """What was found, what is impossible and how many were left out."""
+    found = [
+        _tried_json(one, given) | ({} if limit is None else {"fits": one.plan.total <= limit.bytes})
+        for one in searched.found
+        if one.plan
+    ]
+    impossible = [_tried_json(one, given) for one in searched.impossible]
+    return {"search": {"found": found, "impossible": impossible, "left_out": searched.left_out}}
+
+
+def table(title: str, rows: Sequence[Sequence[str]], align: str) -> str:
+    """Rows under a title, aligned; the first column gives way where a line would be too long.
+
+    >>> print(table("sizes", [("a", "5 B"), ("bc", "12 MB")], "<>"))
+    sizes
+      a     5 B
+      bc  12 MB
+    """
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(len(align))]
+    others = sum(width + 2 for width in widths[1:])
+    last = align[-1] == "<" and len(align) > 1
+    if last:  # the end of a line is cut, not its beginning
+        widths[-1] = min(widths[-1], WIDTH - 2 - sum(width + 2 for width in widths[:-1]))
+    else:
+        widths[0] = min(widths[0], WIDTH - 2 - others)
+    lines = [title]
+    for row in rows:
+        cells = [
+            f"{_cut(text, width, end=last and i == len(align) - 1):{how}{width}}"
+            for i, (text, width, how) in enumerate(zip(row, widths, align, strict=True))
+        ]
+        lines.append(f"  {'  '.join(cells)}".rstrip())
+    return "\n".join(lines)
+
+
+def _cut(text: str, width: int, end: bool) -> str:
+    """``text`` with ``…`` for what is too long, at its end or in its middle."""
+    if len(text) <= width:
+        return text
+    head = width - 1 if end else width // 3
+    tail = width - 1 - head
+    return f"{text[:head]}…{text[len(text) - tail :]}"
+
+
+def _remarks(plan: Plan) -> dict[str, str]:
+    figure = "XLA's figure for the compiled step"
+    if plan.platform == "cpu":
+        figure = "XLA's figure, compiled for CPU: a GPU's will differ"
+    return {
+        "data": ", ".join(plan.resident),
+        "other_state": "step, statistics, averages",
+        "temporaries": figure,
+        "outputs": "results that do not take the place of the state",
+    }
+
+
+def _arithmetic(plan: Plan) -> str:
+    rows = [("parameters", f"{plan.parameters:,}", "")]
+    if plan.flops is not None:
+        rows.append(("a step", f"{_flops(plan.flops)}", "of all devices together, recomputation not counted"))
+        rows.append(("an example", f"{_flops(plan.flops / plan.batch)}", ""))
+    return table("arithmetic", rows, "<><")
+
+
+def _moved(plan: Plan) -> str:
+    if not plan.collectives:
+        return "sent between devices in a step\n  nothing"
+    rows = [
+        (one.kind, "+".join(one.axes), size_text(one.bytes), f"{one.count:,} ×") for one in plan.collectives
+    ]
+    return table("sent between devices in a step", rows, "<<>>")
+
+
+def _total(one: Tried) -> str:
+    return size_text(one.plan.total) if one.plan else f"not possible: {one.reason}"
+
+
+def _flops(count: float) -> str:
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if count >= size:
+            return f"{count / size:,.2f} {unit}FLOP"
+    return f"{count:,.0f} FLOP"
+
+
+def _tried_json(one: Tried, given: Variant) -> dict[str, Any]:
+    mesh = dict(zip(sharding.AXES, one.variant.mesh, strict=True))
+    what = dataclasses.asdict(one.variant) | {"mesh": mesh, "flags": list(one.variant.flags(given))}
+    if one.plan is None:
+        return what | {"reason": one.reason}
+    return what | {"total": one.plan.total, "bytes_per_device": one.plan.bytes}

@@ -1,0 +1,77 @@
+"""Every mesh of so many devices, with some batches and recomputation: what fits, and what it needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+
+from jaxtrain.models import Remat
+from jaxtrain.plan.variants import Tried, Try, Variant
+
+MOST = 60  # variants that are compiled: all of eight devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Searched:
+    """What came of it.
+
+    Attributes:
+      found: those that could be compiled, those that fit first, then by their memory.
+      impossible: the others.
+      left_out: how many there would have been beyond ``MOST``.
+    """
+
+    found: tuple[Tried, ...]
+    impossible: tuple[Tried, ...]
+    left_out: int
+
+
+def search(
+    variant: Variant,
+    limit: int | None,
+    trial: Try,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Searched:
+    """Compile meshes × batches × recomputation, one by one.
+
+    Args:
+      variant: what was asked for, whose devices and ``accumulate`` all others share.
+      limit: bytes on each device; None where nothing is known to fit or not.
+      trial: compiles a variant.
+      advance: hears how many are done of how many.
+    """
+    everything = list(variants(variant))
+    tried, refused = list[Tried](), set[tuple[int, ...]]()
+    for number, one in enumerate(everything[:MOST]):
+        if one.mesh not in refused:
+            tried.append(trial(one))
+            if tried[-1].plan is None and not tried[-1].reason.startswith(("batch", "eval_batch")):
+                refused.add(one.mesh)  # and so with another batch or recomputation
+        advance(number + 1, len(everything[:MOST]))
+
+    def rank(one: Tried) -> tuple[bool, int]:
+        total = one.plan.total if one.plan else 0
+        return limit is not None and total > limit, total
+
+    return Searched(
+        tuple(sorted((one for one in tried if one.plan), key=rank)),
+        tuple(one for one in tried if not one.plan),
+        len(everything[MOST:]),
+    )
+
+
+def variants(given: Variant) -> Iterator[Variant]:
+    """``given`` first, then the rest: as it was asked for before double and half the batch.
+
+    >>> len({*variants(Variant((8, 1, 1), 64, 1, "none"))})
+    60
+    """
+    devices = given.mesh[0] * given.mesh[1] * given.mesh[2]
+    sizes = [n for n in range(1, devices + 1) if devices % n == 0]
+    meshes = [mesh for mesh in itertools.product(sizes, repeat=3) if mesh[0] * mesh[1] * mesh[2] == devices]
+    meshes.sort(key=lambda mesh: (mesh != given.mesh, mesh[2], mesh[1]))
+    batches = [given.batch, 2 * given.batch, *([given.batch // 2] if given.batch % 2 == 0 else [])]
+    remats: dict[Remat, None] = dict.fromkeys((given.remat, "none", "nothing_saveable"))
+    for batch, remat, mesh in itertools.product(batches, remats, meshes):
+        yield Variant(mesh, batch, given.accumulate, remat)

@@ -1,0 +1,106 @@
+"""The same experiment carried out in another way: another mesh, batch, accumulation or recomputation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+
+from jaxtrain import sharding
+from jaxtrain.errors import InputError, RunError
+from jaxtrain.experiment import Experiment
+from jaxtrain.models import Remat
+from jaxtrain.plan.measure import Plan, measure
+from jaxtrain.program import assemble
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What may differ from the run that was asked for.
+
+    Attributes:
+      mesh: sizes of ``sharding.AXES``.
+      batch, accumulate, remat: as in ``Experiment``.
+    """
+
+    mesh: tuple[int, ...]
+    batch: int
+    accumulate: int
+    remat: Remat
+
+    @property
+    def mesh_text(self) -> str:
+        """As ``--mesh`` takes it."""
+        return sharding.mesh_text(dict(zip(sharding.AXES, self.mesh, strict=True)))
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts the mesh splits a batch."""
+        return math.prod(size for axis, size in zip(sharding.AXES, self.mesh, strict=True) if axis != "model")
+
+    def flags(self, given: Variant) -> tuple[str, ...]:
+        """What to add to the command that asked for ``given``.
+
+        >>> given = Variant((8, 1, 1), 64, 1, "none")
+        >>> " ".join(Variant((1, 8, 1), 64, 4, "none").flags(given))
+        '--mesh fsdp=8 --set accumulate=4'
+        """
+        words = [] if self.mesh == given.mesh else ["--mesh", self.mesh_text]
+        for name in ("batch", "accumulate", "remat"):
+            if getattr(self, name) != getattr(given, name):
+                words += ["--set", f"{name}={getattr(self, name)}"]
+        return tuple(words)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """A variant and what it needs, or why it cannot be (``plan`` is None)."""
+
+    variant: Variant
+    plan: Plan | None
+    reason: str = ""
+
+
+Try = Callable[[Variant], Tried]
+
+
+def given(experiment: Experiment, mesh: jax.sharding.Mesh) -> Variant:
+    """The variant that ``experiment`` on ``mesh`` is."""
+    sizes = tuple(mesh.shape[axis] for axis in sharding.AXES)
+    return Variant(sizes, experiment.batch, experiment.accumulate, experiment.remat)
+
+
+def trying(
+    experiment: Experiment,
+    devices: Sequence[jax.Device],
+    resident: Mapping[str, bool] | None,
+    told: Callable[[Tried], None] = lambda tried: None,
+) -> Try:
+    """A function that compiles a variant of ``experiment``.
+
+    Args:
+      experiment: with its data read (``opened``).
+      devices: those of every variant's mesh.
+      resident: as for ``measure``.
+      told: hears of each result.
+    """
+
+    def one(variant: Variant) -> Tried:
+        try:
+            changed = dataclasses.replace(
+                experiment, batch=variant.batch, accumulate=variant.accumulate, remat=variant.remat
+            )
+            mesh = sharding.make_mesh(devices, dict(zip(sharding.AXES, variant.mesh, strict=True)))
+            program = assemble(changed, mesh)
+            try:
+                tried = Tried(variant, measure(program, resident, count=False))
+            finally:
+                program.close()
+        except (InputError, RunError) as error:
+            tried = Tried(variant, None, str(error))
+        told(tried)
+        return tried
+
+    return one
