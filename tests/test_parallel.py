@@ -81,7 +81,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_gradients_of_every_family_are_those_of_one_device(name):
-    """XLA's partitioner gives wrong ones where a convolution's kernel is split over two axes, if it is let."""
+    """Left to itself XLA gives wrong ones where the kernel of a convolution is split over two axes."""
     module, shapes = OTHERS[name]
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
