@@ -6,8 +6,8 @@ smaller pieces. It says nothing about what real devices gain. A step that runs o
 even gain, because eight parts keep the cores busier than one whole.
 
 Every family trains on made-up data in the shapes of its usual kind, in the lane that
-``python -m jaxtrain bench --scaling`` times. The dense network also runs at smaller batches, where the price is
-the same and the step shorter, on two other meshes, and part by part: an update of the same parameters, an
+``python -m jaxtrain bench --scaling`` times. The dense network also runs at smaller batches, where the price
+is the same and the step shorter, on two other meshes, and part by part: an update of the same parameters, an
 all-reduce of the same gradients and an empty program, each on its own.
 
   python -m benchmarks.sharding [--rounds N] [--out FILE]
@@ -16,6 +16,7 @@ all-reduce of the same gradients and an empty program, each on its own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -63,11 +64,16 @@ def text(length: int) -> data.Arrays:
     return data.Arrays({"tokens": tokens[:, :-1], "label": tokens[:, 1:].astype(np.int32)})
 
 
-def reviews(length: int) -> data.Arrays:
-    """Bytes with one of two labels."""
+def reviews(most: int) -> data.Arrays:
+    """Texts of up to ``most`` bytes with one of two labels."""
     rng = np.random.default_rng(0)
-    tokens, label = rng.integers(1, 256, (EXAMPLES, length), np.uint8), rng.integers(0, 2, EXAMPLES, np.int32)
-    return data.Arrays({"tokens": tokens, "label": label})
+    return data.Arrays(
+        {
+            "tokens": rng.integers(1, 256, (EXAMPLES, most), np.uint8),
+            "length": rng.integers(most // 2, most + 1, EXAMPLES, np.int32),
+            "label": rng.integers(0, 2, EXAMPLES, np.int32),
+        }
+    )
 
 
 def series(window: int, horizon: int, variables: int) -> data.Arrays:
@@ -192,7 +198,7 @@ def main() -> None:
     for name, case in cases().items():
         lanes = {mesh: Lane(case.experiment, mesh_of(mesh)) for mesh in (ONE, *case.meshes)}
         sides = {
-            mesh: common.each(lambda lane=lane: lane.round(case.chunk), case.chunk)
+            mesh: common.each(functools.partial(lane.round, case.chunk), case.chunk)
             for mesh, lane in lanes.items()
         }
         times = common.interleaved(sides, args.rounds)

@@ -45,11 +45,12 @@ def float64() -> Any:
 
 
 def classes(n: int = 12) -> dict[str, jax.Array]:
-    return {"image": jnp.array(RNG.normal(size=(n, 5))), "label": jnp.array(RNG.integers(0, 3, n), jnp.int32)}
+    rng = np.random.default_rng(1)
+    return {"image": jnp.array(rng.normal(size=(n, 5))), "label": jnp.array(rng.integers(0, 3, n), jnp.int32)}
 
 
 def lines(n: int = 8) -> dict[str, jax.Array]:
-    x = RNG.normal(size=(n, 3)).astype(np.float32)
+    x = np.random.default_rng(1).normal(size=(n, 3)).astype(np.float32)
     return {"x": jnp.array(x), "target": jnp.array(x.sum(1)), "row": jnp.arange(n, dtype=jnp.int32)}
 
 

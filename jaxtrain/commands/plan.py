@@ -51,9 +51,10 @@ def _run(args: argparse.Namespace) -> int:
     cli.ensure_prepared(experiment, console)
     experiment, resident = plan.as_on(experiment, limit)
     experiment = plan.opened(experiment, mesh)
+    stand_in = simulated or args.device_memory is not None
     program = assemble(experiment, mesh)
     try:
-        found, steps = plan.measure(program, resident), program.steps
+        found, steps = plan.measure(program, resident, stand_in=stand_in), program.steps
     finally:
         program.close()
         del program  # and with it the data that it keeps on the devices
@@ -63,9 +64,9 @@ def _run(args: argparse.Namespace) -> int:
     console.note(f"\n{report.as_text(found)}\n\n{report.verdict_text(found, limit)}")
 
     variant, more = plan.given(experiment, mesh), dict[str, Any]()
-    trial = plan.trying(experiment, list(mesh.devices.flat), resident, _progress(variant))
+    trial = plan.trying(experiment, list(mesh.devices.flat), resident, _progress(variant), stand_in=stand_in)
     if args.search:
-        with console.task("compile", 0) as advance:
+        with console.task("compile", plan.attempts(variant)) as advance:
             searched = plan.search(variant, limit.bytes if limit else None, trial, advance)
         more = report.search_json(searched, variant, limit)
         console.note(f"\n{report.search_text(searched, limit)}")
@@ -111,7 +112,7 @@ def _notes(mesh: Mesh, simulated: bool, experiment: Any, limit: Any) -> list[str
     lines = [f"simulated: {mesh.size} CPU devices stand for those that are meant"]
     if experiment.feed == "auto" and limit is None:
         lines.append(
-            "whether data is kept on the devices was decided by this machine's memory (--device-memory)"
+            "data is kept on the devices or not by this machine's memory; give theirs with --device-memory"
         )
     return lines
 

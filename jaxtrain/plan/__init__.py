@@ -7,7 +7,7 @@ from jaxtrain.plan.limits import Limit, limit_of, parse_size, size_text
 from jaxtrain.plan.measure import Plan, as_on, measure, opened
 from jaxtrain.plan.memory import Held, held
 from jaxtrain.plan.nearest import Nearest, nearest
-from jaxtrain.plan.search import Searched, search
+from jaxtrain.plan.search import Searched, attempts, search
 from jaxtrain.plan.variants import Tried, Variant, given, trying
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Tried",
     "Variant",
     "as_on",
+    "attempts",
     "collectives",
     "explained",
     "flops_of",

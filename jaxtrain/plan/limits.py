@@ -94,4 +94,4 @@ def _fraction() -> tuple[float, str]:
             if not 0 < part <= 1:
                 raise InputError(f"{name}={text}: give a number in (0, 1], such as 0.9")
             return part, f"as {name} says"
-    return FRACTION, f"which JAX takes unless {FRACTION_NAMES[0]} says more"
+    return FRACTION, f"which JAX takes unless {FRACTION_NAMES[0]} says otherwise"

@@ -213,7 +213,7 @@ def _moved(plan: Plan) -> str:
     rows = [
         (one.kind, "+".join(one.axes), size_text(one.bytes), f"{one.count:,} ×") for one in plan.collectives
     ]
-    return table("sent between devices in a step", rows, "<<>>")
+    return table("sent between devices in a step, along the mesh axes", rows, "<<>>")
 
 
 def _total(one: Tried) -> str:

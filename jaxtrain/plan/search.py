@@ -31,7 +31,7 @@ def search(
     variant: Variant,
     limit: int | None,
     trial: Try,
-    advance: Callable[[int, int], None] = lambda done, total: None,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> Searched:
     """Compile meshes × batches × recomputation, one by one.
 
@@ -39,7 +39,7 @@ def search(
       variant: what was asked for, whose devices and ``accumulate`` all others share.
       limit: bytes on each device; None where nothing is known to fit or not.
       trial: compiles a variant.
-      advance: hears how many are done of how many.
+      advance: hears how many of ``attempts(variant)`` are done.
     """
     everything = list(variants(variant))
     tried, refused = list[Tried](), set[tuple[int, ...]]()
@@ -48,7 +48,7 @@ def search(
             tried.append(trial(one))
             if tried[-1].plan is None and not tried[-1].reason.startswith(("batch", "eval_batch")):
                 refused.add(one.mesh)  # and so with another batch or recomputation
-        advance(number + 1, len(everything[:MOST]))
+        advance(number + 1)
 
     def rank(one: Tried) -> tuple[bool, int]:
         total = one.plan.total if one.plan else 0
@@ -59,6 +59,11 @@ def search(
         tuple(one for one in tried if not one.plan),
         len(everything[MOST:]),
     )
+
+
+def attempts(variant: Variant) -> int:
+    """How many variants ``search`` compiles, or finds to be impossible."""
+    return min(MOST, len([*variants(variant)]))
 
 
 def variants(given: Variant) -> Iterator[Variant]:
