@@ -7,8 +7,9 @@ even gain, because eight parts keep the cores busier than one whole.
 
 Every family trains on made-up data in the shapes of its usual kind, in the lane that
 ``python -m jaxtrain bench --scaling`` times. The dense network also runs at smaller batches, where the price
-is the same and the step shorter, on two other meshes, and part by part: an update of the same parameters, an
-all-reduce of the same gradients and an empty program, each on its own.
+is the same and the step shorter, on two other meshes, and part by part: eight steps of an eighth of the batch
+on one device, which is what eight devices compute without a word between them; the update of the same
+parameters, the all-reduce of the same gradients and an empty program, each on its own.
 
   python -m benchmarks.sharding [--rounds N] [--out FILE]
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,23 +28,30 @@ import optax
 from benchmarks import common
 from jaxtrain import data, devices, losses, models, optim, sharding
 from jaxtrain.experiment import Experiment
+from jaxtrain.plan.collectives import collectives
+from jaxtrain.program import Program
 from jaxtrain.scaling import Lane
 
 DEVICES = 8
 ONE, ALL = "data=1", f"data={DEVICES}"
 OTHERS = (f"fsdp={DEVICES}", "data=4,model=2")
 EXAMPLES = 4096
+REPEATS = 20  # of a part, which is short
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A workload: ``chunk`` steps are timed at once, on one device and on each of ``meshes``."""
+    """A workload: ``chunk`` steps are timed at once, on one device and on each of ``meshes``.
+
+    Where there is something to ``explain``, the parts of a step are timed too.
+    """
 
     about: str
     experiment: Experiment
     chunk: int
     meshes: tuple[str, ...] = (ALL,)
     goal: str | None = None
+    explain: bool = False
 
 
 def images(shape: tuple[int, ...], classes: int = 10, pixels: bool = False) -> data.Arrays:
@@ -115,9 +123,9 @@ def cases() -> dict[str, Case]:
     factors = models.Factors(users=943, items=1682, width=32, dropout=0.2)
     mlp = "784-512-512-10, 0.67 M parameters, SGD with momentum"
     return {
-        "mlp": Case(mlp, dense[2048], chunk=5, meshes=(ALL, *OTHERS), goal="<= 1.3"),
-        "mlp, batch 512": Case(mlp, dense[512], chunk=10, meshes=(ALL, *OTHERS)),
-        "mlp, batch 128": Case(mlp, dense[128], chunk=20),
+        "mlp": Case(mlp, dense[2048], chunk=5, meshes=(ALL, *OTHERS), goal="<= 1.3", explain=True),
+        "mlp, batch 512": Case(mlp, dense[512], chunk=10, meshes=(ALL, *OTHERS), explain=True),
+        "mlp, batch 128": Case(mlp, dense[128], chunk=20, explain=True),
         "cnn": Case(
             "widths 16 and 32, 32 × 32 × 3, BatchNorm, flips and crops",
             experiment(models.CNN(widths=(16, 32), convs=1), photographs, 128, augment=augment),
@@ -126,11 +134,11 @@ def cases() -> dict[str, Case]:
         "resnet18": Case("width 16, 32 × 32 × 3", experiment(resnet, photographs, 64), chunk=3),
         "gpt": Case("width 128, depth 4, context 64", experiment(gpt, text(64), 32), chunk=5),
         "unet": Case(
-            "widths 8, 16 and 32, 64 × 64 × 3",
-            experiment(models.UNet(widths=(8, 16, 32)), images((64, 64, 3), 3, pixels=True), 32),
+            "widths 8, 16 and 32, 32 × 32 × 3",
+            experiment(models.UNet(widths=(8, 16, 32)), images((32, 32, 3), 3, pixels=True), 32),
             chunk=5,
         ),
-        "lstm": Case("width 64 in both directions, 64 tokens", experiment(lstm, reviews(64), 128), chunk=5),
+        "lstm": Case("width 64 in both directions, 32 tokens", experiment(lstm, reviews(32), 128), chunk=5),
         "gru": Case(
             "width 64, 48 hours to 24",
             experiment(gru, series(48, 24, 7), 128, loss=losses.Forecast(), select="-loss"),
@@ -150,43 +158,59 @@ def mesh_of(name: str) -> Any:
     return sharding.make_mesh(used, sharding.parse_mesh(name, len(used)))
 
 
-def parts(experiment: Experiment) -> dict[str, Callable[[], float]]:
-    """What splitting adds to a step of ``experiment``, one thing at a time: sides for ``interleaved``."""
-    tx = experiment.optimizer.build(1000)
+def parts(case: Case, lanes: Mapping[str, Lane]) -> dict[str, Callable[[], float]]:
+    """What splitting adds to a step, one thing at a time: sides for ``interleaved``."""
+    mesh = mesh_of(ALL)
+    whole, split = sharding.replicated(mesh), sharding.batch_split(mesh)
+    size = sum(x.size for x in jax.tree.leaves(lanes[ALL].program.like.params))
+    rows = jax.device_put(np.ones((DEVICES, size), np.float32), split)
+    small = jax.device_put(np.zeros((), np.float32), whole)
+    reduce = sharding.compile(lambda x: x.sum(0), args=(split,), out=whole)
+    nothing = sharding.compile(lambda x: x + 1, args=(whole,), out=whole)
+
+    fewer = dataclasses.replace(case.experiment, batch=case.experiment.batch // DEVICES)
+    eighth = functools.partial(Lane(fewer, mesh_of(ONE)).round, DEVICES * case.chunk)
+
+    def repeated(fn: Callable[[Any], Any], x: Any) -> Callable[[], float]:
+        return common.each(lambda: [jax.block_until_ready(fn(x)) for _ in range(REPEATS)], REPEATS)
+
+    return {
+        f"{DEVICES} steps of 1/{DEVICES} of the batch, 1 device": common.each(eighth, case.chunk),
+        "update, 1 device": updates(lanes[ONE].program),
+        f"update, {DEVICES} devices": updates(lanes[ALL].program),
+        f"all-reduce of the gradients, {DEVICES} devices": repeated(reduce, rows),
+        f"empty program, {DEVICES} devices": repeated(nothing, small),
+    }
+
+
+def updates(program: Program) -> Callable[[], float]:
+    """The optimizer alone, on the program's parameters."""
+    tx = program.experiment.optimizer.build(program.steps)
+    whole = sharding.replicated(program.key.sharding.mesh)
 
     def update(params: Any, opt_state: Any, grads: Any) -> Any:
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    def updates_on(name: str) -> Callable[[], float]:
-        lane, whole = Lane(experiment, mesh_of(name)), sharding.replicated(mesh_of(name))
-        fn = sharding.compile(update, args=(whole,) * 3, out=(whole, whole), donate=(0, 1))
-        state = lane.program.init()
-        held, grads = [state.params, state.opt_state], lane.program.init().params
+    fn = sharding.compile(update, args=(whole,) * 3, out=(whole, whole), donate=(0, 1))
+    state, grads = program.init(), program.init().params
+    held = [state.params, state.opt_state]
 
-        def work() -> None:
-            for _ in range(20):
-                held[:] = fn(*held, grads)
-            jax.block_until_ready(held)
+    def work() -> None:
+        for _ in range(REPEATS):
+            held[:] = fn(*held, grads)
+        jax.block_until_ready(held)
 
-        return common.each(work, 20)
+    return common.each(work, REPEATS)
 
-    mesh = mesh_of(ALL)
-    whole, split = sharding.replicated(mesh), sharding.batch_split(mesh)
-    size = sum(x.size for x in jax.tree.leaves(Lane(experiment, mesh).program.like.params))
-    each = jax.device_put(np.ones((DEVICES, size), np.float32), split)
-    reduce = sharding.compile(lambda x: x.sum(0), args=(split,), out=whole)
-    nothing = sharding.compile(lambda x: x + 1, args=(whole,), out=whole)
-    small = jax.device_put(np.zeros((), np.float32), whole)
 
-    def repeated(fn: Callable[[Any], Any], x: Any) -> Callable[[], float]:
-        return common.each(lambda: [jax.block_until_ready(fn(x)) for _ in range(20)], 20)
-
+def moved(lane: Lane) -> dict[str, dict[str, int]]:
+    """What a step moves between the devices: how many collectives and how many bytes, by kind and axes."""
+    program = lane.program
+    compiled = program.train_step.lower(program.like, program.train.batch(0), program.key).compile()
     return {
-        "update, 1 device": updates_on(ONE),
-        f"update, {DEVICES} devices": updates_on(ALL),
-        f"all-reduce of the gradients, {DEVICES} devices": repeated(reduce, each),
-        f"empty program, {DEVICES} devices": repeated(nothing, small),
+        f"{one.kind} over {','.join(one.axes)}": {"count": one.count, "bytes": one.bytes}
+        for one in collectives(compiled.as_text(), lane.mesh)
     }
 
 
@@ -207,11 +231,11 @@ def main() -> None:
             "batch": case.experiment.batch,
             "steps a round": case.chunk,
             "step_ms": common.medians(times, 1e3),
+            "moved": {mesh: moved(lanes[mesh]) for mesh in case.meshes},
         }
-        if case.goal is not None:
-            figures[name]["parts_ms"] = common.medians(
-                common.interleaved(parts(case.experiment), args.rounds), 1e3
-            )
+        if case.explain:
+            alone = common.interleaved(parts(case, lanes), args.rounds)
+            figures[name]["parts_ms"] = common.medians(alone, 1e3)
         for mesh in case.meshes:
             goal = case.goal if mesh == ALL else None
             label = f"{name}: time of a step on {mesh} over 1 device"

@@ -136,7 +136,7 @@ def assemble(
     model = _model(exp, like)
     prepare = compose(lambda batch, _: train.fetch(batch), *exp.augment, *exp.preprocess)
     update = (exp.step_factory or make_train_step)(model, exp.loss, tx, prepare, after, **_options(exp, mesh))
-    train_step = _train_function(update, train, mesh, like, key)
+    train_step = _train_function(update, train, mesh, like, key, _barriers(exp, mesh))
     evals = {}
     for name in [name for name in sources if name != "train"]:
         rows = Sequential(len(sources[name]), eval_batch)
@@ -194,7 +194,7 @@ def _model(exp: Experiment, like: State | None = None) -> Model:
     """The model as it is computed; with the state's shardings, as it is computed on their mesh."""
     model = as_model(exp.model, exp.remat)
     if like is not None:
-        model = sharding.gathered(model, _shardings(like.params))
+        model = sharding.gathered(model, _shardings(like.params), again=exp.remat != "none")
     return compute_in(model, exp.precision)
 
 
@@ -218,6 +218,12 @@ def _options(exp: Experiment, mesh: Mesh) -> dict[str, Any]:
     # XLA:CPU runs convolutions in a loop several times slower than outside.
     unroll = mesh.devices.flat[0].platform == "cpu"
     return {"accumulate": exp.accumulate, "unroll": unroll, **_scaling(exp)}
+
+
+def _barriers(exp: Experiment, mesh: Mesh) -> dict[str, str]:
+    """Compiler options for a step that counts on barriers: one that computes again, or in microbatches."""
+    counts = exp.remat != "none" or exp.accumulate > 1
+    return sharding.KEEP_BARRIERS if counts and mesh.devices.flat[0].platform == "cpu" else {}
 
 
 def _abstract(
@@ -247,10 +253,13 @@ def _train_function(
     mesh: Mesh,
     like: State,
     key: jax.Array,
+    options: dict[str, str],
 ) -> Callable[[State, Any, jax.Array], tuple[State, Metrics]]:
     """``update`` compiled; its first argument's buffers are reused for its result."""
     whole, state = sharding.replicated(mesh), _shardings(like)
-    step = sharding.compile(update, args=(state, train.shardings, whole), out=(state, whole), donate=(0,))
+    step = sharding.compile(
+        update, args=(state, train.shardings, whole), out=(state, whole), donate=(0,), options=options
+    )
     preflight.trace(step, like, train.batch(0), key, what="the train step")
     return step
 

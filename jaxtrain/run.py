@@ -86,7 +86,9 @@ def _fit(
         "mesh": dict(mesh.shape),
     }
     sharding.check_batch(experiment.batch, mesh, accumulate=experiment.accumulate)
-    if (folder / "config.json").exists():  # another run is refused before any data is opened
+    if processes.agree(
+        (folder / "config.json").exists(), "run"
+    ):  # another run is refused before any data is opened
         processes.first(lambda: workdir.claim(folder, name, experiment, record, args.extend))
     program = assemble(experiment, mesh)
     found = processes.first(lambda: workdir.result(folder, program.steps))

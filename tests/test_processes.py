@@ -73,6 +73,11 @@ for length in (4087 - base, 4088 - base, 4089 - base, 20_000):
 told = raised(RunError, lambda: processes.agree(1, "here")) if me else processes.agree(1, "there")
 assert told == 1 if me == 0 else "process 1 is at 'here' and process 0 at 'there'" in told, told
 
+if me:
+    assert "main__:" in raised(RunError, lambda: processes.first(lambda: 1))
+else:
+    assert processes.first(lambda: 2) == 2  # another line: not the same place
+
 # first: the work is process 0's, its error everybody's
 done = []
 assert processes.first(lambda: done.append(me) or ["result", me]) == ["result", 0]

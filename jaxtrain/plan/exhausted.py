@@ -51,9 +51,15 @@ def explained(program: Program, name: str, folder: Path, console: Console) -> It
         command = f"python -m jaxtrain plan --experiment {name}"
         with contextlib.suppress(Exception):
             command = _command(program, name, folder)
-        asked = re.search(r"allocat\w*(?: request for)? (\d[\d.,]*) ?(bytes|[KMGT]i?B)?", str(error))
-        size = f", asked for {asked[1]} {asked[2] or 'bytes'} more" if asked else ""
-        raise RunError(f"a device has no memory left{size}: see what fits with: {command}") from error
+        raise RunError(
+            f"a device has no memory left{_asked(error)}: see what fits with: {command}"
+        ) from error
+
+
+def _asked(error: Exception) -> str:
+    """How much it wanted, where the error says so in bytes."""
+    found = re.search(r"allocat\w* (\d+)( ?bytes|B)|\((\d+)B\)", str(error))
+    return f", which was asked for {size_text(int(found[1] or found[3]))} more" if found else ""
 
 
 def live_arrays(like: Any) -> list[tuple[str, int, str, int]]:

@@ -168,7 +168,7 @@ def _sources(exp: Experiment) -> dict[str, Source]:
 
 
 def _compile(program: Program, mesh: Mesh, stand_in: bool) -> Any:
-    """The very step of a run. On a CPU without what LLVM does to loops: it takes long and changes no figure."""
+    """The very step of a run; on a CPU without LLVM's optimisation, which takes long and changes no figure."""
     lowered = program.train_step.lower(  # type: ignore[attr-defined]
         program.like, batch_like(program), program.key
     )

@@ -3,7 +3,7 @@
 A laptop is a mesh of one device; nothing here or above has a second path for more.
 """
 
-from jaxtrain.sharding.compile import compile
+from jaxtrain.sharding.compile import KEEP_BARRIERS, compile
 from jaxtrain.sharding.gather import gathered
 from jaxtrain.sharding.mesh import (
     AXES,
@@ -20,6 +20,7 @@ from jaxtrain.sharding.rules import Placement, Rule, place
 
 __all__ = [
     "AXES",
+    "KEEP_BARRIERS",
     "Placement",
     "Rule",
     "batch_parts",

@@ -5,24 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtrain.types import Batch, Model
 
-GATHERED = "gathered parameters"
 
-
-def gathered(model: Model, shardings: Any) -> Model:
+def gathered(model: Model, shardings: Any, again: bool = False) -> Model:
     """``model``, whose ``apply`` takes parameters split over ``fsdp`` and works on whole ones.
 
     Stated, not left to XLA: it might move activations instead, and its partitioner gives wrong gradients
-    for some convolutions whose kernels are split over two axes. The whole parameters are not kept for the
-    backward pass but gathered once more (FSDP, arXiv:2304.11277; ZeRO stage 3, arXiv:1910.02054).
+    for some convolutions whose kernels are split over two axes. A gradient is summed and split as soon as it
+    is there (FSDP, arXiv:2304.11277; ZeRO stage 3, arXiv:1910.02054).
 
     Args:
       model: takes whole parameters.
       shardings: ``NamedSharding`` of each parameter; without ``fsdp`` in them ``model`` comes back.
+      again: gather once more for the backward pass, instead of keeping whole parameters for it.
     """
     whole = jax.tree.map(_without_fsdp, shardings)
     if whole == shardings:
@@ -32,9 +30,9 @@ def gathered(model: Model, shardings: Any) -> Model:
         def one(param: jax.Array, now: NamedSharding, then: NamedSharding) -> jax.Array:
             if now == then:
                 return param
-            # Also where it is split: so that its gradient is split before anything is done with it.
+            # The first is for the gradient, which comes back through both.
             param = jax.lax.with_sharding_constraint(param, now)
-            return checkpoint_name(jax.lax.with_sharding_constraint(param, then), GATHERED)
+            return jax.lax.with_sharding_constraint(param, then)
 
         return jax.tree.map(one, params, shardings, whole)
 
@@ -44,12 +42,16 @@ def gathered(model: Model, shardings: Any) -> Model:
         def forward(params: Any, extra: Any, batch: Batch, key: Any) -> tuple[Any, dict[str, Any]]:
             return model.apply(gather(params), extra, batch, train=train, key=key)
 
-        if train:
-            keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-            forward = jax.checkpoint(forward, policy=keep)
+        if train and again:
+            forward = jax.checkpoint(forward, policy=_keep_all_but_gathered)
         return forward(params, extra, batch, key)
 
     return model._replace(apply=apply)
+
+
+def _keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """The policy of ``jax.checkpoint`` that computes again nothing but where an array lies."""
+    return bool(primitive.name != "sharding_constraint")
 
 
 def _without_fsdp(sharding: NamedSharding) -> NamedSharding:

@@ -80,12 +80,12 @@ def agree(value: T, what: str) -> T:
     return first(lambda: value, what)
 
 
-def first(work: Callable[[], T], what: str = "first") -> T:
+def first(work: Callable[[], T], what: str | None = None) -> T:
     """The result of ``work()``, which only process 0 does; an error there is raised in every process.
 
     Args:
       work: returns what JSON can hold. With several processes its tuples come back as lists.
-      what: its name, the same in every process.
+      what: its name, the same in every process; None is the line of the caller.
 
     Raises:
       InputError, RunError: as ``work`` raises them, with its text; RunError in the other processes for
@@ -93,6 +93,9 @@ def first(work: Callable[[], T], what: str = "first") -> T:
     """
     if count() == 1:
         return work()
+    if what is None:
+        caller = sys._getframe(1)
+        what = f"{caller.f_globals.get('__name__')}:{caller.f_lineno}"
     failure: Exception | None = None
     text = b""
     if is_first():
