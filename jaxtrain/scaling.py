@@ -58,8 +58,8 @@ class Measured:
     def step_ms(self) -> tuple[float, float, float]:
         """Milliseconds of a step: first quartile, median and third over the rounds.
 
-        >>> Measured(2, "data=2", 32, True, 10, (0.1, 0.3, 0.2)).step_ms()
-        (15.0, 20.0, 25.0)
+        >>> Measured(2, "data=2", 32, True, 10, (0.125, 0.375, 0.25)).step_ms()
+        (18.75, 25.0, 31.25)
         """
         low, middle, high = np.percentile(self.round_seconds, (25, 50, 75)) * 1e3 / self.steps
         return float(low), float(middle), float(high)
@@ -132,9 +132,8 @@ def measure(given: Mapping[int, Layout], *, steps: int, rounds: int, console: Co
         )
     with contextlib.ExitStack() as stack:
         lanes: dict[int, Lane] = {}
-        for n, layout in given.items():
-            lanes[n] = _ready(layout, n, console)
-            stack.callback(lanes[n].program.close)
+        for n in given:
+            lanes[n] = _ready(n, given[n], stack, console)
         times: dict[int, list[float]] = {n: [] for n in lanes}
         with console.task("rounds", len(lanes) * (rounds + 1)) as advance:
             for done, (number, n) in enumerate(turns(list(lanes), rounds + 1), start=1):
@@ -196,12 +195,12 @@ class Lane:
     def __init__(self, experiment: Experiment, mesh: Mesh) -> None:
         self.program = assemble(experiment, mesh)
         self.mesh = mesh
-        self._state = self.program.init()
+        self.state = self.program.init()
         self._at = 0
 
     def round(self, steps: int) -> float:
         """Seconds of ``steps`` updates, at most ``max_in_flight`` of them queued, until all are finished."""
-        program, state, metrics = self.program, self._state, None
+        program, state, metrics = self.program, self.state, None
         flight = InFlight(program.experiment.max_in_flight)
         began = time.perf_counter()
         for step in range(self._at, self._at + steps):
@@ -209,14 +208,15 @@ class Lane:
             flight.add(metrics)
         jax.block_until_ready((state, metrics))
         seconds = time.perf_counter() - began
-        self._state, self._at = state, self._at + steps
+        self.state, self._at = state, self._at + steps
         return seconds
 
 
-def _ready(layout: Layout, n: int, console: Console) -> Lane:
-    """A lane that has taken its first step."""
+def _ready(n: int, layout: Layout, stack: contextlib.ExitStack, console: Console) -> Lane:
+    """A lane that has taken its first step, and is closed with ``stack``."""
     began = time.perf_counter()
     lane = Lane(layout.experiment, sharding.make_mesh(jax.devices()[:n], layout.sizes))
+    stack.callback(lane.program.close)
     lane.round(1)
     where = f"{n} device{'s' if n > 1 else ''} ({sharding.mesh_text(layout.sizes)})"
     console.note(f"{where}: ready after {time.perf_counter() - began:.1f} s, compilation included")

@@ -184,44 +184,44 @@ def _rows(about: dict[str, Any]) -> dict[str, str]:
 def _write(args: argparse.Namespace, about: dict[str, Any]) -> None:
     from jaxtrain.checkpoint import write_json
 
-    picture = None if args.plot is None else _draw(about)
+    picture = io.BytesIO()
+    if args.plot is not None:  # drawn before anything is written
+        _figure(about).savefig(picture, format="png", dpi=120)
     try:
         if args.json is not None:
             write_json(args.json, about)
-        if picture is not None:
-            args.plot.write_bytes(picture)
+        if args.plot is not None:
+            args.plot.write_bytes(picture.getvalue())
     except OSError as error:
         raise RunError(
             f"{error.filename} cannot be written ({error.strerror}): the figures are above"
         ) from error
 
 
-def _draw(about: dict[str, Any]) -> bytes:
-    """Examples a second by devices, measured and ideal, as a PNG."""
+def _figure(about: dict[str, Any]) -> Any:
+    """A matplotlib figure of examples a second by devices, measured and ideal."""
     from matplotlib.figure import Figure
 
     points = about["points"]
     counts = [point["devices"] for point in points]
     speeds = [point["examples_per_second"] for point in points]
-    # A slow quartile of the time is a low one of the speed.
-    spread = [
-        [1 - point["step_ms"]["median"] / point["step_ms"]["q3"] for point in points],
-        [point["step_ms"]["median"] / point["step_ms"]["q1"] - 1 for point in points],
+    quartiles = [
+        # The time's third quartile is the speed's first.
+        sorted(1e3 * point["batch"] / point["step_ms"][name] for name in ("q1", "q3"))
+        for point in points
     ]
-    bars = [[s * part for s, part in zip(speeds, side, strict=True)] for side in spread]
+    bars = [
+        [speed - low for speed, (low, _) in zip(speeds, quartiles, strict=True)],
+        [high - speed for speed, (_, high) in zip(speeds, quartiles, strict=True)],
+    ]
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     axis.plot(counts, [speeds[0] * n / counts[0] for n in counts], "--", color="grey", label="ideal")
     axis.errorbar(counts, speeds, bars, marker="o", capsize=3, label="measured, with quartiles")
     axis.set_xticks(counts)
     axis.set(xlabel="devices", ylabel="examples a second", ylim=(0, None))
-    axis.set_title(
-        f"{about['experiment']}, {about['scaling']} scaling, {about['device']}"
-        + (" (simulated devices)" if about["simulated"] else ""),
-        fontsize="medium",
-    )
+    simulated = " (simulated devices)" if about["simulated"] else ""
+    axis.set_title(f"{about['experiment']}, {about['scaling']} scaling, {about['device']}{simulated}")
     axis.grid(alpha=0.3)
     axis.legend()
-    target = io.BytesIO()
-    figure.savefig(target, format="png", dpi=120)
-    return target.getvalue()
+    return figure

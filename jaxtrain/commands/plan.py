@@ -51,10 +51,9 @@ def _run(args: argparse.Namespace) -> int:
     cli.ensure_prepared(experiment, console)
     experiment, resident = plan.as_on(experiment, limit)
     experiment = plan.opened(experiment, mesh)
-    stand_in = simulated or args.device_memory is not None
     program = assemble(experiment, mesh)
     try:
-        found, steps = plan.measure(program, resident, stand_in=stand_in), program.steps
+        found, steps = plan.measure(program, resident), program.steps
     finally:
         program.close()
         del program  # and with it the data that it keeps on the devices
@@ -64,15 +63,15 @@ def _run(args: argparse.Namespace) -> int:
     console.note(f"\n{report.as_text(found)}\n\n{report.verdict_text(found, limit)}")
 
     variant, more = plan.given(experiment, mesh), dict[str, Any]()
-    trial = plan.trying(experiment, list(mesh.devices.flat), resident, _progress(variant), stand_in=stand_in)
+    trial = plan.trying(experiment, list(mesh.devices.flat), resident, _progress(variant))
     if args.search:
         with console.task("compile", plan.attempts(variant)) as advance:
-            searched = plan.search(variant, limit.bytes if limit else None, trial, advance)
+            searched = plan.search_all(variant, limit.bytes if limit else None, trial, advance)
         more = report.search_json(searched, variant, limit)
         console.note(f"\n{report.search_text(searched, limit)}")
     elif limit is not None and found.total > limit.bytes:
         with console.task("look for what fits", 0):
-            nearest = plan.nearest(variant, found, limit.bytes, trial)
+            nearest = plan.find_nearest(variant, found, limit.bytes, trial)
         more = report.nearest_json(nearest, variant)
         console.note(f"\n{report.nearest_text(nearest, variant)}")
     if args.json:

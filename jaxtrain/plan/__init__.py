@@ -6,8 +6,8 @@ from jaxtrain.plan.flops import flops_of, model_flops
 from jaxtrain.plan.limits import Limit, limit_of, parse_size, size_text
 from jaxtrain.plan.measure import Plan, as_on, measure, opened
 from jaxtrain.plan.memory import Held, held
-from jaxtrain.plan.nearest import Nearest, nearest
-from jaxtrain.plan.search import Searched, attempts, search
+from jaxtrain.plan.nearest import Nearest, find_nearest
+from jaxtrain.plan.search import Searched, attempts, search_all
 from jaxtrain.plan.variants import Tried, Variant, given, trying
 
 __all__ = [
@@ -23,16 +23,16 @@ __all__ = [
     "attempts",
     "collectives",
     "explained",
+    "find_nearest",
     "flops_of",
     "given",
     "held",
     "limit_of",
     "measure",
     "model_flops",
-    "nearest",
     "opened",
     "parse_size",
-    "search",
+    "search_all",
     "size_text",
     "trying",
 ]

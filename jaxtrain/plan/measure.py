@@ -67,21 +67,13 @@ class Plan:
         return self.total - self.bytes["temporaries"] - self.bytes["outputs"]
 
 
-def measure(
-    program: Program,
-    resident: Mapping[str, bool] | None = None,
-    *,
-    count: bool = True,
-    stand_in: bool = False,
-) -> Plan:
+def measure(program: Program, resident: Mapping[str, bool] | None = None, *, count: bool = True) -> Plan:
     """Compile the train step of ``program`` and read what it needs; nothing is computed.
 
     Args:
       program: of ``jaxtrain.program.assemble``, on devices that may be simulated.
       resident: whether each split is kept on the devices, as ``as_on`` gives it; None is as in ``program``.
       count: also count floating-point operations, which may trace and lower the step once more.
-      stand_in: the CPU devices stand for others. XLA:CPU drops the barriers that make microbatches and
-        recomputation save memory; here it keeps them, as other backends do.
 
     Raises:
       RunError: XLA does not compile it.
@@ -89,7 +81,7 @@ def measure(
     exp, mesh = program.experiment, mesh_of(program)
     arrays = held(program, resident)
     sizes = {part: sum(one.bytes for one in there) for part, there in arrays.items()}
-    compiled = _compile(program, mesh, stand_in)
+    compiled = _compile(program, mesh)
     stats = compiled.memory_analysis()
     if stats is None:
         raise RunError(f"XLA tells nothing of memory on {mesh.devices.flat[0].device_kind}: plan on the CPU")
@@ -104,7 +96,7 @@ def measure(
         accumulate=exp.accumulate,
         remat=exp.remat,
         precision=exp.precision,
-        resident=tuple(dict.fromkeys(one.path.split("/")[1] for one in arrays["data"])),
+        resident=tuple(name for name in ("train", "valid", "test") if name in _splits(arrays["data"])),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(program.like.params)),
         bytes={part: sizes[part] for part in PARTS},
         flops=model_flops(program) if count else None,
@@ -167,21 +159,21 @@ def _sources(exp: Experiment) -> dict[str, Source]:
     return {name: source for name, source in named.items() if source is not None}
 
 
-def _compile(program: Program, mesh: Mesh, stand_in: bool) -> Any:
-    """The very step of a run; on a CPU without LLVM's optimisation, which takes long and changes no figure."""
+def _compile(program: Program, mesh: Mesh) -> Any:
+    """The very step of a run; on a CPU without what LLVM does, which takes long and changes no figure."""
     lowered = program.train_step.lower(  # type: ignore[attr-defined]
         program.like, batch_like(program), program.key
     )
-    options: dict[str, Any] = {}
-    if mesh.devices.flat[0].platform == "cpu":
-        options["xla_backend_optimization_level"] = "0"
-        if stand_in:
-            options["xla_disable_hlo_passes"] = "cse_barrier_expander"
+    quick = {"xla_backend_optimization_level": "0"} if mesh.devices.flat[0].platform == "cpu" else None
     try:
-        return lowered.compile(compiler_options=options)
+        return lowered.compile(compiler_options=quick)
     except jax.errors.JaxRuntimeError as error:
         line = str(error).partition("\n")[0]
         raise RunError(f"XLA does not compile the train step: {line[:300]} (--debug shows where)") from error
+
+
+def _splits(arrays: list[Held]) -> set[str]:
+    return {one.path.split("/")[1] for one in arrays}
 
 
 def _notes(exp: Experiment) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ class _Found(Exception):
     """Ends the search."""
 
 
-def nearest(variant: Variant, plan: Plan, limit: int, trial: Try) -> Nearest:
+def find_nearest(variant: Variant, plan: Plan, limit: int, trial: Try) -> Nearest:
     """Try what changes a run least first: microbatches, ``fsdp``, recomputation, all of it, a smaller batch.
 
     Args:

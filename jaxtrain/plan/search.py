@@ -27,7 +27,7 @@ class Searched:
     left_out: int
 
 
-def search(
+def search_all(
     variant: Variant,
     limit: int | None,
     trial: Try,
@@ -62,7 +62,7 @@ def search(
 
 
 def attempts(variant: Variant) -> int:
-    """How many variants ``search`` compiles, or finds to be impossible."""
+    """How many variants ``search_all`` compiles, or finds to be impossible."""
     return min(MOST, len([*variants(variant)]))
 
 

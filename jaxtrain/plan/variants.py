@@ -77,15 +77,13 @@ def trying(
     devices: Sequence[jax.Device],
     resident: Mapping[str, bool] | None,
     told: Callable[[Tried], None] = lambda tried: None,
-    *,
-    stand_in: bool = False,
 ) -> Try:
     """A function that compiles a variant of ``experiment``.
 
     Args:
       experiment: with its data read (``opened``).
       devices: those of every variant's mesh.
-      resident, stand_in: as for ``measure``.
+      resident: as for ``measure``.
       told: hears of each result.
     """
 
@@ -97,7 +95,7 @@ def trying(
             mesh = sharding.make_mesh(devices, dict(zip(sharding.AXES, variant.mesh, strict=True)))
             program = assemble(changed, mesh)
             try:
-                tried = Tried(variant, measure(program, resident, count=False, stand_in=stand_in))
+                tried = Tried(variant, measure(program, resident, count=False))
             finally:
                 program.close()
         except (InputError, RunError) as error:
