@@ -112,7 +112,7 @@ def experiment(model: Any, source: data.Arrays, batch: int, **changes: Any) -> E
 
 
 def cases() -> dict[str, Case]:
-    """A member of every family, of 3 to 150 ms a step on two cores."""
+    """A member of every family, of 5 to 300 ms a step on two cores."""
     digits, photographs = images((28, 28, 1)), images((32, 32, 3))
     augment = (data.Flip(), data.Crop(pad=4))
     dense = {batch: experiment(models.MLP(widths=(512, 512)), digits, batch) for batch in (2048, 512, 128)}
@@ -131,8 +131,8 @@ def cases() -> dict[str, Case]:
             experiment(models.CNN(widths=(16, 32), convs=1), photographs, 128, augment=augment),
             chunk=10,
         ),
-        "resnet18": Case("width 16, 32 × 32 × 3", experiment(resnet, photographs, 64), chunk=3),
-        "gpt": Case("width 128, depth 4, context 64", experiment(gpt, text(64), 32), chunk=5),
+        "resnet18": Case("width 16, 32 × 32 × 3", experiment(resnet, photographs, 32), chunk=3),
+        "gpt": Case("width 128, depth 4, context 64", experiment(gpt, text(64), 16), chunk=5),
         "unet": Case(
             "widths 8, 16 and 32, 32 × 32 × 3",
             experiment(models.UNet(widths=(8, 16, 32)), images((32, 32, 3), 3, pixels=True), 32),
@@ -225,17 +225,15 @@ def main() -> None:
             mesh: common.each(functools.partial(lane.round, case.chunk), case.chunk)
             for mesh, lane in lanes.items()
         }
+        sides |= parts(case, lanes) if case.explain else {}
         times = common.interleaved(sides, args.rounds)
         figures[name] = {
             "model": case.about,
             "batch": case.experiment.batch,
             "steps a round": case.chunk,
-            "step_ms": common.medians(times, 1e3),
+            "ms": common.medians(times, 1e3),
             "moved": {mesh: moved(lanes[mesh]) for mesh in case.meshes},
         }
-        if case.explain:
-            alone = common.interleaved(parts(case, lanes), args.rounds)
-            figures[name]["parts_ms"] = common.medians(alone, 1e3)
         for mesh in case.meshes:
             goal = case.goal if mesh == ALL else None
             label = f"{name}: time of a step on {mesh} over 1 device"

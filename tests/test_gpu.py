@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -71,6 +72,42 @@ equal = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), *states)
 print("bitwise equal" if all(jax.tree.leaves(equal)) else equal)
 """
 
+MEMORY = """
+import json
+import sys
+
+import jax
+import numpy as np
+
+from jaxtrain import data, losses, models, optim, plan, sharding
+from jaxtrain.experiment import Experiment
+from jaxtrain.program import assemble
+
+text = data.Arrays({"tokens": np.zeros((64, 256), np.uint8), "label": np.zeros((64, 256), np.int32)})
+image = data.Synthetic(n=1024, shape=(32, 32, 3))
+source, model, preprocess = {
+    "cnn": (image, models.CNN(widths=(64, 128, 256), convs=2), (data.Normalise(),)),
+    "gpt": (text, models.GPT(vocab=256, context=256, width=512, depth=6, heads=8), ()),
+}[sys.argv[1]]
+experiment = Experiment(
+    model=model,
+    train=source,
+    test=source,
+    loss=losses.CrossEntropy(),
+    optimizer=optim.AdamW(lr=1e-3),
+    preprocess=preprocess,
+    batch=min(len(source), 1024),
+    epochs=2,
+)
+program = assemble(experiment, sharding.make_mesh(jax.devices()[:1]))
+planned = plan.measure(program, count=False)
+state = program.init()
+for step in range(2):
+    state, metrics = program.train_step(state, program.train.batch(step), program.key)
+    jax.block_until_ready(metrics)
+print(json.dumps([planned.bytes, jax.devices()[0].memory_stats()["peak_bytes_in_use"]]))
+"""
+
 
 @pytest.fixture(autouse=True)
 def _gpu():
@@ -133,6 +170,27 @@ def test_resume_is_bitwise_with_deterministic_ops(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "stopped" in done.stdout
     assert done.stdout.splitlines()[-1] == "bitwise equal"
+
+
+@pytest.mark.parametrize("name", ["cnn", "gpt"])
+def test_what_plan_says_is_what_two_steps_take(name, tmp_path):
+    """In a process of its own: the peak is that of the whole process."""
+    env = {
+        **os.environ,
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, name],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    parts, peak = json.loads(done.stdout.splitlines()[-1])
+    assert sum(parts.values()) == pytest.approx(peak, rel=0.1), parts
 
 
 def test_doctor_reports_the_memory_of_the_gpu():

@@ -16,7 +16,9 @@ import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)([^\n]*)\n(.*?)^```", README, re.M | re.S)
+BLOCK = re.compile(r"^ *```(\w+)([^\n]*)\n(.*?)^ *```", re.M | re.S)
+PAGES = [README, (ROOT / "docs" / "parallelism.md").read_text()]
+BLOCKS = [block for page in PAGES for block in BLOCK.findall(page)]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +111,8 @@ def test_setup_picks_the_cuda_build_of_the_driver(header, extra, tmp_path):
 
 
 def runnable(language: str) -> list[str]:
-    return [text for name, info, text in BLOCKS if name == language and "no-run" not in info]
+    """The blocks that are run, each once however often it is shown."""
+    return list(dict.fromkeys(t for name, info, t in BLOCKS if name == language and "no-run" not in info))
 
 
 def test_readme_shows_the_two_commands_and_every_verb():

@@ -214,7 +214,7 @@ def test_jax_takes_a_part_of_the_memory(name, monkeypatch, mesh1):
         monkeypatch.setenv(name, ".9")
     limit = plan.limit_of(mesh1, "80GB")
     assert limit.bytes == (72 if name else 60) * 10**9
-    assert (f"90 % of 80.00 GB, as {name} says" if name else "75 % of 80.00 GB") in limit.text
+    assert (f"90 % of 80GB, as {name} says" if name else "75 % of 80GB") in limit.text
     assert plan.limit_of(mesh1) is None  # a CPU
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "lots")
     with pytest.raises(InputError, match="XLA_CLIENT_MEM_FRACTION=lots"):
@@ -291,7 +291,7 @@ def test_json_is_complete_and_the_table_says_the_same(mlp, capsys):
             assert re.search(rf"^  {name} +{re.escape(plan.size_text(sizes[part]))} ", out, re.M), name
     assert "XLA's figure, compiled for CPU: a GPU's will differ" in out
     assert re.search(r"^verdict: fits: [\d.]+ KB of 750.00 MB \(0 %\)", out, re.M)
-    assert "75 % of 1.00 GB" in out and "tried" not in out
+    assert "75 % of 1GB" in out and "tried" not in out
     assert max(map(len, out.splitlines())) < 100
 
 

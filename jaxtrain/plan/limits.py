@@ -42,7 +42,7 @@ def limit_of(mesh: Mesh, told: str | None = None) -> Limit | None:
     """
     if told is not None:
         whole, (part, source) = parse_size(told, "--device-memory"), _fraction()
-        return Limit(int(whole * part), f"{100 * part:g} % of {size_text(whole)}, {source}")
+        return Limit(int(whole * part), f"{100 * part:g} % of {told.strip()}, {source}")
     device = mesh.local_devices[0]
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
