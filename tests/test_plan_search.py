@@ -109,6 +109,7 @@ def test_on_one_device_recomputation_comes_after_microbatches():
     ]
     both = nearest(60, made_up(10, 100), one)
     assert flags(both.fits, one) == "--set accumulate=2 --set remat=nothing_saveable"
+    assert len(both.tried) == len({tried.variant for tried in both.tried}) == 5
 
 
 def test_a_batch_that_does_not_halve_is_cut_by_its_divisors():
@@ -133,6 +134,9 @@ def test_where_nothing_fits_the_smallest_is_told(monkeypatch):
     found = nearest(50, trial)
     assert found.fits is None and flags(found.smallest) == "--mesh fsdp=8"
     assert len(found.tried) == 1  # less than the split state is not to be had
+    several = nearest(105, made_up(100, 10), Variant((1, 1, 1), 8, 1, "none"))
+    totals = [one.plan.total for one in several.tried]
+    assert several.fits is not None and several.smallest.plan.total == min(totals) < max(totals)
     text = report.nearest_text(found, GIVEN)
     assert "none of 1 changes fits; the smallest is --mesh fsdp=8: 900 B" in text
     assert report.nearest_json(found, GIVEN)["change"] is None
@@ -143,14 +147,18 @@ def test_where_nothing_fits_the_smallest_is_told(monkeypatch):
 
 
 def test_what_does_not_help_is_not_done_more_of():
-    """Compilers may not save by microbatches: the second try shows it."""
+    """Compilers may not save by microbatches, nor by a smaller batch: the second try shows it."""
     trial = made_up(10, 100)
 
     def stubborn(variant: Variant) -> plan.Tried:
-        return dataclasses.replace(trial(dataclasses.replace(variant, accumulate=1)), variant=variant)
+        return dataclasses.replace(
+            trial(dataclasses.replace(variant, batch=64, accumulate=1)), variant=variant
+        )
 
     stubborn.asked = trial.asked
-    assert {one.variant.accumulate for one in nearest(150, stubborn).tried} == {1, 2, 4}
+    tried = nearest(150, stubborn).tried
+    assert {one.variant.accumulate for one in tried} == {1, 2, 4}
+    assert {one.variant.batch for one in tried} == {64, 32, 16}
 
 
 def test_every_mesh_is_searched_and_what_is_impossible_is_listed_once():
