@@ -34,7 +34,13 @@ def device() -> dict[str, Any]:
             continue
     first = jax.local_devices()[0]
     memory = (first.memory_stats() or {}).get("bytes_limit")
-    return {"platform": first.platform, "device": first.device_kind, "memory": memory, "versions": versions}
+    return {
+        "platform": first.platform,
+        "device": first.device_kind,
+        "count": jax.local_device_count(),
+        "memory": memory,
+        "versions": versions,
+    }
 
 
 def first_step(name: str, count: str) -> dict[str, Any]:

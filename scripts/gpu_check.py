@@ -96,6 +96,31 @@ def full(name: str) -> Callable[[Session], dict[str, Any]]:
     return part
 
 
+def memory(session: Session) -> dict[str, Any]:
+    """What ``plan`` says of ``digits_cnn``: do microbatches, recomputation and bfloat16 save memory here?"""
+    found = {}
+    for name, settings in {
+        "whole": [],
+        "accumulate": ["accumulate=4"],
+        "remat": ["remat=nothing_saveable"],
+        "bfloat16": ["precision=bfloat16"],
+    }.items():
+        words = [word for setting in ["batch=512", *settings] for word in ("--set", setting)]
+        out = session.run("-m", "jaxtrain", "plan", "--experiment", "digits_cnn", "--json", *words)
+        plan = json.loads(out.splitlines()[-1])
+        found[name] = {"compiled_for": plan["compiled_for"], **plan["bytes_per_device"]}
+    return found
+
+
+def scaling(session: Session) -> dict[str, Any]:
+    """Throughput of ``digits_cnn`` on one device, and on all of them."""
+    count = session.child("device")["count"]
+    counts = ",".join(map(str, sorted({1, count})))
+    path = session.scratch / "scaling.json"
+    session.run("-m", "jaxtrain", "bench", "--scaling", counts, "--set", "batch=1024", "--json", path)
+    return dict(json.loads(path.read_text()))
+
+
 def _need_data(session: Session) -> None:
     if session.data is None:
         raise Skipped("no CIFAR-10: give --data")
@@ -138,6 +163,8 @@ PARTS: dict[str, tuple[Callable[[Session], dict[str, Any]], float]] = {
     "tests": (tests, 120),
     "resume_digits": (resume_digits, 120),
     "prepare": (prepare, 90),
+    "memory": (memory, 120),
+    "scaling": (scaling, 60),
     "first_step": (first_step, 60),
     "resume_cifar": (resume_cifar, 120),
     "cifar_airbench94": (full("cifar_airbench94"), 180),

@@ -38,9 +38,9 @@ def flops_of(traced: Any) -> float:
 
     XLA counts the body of a loop once, whatever the loop's length; here a ``lax.scan`` counts in full.
 
-    >>> double = jax.jit(lambda x: jax.lax.scan(lambda x, _: (x + x, None), x, length=5)[0])
-    >>> flops_of(double.trace(jax.numpy.ones(100)))
-    500.0
+    >>> powers = jax.jit(lambda x: jax.lax.scan(lambda y, _: (y @ x, None), x, length=5)[0])
+    >>> round(flops_of(powers.trace(jax.numpy.ones((100, 100)))) / 1e6)
+    10
     """
     return _counted(traced.lower()) + _repeated(traced.jaxpr.jaxpr)
 
