@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import sys
 import traceback
@@ -32,13 +33,15 @@ def main(
     0 done, 1 a bug (with its traceback), 2 bad input, 3 the run failed, 130 / 143 stopped by a signal.
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    setattr(parser, "error", functools.partial(_refuse, parser))  # noqa: B010 - mypy minds a method
     args = parser.parse_args(argv)
     try:
         return run(args)
     except (InputError, RunError, Stopped) as error:
         if args.debug:
             traceback.print_exc()
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        if processes.is_first() or not isinstance(error, Stopped):
+            print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         # A save that was cut off leaves coroutines behind, of which Python would warn.
@@ -54,6 +57,12 @@ def main(
         if lost is not None:
             print(f"{parser.prog}: {lost}", file=sys.stderr)
         return 1 if lost is None else lost.exit_code
+
+
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """One line, where argparse would print its usage first."""
+    print(f"{parser.prog}: {message} (--help tells more)", file=sys.stderr)
+    sys.exit(2)
 
 
 def leave(code: int) -> NoReturn:

@@ -13,6 +13,7 @@ from jaxtrain.errors import InputError
 from jaxtrain.sharding import processes
 
 FLAGS = ("devices", "mesh", "simulate_devices")
+MOST_SIMULATED = 1024
 PROCESS_FLAGS = ("distributed", "coordinator", "processes", "process_id")
 
 
@@ -71,8 +72,8 @@ def simulate(count: int | None) -> None:
     """
     if count is None:
         return
-    if count < 1:
-        raise InputError(f"--simulate-devices {count}: give at least 1")
+    if not 1 <= count <= MOST_SIMULATED:
+        raise InputError(f"--simulate-devices {count}: give 1 to {MOST_SIMULATED}")
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
@@ -93,7 +94,8 @@ def first(count: int | None) -> list[jax.Device]:
     if count is None:
         return everything
     if not 1 <= count <= len(everything):
-        raise InputError(f"--devices {count}: give 1 to {len(everything)}, as many as there are")
+        more = f", or try more with --simulate-devices {count}" if count > 1 else ""
+        raise InputError(f"--devices {count}: give 1 to {len(everything)}, as many as there are{more}")
     each, rest = divmod(count, processes.count())
     local: dict[int, list[jax.Device]] = {}
     for device in everything:

@@ -231,10 +231,10 @@ def _abstract(
 ) -> tuple[State, tuple[str, ...]]:
     """The state of step 0 without its values, and the paths of what ``fsdp`` could not split."""
     shapes = preflight.trace(start, jax.random.key(0), sample, what="the state")
-    names: Mapping[str, Names] = {}
-    if model.axes is not None and mesh.size > 1:
+    names: Mapping[str, Names] | None = None
+    if mesh.size > 1:
         prepared = jax.eval_shape(lambda batch: compose(*exp.preprocess)(batch, None), sample)
-        names = model.axes(prepared)
+        names = model.axes(prepared) if model.axes is not None else {}
     placement = sharding.place(shapes, mesh, names, exp.rules)
 
     def placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:

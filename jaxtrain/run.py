@@ -103,12 +103,12 @@ def _fit(
                 processes.first(lambda: held.enter_context(workdir.locked(folder)))
                 found = fit(program, folder, console, name, began)
         except Stopped as stopped:
-            raise Stopped(f"{stopped}; go on with: {_command(args, folder)}", stopped.signum) from None
+            raise Stopped(f"{stopped}; go on with: {_again(args, folder)}", stopped.signum) from None
         finally:
             console.end()
             program.close()
     else:
-        console.note("this run is finished; --new starts another, --extend a longer one")
+        console.note(f"this run is finished{_where(folder)}; --new starts another, --extend a longer one")
     _summary(name, found, folder, console)
     return 0
 
@@ -150,6 +150,8 @@ def _smoke(name: str, experiment: Experiment, mesh: Mesh, console: Console) -> i
     )
     with tempfile.TemporaryDirectory() as folder:
         programs = [assemble(short, mesh) for _ in range(2)]
+        for note in programs[0].notes:
+            console.note(note)
         first, again = (fit(program, Path(folder), console, name) for program in programs)
         for program in programs:
             program.close()
@@ -209,8 +211,22 @@ def _batch(experiment: Experiment, mesh: Mesh) -> str:
     return f"{experiment.batch} ({each} a device{parts})"
 
 
+def _where(folder: Path) -> str:
+    """The mesh that a run was begun on, where its record tells."""
+    from jaxtrain import sharding, workdir
+
+    sizes = workdir.load(folder).get("mesh")
+    return f" (it began on {sharding.mesh_text(sizes)})" if isinstance(sizes, dict) else ""
+
+
+def _again(args: argparse.Namespace, folder: Path) -> str:
+    """The command that goes on with this run, or what to do where it was more than one."""
+    if processes.count() > 1:
+        return f"the same command in each of the {processes.count()} processes, with --workdir {folder}"
+    return _command(args, folder)
+
+
 def _command(args: argparse.Namespace, folder: Path) -> str:
-    """The command that goes on with this run."""
     words = ["python", "-m", "jaxtrain.run", "--experiment", args.experiment]
     for setting in args.set:
         words += ["--set", setting]

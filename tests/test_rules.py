@@ -149,12 +149,14 @@ def test_a_rule_may_name_optimizer_state_apart_from_its_parameter():
         ),
         ("data=4,model=2", {**NAMES, "up/bias$": ("hidden",)}, (), "no rule for the logical axis 'hidden'"),
         ("data=8", NAMES, (Rule("mpl", None),), "no logical axis 'mpl': did you mean mlp"),
-        ("data=8", NAMES, (Rule("xyz", "model"),), "'xyz': there are channels, classes, embed"),
+        ("data=8", NAMES, (Rule("xyz", "model"),), "'xyz': it has embed, mlp"),
         ("data=8", NAMES, (Rule("mlp", "tensor"),), "no mesh axis is called 'tensor': there are data, fsdp"),
         ("data=8", {}, (Rule("up/kernel", (None, "tensor")),), "no mesh axis is called 'tensor'"),
         ("data=8", {}, (Rule("head/kernel", (None, "fsdp")),), "'head/kernel' finds no array of the state"),
         ("data=8", {}, (Rule("up/kernel", ("fsdp",)),), r"1 entries and params/up/kernel \[64, 256\] has 2"),
-        ("data=8", {}, (Rule("up/(kernel", ("fsdp",)),), "is no regular expression"),
+        ("data=8", {}, (Rule("up/(kernel", ("fsdp",)),), "rules: .* is no regular expression"),
+        ("data=8", {"up/(kernel": ("embed",)}, (), "logical_axes: .* is no regular expression"),
+        ("data=8", {}, (Rule("mlp", "model"),), "the model has no logical axis 'mlp': it has none"),
         (
             "fsdp=2,model=4",
             {},
@@ -166,6 +168,12 @@ def test_a_rule_may_name_optimizer_state_apart_from_its_parameter():
 def test_what_does_not_fit_is_refused(on, names, rules, message):
     with pytest.raises(InputError, match=message):
         place(state(PAIR), mesh(on), names, rules)
+
+
+def test_a_misspelt_name_of_a_parameter_is_named():
+    names = {"up/kernel$": ("embed", "mlp"), "up/bias$": ("mlp",), "donw/kernel$": ("mlp", "embed")}
+    with pytest.raises(InputError, match=r"down/kernel .*\(in which 'donw/kernel\$' finds nothing\)"):
+        place(state(PAIR), mesh("data=4,model=2"), names)
 
 
 def test_a_size_that_does_not_divide_is_refused_with_the_fix():

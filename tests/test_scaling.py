@@ -210,17 +210,25 @@ def test_the_command_prints_a_table_and_writes_json(few, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "WARNING: these are simulated devices" in out
     assert "small, strong scaling on cpu, medians (and quartiles) of 3 rounds of 2 steps" in out
-    table = re.findall(
-        r"^ +(\d) +(data=\d) +16 +[\d.]+ \([\d.]+–[\d.]+\) +[\d,]+ +([\d.]+) +[\d.]+ %$", out, re.M
-    )
-    assert [row[:2] for row in table] == [("1", "data=1"), ("4", "data=4")] and table[0][2] == "1.00"
+    row = r"^ +(\d) +(data=\d) +16 +[\d.]+ \([\d.]+–[\d.]+\) +([\d,]+) +([\d.]+) +([\d.]+ %)$"
+    table = re.findall(row, out, re.M)
     found = json.loads((tmp_path / "s.json").read_text())
     assert shlex.split(found["command"]) == ["python", "-m", "jaxtrain", *words]
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", found["date"])
     assert found["device"] == found["platform"] == "cpu" and found["simulated"] is True
     assert found["versions"]["jax"] == jax.__version__ and found["cores"] >= 1 and found["load_before"] >= 0
     assert (found["experiment"], found["scaling"], found["rounds"]) == ("small", "strong", 3)
-    assert [point["devices"] for point in found["points"]] == [1, 4]
+    assert table == [
+        (
+            str(point["devices"]),
+            point["mesh"],
+            f"{point['examples_per_second']:,.0f}",
+            f"{point['speedup']:.2f}",
+            f"{100 * point['efficiency']:.1f} %",
+        )
+        for point in found["points"]
+    ]
+    assert [point["mesh"] for point in found["points"]] == ["data=1", "data=4"]
     assert all(len(point["round_seconds"]) == 3 for point in found["points"])
 
 

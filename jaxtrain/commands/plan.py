@@ -16,7 +16,6 @@ from jaxtrain import cli, devices
 from jaxtrain.errors import InputError
 
 SUMMARY = "memory, arithmetic and communication of a run, and what fits, before it runs"
-MOST_SIMULATED = 1024
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,10 +94,10 @@ def _mesh(args: argparse.Namespace) -> tuple[Mesh, bool]:
         wanted = math.prod(map(int, sizes))
     if wanted is None or wanted <= len(jax.devices()):
         return devices.make(args), False
-    if wanted > MOST_SIMULATED:
+    if wanted > devices.MOST_SIMULATED:
         raise InputError(
-            f"{wanted} devices are not here, and plan simulates at most {MOST_SIMULATED}: give fewer, and "
-            "scale what it says"
+            f"{wanted} devices are not here, and plan simulates at most {devices.MOST_SIMULATED}: give "
+            "fewer, and scale what it says"
         )
     clear_backends()
     devices.simulate(wanted)

@@ -81,7 +81,7 @@ def nearest_text(nearest: Nearest, given: Variant) -> str:
     elif nearest.smallest is not None and nearest.smallest.plan is not None:
         flags = " ".join(nearest.smallest.variant.flags(given))
         lines = [
-            f"none of {len(nearest.tried)} changes fits; the smallest is {flags}: "
+            f"no change that was tried fits; the smallest is {flags}: "
             f"{size_text(nearest.smallest.plan.total)}",
             "  more devices, a smaller model or a shorter context would need less",
         ]

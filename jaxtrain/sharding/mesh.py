@@ -37,7 +37,9 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
     for part in text.split(","):
         axis, equals, size = (word.strip() for word in part.partition("="))
         if not equals or not (size == "*" or (size.isascii() and size.isdigit() and int(size) > 0)):
-            raise InputError(f"--mesh {text}: write axis=size, such as data=2,fsdp=4 or data=*")
+            raise InputError(
+                f"--mesh {text!r}: write axis=size, such as data=2,fsdp=4 or data=*; a size is 1 or more"
+            )
         _check_axis(axis, text)
         if axis in sizes:
             raise InputError(f"--mesh {text} names {axis} twice")

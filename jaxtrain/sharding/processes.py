@@ -212,13 +212,12 @@ def put_replicated(tree: Any, sharding: NamedSharding) -> Any:
 
 def lost(error: BaseException) -> RunError | None:
     """What to say of an error of JAX that comes from another process having ended; None for any other."""
-    text = str(error)
+    text = str(error)  # raw text of Gloo or NCCL: it says how it was noticed, and not what has happened
     of_others = any(word in text for word in ("Gloo", "NCCL", "coordination service", "CoordinationService"))
     if count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError) or not of_others:
         return None
     return RunError(
-        f"process {index()}: another process of this run has ended or cannot be reached: see its own "
-        f"message ({text.partition(chr(10))[0]})"
+        f"process {index()}: another process of this run has ended or cannot be reached: see its own message"
     )
 
 

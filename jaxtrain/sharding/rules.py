@@ -79,7 +79,7 @@ def place(
       state: arrays or their ``jax.ShapeDtypeStruct``.
       mesh: the devices.
       names: regular expression → logical axes of the parameters and statistics whose path it finds; the
-        first that does counts.
+        first that does counts. None: nobody has asked the model, so rules for names are not checked.
       rules: in order of precedence, before the built-in ones.
 
     Raises:
@@ -91,9 +91,8 @@ def place(
     >>> place(State(0, params, {}, ()), mesh).shardings.params["head"]["kernel"].is_fully_replicated
     True
     """
-    placer = _Placer(mesh, dict(names or {}), tuple(rules))
-    specs, whole = {}, []
-    leaves = leaf_paths(state)
+    leaves, specs, whole = leaf_paths(state), {}, []
+    placer = _Placer(mesh, names, tuple(rules), leaf_paths(state.params))
     for path, leaf in sorted(leaves.items(), key=lambda item: not item[0].startswith("params/")):
         specs[path] = spec = placer.spec(path, tuple(jax.numpy.shape(leaf)))
         large = math.prod(jax.numpy.shape(leaf)) >= SMALLEST
@@ -118,13 +117,22 @@ def spec_text(sharding: NamedSharding) -> str:
 class _Placer:
     """Specs one by one; parameters come before what follows them."""
 
-    def __init__(self, mesh: Mesh, names: dict[str, Names], rules: tuple[Rule, ...]) -> None:
-        self._mesh, self._names = mesh, names
+    def __init__(
+        self,
+        mesh: Mesh,
+        names: Mapping[str, Names] | None,
+        rules: tuple[Rule, ...],
+        params: Mapping[str, Any],
+    ) -> None:
+        self._mesh, self._names, self._params = mesh, dict(names or {}), params
         self._paths = [rule for rule in rules if isinstance(rule.axes, tuple | list)]
         named = {rule.match: rule.axes for rule in reversed(rules) if rule not in self._paths}
         self._logical: dict[str, Any] = {**LOGICAL, **named}
         self._known: dict[tuple[str, tuple[int, ...]], Spec] = {}
-        self._check_rules(named)
+        self._check_expressions()
+        self._check_axes(named)
+        if names is not None:
+            self._check_names(named)
 
     def spec(self, path: str, shape: tuple[int, ...]) -> Spec:
         """Mesh axes for each dimension."""
@@ -181,10 +189,12 @@ class _Placer:
         found = next((names for match, names in self._names.items() if re.search(match, rest)), None)
         if found is None:
             if required and self._names and self._mesh.shape["model"] > 1:
+                idle = [m for m in self._names if not any(re.search(m, known) for known in self._params)]
                 raise InputError(
                     f"no rule says how {path} {list(shape)} is split over model: add it to the module's "
-                    f"logical_axes, or put sharding.Rule({rest + '$'!r}, {(None,) * len(shape)}) into the "
-                    "experiment's rules to leave it whole"
+                    f"logical_axes{f' (in which {idle[0]!r} finds nothing)' if idle else ''}, or put "
+                    f"sharding.Rule({rest + '$'!r}, {(None,) * len(shape)}) into the experiment's rules to "
+                    "leave it whole"
                 )
             return (None,) * len(shape)
         if len(found) != len(shape):
@@ -244,26 +254,32 @@ class _Placer:
                 return known
         return self._by_size((None,) * len(shape), shape)
 
-    def _check_rules(self, named: Mapping[str, Any]) -> None:
-        names = {name for axes in self._names.values() for name in axes if name} | set(LOGICAL)
+    def _check_names(self, named: Mapping[str, Any]) -> None:
+        """A rule for a logical axis must be for one that the model has."""
+        names = {name for axes in self._names.values() for name in axes if name}
         for name in named:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(names))}"
+                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(names)) or 'none'}"
                 raise InputError(
                     f"rules: the model has no logical axis {name!r}: {hint} (a regular expression needs one "
                     "entry for each dimension, in a tuple)"
                 )
+
+    def _check_axes(self, named: Mapping[str, Any]) -> None:
         entries = [axes for rule in self._paths for axes in rule.axes or ()]
         for axis in (axis for entry in [*entries, *named.values()] for axis in _entry(entry)):
             if axis not in AXES:
                 raise InputError(f"rules: no mesh axis is called {axis!r}: there are {', '.join(AXES)}")
-        for rule in self._paths:
+
+    def _check_expressions(self) -> None:
+        where = [("rules", rule.match) for rule in self._paths] + [("logical_axes", m) for m in self._names]
+        for place, match in where:
             try:
-                re.compile(rule.match)
+                re.compile(match)
             except re.error as error:
                 raise InputError(
-                    f"rules: {rule.match!r} is no regular expression ({error}): correct it"
+                    f"{place}: {match!r} is no regular expression ({error}): correct it"
                 ) from error
 
 
