@@ -249,9 +249,7 @@ def test_one_line_says_what_where_and_what_to_do(case: str, capsys: pytest.Captu
 @pytest.mark.parametrize("devices", [-1, 0, 9])
 def test_devices_that_are_not_there(devices: int, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(capsys, run.main(command("cifar_lenet", (), "--devices", str(devices))))
-    assert (
-        f"--devices {devices}: give 1 to 8, as many as there are here" in line and not Path("runs").exists()
-    )
+    assert f"--devices {devices}: give 1 to 8, as many as there are" in line and not Path("runs").exists()
 
 
 @pytest.mark.parametrize("devices", [1, 4])
