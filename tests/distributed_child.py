@@ -10,13 +10,19 @@ import parallel_cases as cases
 from jaxtrain import devices
 from jaxtrain.sharding import processes
 
-jax.config.update("jax_enable_x64", True)
-port, index, folder, *wanted = sys.argv[1:]
-devices.simulate(4)
-processes.start(f"127.0.0.1:{port}", 2, int(index), warn=print)
-for case in wanted:
-    name, mesh = case.split("/")
-    arrays, ids = cases.train(cases.make(name, mesh))
-    if processes.is_first():
-        np.savez(Path(folder) / f"{case.replace('/', '-')}.npz", ids=ids, **arrays)
-processes.barrier("end")
+
+def main() -> None:
+    jax.config.update("jax_enable_x64", True)
+    port, index, folder, *wanted = sys.argv[1:]
+    devices.simulate(4)
+    processes.start(f"127.0.0.1:{port}", 2, int(index), warn=print)
+    for case in wanted:
+        name, mesh = case.split("/")
+        arrays, ids = cases.train(cases.make(name, mesh))
+        if processes.is_first():
+            np.savez(Path(folder) / f"{case.replace('/', '-')}.npz", ids=ids, **arrays)
+    processes.barrier("end")
+
+
+if __name__ == "__main__":
+    main()

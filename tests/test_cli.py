@@ -249,7 +249,11 @@ def test_config_json_is_a_record_of_the_run():
     assert train("--workdir", "r", "--set", "optimizer.momentum=0.8") == 0
     record = json.loads(Path("r/config.json").read_text())
     assert record["config"]["optimizer.momentum"] == "0.8"
-    assert record["overrides"] == ["optimizer.momentum=0.8"] and record["mesh"] == {"data": 8}
+    assert record["overrides"] == ["optimizer.momentum=0.8"] and record["mesh"] == {
+        "data": 8,
+        "fsdp": 1,
+        "model": 1,
+    }
     assert record["versions"]["jax"] and record["resident"] == {"train": True, "test": True}
     assert "0x" not in Path("r/config.json").read_text().replace(record["hash"], "")
 

@@ -214,7 +214,7 @@ def test_holdout_is_none_of_the_runs_own_epochs(seed: int) -> None:
 def test_runs_of_all_seeds_hold_out_the_same_examples(mesh1: Any) -> None:
     from jaxtrain import data, losses, models, optim
     from jaxtrain.experiment import Experiment
-    from jaxtrain.program import _open_sources
+    from jaxtrain.splits import open_sources
 
     def held(seed: int) -> np.ndarray:
         source = data.Synthetic(n=40, shape=(2, 2, 1))
@@ -229,7 +229,7 @@ def test_runs_of_all_seeds_hold_out_the_same_examples(mesh1: Any) -> None:
             holdout=0.25,
             seed=seed,
         )
-        sources = _open_sources(experiment, mesh1)
+        sources = open_sources(experiment, mesh1)
         assert (len(sources["train"]), len(sources["valid"])) == (30, 10)
         return sources["valid"].gather(np.arange(10))["image"]
 
