@@ -1,15 +1,20 @@
 """What it costs to split a training step over 8 devices: 8 fake ones against 1 at the same global batch.
 
 Eight devices that share this machine's cores compute no more than one does, so the time that they add is the
-price of the split program: eight copies of the update, the gradients' all-reduce, eight times the dispatch,
-smaller pieces. It says nothing about what real devices gain. A step that runs one operation after another may
-even gain, because eight parts keep the cores busier than one whole.
+price of the split program: smaller pieces, eight copies of the update, the gradients' all-reduce, eight times
+the dispatch. It says nothing about what real devices gain. Where a smaller piece is the faster one, as in some
+convolutions, they may even take less.
 
 Every family trains on made-up data in the shapes of its usual kind, in the lane that
-``python -m jaxtrain bench --scaling`` times. The dense network also runs at smaller batches, where the price
-is the same and the step shorter, on two other meshes, and part by part: eight steps of an eighth of the batch
-on one device, which is what eight devices compute without a word between them; the update of the same
-parameters, the all-reduce of the same gradients and an empty program, each on its own.
+``python -m jaxtrain bench --scaling`` times:
+
+  data=1   one device
+  data=8   eight, each with an eighth of the batch
+  pieces   eight steps of an eighth of the batch on one device: what data=8 computes, without a word between
+           the devices. Where data=8 takes longer than that, it is communication and waiting.
+
+The dense network also runs at smaller batches, on two other meshes, and part by part: the update of the same
+parameters, the all-reduce of the same gradients and an empty program, each alone.
 
   python -m benchmarks.sharding [--rounds N] [--out FILE]
 """
@@ -34,6 +39,7 @@ from jaxtrain.scaling import Lane
 
 DEVICES = 8
 ONE, ALL = "data=1", f"data={DEVICES}"
+PIECES = f"{DEVICES} steps of 1/{DEVICES} of the batch, 1 device"
 OTHERS = (f"fsdp={DEVICES}", "data=4,model=2")
 EXAMPLES = 4096
 REPEATS = 20  # of a part, which is short
@@ -41,9 +47,9 @@ REPEATS = 20  # of a part, which is short
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A workload: ``chunk`` steps are timed at once, on one device and on each of ``meshes``.
+    """A workload: ``chunk`` steps are timed at once, on one device, in pieces, and on each of ``meshes``.
 
-    Where there is something to ``explain``, the parts of a step are timed too.
+    With ``apart`` the parts of a step are timed too.
     """
 
     about: str
@@ -51,7 +57,7 @@ class Case:
     chunk: int
     meshes: tuple[str, ...] = (ALL,)
     goal: str | None = None
-    explain: bool = False
+    apart: bool = False
 
 
 def images(shape: tuple[int, ...], classes: int = 10, pixels: bool = False) -> data.Arrays:
@@ -123,9 +129,9 @@ def cases() -> dict[str, Case]:
     factors = models.Factors(users=943, items=1682, width=32, dropout=0.2)
     mlp = "784-512-512-10, 0.67 M parameters, SGD with momentum"
     return {
-        "mlp": Case(mlp, dense[2048], chunk=5, meshes=(ALL, *OTHERS), goal="<= 1.3", explain=True),
-        "mlp, batch 512": Case(mlp, dense[512], chunk=10, meshes=(ALL, *OTHERS), explain=True),
-        "mlp, batch 128": Case(mlp, dense[128], chunk=20, explain=True),
+        "mlp": Case(mlp, dense[2048], chunk=5, meshes=(ALL, *OTHERS), goal="<= 1.3", apart=True),
+        "mlp, batch 512": Case(mlp, dense[512], chunk=10, meshes=(ALL, *OTHERS), apart=True),
+        "mlp, batch 128": Case(mlp, dense[128], chunk=20, apart=True),
         "cnn": Case(
             "widths 16 and 32, 32 × 32 × 3, BatchNorm, flips and crops",
             experiment(models.CNN(widths=(16, 32), convs=1), photographs, 128, augment=augment),
@@ -158,7 +164,18 @@ def mesh_of(name: str) -> Any:
     return sharding.make_mesh(used, sharding.parse_mesh(name, len(used)))
 
 
-def parts(case: Case, lanes: Mapping[str, Lane]) -> dict[str, Callable[[], float]]:
+def whole_steps(case: Case, lanes: Mapping[str, Lane]) -> dict[str, Callable[[], float]]:
+    """Sides for ``interleaved``: a step on each of the lanes, and one in pieces."""
+    fewer = dataclasses.replace(case.experiment, batch=case.experiment.batch // DEVICES)
+    pieces = functools.partial(Lane(fewer, mesh_of(ONE)).round, DEVICES * case.chunk)
+    sides = {
+        mesh: common.each(functools.partial(lane.round, case.chunk), case.chunk)
+        for mesh, lane in lanes.items()
+    }
+    return {**sides, PIECES: common.each(pieces, case.chunk)}
+
+
+def parts(lanes: Mapping[str, Lane]) -> dict[str, Callable[[], float]]:
     """What splitting adds to a step, one thing at a time: sides for ``interleaved``."""
     mesh = mesh_of(ALL)
     whole, split = sharding.replicated(mesh), sharding.batch_split(mesh)
@@ -168,14 +185,10 @@ def parts(case: Case, lanes: Mapping[str, Lane]) -> dict[str, Callable[[], float
     reduce = sharding.compile(lambda x: x.sum(0), args=(split,), out=whole)
     nothing = sharding.compile(lambda x: x + 1, args=(whole,), out=whole)
 
-    fewer = dataclasses.replace(case.experiment, batch=case.experiment.batch // DEVICES)
-    eighth = functools.partial(Lane(fewer, mesh_of(ONE)).round, DEVICES * case.chunk)
-
     def repeated(fn: Callable[[Any], Any], x: Any) -> Callable[[], float]:
         return common.each(lambda: [jax.block_until_ready(fn(x)) for _ in range(REPEATS)], REPEATS)
 
     return {
-        f"{DEVICES} steps of 1/{DEVICES} of the batch, 1 device": common.each(eighth, case.chunk),
         "update, 1 device": updates(lanes[ONE].program),
         f"update, {DEVICES} devices": updates(lanes[ALL].program),
         f"all-reduce of the gradients, {DEVICES} devices": repeated(reduce, rows),
@@ -221,11 +234,7 @@ def main() -> None:
     results, figures = [], {}
     for name, case in cases().items():
         lanes = {mesh: Lane(case.experiment, mesh_of(mesh)) for mesh in (ONE, *case.meshes)}
-        sides = {
-            mesh: common.each(functools.partial(lane.round, case.chunk), case.chunk)
-            for mesh, lane in lanes.items()
-        }
-        sides |= parts(case, lanes) if case.explain else {}
+        sides = whole_steps(case, lanes) | (parts(lanes) if case.apart else {})
         times = common.interleaved(sides, args.rounds)
         figures[name] = {
             "model": case.about,
@@ -238,6 +247,8 @@ def main() -> None:
             goal = case.goal if mesh == ALL else None
             label = f"{name}: time of a step on {mesh} over 1 device"
             results.append(common.speedup(label, times[mesh], times[ONE], goal))
+        label = f"{name}: time of a step on {ALL} over its pieces on 1 device"
+        results.append(common.speedup(label, times[ALL], times[PIECES]))
     common.finish(args, "sharding", results, figures)
 
 
