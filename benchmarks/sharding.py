@@ -1,9 +1,9 @@
 """What it costs to split a training step over 8 devices: 8 fake ones against 1 at the same global batch.
 
-Eight devices that share this machine's cores compute no more than one does, so the time that they add is the
-price of the split program: smaller pieces, eight copies of the update, the gradients' all-reduce, eight
-times the dispatch. It says nothing about what real devices gain. Where a smaller piece is the faster one, as in some
-convolutions, they may even take less.
+Eight devices that share this machine's cores compute no more than one does, so the time that they add is
+the price of the split program: smaller pieces, eight copies of the update, the gradients' all-reduce, eight
+times the dispatch. It says nothing about what real devices gain. Where a smaller piece is the faster one,
+as in some convolutions, they may even take less.
 
 Every family trains on made-up data in the shapes of its usual kind, in the lane that
 ``python -m jaxtrain bench --scaling`` times:
