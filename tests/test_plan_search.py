@@ -138,7 +138,7 @@ def test_where_nothing_fits_the_smallest_is_told(monkeypatch):
     totals = [one.plan.total for one in several.tried]
     assert several.fits is not None and several.smallest.plan.total == min(totals) < max(totals)
     text = report.nearest_text(found, GIVEN)
-    assert "none of 1 changes fits; the smallest is --mesh fsdp=8: 900 B" in text
+    assert "no change that was tried fits; the smallest is --mesh fsdp=8: 900 B" in text
     assert report.nearest_json(found, GIVEN)["change"] is None
     monkeypatch.setattr("jaxtrain.plan.nearest.MOST", 5)
     assert len(nearest(1, made_up(0, 10**6)).tried) == 5
