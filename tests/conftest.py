@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 GPU = os.environ.get("JAXTRAIN_TEST_GPU") == "1"
+FULL = os.environ.get("JAXTRAIN_TEST_FULL") == "1"
 os.environ["NO_COLOR"] = "1"
 if not GPU:
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -24,7 +25,9 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 # What a test runs is small and what it compiles is not. (XLA's still shorter ways, without fusion emitters,
 # are not exact: 20 steps of a GPT in float64 on two meshes then differ by 5e-8.)
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=1 --xla_cpu_parallel_codegen_split_count=1"
+)
 
 # Tracing makes many small objects that live on: looking through them all took 7 % of the contracts' time.
 gc.set_threshold(50_000, 20, 100)
@@ -42,8 +45,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests run only where they are asked for; the rest only where they are not."""
+    """GPU tests run only where they are asked for; the rest only where they are not.
+
+    Of tables whose rows take minutes together, those that show no kind of their own run where all are wanted.
+    """
     for item in items:
+        if item.get_closest_marker("full") and not FULL:
+            item.add_marker(pytest.mark.skip(reason="JAXTRAIN_TEST_FULL=1 runs every row of the long tables"))
         marked = item.get_closest_marker("gpu") is not None
         if marked != GPU:
             item.add_marker(pytest.mark.skip(reason="JAXTRAIN_TEST_GPU=1 runs the GPU tests, and only them"))

@@ -101,11 +101,11 @@ def test_evaluate_refuses_an_experiment_that_has_changed_since(tmp_path, capsys)
     Path("here.py").write_text(text)
     assert run.main(["--experiment", "./here.py", "--workdir", "r"]) == 0
     record = json.loads(Path("r/config.json").read_text())
-    record["config"]["model.widths"] = "(8, 9)"
+    record["config"]["model.widths"] = "(9,)"
     Path("r/config.json").write_text(json.dumps(record))
     capsys.readouterr()
     error = refused(capsys, verbs.main(["evaluate", "--workdir", "r"]))
-    assert "model.widths was (8, 9) and is (8, 8)" in error
+    assert "model.widths was (9,) and is (8)" in error
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ SMALLER = {
 }  # fmt: skip
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("[!_]*.py"))
 MLP_ROW = "mlp"  # the one model that no shipped experiment trains
+ROWS = [*NAMES, MLP_ROW]
 
 
 def base(name: str) -> Experiment:
@@ -122,7 +123,19 @@ def same(left: Any, right: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(left), jax.device_get(right))
 
 
-row = pytest.mark.parametrize("name", [*NAMES, MLP_ROW])
+def distinct() -> list[str]:
+    """One row for each pair of a model's kind and a loss's kind."""
+    kinds = {}
+    for name in ROWS:
+        exp = base(name)
+        kinds.setdefault((type(exp.model), type(exp.loss)), name)
+    return sorted(kinds.values())
+
+
+row = pytest.mark.parametrize("name", ROWS)
+eight = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in distinct() else pytest.mark.full) for name in ROWS]
+)
 
 
 def test_the_table_names_only_experiments_that_exist() -> None:
@@ -224,7 +237,7 @@ def stepped(name: str, devices: int) -> dict[str, Any]:
         }
 
 
-@row
+@eight
 def test_eight_devices_give_what_one_gives(name: str) -> None:
     one, eight = stepped(name, 1), stepped(name, 8)
     # Attention and normalisation reduce in float32 even here.
@@ -233,12 +246,12 @@ def test_eight_devices_give_what_one_gives(name: str) -> None:
         assert left == pytest.approx(right, rel=1e-5)
 
 
-@row
+@eight
 def test_the_second_step_compiles_nothing(name: str) -> None:
     assert stepped(name, 8)["compiled"] == 1
 
 
-@row
+@eight
 def test_one_optimizer_step_lowers_the_loss_on_a_fixed_batch(name: str) -> None:
     first, lower, _ = stepped(name, 1)["figures"]
     assert lower["loss"] < first["loss"]
@@ -253,15 +266,6 @@ def test_a_rate_outside_its_range_is_refused(name: str) -> None:
             model = as_model(net.clone(**{field: rate}))
             with pytest.raises(InputError, match=rf"{field} is {rate}: it must be in \[0, 1\)"):
                 jax.eval_shape(model.init, jax.random.key(0), batch)
-
-
-def distinct() -> list[str]:
-    """One row for each pair of a model's kind and a loss's kind."""
-    kinds = {}
-    for name in [*NAMES, MLP_ROW]:
-        exp = base(name)
-        kinds.setdefault((type(exp.model), type(exp.loss)), name)
-    return sorted(kinds.values())
 
 
 @pytest.mark.parametrize("name", distinct())

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import parallel_cases as cases
 import pytest
-from conftest import ROOT
+from conftest import FULL, ROOT
 from test_parallel import one_device
 
 from jaxtrain import checkpoint, sharding
@@ -24,7 +24,8 @@ from jaxtrain.program import assemble
 
 TESTS = Path(__file__).parent
 EXPERIMENT = TESTS / "distributed_run.py"
-CASES = ("mlp/data=8", "mlp/data=2,fsdp=4", "cnn/fsdp=8", "resnet/data=8", "gpt/data=2,fsdp=2,model=2")
+CASES = ["mlp/data=2,fsdp=4", "cnn/fsdp=8"]
+MORE = ["mlp/data=8", "resnet/data=8", "gpt/data=2,fsdp=2,model=2"]
 
 
 def launch(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
@@ -54,7 +55,12 @@ def float64(tmp_path_factory):
     env = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{ROOT}"}
     words = list(map(str, [sys.executable, TESTS / "distributed_child.py", port]))
     both = [
-        subprocess.Popen([*words, str(i), str(folder), *CASES], env=env, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*words, str(i), str(folder), *CASES, *(MORE if FULL else ())],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for i in range(2)
     ]
     errors = [process.communicate(timeout=600)[1] for process in both]
@@ -62,7 +68,7 @@ def float64(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.full) for case in MORE)])
 def test_two_processes_train_as_one_device(case, float64):
     want, want_ids = one_device(case.split("/")[0])
     got = dict(np.load(float64 / f"{case.replace('/', '-')}.npz"))

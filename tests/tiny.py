@@ -17,7 +17,7 @@ def split(n: int, seed: int) -> data.Arrays:
 
 
 EXPERIMENT = Experiment(
-    model=models.CNN(widths=(8, 8), convs=2, classes=4, dropout=0.1),
+    model=models.CNN(widths=(8,), convs=1, classes=4, dropout=0.1),
     train=split(200, 0),
     test=split(50, 1),
     loss=losses.CrossEntropy(),
