@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,19 +44,37 @@ if not GPU:
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST = (
+    "test_contracts",
+    "test_install",
+    "test_cli",
+    "test_distributed",
+    "test_parallel",
+    "test_loop",
+    "test_real_data",
+    "test_sharded_programs",
+    "test_end_to_end",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """GPU tests run only where they are asked for; the rest only where they are not.
 
-    Of tables whose rows take minutes together, those that show no kind of their own run where all are wanted.
+    Files that take long come first, so that no process is left alone with one at the end. Of tables whose
+    rows take minutes together, those that show no kind of their own run only where all are wanted.
     """
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
         if item.get_closest_marker("full") and not FULL:
             item.add_marker(pytest.mark.skip(reason="JAXTRAIN_TEST_FULL=1 runs every row of the long tables"))
         marked = item.get_closest_marker("gpu") is not None
         if marked != GPU:
             item.add_marker(pytest.mark.skip(reason="JAXTRAIN_TEST_GPU=1 runs the GPU tests, and only them"))
+
+
+def rows(everything: Iterable[Any], shown: Collection[Any]) -> list[Any]:
+    """Rows for ``parametrize``: those of ``shown`` always, the others in the full suite only."""
+    return [row if row in shown else pytest.param(row, marks=pytest.mark.full) for row in everything]
 
 
 @pytest.fixture(scope="session")

@@ -252,7 +252,7 @@ def test_devices_that_are_not_there(devices: int, capsys: pytest.CaptureFixture[
     assert f"--devices {devices}: give 1 to 8, as many as there are" in line and not Path("runs").exists()
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [4, pytest.param(1, marks=pytest.mark.full)])
 def test_lenet_trains_its_batch_of_4_on_as_many_devices_as_it_was_told(devices: int) -> None:
     words = command("cifar_lenet", ("eval_batch=8",), "--devices", str(devices), "--workdir", "r")
     assert run.main(words) == 0

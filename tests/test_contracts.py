@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, rows
 
 from jaxtrain import checkpoint, data, losses, models, optim, sharding
 from jaxtrain.errors import InputError
@@ -133,9 +133,11 @@ def distinct() -> list[str]:
 
 
 row = pytest.mark.parametrize("name", ROWS)
-eight = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in distinct() else pytest.mark.full) for name in ROWS]
-)
+
+# test_parallel.py has the other kinds on eight devices, and with more meshes.
+EIGHT = ("cifar_ddp_net", "pets_unet", "ratings_factors", "sentiment_lstm", "series_gru")
+eight = pytest.mark.parametrize("name", rows(ROWS, EIGHT))
+kinds = pytest.mark.parametrize("name", rows(ROWS, distinct()))
 
 
 def test_the_table_names_only_experiments_that_exist() -> None:
@@ -251,7 +253,7 @@ def test_the_second_step_compiles_nothing(name: str) -> None:
     assert stepped(name, 8)["compiled"] == 1
 
 
-@eight
+@kinds
 def test_one_optimizer_step_lowers_the_loss_on_a_fixed_batch(name: str) -> None:
     first, lower, _ = stepped(name, 1)["figures"]
     assert lower["loss"] < first["loss"]

@@ -24,8 +24,8 @@ from jaxtrain.program import assemble
 
 TESTS = Path(__file__).parent
 EXPERIMENT = TESTS / "distributed_run.py"
-CASES = ["mlp/data=2,fsdp=4", "cnn/fsdp=8"]
-MORE = ["mlp/data=8", "resnet/data=8", "gpt/data=2,fsdp=2,model=2"]
+CASES = ["mlp/data=2,fsdp=4"]
+MORE = ["mlp/data=8", "cnn/fsdp=8", "resnet/data=8", "gpt/data=2,fsdp=2,model=2"]
 
 
 def launch(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
@@ -112,8 +112,9 @@ def test_a_run_moves_between_two_processes_and_one(moved, tmp_path):
 
 def test_only_process_0_prints_and_writes(moved):
     folder, first, _ = moved
-    told = [line for line in first.stdout.splitlines() if "peer ranks" not in line and "[Gloo]" not in line]
-    assert told and all(line.startswith("[0] ") for line in told)
+    ours = ("step", "loss", "starting", "distributed_run", "note")  # Gloo has lines of its own, in pieces
+    told = [line for line in first.stdout.splitlines() if any(word in line for word in ours)]
+    assert len(told) > 4 and all(line.startswith("[0] ") for line in told)
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "train/loss" in r] == list(range(5, 45, 5))
     assert len(list((folder / "run" / "tensorboard").iterdir())) == 4  # one file for each start

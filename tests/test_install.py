@@ -69,7 +69,16 @@ def test_a_wheel_installed_elsewhere_finds_the_shipped_experiments(tree, tmp_pat
     shipped = {path.stem for path in (ROOT / "experiments").glob("[!_]*.py")}
     out = listed(python, tmp_path)
     assert shipped <= set(re.findall(r"^\w+", out, re.M))
-    smoke = [python, "-m", "jaxtrain.run", "--experiment", "digits_cnn", "--smoke"]
+    smoke = [
+        python,
+        "-m",
+        "jaxtrain.run",
+        "--experiment",
+        "digits_cnn",
+        "--smoke",
+        "--set",
+        "model.widths=8,16",
+    ]
     assert b"passed" in subprocess.check_output(smoke, cwd=tmp_path)
 
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import parallel_cases as cases
 import pytest
+from conftest import rows as chosen
 
 from jaxtrain import models, sharding
 from jaxtrain.program import assemble
@@ -90,10 +91,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name == "bottleneck" else pytest.mark.full) for name in OTHERS],
-)
+@pytest.mark.parametrize("name", chosen(OTHERS, ["bottleneck"]))
 def test_gradients_of_every_family_are_those_of_one_device(name):
     """Left to itself XLA gives wrong ones where the kernel of a convolution is split over two axes."""
     module, shapes = OTHERS[name]

@@ -200,7 +200,10 @@ def command(capsys, *args) -> tuple[str, str]:
 
 @pytest.mark.parametrize(
     ("widths", "batch", "part", "expected"),
-    [((64,), 512, 0.7, "--set accumulate="), ((128, 256), 8, 0.75, "--mesh fsdp=2")],
+    [
+        ((64,), 512, 0.7, "--set accumulate="),
+        pytest.param((128, 256), 8, 0.75, "--mesh fsdp=2", marks=pytest.mark.full),
+    ],
 )
 def test_the_change_that_is_told_fits_when_it_is_planned(widths, batch, part, expected, mlp, capsys):
     args = (mlp(widths, batch), "--devices", "2", "--set", "feed=stream")

@@ -71,9 +71,9 @@ def kept(model: Model, params: Any, extra: Any, batch: Any) -> int:
 
 
 CASES = [
-    ("GPT", "dots_with_no_batch_dims_saveable"),
     ("ResNet", "nothing_saveable"),
-    ("UNet", "dots_saveable"),
+    pytest.param("GPT", "dots_with_no_batch_dims_saveable", marks=pytest.mark.full),
+    pytest.param("UNet", "dots_saveable", marks=pytest.mark.full),
 ]
 
 
