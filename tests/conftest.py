@@ -38,6 +38,7 @@ import jax  # noqa: E402 - after the environment is set
 from fixtures_data import *  # noqa: E402, F403 - fixtures are found by name
 
 from jaxtrain import sharding  # noqa: E402
+from jaxtrain.sharding import rules as sharding_rules  # noqa: E402
 
 if not GPU:
     jax.config.update("jax_num_cpu_devices", 8)
@@ -87,6 +88,13 @@ def mesh1():
 def mesh8():
     """A mesh of all eight."""
     return sharding.make_mesh(jax.devices())
+
+
+@pytest.fixture
+def put_back(monkeypatch):
+    """After the test, what ``parallel_cases.make`` changes: small arrays are split too, and the attention."""
+    monkeypatch.setattr(sharding_rules, "SMALLEST", sharding_rules.SMALLEST)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", jax.nn.dot_product_attention)
 
 
 @pytest.fixture

@@ -68,6 +68,7 @@ def float64(tmp_path_factory):
     return folder
 
 
+@pytest.mark.usefixtures("put_back")
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.full) for case in MORE)])
 def test_two_processes_train_as_one_device(case, float64):
     want, want_ids = one_device(case.split("/")[0])
@@ -147,13 +148,15 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
     assert f"stopped after step {step} of 500" in stopped.stderr
 
 
-def test_an_error_of_one_run_is_told_once_by_each_process(tmp_path):
+def test_an_error_of_one_run_is_told_at_most_once_by_each_process(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "file").touch()
     refused = launch(tmp_path, "--workdir", "run")
     assert refused.returncode == 2
     lines = [line for line in refused.stderr.splitlines() if "is not empty and holds no run" in line]
-    assert sorted(line[:3] for line in lines) == ["[0]", "[1]"]
+    told = [line[:3] for line in lines]  # launch_local ends those that have not yet come to it
+    assert set(told) <= {"[0]", "[1]"} and 1 <= len(told) == len(set(told))
+    assert "Traceback" not in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,7 @@ from jaxtrain.program import assemble
 from jaxtrain.sharding import rules
 from jaxtrain.types import State
 
-
-@pytest.fixture(autouse=True)
-def _put_back(monkeypatch):
-    """What ``cases.make`` changes: small arrays are split too, and attention is in float64 throughout."""
-    monkeypatch.setattr(rules, "SMALLEST", rules.SMALLEST)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", jax.nn.dot_product_attention)
+pytestmark = pytest.mark.usefixtures("put_back")
 
 
 @functools.cache
