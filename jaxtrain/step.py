@@ -30,7 +30,7 @@ from jaxtrain.gradients import LossFn, accumulated, evaluate_loss, gradient_of
 from jaxtrain.metrics import Mean
 from jaxtrain.models import as_model
 from jaxtrain.optim import LossScale
-from jaxtrain.types import Batch, Metrics, Prepare, State
+from jaxtrain.types import Batch, Metrics, Prepare, State, split_extra
 
 After = Callable[[State], State]
 
@@ -164,7 +164,7 @@ def make_eval_step(
     def eval_step(state: State, batch: Batch) -> Metrics:
         batch = prepare(batch, None)
         params, extra = evaluated(state)
-        outputs, _ = pair.apply(params, extra, batch, train=False, key=None)
+        outputs, _ = pair.apply(params, split_extra(extra)[0], batch, train=False, key=None)
         _, metrics = evaluate_loss(loss_fn, outputs, batch)
         return {**metrics, **(metrics_fn(outputs, batch) if metrics_fn else {})}
 

@@ -83,3 +83,13 @@ def leaf_paths(tree: Any) -> dict[str, Any]:
 
 Prepare = Callable[[Batch, jax.Array | None], Batch]
 """A pure ``(batch, key) -> batch``, part of the compiled step: cast, normalise, augment."""
+
+
+def split_extra(extra: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A state's ``extra`` as what is the model's, and the rest (``NOT_MODEL_STATE``).
+
+    >>> split_extra({"batch_stats": 1, "ema": 2})
+    ({'batch_stats': 1}, {'ema': 2})
+    """
+    own = {name: tree for name, tree in extra.items() if name not in NOT_MODEL_STATE}
+    return own, {name: tree for name, tree in extra.items() if name in NOT_MODEL_STATE}

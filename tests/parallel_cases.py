@@ -101,9 +101,11 @@ def train(program: Program, start: Any = None) -> tuple[dict[str, np.ndarray], n
 
     It starts from ``start``, a state on the host, which saves compiling the initialisation for each mesh.
     """
-    state, ids = program.init() if start is None else None, []
-    if state is None:
+    if start is None:
+        state = program.init()
+    else:
         state = jax.device_put(start, jax.tree.map(lambda leaf: leaf.sharding, program.like))
+    ids = []
     for step in range(program.steps):
         batch = program.train.batch(step)
         ids.append(whole(batch["rows"])[:, 0])

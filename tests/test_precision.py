@@ -293,5 +293,6 @@ def test_a_pair_of_functions_with_a_dict_of_its_own_trains_with_a_scale():
         step = jax.jit(make_train_step((init, apply), loss, tx, accumulate=accumulate, loss_scale=scaling))
         after, _ = step(state, batch, KEY)
         assert set(after.extra) == {"seen", "loss_scale"} and int(after.extra["seen"]) == accumulate
+    make_eval_step((init, apply), loss)(after, batch)
     with pytest.raises(InputError, match=r"gives a tuple beside its parameters: return \(params, extra\)"):
         make_init((lambda key, batch: ({"w": jnp.ones(3)}, ()), apply), tx)(KEY, batch)

@@ -43,7 +43,7 @@ __all__ = [
 T = TypeVar("T")
 
 BLOCK = 4096  # bytes that one broadcast carries; one program is compiled for it
-LAST = 1.0  # seconds
+LAST = 1.0  # seconds that the first process outlives an error, for the others to tell theirs
 LATE = 2  # calls until a vote is read
 
 
