@@ -130,9 +130,10 @@ sys.exit(128 + caught[0])
     while sum("ready" in line for line in before) < 3:
         before.append(process.stdout.readline())
     process.send_signal(signum)
-    code, lines, _ = ended(process)
+    code, lines, errors = ended(process)
     assert code == 128 + signum
     assert lines == [f"[{i}] saved {int(signum)}" for i in range(3)]
+    assert f"launch_local: ended by {signal.Signals(signum).name}" in str(errors)
 
 
 @pytest.mark.parametrize(

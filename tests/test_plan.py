@@ -265,6 +265,20 @@ def planned(capsys, *args) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+def test_what_a_model_prints_does_not_come_between_json(mlp, capsys):
+    with Path(mlp).open("a") as file:
+        file.write(
+            "import dataclasses\n"
+            "def loud(batch, key):\n"
+            "    print('loud')\n"
+            "    return batch\n"
+            "EXPERIMENT = dataclasses.replace(EXPERIMENT, augment=(loud,))\n"
+        )
+    assert verbs.main(["plan", "--json", "--experiment", mlp, "--devices", "1"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["experiment"] == "mlp" and "loud" in told.err
+
+
 def test_json_is_complete_and_the_table_says_the_same(mlp, capsys):
     found = planned(capsys, mlp, "--mesh", "fsdp=8", "--device-memory", "1GB")
     assert found["experiment"] == "mlp" and found["mesh"] == {"data": 1, "fsdp": 8, "model": 1}

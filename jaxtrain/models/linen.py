@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from jaxtrain.errors import InputError
 from jaxtrain.models.remat import Remat, check_remat, remat_model
-from jaxtrain.types import NOT_MODEL_STATE, Batch, Model, Names
+from jaxtrain.types import Batch, Model, Names, split_extra
 
 TARGETS = frozenset({"label", "target", "mask", "example_id", "epoch"})
 MODES = {
@@ -88,7 +88,7 @@ def _from_linen(module: nn.Module, remat: Remat) -> Model:
     def apply(
         params: Any, extra: dict[str, Any], batch: Batch, *, train: bool, key: jax.Array | None
     ) -> tuple[Any, dict[str, Any]]:
-        statistics = {k: v for k, v in extra.items() if k not in NOT_MODEL_STATE}
+        statistics, _ = split_extra(extra)
         # Any other stream that the module asks for falls back to "params".
         rngs = None if key is None else {"dropout": key, "params": jax.random.fold_in(key, 1)}
         mutable: Any = list(statistics) if train else False  # Linen: a list, even empty, gives a pair
