@@ -14,7 +14,7 @@ from jaxtrain.experiment import config_hash
 from jaxtrain.program import Program
 from jaxtrain.recorder import Console
 from jaxtrain.sharding import processes
-from jaxtrain.stop import Request, Stopped, on_signals
+from jaxtrain.stop import GRACE, Request, Stopped, alive, on_signals, watchdog
 from jaxtrain.types import Metrics, State
 
 
@@ -33,6 +33,7 @@ class InFlight:
         self._queue.append(metrics)
         if len(self._queue) > self._most:
             jax.block_until_ready(self._queue.popleft())
+        alive()
 
 
 def fit(
@@ -41,6 +42,8 @@ def fit(
     console: Console,
     name: str = "experiment",
     began: float | None = None,
+    grace: float = GRACE,
+    hang_after: float | None = None,
 ) -> dict[str, Any]:
     """Train to the last step, from wherever ``folder`` stands, and evaluate.
 
@@ -50,6 +53,8 @@ def fit(
       console: where a person is watching.
       name: the experiment's name, for the records.
       began: the ``time.perf_counter()`` from which wall time is counted; None is now.
+      grace: seconds from a signal to the end of the process, at most (``stop.on_signals``).
+      hang_after: end the process when nothing has moved for so many seconds (``stop.watchdog``).
 
     Returns:
       The result, as it is written to ``result.json``.
@@ -65,7 +70,8 @@ def fit(
     writes = processes.is_first()
     with (
         plan.explained(program, name, folder, console),
-        on_signals() as request,
+        on_signals(grace) as request,
+        watchdog(hang_after, folder / f"hang-{processes.index()}.txt"),
         checkpoint.open(folder, experiment.keep, {**about, "jax": jax.__version__}) as saved,
     ):
         for stray in saved.clean():

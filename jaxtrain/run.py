@@ -24,7 +24,7 @@ from jaxtrain.errors import InputError, RunError
 from jaxtrain.experiment import Experiment
 from jaxtrain.recorder import Console
 from jaxtrain.sharding import processes
-from jaxtrain.stop import Stopped
+from jaxtrain.stop import GRACE, Stopped
 
 SUMMARY = "train an experiment, or go on with it (the same as python -m jaxtrain.run)"
 
@@ -42,6 +42,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--extend", action="store_true", help="go on with more epochs under a longer schedule"
     )
     devices.add_flags(parser, many_processes=True)
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=GRACE,
+        metavar="SECONDS",
+        help="from a signal to the end, at most, saving included; default: %(default)g",
+    )
+    parser.add_argument(
+        "--hang-after",
+        type=float,
+        metavar="SECONDS",
+        help="end with all stacks and exit code 3 when no step finishes for so long, compilation included",
+    )
     parser.add_argument("--smoke", action="store_true", help="two steps, an evaluation, a save and a restore")
     parser.add_argument("--overfit", type=int, metavar="N", help="train on N fixed examples")
     return cli.main(_run, parser, argv)
@@ -52,6 +65,10 @@ def _run(args: argparse.Namespace) -> int:
         return _list()
     from jaxtrain.recorder import make_console
 
+    for flag in ("grace", "hang_after"):
+        seconds = getattr(args, flag)
+        if seconds is not None and not 0 < seconds < float("inf"):
+            raise InputError(f"--{flag.replace('_', '-')} {seconds:g}: give seconds above 0")
     name, origin, experiment = cli.load(args.experiment, args.set)
     mesh = devices.make(args, cli.warn)
     console = make_console(quiet=not processes.is_first())
@@ -101,7 +118,7 @@ def _fit(
         try:
             with contextlib.ExitStack() as held:
                 processes.first(lambda: held.enter_context(workdir.locked(folder)))
-                found = fit(program, folder, console, name, began)
+                found = fit(program, folder, console, name, began, args.grace, args.hang_after)
         except Stopped as stopped:
             raise Stopped(f"{stopped}; go on with: {_again(args, folder)}", stopped.signum) from None
         finally:
