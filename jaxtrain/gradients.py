@@ -45,7 +45,10 @@ def gradient_of(model: Model, loss_fn: LossFn) -> GradientFn:
         params: Any, extra: dict[str, Any], batch: Batch, key: jax.Array, scale: jax.Array | None
     ) -> Gradient:
         def objective(params: Any) -> tuple[jax.Array, tuple[jax.Array, dict[str, Any], Metrics]]:
-            outputs, updated = model.apply(params, extra, batch, train=True, key=key)
+            # A pair of functions may give back a dict of its own making, without what is not the model's.
+            own, kept = _own(extra), {k: tree for k, tree in extra.items() if k in NOT_MODEL_STATE}
+            outputs, updated = model.apply(params, own, batch, train=True, key=key)
+            updated = {**kept, **updated}
             loss, metrics = evaluate_loss(loss_fn, outputs, batch)
             return loss if scale is None else loss * scale.astype(loss.dtype), (loss, updated, metrics)
 
@@ -76,9 +79,6 @@ def accumulated(gradient: GradientFn, parts: int, unroll: bool = False) -> Gradi
         rows = split_rows(batch, parts)
         fixed = {name: tree for name, tree in extra.items() if name in NOT_MODEL_STATE}
 
-        def statistics(extra: dict[str, Any]) -> dict[str, Any]:
-            return {name: tree for name, tree in extra.items() if name not in NOT_MODEL_STATE}
-
         def one(carry: tuple[Any, Any], i: jax.Array) -> tuple[tuple[Any, Any], Any]:
             if unroll:  # or XLA is free to begin with all of them, and to keep the activations of all
                 carry, i = jax.lax.optimization_barrier((carry, i))
@@ -87,9 +87,9 @@ def accumulated(gradient: GradientFn, parts: int, unroll: bool = False) -> Gradi
             found = gradient(params, {**fixed, **stats}, part, jax.random.fold_in(key, i), scale)
             share = _count(found)
             total = jax.tree.map(lambda t, g: t + share.astype(g.dtype) * g, total, found.grads)
-            return (statistics(found.extra), total), (share, share * found.loss, found.metrics)
+            return (_own(found.extra), total), (share, share * found.loss, found.metrics)
 
-        start = statistics(extra), jax.tree.map(jnp.zeros_like, params)
+        start = _own(extra), jax.tree.map(jnp.zeros_like, params)
         (stats, total), (shares, losses, metrics) = jax.lax.scan(
             one, start, jnp.arange(parts), unroll=parts if unroll else 1
         )
@@ -147,6 +147,11 @@ def evaluate_loss(loss_fn: LossFn, outputs: Any, batch: Batch) -> tuple[jax.Arra
                 "merged over batches: return jaxtrain.metrics.Mean.of(values, batch.get('mask'))"
             )
     return loss, dict(metrics)
+
+
+def _own(extra: dict[str, Any]) -> dict[str, Any]:
+    """What of the state's ``extra`` is the model's."""
+    return {name: tree for name, tree in extra.items() if name not in NOT_MODEL_STATE}
 
 
 def _count(found: Gradient) -> jax.Array:

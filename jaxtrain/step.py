@@ -64,6 +64,11 @@ def make_init(
         model_key, prepare_key = jax.random.split(key)
         batch = prepare(batch, prepare_key)
         params, extra = pair.init(model_key, batch)
+        if not isinstance(extra, dict):
+            raise InputError(
+                f"the model's init gives a {type(extra).__name__} beside its parameters: return "
+                "(params, extra) with a dict of what the model keeps, {} for nothing"
+            )
         if data_init is not None:
             changed = data_init(params, batch)
             before: Any = jax.tree.structure(params)

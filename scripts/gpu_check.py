@@ -117,7 +117,10 @@ def scaling(session: Session) -> dict[str, Any]:
     count = session.child("device")["count"]
     counts = ",".join(map(str, sorted({1, count})))
     path = session.scratch / "scaling.json"
-    session.run("-m", "jaxtrain", "bench", "--scaling", counts, "--set", "batch=1024", "--json", path)
+    short = (
+        ["--set", "batch=128", "--steps", "2", "--rounds", "2"] if session.cpu else ["--set", "batch=1024"]
+    )
+    session.run("-m", "jaxtrain", "bench", "--scaling", counts, *short, "--json", path)
     return dict(json.loads(path.read_text()))
 
 

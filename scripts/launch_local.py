@@ -126,6 +126,8 @@ class Launch:
                 print(f"launch_local: process {number} ended with {code}: ending the others", file=sys.stderr)
                 self._signal(signal.SIGTERM)
                 deadline = time.monotonic() + self._grace
+        if self._asked is not None:
+            print(f"launch_local: ended by {signal.Signals(self._asked).name}", file=sys.stderr)
         return first
 
     def _forward(self, signum: int, frame: object) -> None:

@@ -308,7 +308,7 @@ def test_without_a_limit_there_is_no_verdict(mlp, capsys):
         (["--experiment", "digit_cnn"], "did you mean digits_cnn?"),
         (["--experiment", TINY, "--set", "batsh=1"], "did you mean batch?"),
         (["--experiment", TINY, "--devices", "5000"], "plan simulates at most 1024"),
-        (["--experiment", TINY, "--devices", "0"], "--devices 0: give 1 to"),
+        (["--experiment", TINY, "--devices", "0"], "--devices 0: give at least 1"),
         (["--experiment", TINY, "--mesh", "fsdp=4"], "leaves 4 idle"),
         (["--experiment", TINY, "--mesh", "date=8"], "did you mean data?"),
         (["--experiment", TINY, "--set", "batch=12"], "batch 12 does not divide over 8 devices"),

@@ -143,7 +143,7 @@ def test_where_nothing_fits_the_smallest_is_told(monkeypatch):
     monkeypatch.setattr("jaxtrain.plan.nearest.MOST", 5)
     assert len(nearest(1, made_up(0, 10**6)).tried) == 5
     impossible = plan.Nearest(None, ())
-    assert "nothing else could be tried" in report.nearest_text(impossible, GIVEN)
+    assert "nothing else was tried, because" in report.nearest_text(impossible, GIVEN)
 
 
 def test_what_does_not_help_is_not_done_more_of():

@@ -271,3 +271,27 @@ def test_without_a_scale_the_step_is_bitwise_what_it_was() -> None:
     for _ in range(3):
         found, expected = one(found, batch, KEY)[0], other(expected, batch, KEY)
     chex.assert_trees_all_equal(found, expected)
+
+
+def test_a_pair_of_functions_with_a_dict_of_its_own_trains_with_a_scale():
+    """What is not the model's, such as the scale, is neither handed to it nor expected back."""
+
+    def init(key, batch):
+        return {"w": jnp.ones((3,))}, {"seen": jnp.zeros((), jnp.int32)}
+
+    def apply(params, extra, batch, *, train, key):
+        assert set(extra) == {"seen"}
+        return (batch["x"] * params["w"][None]).sum(1), {"seen": extra["seen"] + 1}
+
+    def loss(outputs, batch):
+        value = (outputs**2).mean()
+        return value, {"loss": Mean.of(value)}
+
+    scaling, tx, batch = LossScale(initial=8.0), optax.sgd(0.1), {"x": jnp.ones((4, 3))}
+    state = make_init((init, apply), tx, loss_scale=scaling)(KEY, batch)
+    for accumulate in (1, 2):
+        step = jax.jit(make_train_step((init, apply), loss, tx, accumulate=accumulate, loss_scale=scaling))
+        after, _ = step(state, batch, KEY)
+        assert set(after.extra) == {"seen", "loss_scale"} and int(after.extra["seen"]) == accumulate
+    with pytest.raises(InputError, match=r"gives a tuple beside its parameters: return \(params, extra\)"):
+        make_init((lambda key, batch: ({"w": jnp.ones(3)}, ()), apply), tx)(KEY, batch)

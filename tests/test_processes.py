@@ -400,7 +400,7 @@ def test_addresses_that_cannot_be_used(monkeypatch) -> None:
         ({"processes": 2}, "--process-id is missing"),
         ({"processes": 2, "process_id": 2}, "--process-id 2 of --processes 2"),
         ({"processes": 2, "process_id": -1}, "--process-id -1 of --processes 2"),
-        ({"processes": 0, "process_id": 0}, "--process-id 0 of --processes 0"),
+        ({"processes": 0, "process_id": 0}, "--processes 0: give at least 1"),
         ({"processes": 2, "process_id": 0, "auto": True}, "--distributed auto finds the processes itself"),
         ({"processes": 2, "process_id": 0}, "already uses JAX's devices"),
     ],

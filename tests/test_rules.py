@@ -181,7 +181,7 @@ def test_a_size_that_does_not_divide_is_refused_with_the_fix():
     with pytest.raises(
         InputError,
         match=r"params/down/kernel \[6, 64\]: mlp of 6 does not divide over model = 4: use a mesh with "
-        r"model = 3, change the model's size, or leave it whole with sharding.Rule\('mlp', None\)",
+        r"model = 2, change the model's size, or leave it whole with sharding.Rule\('mlp', None\)",
     ):
         place(state(params), mesh("data=2,model=4"), NAMES)
     with pytest.raises(InputError, match=r"dimension 1 of 6 .* fsdp×model = 8.*change its rule"):
@@ -194,3 +194,16 @@ def test_shardings_place_real_arrays():
     shard = placed.opt_state[0].mu["up"]["kernel"].addressable_shards[3]
     assert shard.data.shape == (64, 32)
     np.testing.assert_array_equal(shard.index[1], slice(96, 128, None))
+
+
+def test_names_that_are_a_text_are_refused():
+    with pytest.raises(InputError, match=r"gives the text 'mlp' for params/up/bias: write \('mlp',\)"):
+        place(state({"up": shapes(bias=(64,))}), mesh("model=8"), {"up/bias$": "mlp"})
+
+
+def test_misspelt_names_and_axes_are_told_the_near_ones():
+    params = {"up": shapes(kernel=(64, 64))}
+    with pytest.raises(InputError, match=r"no rule for the logical axis 'mpl' .*did you mean mlp"):
+        place(state(params), mesh("model=8"), {"up": ("embed", "mpl")})
+    with pytest.raises(InputError, match="no mesh axis is called 'modle': did you mean model"):
+        place(state(params), mesh("model=8"), {"up": ("embed", "mlp")}, (Rule("mlp", "modle"),))

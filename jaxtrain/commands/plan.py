@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from jax.sharding import Mesh
 
@@ -37,6 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    """What a model prints while it is traced must not come between JSON."""
+    out = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        return _plan(args, out)
+
+
+def _plan(args: argparse.Namespace, out: TextIO) -> int:
     from jaxtrain import plan
     from jaxtrain.plan import report
     from jaxtrain.program import assemble
@@ -77,7 +85,7 @@ def _run(args: argparse.Namespace) -> int:
         kind = {"count": mesh.size, "kind": mesh.devices.flat[0].device_kind, "simulated": simulated}
         about = {"experiment": name, "devices": kind, "steps": steps}
         body = about | report.as_json(found, limit) | {"notes": notes} | more
-        make_console().note(json.dumps(body))
+        print(json.dumps(body), file=out)
     return 0
 
 
@@ -89,6 +97,8 @@ def _mesh(args: argparse.Namespace) -> tuple[Mesh, bool]:
     if args.simulate_devices is not None:
         return devices.make(args), True
     wanted = args.devices
+    if wanted is not None and wanted < 1:
+        raise InputError(f"--devices {wanted}: give at least 1")
     sizes = re.findall(r"=\s*(\d+)\s*(?:,|$)", args.mesh or "")
     if wanted is None and sizes and "*" not in args.mesh:
         wanted = math.prod(map(int, sizes))

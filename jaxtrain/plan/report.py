@@ -86,7 +86,10 @@ def nearest_text(nearest: Nearest, given: Variant) -> str:
             "  more devices, a smaller model or a shorter context would need less",
         ]
     else:
-        lines = ["nothing else could be tried: more devices or a smaller model would need less"]
+        lines = [
+            "nothing else was tried, because what is there between two steps (parameters, optimizer, data)",
+            "  is too much by itself: use more devices with fsdp, a smaller model, or --set feed=stream",
+        ]
     rows = [(" ".join(one.variant.flags(given)), _total(one)) for one in nearest.tried]
     return "\n".join(lines) + ("\n\n" + table("tried", rows, "<>") if len(rows) > 1 else "")
 

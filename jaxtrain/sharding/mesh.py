@@ -126,6 +126,8 @@ def check_batch(batch: int, mesh: Mesh, name: str = "batch", accumulate: int = 1
             f"{name} {batch} does not divide into accumulate={accumulate} parts on {mesh_text(mesh.shape)}: "
             f"use --set {name}={fixes}, or another accumulate"
         )
+    if len({device.process_index for device in mesh.devices.flat}) > 1:  # each has a part of the devices
+        raise InputError(f"{name} {batch} does not divide over {parts} devices: use --set {name}={fixes}")
     fewer = max((n for n in range(1, parts) if batch % (n * accumulate) == 0), default=1)
     instead = f"--devices {fewer}" if parts == mesh.size else f"a --mesh with data × fsdp = {fewer}"
     raise InputError(

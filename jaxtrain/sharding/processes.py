@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
@@ -42,6 +43,7 @@ __all__ = [
 T = TypeVar("T")
 
 BLOCK = 4096  # bytes that one broadcast carries; one program is compiled for it
+LAST = 1.0  # seconds
 LATE = 2  # calls until a vote is read
 
 
@@ -225,8 +227,10 @@ def leave(code: int) -> NoReturn:
     """End this process with ``code``; one of several ends at once if it failed.
 
     At the end of a process JAX waits minutes for the others to end too, and they may be waiting for this one.
+    The first waits a moment: without it JAX aborts the others, who have their own line to say.
     """
     if code and count() > 1:
+        time.sleep(LAST if is_first() else 0)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

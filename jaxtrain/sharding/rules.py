@@ -197,6 +197,8 @@ class _Placer:
                     "leave it whole"
                 )
             return (None,) * len(shape)
+        if isinstance(found, str):
+            raise InputError(f"logical_axes gives the text {found!r} for {path}: write ({found!r},)")
         if len(found) != len(shape):
             raise InputError(
                 f"logical_axes names {len(found)} axes {found} for {path} {list(shape)}: give one for each "
@@ -204,8 +206,10 @@ class _Placer:
             )
         for name in found:
             if name is not None and name not in self._logical:
+                near = difflib.get_close_matches(name, self._logical, n=1)
                 raise InputError(
-                    f"no rule for the logical axis {name!r} of {path}: add sharding.Rule({name!r}, 'model') "
+                    f"no rule for the logical axis {name!r} of {path}: "
+                    f"{f'did you mean {near[0]}? Else ' if near else ''}add sharding.Rule({name!r}, 'model') "
                     f"or sharding.Rule({name!r}, None) to the experiment's rules"
                 )
         axes = tuple(None if name is None else self._logical[name] for name in found)
@@ -214,6 +218,11 @@ class _Placer:
     def _divided(self, path: str, shape: tuple[int, ...], axes: Spec, names: Names | None = None) -> Spec:
         """``axes`` without those of size 1, if they exist, differ and divide the shape."""
         spec: list[Any] = []
+        every = [axis for axis in _flat(axes) if self._mesh.shape[axis] > 1]
+        if len(set(every)) < len(every):
+            raise InputError(
+                f"{path} {list(shape)}: rules split two dimensions over one mesh axis: {axes}: give one None"
+            )
         for number, entry in enumerate(axes):
             used = [axis for axis in _entry(entry) if self._mesh.shape[axis] > 1]
             parts = math.prod(self._mesh.shape[axis] for axis in used)
@@ -226,9 +235,6 @@ class _Placer:
                     f"{_smaller(used, shape[number], parts)}, change the model's size, or {whole}"
                 )
             spec.append(used[0] if len(used) == 1 else tuple(used) or None)
-        flat = _flat(tuple(spec))
-        if len(set(flat)) < len(flat):
-            raise InputError(f"{path} {list(shape)}: rules split two dimensions over one mesh axis: {spec}")
         return tuple(spec)
 
     def _by_size(self, spec: Spec, shape: tuple[int, ...]) -> Spec:
@@ -270,7 +276,9 @@ class _Placer:
         entries = [axes for rule in self._paths for axes in rule.axes or ()]
         for axis in (axis for entry in [*entries, *named.values()] for axis in _entry(entry)):
             if axis not in AXES:
-                raise InputError(f"rules: no mesh axis is called {axis!r}: there are {', '.join(AXES)}")
+                near = difflib.get_close_matches(axis, AXES, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(AXES)}"
+                raise InputError(f"rules: no mesh axis is called {axis!r}: {hint}")
 
     def _check_expressions(self) -> None:
         where = [("rules", rule.match) for rule in self._paths] + [("logical_axes", m) for m in self._names]
@@ -299,7 +307,8 @@ def _flat(spec: Spec) -> list[str]:
 
 
 def _smaller(axes: list[str], length: int, parts: int) -> str:
-    return f"{'×'.join(axes)} = {max(n for n in range(1, parts) if length % n == 0)}"
+    """A size that divides the length, and the devices as well because it divides what was asked for."""
+    return f"{'×'.join(axes)} = {max(n for n in range(1, parts) if length % n == 0 and parts % n == 0)}"
 
 
 def _example(leaves: Mapping[str, Any]) -> str:

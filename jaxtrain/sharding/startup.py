@@ -62,6 +62,8 @@ def start(
     if processes is None or process_id is None:
         missing = "--processes" if processes is None else "--process-id"
         raise InputError(f"{missing} is missing: --processes and --process-id go together")
+    if processes < 1:
+        raise InputError(f"--processes {processes}: give at least 1")
     if not 0 <= process_id < processes:
         raise InputError(
             f"--process-id {process_id} of --processes {processes}: ids are 0 to one less than the processes"
