@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ def fit(
     console: Console,
     name: str = "experiment",
     began: float | None = None,
+    *,
+    resume: str = "newest",
+    init_from: Sequence[Any] | None = None,
     grace: float = GRACE,
     hang_after: float | None = None,
 ) -> dict[str, Any]:
@@ -53,6 +57,8 @@ def fit(
       console: where a person is watching.
       name: the experiment's name, for the records.
       began: the ``time.perf_counter()`` from which wall time is counted; None is now.
+      resume: which checkpoint to go on from (``Checkpoints.restore_or``).
+      init_from: ``(source, renames)`` of the parameters to begin with (``checkpoint.init_from``).
       grace: seconds from a signal to the end of the process, at most (``stop.on_signals``).
       hang_after: end the process when nothing has moved for so many seconds (``stop.watchdog``).
 
@@ -72,11 +78,17 @@ def fit(
         plan.explained(program, name, folder, console),
         on_signals(grace) as request,
         watchdog(hang_after, folder / f"hang-{processes.index()}.txt"),
-        checkpoint.open(folder, experiment.keep, {**about, "jax": jax.__version__}) as saved,
+        checkpoint.open(folder, experiment.keep, {**about, "jax": jax.__version__}, console.note) as saved,
     ):
-        for stray in saved.clean():
-            console.note(f"step {stray} was never completely saved and has been removed")
-        state, start = saved.restore_or(program.init, program.like)
+        saved.clean()
+
+        def init() -> State:
+            if init_from is None:
+                return program.init()
+            source, renames = init_from
+            return checkpoint.init_from(source, renames, program.init(), console.note)
+
+        state, start = saved.restore_or(init, program.like, resume)
         how = f"going on from step {start} of" if start else "starting:"
         console.note(f"{how} {program.steps} steps of {experiment.batch} examples")
         with recorder.open(

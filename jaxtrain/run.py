@@ -41,6 +41,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--extend", action="store_true", help="go on with more epochs under a longer schedule"
     )
+    parser.add_argument(
+        "--resume",
+        default="newest",
+        choices=("newest", "last-good"),
+        help="last-good: where checkpoints are damaged, set them aside and go on from one that is not",
+    )
+    parser.add_argument(
+        "--init-from", metavar="RUN[:STEP]", help="begin with the parameters of another run's checkpoint"
+    )
+    parser.add_argument(
+        "--init-map",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="names of its parameters that are others here; head= keeps the new values of head",
+    )
     devices.add_flags(parser, many_processes=True)
     parser.add_argument(
         "--grace",
@@ -73,6 +89,8 @@ def _run(args: argparse.Namespace) -> int:
     mesh = devices.make(args, cli.warn)
     console = make_console(quiet=not processes.is_first())
     cli.ensure_prepared(experiment, console)
+    if args.smoke and (args.init_from or args.init_map):
+        raise InputError("--smoke tries the experiment alone: leave --init-from and --init-map out")
     if args.smoke:
         return _smoke(name, experiment, mesh, console)
     if args.overfit is not None:
@@ -102,6 +120,8 @@ def _fit(
         "devices": [d.device_kind for d in mesh.devices.flat],
         "mesh": dict(mesh.shape),
     }
+    source = processes.first(lambda: workdir.init_from(folder, args.init_from, args.init_map))
+    record |= {"init_from": source} if source else {}
     sharding.check_batch(experiment.batch, mesh, accumulate=experiment.accumulate)
     if processes.agree(
         (folder / "config.json").exists(), "run"
@@ -118,7 +138,17 @@ def _fit(
         try:
             with contextlib.ExitStack() as held:
                 processes.first(lambda: held.enter_context(workdir.locked(folder)))
-                found = fit(program, folder, console, name, began, args.grace, args.hang_after)
+                found = fit(
+                    program,
+                    folder,
+                    console,
+                    name,
+                    began,
+                    resume=args.resume,
+                    init_from=source,
+                    grace=args.grace,
+                    hang_after=args.hang_after,
+                )
         except Stopped as stopped:
             raise Stopped(f"{stopped}; go on with: {_again(args, folder)}", stopped.signum) from None
         finally:
