@@ -9,6 +9,7 @@ import sys
 VERBS = {
     "run": "jaxtrain.run",
     "plan": "jaxtrain.commands.plan",
+    "verify": "jaxtrain.commands.verify",
     "prepare": "jaxtrain.commands.prepare",
     "evaluate": "jaxtrain.commands.evaluate",
     "sample": "jaxtrain.commands.sample",

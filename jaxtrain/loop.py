@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from jaxtrain.experiment import config_hash
 from jaxtrain.program import Program
 from jaxtrain.recorder import Console
 from jaxtrain.sharding import processes
-from jaxtrain.stop import Request, Stopped, on_signals
+from jaxtrain.stop import GRACE, Request, Stopped, alive, on_signals, watchdog
 from jaxtrain.types import Metrics, State
 
 
@@ -33,6 +34,7 @@ class InFlight:
         self._queue.append(metrics)
         if len(self._queue) > self._most:
             jax.block_until_ready(self._queue.popleft())
+        alive()
 
 
 def fit(
@@ -41,6 +43,11 @@ def fit(
     console: Console,
     name: str = "experiment",
     began: float | None = None,
+    *,
+    resume: str = "newest",
+    init_from: Sequence[Any] | None = None,
+    grace: float = GRACE,
+    hang_after: float | None = None,
 ) -> dict[str, Any]:
     """Train to the last step, from wherever ``folder`` stands, and evaluate.
 
@@ -50,6 +57,10 @@ def fit(
       console: where a person is watching.
       name: the experiment's name, for the records.
       began: the ``time.perf_counter()`` from which wall time is counted; None is now.
+      resume: which checkpoint to go on from (``Checkpoints.restore_or``).
+      init_from: ``(source, renames)`` of the parameters to begin with (``checkpoint.init_from``).
+      grace: seconds from a signal to the end of the process, at most (``stop.on_signals``).
+      hang_after: end the process when nothing has moved for so many seconds (``stop.watchdog``).
 
     Returns:
       The result, as it is written to ``result.json``.
@@ -65,12 +76,19 @@ def fit(
     writes = processes.is_first()
     with (
         plan.explained(program, name, folder, console),
-        on_signals() as request,
-        checkpoint.open(folder, experiment.keep, {**about, "jax": jax.__version__}) as saved,
+        on_signals(grace) as request,
+        watchdog(hang_after, folder / f"hang-{processes.index()}.txt"),
+        checkpoint.open(folder, experiment.keep, {**about, "jax": jax.__version__}, console.note) as saved,
     ):
-        for stray in saved.clean():
-            console.note(f"step {stray} was never completely saved and has been removed")
-        state, start = saved.restore_or(program.init, program.like)
+        saved.clean()
+
+        def init() -> State:
+            if init_from is None:
+                return program.init()
+            source, renames = init_from
+            return checkpoint.init_from(source, renames, program.init(), console.note)
+
+        state, start = saved.restore_or(init, program.like, resume)
         how = f"going on from step {start} of" if start else "starting:"
         console.note(f"{how} {program.steps} steps of {experiment.batch} examples")
         with recorder.open(

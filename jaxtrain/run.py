@@ -24,7 +24,7 @@ from jaxtrain.errors import InputError, RunError
 from jaxtrain.experiment import Experiment
 from jaxtrain.recorder import Console
 from jaxtrain.sharding import processes
-from jaxtrain.stop import Stopped
+from jaxtrain.stop import GRACE, Stopped
 
 SUMMARY = "train an experiment, or go on with it (the same as python -m jaxtrain.run)"
 
@@ -41,7 +41,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--extend", action="store_true", help="go on with more epochs under a longer schedule"
     )
+    parser.add_argument(
+        "--resume",
+        default="newest",
+        choices=("newest", "last-good"),
+        help="last-good: where checkpoints are damaged, set them aside and go on from one that is not",
+    )
+    parser.add_argument(
+        "--init-from", metavar="RUN[:STEP]", help="begin with the parameters of another run's checkpoint"
+    )
+    parser.add_argument(
+        "--init-map",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="names of its parameters that are others here; head= keeps the new values of head",
+    )
     devices.add_flags(parser, many_processes=True)
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=GRACE,
+        metavar="SECONDS",
+        help="from a signal to the end, at most, saving included; default: %(default)g",
+    )
+    parser.add_argument(
+        "--hang-after",
+        type=float,
+        metavar="SECONDS",
+        help="end with all stacks and exit code 3 when no step finishes for so long, compilation included",
+    )
     parser.add_argument("--smoke", action="store_true", help="two steps, an evaluation, a save and a restore")
     parser.add_argument("--overfit", type=int, metavar="N", help="train on N fixed examples")
     return cli.main(_run, parser, argv)
@@ -52,10 +81,16 @@ def _run(args: argparse.Namespace) -> int:
         return _list()
     from jaxtrain.recorder import make_console
 
+    for flag in ("grace", "hang_after"):
+        seconds = getattr(args, flag)
+        if seconds is not None and not 0 < seconds < float("inf"):
+            raise InputError(f"--{flag.replace('_', '-')} {seconds:g}: give seconds above 0")
     name, origin, experiment = cli.load(args.experiment, args.set)
     mesh = devices.make(args, cli.warn)
     console = make_console(quiet=not processes.is_first())
     cli.ensure_prepared(experiment, console)
+    if args.smoke and (args.init_from or args.init_map):
+        raise InputError("--smoke tries the experiment alone: leave --init-from and --init-map out")
     if args.smoke:
         return _smoke(name, experiment, mesh, console)
     if args.overfit is not None:
@@ -85,6 +120,8 @@ def _fit(
         "devices": [d.device_kind for d in mesh.devices.flat],
         "mesh": dict(mesh.shape),
     }
+    source = processes.first(lambda: workdir.init_from(folder, args.init_from, args.init_map))
+    record |= {"init_from": source} if source else {}
     sharding.check_batch(experiment.batch, mesh, accumulate=experiment.accumulate)
     if processes.agree(
         (folder / "config.json").exists(), "run"
@@ -101,7 +138,17 @@ def _fit(
         try:
             with contextlib.ExitStack() as held:
                 processes.first(lambda: held.enter_context(workdir.locked(folder)))
-                found = fit(program, folder, console, name, began)
+                found = fit(
+                    program,
+                    folder,
+                    console,
+                    name,
+                    began,
+                    resume=args.resume,
+                    init_from=source,
+                    grace=args.grace,
+                    hang_after=args.hang_after,
+                )
         except Stopped as stopped:
             raise Stopped(f"{stopped}; go on with: {_again(args, folder)}", stopped.signum) from None
         finally:

@@ -59,7 +59,8 @@ def claim(
         _check_same(workdir, known["config"], experiment, extend)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if known is None or known["config"] != config:
+        begins = record.get("init_from")
+        if known is None or known["config"] != config or known.get("init_from") != begins:
             text = {"name": name, "hash": config_hash(experiment), **record, **_environment()}
             write_json(workdir / "config.json", {**text, "config": config})
         probe = workdir / ".writable"
@@ -111,6 +112,26 @@ def load(workdir: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} cannot be read ({error}): restore it from a copy") from error
     return record
+
+
+def init_from(workdir: Path, source: str | None, renames: list[str]) -> list[Any] | None:
+    """What a run begins with, ``[--init-from, --init-map]``; as recorded where it has begun. None is nothing.
+
+    Raises:
+      InputError: the run in ``workdir`` has begun with something else; or renames without a source.
+    """
+    if renames and source is None:
+        raise InputError("--init-map renames what --init-from reads: give that too")
+    asked = None if source is None else [source, renames]
+    recorded = load(workdir).get("init_from") if (workdir / "config.json").exists() else None
+    if not any(workdir.glob("checkpoints/*/manifest.json")):
+        return asked or recorded
+    if asked is not None and asked != recorded:
+        raise InputError(
+            f"{workdir} holds a run that began with {recorded[0] if recorded else 'no --init-from'}: "
+            "choose another --workdir, or --new for a fresh run beside it"
+        )
+    return None if recorded is None else list(recorded)
 
 
 def result(workdir: Path, steps: int) -> dict[str, Any] | None:

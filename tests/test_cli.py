@@ -125,6 +125,8 @@ def test_evaluate_refuses_an_experiment_that_has_changed_since(tmp_path, capsys)
         (["--experiment", TINY, "--workdir", f"{TINY}/sub"], "cannot be written (Not a directory)"),
         (["--experiment", TINY, "--extend"], "name it with --workdir"),
         (["--experiment", TINY, "--overfit", "0"], "give a number of examples in 1..200"),
+        (["--experiment", TINY, "--grace", "0"], "--grace 0: give seconds above 0"),
+        (["--experiment", TINY, "--hang-after", "nan"], "--hang-after nan: give seconds above 0"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(args, message, capsys):

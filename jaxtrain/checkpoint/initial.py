@@ -1,0 +1,141 @@
+"""A run that begins with the parameters of another: read by path, without the other's experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxtrain.checkpoint import manifest as manifests
+from jaxtrain.checkpoint import store
+from jaxtrain.checkpoint.manifest import Saved
+from jaxtrain.errors import InputError
+from jaxtrain.types import NOT_MODEL_STATE, State, leaf_paths
+
+COPIES = ("extra/ema/", "extra/lookahead/")
+"""Where a state holds averages of parameters and statistics, which begin as copies of them."""
+
+
+def init_from(
+    source: str, renames: Sequence[str], state: State, tell: Callable[[str], None] = lambda line: None
+) -> State:
+    """``state`` with the parameters and the model's statistics of another run's checkpoint.
+
+    Those that ``evaluate`` uses: the averaged ones where that run kept an average. The optimizer, the step
+    and all else stay as they are.
+
+    Args:
+      source: ``RUN`` or ``RUN:STEP``, the folder of a run; without a step the best on its validation set, or
+        the latest.
+      renames: ``OLD=NEW``, prefixes of names there and here, such as ``encoder/block0=block0``; ``head=``
+        keeps the values that ``head`` has in ``state``.
+      state: of step 0, with its shardings.
+      tell: called with a line of what was taken.
+
+    Raises:
+      InputError: there is no such checkpoint, or it has not the arrays that are needed.
+      Damaged: it is not what was saved.
+    """
+    folder, step = _parse(source)
+    pairs = [_pair(text) for text in renames]
+    with store.open(folder, tell=tell) as checkpoints:
+        chosen = _choose(checkpoints, step, source)
+        here = leaf_paths(state)
+        wanted = {path: name for path in here if (name := _source_of(path, pairs, chosen)) is not None}
+        _check(chosen, here, wanted, pairs)
+        likes = {name: _like(here[path]) for path, name in wanted.items()}
+        arrays = checkpoints.restore_some(chosen, likes)
+    seen: set[str] = set()
+    values = []
+    for path, leaf in here.items():
+        name = wanted.get(path)
+        # One buffer must not be in the state twice: the train step is given them to reuse.
+        value = leaf if name is None else arrays[name].copy() if name in seen else arrays[name]
+        seen |= {name} if name is not None else set()
+        values.append(value)
+    tell(f"{len(seen)} arrays of {chosen.folder} to begin with, {_fresh(here, wanted)} new")
+    return jax.tree.unflatten(jax.tree.structure(state), values)
+
+
+def _parse(source: str) -> tuple[Path, int | None]:
+    folder, _, step = source.rpartition(":")
+    if folder and step.isdecimal() and not Path(source).is_dir():
+        return Path(folder), int(step)
+    return Path(source), None
+
+
+def _pair(text: str) -> tuple[str, str]:
+    old, equals, new = text.partition("=")
+    if not old or not equals:
+        raise InputError(f"--init-map {text}: give OLD=NEW, or OLD= to keep the new values")
+    return old.strip("/"), new.strip("/")
+
+
+def _choose(checkpoints: store.Checkpoints, step: int | None, source: str) -> Saved:
+    steps = checkpoints.steps()
+    if not steps:
+        raise InputError(f"--init-from {source}: there is no checkpoint in it; give the folder a run printed")
+    if step is None:
+        return manifests.best(steps) or steps[-1]
+    for saved in steps:
+        if saved.step == step:
+            return saved
+    kept = ", ".join(str(saved.step) for saved in steps)
+    raise InputError(f"--init-from {source}: step {step} is not kept there; give one of {kept}")
+
+
+def _source_of(path: str, pairs: Sequence[tuple[str, str]], chosen: Saved) -> str | None:
+    """The path in the checkpoint of what begins as ``path`` here; None for what stays as it is."""
+    for copy in COPIES:
+        if path.startswith(copy):
+            rest = path.removeprefix(copy)
+            path = rest if rest.startswith("params/") else f"extra/{rest}"
+    root, _, name = path.partition("/")
+    if root == "extra":
+        kind, _, name = name.partition("/")
+        root = f"extra/{kind}"
+        if kind in NOT_MODEL_STATE:
+            return None
+    elif root != "params":
+        return None
+    for old, new in pairs:
+        if not new and _under(name, old):
+            return None
+        if new and _under(name, new):
+            name = (old + name.removeprefix(new)).strip("/")
+            break
+    averaged = f"extra/ema/{root.removeprefix('extra/')}/{name}"
+    return averaged if averaged in chosen.manifest["tree"] else f"{root}/{name}"
+
+
+def _under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}/")
+
+
+def _check(
+    chosen: Saved, here: dict[str, Any], wanted: dict[str, str], pairs: Sequence[tuple[str, str]]
+) -> None:
+    manifests.check_format(chosen)
+    names = [path.partition("/")[2] for path in here if path.startswith("params/")]
+    for old, new in pairs:
+        if not any(_under(name, new or old) for name in names):
+            raise InputError(f"--init-map {old}={new}: no parameter here is under {new or old}")
+    there = chosen.manifest["tree"]
+    for path, name in wanted.items():
+        have, want = there.get(name, "absent"), manifests.spec(here[path])
+        if have != want:
+            top = path.removeprefix("params/").partition("/")[0]
+            raise InputError(
+                f"checkpoint {chosen.folder} does not fit: {name} is {have} there and {path} is {want} here; "
+                f"rename with --init-map OLD=NEW, or keep the new values with --init-map {top}="
+            )
+
+
+def _like(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _fresh(here: dict[str, Any], wanted: dict[str, str]) -> int:
+    return sum(path.startswith("params/") and path not in wanted for path in here)
