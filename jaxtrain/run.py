@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     devices.add_flags(parser, many_processes=True)
     parser.add_argument("--smoke", action="store_true", help="two steps, an evaluation, a save and a restore")
     parser.add_argument("--overfit", type=int, metavar="N", help="train on N fixed examples")
+    parser.add_argument("--strict", action="store_true", help="a second compile of the step is an error")
     return cli.main(_run, parser, argv)
 
 
@@ -101,7 +102,7 @@ def _fit(
         try:
             with contextlib.ExitStack() as held:
                 processes.first(lambda: held.enter_context(workdir.locked(folder)))
-                found = fit(program, folder, console, name, began)
+                found = fit(program, folder, console, name, began, args.strict)
         except Stopped as stopped:
             raise Stopped(f"{stopped}; go on with: {_again(args, folder)}", stopped.signum) from None
         finally:
@@ -233,8 +234,7 @@ def _command(args: argparse.Namespace, folder: Path) -> str:
     if args.overfit is not None:
         words += ["--overfit", str(args.overfit)]
     words += devices.words(args)
-    if args.extend:
-        words += ["--extend"]
+    words += [flag for flag, on in (("--extend", args.extend), ("--strict", args.strict)) if on]
     return shlex.join([*words, "--workdir", str(folder)])
 
 
