@@ -13,10 +13,12 @@ import jax
 from jaxtrain import __version__, checkpoint, plan, recorder, workdir
 from jaxtrain.experiment import config_hash
 from jaxtrain.program import Program
+from jaxtrain.recompile import OneCompile
 from jaxtrain.recorder import Console
 from jaxtrain.sharding import processes
 from jaxtrain.stop import GRACE, Request, Stopped, alive, on_signals, watchdog
 from jaxtrain.types import Metrics, State
+from jaxtrain.watch import Watch
 
 
 class InFlight:
@@ -48,6 +50,7 @@ def fit(
     init_from: Sequence[Any] | None = None,
     grace: float = GRACE,
     hang_after: float | None = None,
+    strict: bool = False,
 ) -> dict[str, Any]:
     """Train to the last step, from wherever ``folder`` stands, and evaluate.
 
@@ -61,6 +64,7 @@ def fit(
       init_from: ``(source, renames)`` of the parameters to begin with (``checkpoint.init_from``).
       grace: seconds from a signal to the end of the process, at most (``stop.on_signals``).
       hang_after: end the process when nothing has moved for so many seconds (``stop.watchdog``).
+      strict: a train step that is compiled a second time is an error, not a warning.
 
     Returns:
       The result, as it is written to ``result.json``.
@@ -98,8 +102,9 @@ def fit(
             log_every=experiment.log_every,
             examples=experiment.batch,
             position=program.position,
+            guarded=experiment.guard == "skip",
         ) as record:
-            state = _train(program, state, start, saved, record, console, request)
+            state = _train(program, state, start, saved, record, console, request, folder, strict)
             found = _result(program, state, saved, record, console)
     found |= {"seconds": time.perf_counter() - began, "resumed_from": start, "folder": str(folder)}
     processes.first(lambda: workdir.write_result(folder, found))
@@ -114,25 +119,34 @@ def _train(
     record: recorder.Recorder,
     console: Console,
     request: Request,
+    folder: Path | None = None,
+    strict: bool = False,
 ) -> State:
     """The loop. Every line of it is ordered: evaluate, then save what the evaluation chose, then stop."""
     flight, votes = InFlight(program.experiment.max_in_flight), processes.Votes()
+    watch = Watch(program, folder, console.note)
+    train_step = OneCompile(program.train_step, start, console.note, strict)
     top = saved.best_score()
     console.begin(start, program.steps)
     for step in range(start + 1, program.steps + 1):
-        state, metrics = program.train_step(state, program.train.batch(step - 1), program.key)
+        state, metrics = train_step(state, program.train.batch(step - 1), program.key)
         flight.add(metrics)
+        watch.add(step, metrics)  # judges an earlier step, which flight has waited for
+        if record.due:
+            watch.settle(1)  # before its record is written, which waits for it too
         record.step(step, metrics)  # reads the steps before this one, while it runs
         console.advance(step)
         saved.poll()
         score = None
         if program.evaluates(step):
+            watch.settle()
             with record.paused():
                 score = _look(program, state, step, record, console)
         improved = score is not None and (top is None or score > top)
         stop = votes.cast(request.signum or 0)  # what any process has been asked
         if program.saves(step) or improved or stop:
-            record.flush()  # raises on a loss that is not finite: such a state is never saved
+            watch.settle()  # raises on a bad update: nothing after one is ever saved
+            record.flush()  # with the guard off, raises on a loss that is not finite
             saved.save(step, state, score)
             top = score if improved else top
         if stop and step < program.steps:

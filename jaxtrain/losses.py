@@ -1,7 +1,8 @@
 """Losses: ``(outputs, batch) -> (loss, metrics)``, with the loss a scalar mean over the examples.
 
 Any function of that form trains; these are frozen dataclasses so that they can stand in a config.
-A loss may have ``check(outputs, batch, ids)``, which looks at raw host data before anything is compiled.
+A loss may have ``check(outputs, batch, ids)``, which looks at raw host data before anything is compiled, and
+``outside(outputs, batch)``, which counts bad labels inside the step, after augmentation (``jaxtrain.guard``).
 """
 
 from __future__ import annotations
@@ -79,6 +80,21 @@ class CrossEntropy:
         if self.smoothing:
             nll = (1 - self.smoothing) * nll - self.smoothing * logp.mean(-1)
         return nll
+
+    def outside(self, outputs: jax.Array, batch: Batch) -> jax.Array:
+        """How many labels are no class of ``outputs: [batch, ..., classes]``, unmasked: int32 ``[]``.
+
+        For what ``check`` cannot see: labels that an augmentation made, and loops of one's own.
+        """
+        count, classes, mask = jnp.int32(0), outputs.shape[-1], batch.get("mask")
+        for name in (self.label, "label_mixed"):
+            label = batch.get(name)
+            if label is not None and jnp.issubdtype(label.dtype, jnp.integer):
+                bad = (label < 0) | (label >= classes)
+                if mask is not None:
+                    bad &= mask.reshape(mask.shape + (1,) * (bad.ndim - mask.ndim)) > 0
+                count += bad.sum(dtype=jnp.int32)
+        return count
 
     def check(self, outputs: jax.ShapeDtypeStruct, batch: Batch, ids: np.ndarray) -> None:
         """Raise InputError if a raw label is not a class of ``outputs: [batch, ..., classes]``.

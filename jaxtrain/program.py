@@ -12,15 +12,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain import preflight, sharding, splits
-from jaxtrain.data import Order, Sequential, Source, compose
+from jaxtrain.data import Order, Sequential, Source, compose, holdout
 from jaxtrain.data.loader import Loader, Resident
 from jaxtrain.errors import InputError
 from jaxtrain.experiment import Experiment
+from jaxtrain.guard import guarded, watched
 from jaxtrain.models import as_model, compute_in
 from jaxtrain.optim import LossScale, Schedule
 from jaxtrain.optim import rate as optim_rate
 from jaxtrain.step import make_eval_step, make_init, make_train_step
-from jaxtrain.types import Batch, Metrics, Model, Names, State
+from jaxtrain.types import Batch, Metrics, Model, Names, Prepare, State
+
+Update = Callable[[State, Batch, jax.Array], tuple[State, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Program:
       like: that state's shapes, dtypes and shardings.
       train_step: compiled ``(state, batch, key) -> (state, metrics)``; the state is donated.
       train: training batches.
+      order: which examples they are of.
       evals: ``"valid"`` (where there is one) and ``"test"``.
       choices: what was decided by measurement or size, for the run's record.
       notes: what whoever starts the run should know, a line each.
@@ -59,6 +63,7 @@ class Program:
     like: State
     train_step: Callable[[State, Any, jax.Array], tuple[State, Metrics]]
     train: Loader
+    order: Order
     evals: dict[str, Split]
     choices: dict[str, Any]
     notes: tuple[str, ...]
@@ -75,6 +80,13 @@ class Program:
     def saves(self, step: int) -> bool:
         """Is there a checkpoint after update ``step``?"""
         return step == self.steps or self._completes(step, self.experiment.save_every)
+
+    def examples(self, step: int) -> np.ndarray:
+        """Places in ``experiment.train`` of the examples of update ``step``: int64 ``[batch]``."""
+        ids = self.order.indices(step - 1)
+        if self.experiment.holdout:  # training is on what was not held out
+            ids = holdout(len(self.experiment.train), self.experiment.holdout)[0][ids]
+        return ids
 
     def close(self) -> None:
         """Stop the threads and processes that read the data."""
@@ -135,7 +147,7 @@ def assemble(
     init = sharding.compile(start, args=(whole, whole), out=_shardings(like))
     model = _model(exp, like)
     prepare = compose(lambda batch, _: train.fetch(batch), *exp.augment, *exp.preprocess)
-    update = (exp.step_factory or make_train_step)(model, exp.loss, tx, prepare, after, **_options(exp, mesh))
+    update = _update(exp, mesh, model, tx, prepare, after)
     train_step = _train_function(update, train, mesh, like, key, _barriers(exp, mesh))
     evals = {}
     for name in [name for name in sources if name != "train"]:
@@ -155,6 +167,7 @@ def assemble(
         like=like,
         train_step=train_step,
         train=train,
+        order=order,
         evals=evals,
         choices=choices,
         notes=preflight.notes(exp, mesh, like, unsplit),
@@ -220,9 +233,16 @@ def _options(exp: Experiment, mesh: Mesh) -> dict[str, Any]:
     return {"accumulate": exp.accumulate, "unroll": unroll, **_scaling(exp)}
 
 
+def _update(exp: Experiment, mesh: Mesh, model: Model, tx: Any, prepare: Prepare, after: Any) -> Update:
+    """The train step, guarded from outside: so a factory of the user's own needs to know nothing of it."""
+    loss = exp.loss if exp.guard == "off" else watched(exp.loss)
+    factory = exp.step_factory or make_train_step
+    return guarded(factory(model, loss, tx, prepare, after, **_options(exp, mesh)), exp.guard)
+
+
 def _barriers(exp: Experiment, mesh: Mesh) -> dict[str, str]:
-    """Compiler options for a step that counts on barriers: one that computes again, or in microbatches."""
-    counts = exp.remat != "none" or exp.accumulate > 1
+    """Compiler options for a step that counts on barriers: guarded, computing again, or in microbatches."""
+    counts = exp.guard != "off" or exp.remat != "none" or exp.accumulate > 1
     return sharding.KEEP_BARRIERS if counts and mesh.devices.flat[0].platform == "cpu" else {}
 
 
@@ -248,7 +268,7 @@ def _shardings(like: Any) -> Any:
 
 
 def _train_function(
-    update: Callable[[State, Batch, jax.Array], tuple[State, Metrics]],
+    update: Update,
     train: Loader,
     mesh: Mesh,
     like: State,

@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--smoke", action="store_true", help="two steps, an evaluation, a save and a restore")
     parser.add_argument("--overfit", type=int, metavar="N", help="train on N fixed examples")
+    parser.add_argument("--strict", action="store_true", help="a second compile of the step is an error")
     return cli.main(_run, parser, argv)
 
 
@@ -148,6 +149,7 @@ def _fit(
                     init_from=source,
                     grace=args.grace,
                     hang_after=args.hang_after,
+                    strict=args.strict,
                 )
         except Stopped as stopped:
             raise Stopped(f"{stopped}; go on with: {_again(args, folder)}", stopped.signum) from None
@@ -280,8 +282,7 @@ def _command(args: argparse.Namespace, folder: Path) -> str:
     if args.overfit is not None:
         words += ["--overfit", str(args.overfit)]
     words += devices.words(args)
-    if args.extend:
-        words += ["--extend"]
+    words += [flag for flag, on in (("--extend", args.extend), ("--strict", args.strict)) if on]
     return shlex.join([*words, "--workdir", str(folder)])
 
 

@@ -27,6 +27,7 @@ import optax
 
 from jaxtrain.errors import InputError
 from jaxtrain.gradients import LossFn, accumulated, evaluate_loss, gradient_of
+from jaxtrain.guard import Policy, guarded, watched
 from jaxtrain.metrics import Mean
 from jaxtrain.models import as_model
 from jaxtrain.optim import LossScale
@@ -95,6 +96,7 @@ def make_train_step(
     accumulate: int = 1,
     loss_scale: LossScale | None = None,
     unroll: bool = False,
+    guard: Policy = "off",
 ) -> Callable[[State, Batch, jax.Array], tuple[State, Metrics]]:
     """Pure ``(state, batch, key) -> (state, metrics)``: one update.
 
@@ -114,6 +116,10 @@ def make_train_step(
         ``skipped`` reported. The same must be given to ``make_init``.
       unroll: compile the microbatches one by one instead of as a loop: larger programs, and on a CPU
         convolutions are several times slower in a loop.
+      guard: ``"stop"`` and ``"skip"`` leave out an update whose loss, gradient norm or update norm is not
+        finite or whose labels are no classes, and report the figures as the metric ``guard``
+        (``jaxtrain.guard``); with ``"skip"`` such an update counts for nothing in the other metrics, and
+        ``skipped`` is reported.
 
     Raises:
       InputError: while tracing, for a loss that is no scalar, a metric that cannot be merged, or a batch that
@@ -121,7 +127,7 @@ def make_train_step(
     """
     if accumulate < 1:
         raise InputError(f"accumulate is {accumulate}: it must be at least 1")
-    gradient = gradient_of(as_model(model), loss_fn)
+    gradient = gradient_of(as_model(model), loss_fn if guard == "off" else watched(loss_fn))
     if accumulate > 1:
         gradient = accumulated(gradient, accumulate, unroll)
 
@@ -142,7 +148,7 @@ def make_train_step(
             state = change(state)
         return state, metrics
 
-    return train_step
+    return guarded(train_step, guard)
 
 
 def make_eval_step(

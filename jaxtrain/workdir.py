@@ -160,6 +160,8 @@ def _check_same(workdir: Path, old: dict[str, str], experiment: Experiment, exte
     longer = float(decides["epochs"]) > float(before.get("epochs", "inf"))
     if longer and (extend or not _depends_on_length(experiment)):
         before["epochs"] = decides["epochs"]
+    if (before.get("guard"), decides.get("guard")) == ("'stop'", "'skip'"):
+        before["guard"] = decides["guard"]  # nothing was skipped so far: a run that skips had been the same
     difference = first_difference(before, decides)
     if difference is None:
         return

@@ -287,6 +287,8 @@ CASES: dict[str, Any] = {
     "select": "-loss",
     "data_init": scaled,
     "step_factory": scaled,
+    "guard": "skip",
+    "spike": 3.0,
     "feed": "stream",
     "workers": 2,
     "log_every": 7,
@@ -295,7 +297,7 @@ CASES: dict[str, Any] = {
     "max_in_flight": 3,
     "rules": (sharding.Rule("vocab", None),),
 }
-NOT_HASHED = {"seed", "workers", "log_every", "save_every", "keep", "max_in_flight", "rules"}
+NOT_HASHED = {"seed", "workers", "log_every", "save_every", "keep", "max_in_flight", "rules", "spike"}
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Experiment)])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable
 from typing import Any, Literal
 
 from jaxtrain.data import Source
 from jaxtrain.data.order import Remainder
 from jaxtrain.errors import InputError
+from jaxtrain.guard import Policy
 from jaxtrain.models import Precision, Remat, check_precision, check_remat
 from jaxtrain.sharding import Rule
 
@@ -52,12 +54,16 @@ class Experiment:
       data_init: ``(params, batch) -> params``, run once on the first training examples, preprocessed and not
         augmented: as many as its attribute ``examples`` says, or one batch.
       step_factory: replaces ``jaxtrain.step.make_train_step``, with the same signature.
+      guard: what is done about an update whose loss, gradient norm or update norm is not finite, or whose
+        batch has a label that is no class: ``"stop"`` ends the run, ``"skip"`` goes on with the next batch
+        until six in a row were bad, and neither applies the update. ``"off"`` does not look.
       feed: hold the data on the device, stream it, or decide by its size.
       workers: processes that read a streamed source; 0 reads in threads.
       log_every: steps between log lines.
       save_every: epochs between checkpoints.
       keep: latest checkpoints to keep, beside the best.
       max_in_flight: steps that may be queued on the device, at least 1.
+      spike: a loss above ``spike`` times its average of about 50 steps ends the run; above 1, None never.
       rules: how parameters are split over a mesh, where the built-in rules do not suit (``sharding.Rule``).
     """
 
@@ -83,12 +89,14 @@ class Experiment:
     select: str = "accuracy"
     data_init: Callable[..., Any] | None = None
     step_factory: Callable[..., Any] | None = None
+    guard: Policy = "stop"
     feed: Literal["auto", "resident", "stream"] = "auto"
     workers: int = _operational(0)
     log_every: int = _operational(50)
     save_every: float = _operational(1.0)
     keep: int = _operational(2)
     max_in_flight: int = _operational(2)
+    spike: float | None = _operational(None)
     rules: tuple[Rule, ...] = _operational(())
 
     def __post_init__(self) -> None:
@@ -98,6 +106,7 @@ class Experiment:
                 raise InputError(f"{name} is {getattr(self, name)}: it must be at least 1")
         check_precision(self.precision)
         check_remat(self.remat)
+        _check_guard(self)
         for name in ("epochs", "save_every", "eval_every"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -111,6 +120,18 @@ class Experiment:
             raise InputError("valid and holdout are both given: a run has one validation set")
         if not 0 <= self.seed < 2**31:
             raise InputError(f"seed is {self.seed}: it must be in [0, 2**31)")
+
+
+def _check_guard(experiment: Experiment) -> None:
+    guard, spike = experiment.guard, experiment.spike
+    if guard not in typing.get_args(Policy):
+        raise InputError(f"guard is {guard!r}: it must be one of {', '.join(typing.get_args(Policy))}")
+    if spike is None:
+        return
+    if isinstance(spike, bool) or not isinstance(spike, int | float) or not 1 < spike < float("inf"):
+        raise InputError(f"spike is {spike!r}: it must be a number above 1, or None")
+    if guard == "off":
+        raise InputError("spike needs the guard, which is off: use guard=stop or skip, or spike=None")
 
 
 def _check_kinds(experiment: Experiment) -> None:

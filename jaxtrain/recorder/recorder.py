@@ -24,7 +24,7 @@ Position = Callable[[int], dict[str, float]]
 def fetch(batches: Sequence[Metrics]) -> dict[str, Any]:
     """Merge the metrics of several steps on the host and finish them: ``{"loss": 1.2, ...}``.
 
-    Waits for the device. Nothing else in a run reads a metric's value.
+    Waits for the device. Nothing else in a run reads a metric's value, but ``watch`` the guard's.
     """
     leaves, tree = jax.tree.flatten(list(batches))
     with jax.transfer_guard_device_to_host("allow"):
@@ -51,6 +51,7 @@ def open(
     log_every: int,
     examples: int,
     position: Position = lambda step: {},
+    guarded: bool = False,
 ) -> Iterator[Recorder]:
     """A recorder that continues the run's files at step ``start``.
 
@@ -61,9 +62,11 @@ def open(
       log_every: steps between records.
       examples: global batch size.
       position: ``step -> numbers`` to write beside the metrics of that step (epoch, learning rate).
+      guarded: bad updates were left out of the metrics (``guard="skip"``), so that one which is not finite is
+        that of no update at all: it is not written, and no error.
     """
     try:
-        recorder = Recorder(workdir, console, start, log_every, examples, position)
+        recorder = Recorder(workdir, console, start, log_every, examples, position, guarded)
     except OSError as error:
         raise RunError(f"the records in {workdir} cannot be written: {error}") from error
     try:
@@ -84,9 +87,10 @@ class Recorder:
         log_every: int,
         examples: int,
         position: Position,
+        guarded: bool = False,
     ) -> None:
         self._console, self._log_every, self._examples = console, log_every, examples
-        self._position = position
+        self._position, self._guarded = position, guarded
         self._files = None if workdir is None else _Files(workdir, start)
         self._window: list[Metrics] = []
         self._step, self._due = start, False
@@ -98,6 +102,11 @@ class Recorder:
     def examples_per_second(self) -> float | None:
         """Training speed of this process so far, without compilation, evaluation and saving."""
         return self._examples_seen / self._seconds if self._seconds else None
+
+    @property
+    def due(self) -> bool:
+        """Will the next ``step`` read those before it?"""
+        return self._due
 
     def step(self, step: int, metrics: Metrics) -> None:
         """Take the metrics of update ``step`` (from 1) without waiting for them."""
@@ -120,6 +129,8 @@ class Recorder:
             return
         values = fetch(self._window)
         self._window = []
+        if self._guarded:
+            values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values.get(name, 0.0)):
                 raise RunError(
