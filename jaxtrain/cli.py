@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import logging
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -35,6 +37,8 @@ def main(
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     setattr(parser, "error", functools.partial(_refuse, parser))  # noqa: B010 - mypy minds a method
     args = parser.parse_args(argv)
+    if not args.debug:
+        _hush()
     try:
         return run(args)
     except (InputError, RunError, Stopped) as error:
@@ -57,6 +61,18 @@ def main(
         if lost is not None:
             print(f"{parser.prog}: {lost}", file=sys.stderr)
         return 1 if lost is None else lost.exit_code
+
+
+def _hush() -> None:
+    """Keep what Orbax's threads print about a failed save or read to ``--debug``: it is told in one line."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.excepthook = _told_already
+
+
+def _told_already(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    if str(error) != "Event loop is closed":  # of callbacks that come after their save has failed
+        sys.__excepthook__(kind, error, where)
 
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 from rich.console import Console as RichConsole
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
 
 from jaxtrain import recorder
 from jaxtrain.errors import RunError
@@ -37,8 +41,47 @@ def test_tensorboard_files_hold_the_scalars(tmp_path):
     with recorder.open(tmp_path, Plain(), start=0, log_every=1, examples=8) as record:
         record.step(1, metrics(0.25))
         record.scalars(1, {"test/accuracy": 0.5, "note": "text"})
-    data = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
-    assert b"train/loss" in data and b"test/accuracy" in data and b"note" not in data
+        assert seen(tmp_path) == [(1, "test/accuracy", 0.5)]  # while the run goes on: a kill loses nothing
+    assert seen(tmp_path) == [(1, "test/accuracy", 0.5), (1, "train/loss", 0.25)]
+    with recorder.open(tmp_path, Plain(), start=1, log_every=1, examples=8) as record:
+        record.scalars(2, {"test/accuracy": 1.0})
+    assert seen(tmp_path, ".1") == [(2, "test/accuracy", 1.0)]
+    assert [e.step for e in events(tmp_path, ".1") if e.HasField("session_log")] == [2]  # drops later ones
+
+
+def events(folder, suffix=".0"):
+    """TensorBoard's events as they are on the disk."""
+    (path,) = (folder / "tensorboard").glob(f"*{suffix}")
+    data, found = path.read_bytes(), []
+    while data:  # length, its checksum, the event, its checksum
+        length, check = struct.unpack("<QI", data[:12])
+        event, rest = data[12 : 12 + length], data[12 + length :]
+        assert (check, *struct.unpack("<I", rest[:4])) == (masked_crc32c(data[:8]), masked_crc32c(event))
+        found.append(Event.FromString(event))
+        data = rest[4:]
+    return found
+
+
+def seen(folder, suffix=".0"):
+    found = [(e.step, v.tag, v.simple_value) for e in events(folder, suffix) for v in e.summary.value]
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("_jsonl", ""), ("_events", "b")])
+def test_a_full_disk_ends_the_run_in_one_line(name, mode, tmp_path, monkeypatch):
+    with (
+        pytest.raises(
+            RunError, match=r"records in .* cannot be written \(No space left on device\): free"
+        ) as told,
+        recorder.open(tmp_path, Plain(), start=0, log_every=1, examples=8) as record,
+    ):
+        record.scalars(1, {"test/accuracy": 0.5})
+        getattr(record._files, name).close()
+        full = Path("/dev/full").open("w" + mode, buffering=1 - len(mode))  # noqa: SIM115
+        monkeypatch.setattr(record._files, name, full)
+        record.scalars(2, {"test/accuracy": 0.5})
+    assert "\n" not in str(told.value)
+    assert seen(tmp_path) == [(1, "test/accuracy", 0.5)]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

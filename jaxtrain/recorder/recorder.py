@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +15,7 @@ import numpy as np
 from jaxtrain import metrics as merging
 from jaxtrain.errors import RunError
 from jaxtrain.recorder.console import Console
+from jaxtrain.recorder.files import Files
 from jaxtrain.types import Metrics
 
 Position = Callable[[int], dict[str, float]]
@@ -65,10 +65,7 @@ def open(
       guarded: bad updates were left out of the metrics (``guard="skip"``), so that one which is not finite is
         that of no update at all: it is not written, and no error.
     """
-    try:
-        recorder = Recorder(workdir, console, start, log_every, examples, position, guarded)
-    except OSError as error:
-        raise RunError(f"the records in {workdir} cannot be written: {error}") from error
+    recorder = Recorder(workdir, console, start, log_every, examples, position, guarded)
     try:
         yield recorder
         recorder.flush()
@@ -91,7 +88,7 @@ class Recorder:
     ) -> None:
         self._console, self._log_every, self._examples = console, log_every, examples
         self._position, self._guarded = position, guarded
-        self._files = None if workdir is None else _Files(workdir, start)
+        self._files = None if workdir is None else Files(workdir, start)
         self._window: list[Metrics] = []
         self._step, self._due = start, False
         self._clock: float | None = None
@@ -169,41 +166,3 @@ class Recorder:
         self._examples_seen += steps * self._examples
         self._seconds += seconds
         return steps * self._examples / seconds
-
-
-class _Files:
-    """``metrics.jsonl`` and ``tensorboard/`` of a run's folder."""
-
-    def __init__(self, workdir: Path, start: int) -> None:
-        from tensorboardX import SummaryWriter  # here: half a second that --list does not need
-
-        self._jsonl = _continued(workdir / "metrics.jsonl", start)
-        self._tensorboard = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start + 1, filename_suffix=f".{start}"
-        )
-
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._jsonl.write(json.dumps({"step": step, **numbers}) + "\n")
-        self._jsonl.flush()
-        for name, value in numbers.items():
-            self._tensorboard.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._tensorboard.close()
-        self._jsonl.close()
-
-
-def _continued(path: Path, start: int) -> TextIO:
-    """``path`` open for appending, without the lines after ``start`` that an interrupted run left."""
-    kept = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= start:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):  # a line cut short by a kill
-                continue
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(kept))
-    part.replace(path)
-    return path.open("a")
