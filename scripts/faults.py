@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
@@ -63,7 +62,8 @@ class Bench:
         self.env = {**os.environ, "PYTHONUNBUFFERED": "1", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
         self.env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(ROOT)}
         self.env["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-        self._truth: dict[tuple[str, ...], dict[str, bytes]] = {}
+        self._truth: dict[tuple[Path, tuple[str, ...]], dict[str, bytes]] = {}
+        self.experiment = EXPERIMENT
 
     def fresh(self) -> Path:
         """The folder of another run; nothing is there yet."""
@@ -77,7 +77,7 @@ class Bench:
             "-m",
             "jaxtrain.run",
             "--experiment",
-            str(EXPERIMENT),
+            str(self.experiment),
             "--workdir",
             str(run),
         ]
@@ -99,13 +99,14 @@ class Bench:
 
     def truth(self, settings: tuple[str, ...]) -> dict[str, bytes]:
         """The final arrays of a run that nothing happened to."""
-        if settings not in self._truth:
+        which = self.experiment, settings
+        if which not in self._truth:
             run = self.fresh()
             code, said = self.finish(run, settings)
             if code:
                 raise SystemExit(f"the undisturbed run failed: {said}")
-            self._truth[settings] = arrays(run)
-        return self._truth[settings]
+            self._truth[which] = arrays(run)
+        return self._truth[which]
 
     def judge(self, case: Case, run: Path, settings: tuple[str, ...], code: int, said: str) -> None:
         """After a run has gone on to its end: survived, lost or wrong."""
@@ -120,31 +121,14 @@ class Bench:
 
 
 def arrays(run: Path) -> dict[str, bytes]:
-    """The arrays of the newest checkpoint of a run."""
-    import numpy as np
-
+    """The arrays of a run's newest checkpoint, bit for bit; none when that is not of the last step."""
     from jaxtrain import checkpoint
-    from jaxtrain.types import leaf_paths
 
     with checkpoint.open(run) as saved:
         newest = saved.latest()
-        if newest is None or newest.step != STEPS:
-            return {}
-        state = saved.restore(newest, like())
-    return {path: np.asarray(leaf).tobytes() for path, leaf in leaf_paths(state).items()}
-
-
-def like() -> Any:
-    """Shapes of the state, on one device."""
-    import jax
-
-    from jaxtrain import sharding, splits
-    from jaxtrain.experiment import find
-    from jaxtrain.program import abstract_state
-
-    experiment, _ = find(str(EXPERIMENT)).load()
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    return abstract_state(experiment, mesh, splits.first_examples(experiment, experiment.train))
+    if newest is None or newest.step != STEPS:
+        return {}
+    return {path: array.tobytes() for path, array in checkpoint.arrays(f"{run}:{STEPS}").items()}
 
 
 def wait_for(process: subprocess.Popen[str], text: str) -> bool:
@@ -174,16 +158,12 @@ def damage(bench: Bench) -> Iterator[Case]:
     from jaxtrain import checkpoint
     from jaxtrain.errors import InputError, RunError
 
-    truth, shape, chance = bench.truth(SOME), like(), random.Random(0)
+    truth, chance = bench.truth(SOME), random.Random(0)
     whole = bench.folder / "run1"
     with checkpoint.open(whole) as saved:
         newest = saved.latest()
     assert newest is not None
     files = sorted(p for p in newest.folder.rglob("*") if p.is_file() and p.stat().st_size)
-    import numpy as np
-
-    from jaxtrain.types import leaf_paths
-
     for name, break_it in (("one bit flipped", flip), ("a block zeroed", zero), ("the end cut off", cut)):
         case = Case(f"{name} in a checkpoint")
         for number in range(40):
@@ -196,10 +176,7 @@ def damage(bench: Bench) -> Iterator[Case]:
                 shutil.rmtree(run)
                 continue
             try:
-                with checkpoint.open(run) as saved:
-                    found = saved.latest()
-                    state = None if found is None else saved.restore(found, shape)
-                got = {path: np.asarray(leaf).tobytes() for path, leaf in leaf_paths(state).items()}
+                got = arrays(run)
                 case.add("survived" if got == truth else "wrong", "" if got == truth else str(target.name))
             except (InputError, RunError):
                 case.add("survived")  # told, and nothing used
@@ -308,6 +285,69 @@ def full_disk(bench: Bench) -> Iterator[Case]:
     yield case
 
 
+FILES = '''"""Examples that are in a file each."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from jaxtrain import data, losses, models, optim
+from jaxtrain.experiment import Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    folder: str = str(Path(__file__).parent / "examples")
+
+    def __len__(self):
+        return 64
+
+    def gather(self, ids):
+        image = np.stack([np.load(Path(self.folder) / f"{i}.npy") for i in ids])
+        return {"image": image, "label": (np.asarray(ids) % 4).astype(np.int32)}
+
+
+EXPERIMENT = Experiment(
+    model=models.MLP(widths=(8,), classes=4),
+    train=Files(),
+    test=Files(),
+    loss=losses.CrossEntropy(),
+    optimizer=optim.SGD(lr=0.1),
+    preprocess=(data.Normalise(),),
+    batch=16,
+    feed="stream",
+)
+'''
+
+
+def unplugged(bench: Bench) -> Iterator[Case]:
+    """The data folder goes away in mid-run: exit 3, and when it is back the run goes on exactly."""
+    import numpy as np
+
+    case, settings = Case("data folder unplugged in mid-run"), ("epochs=25", *SOME[1:])
+    examples = bench.folder / "examples"
+    examples.mkdir()
+    for i in range(64):
+        image = np.random.default_rng(i).integers(0, 255, (8, 8, 1)).astype(np.uint8)
+        np.save(examples / f"{i}.npy", image)
+    bench.experiment = bench.folder / "files.py"
+    bench.experiment.write_text(FILES)
+    for workers in ("workers=0", "workers=1"):
+        run = bench.fresh()
+        process = bench.start(run, (*settings, workers))
+        wait_for(process, "step 30/")
+        examples.rename(bench.folder / "gone")
+        _, error = process.communicate()
+        (bench.folder / "gone").rename(examples)
+        if process.returncode != 3 or len(error.strip().splitlines()) != 1 or ".npy" not in error:
+            case.add("lost", f"exit code {process.returncode}: {error.strip()[-300:]}")
+            continue
+        bench.judge(case, run, settings, *bench.finish(run, settings))
+    bench.experiment = EXPERIMENT
+    yield case
+
+
 def one_of_two(bench: Bench) -> Iterator[Case]:
     """One of two processes killed: the other ends too, and the run goes on as one process."""
     case, run = Case("one of two processes killed"), bench.fresh()
@@ -346,6 +386,7 @@ SUITES: dict[str, Callable[[Bench], Iterator[Case]]] = {
     "writers": writers,
     "full_disk": full_disk,
     "one_of_two": one_of_two,
+    "unplugged": unplugged,
 }
 
 

@@ -63,6 +63,18 @@ def test_averages_are_read_and_begun(source):
     assert len(set(pointers)) == len(pointers)  # else the train step could not be given them to reuse
 
 
+def test_a_checkpoint_is_read_without_its_experiment(source):
+    state = make_state(2.0)
+    found = checkpoint.arrays(f"{source}:2")
+    assert found.keys() == leaf_paths(state).keys()
+    for path, leaf in leaf_paths(state).items():
+        assert found[path].dtype == leaf.dtype
+        np.testing.assert_array_equal(found[path], leaf)
+    assert checkpoint.arrays(Path(source)).keys() == found.keys()  # the best step
+    with pytest.raises(InputError, match="step 7 is not kept there; give one of 1, 2, 3"):
+        checkpoint.arrays(f"{source}:7")
+
+
 def test_renamed_and_fresh_parts(source):
     fresh = make_state(0.0, names=("trunk", "head"), classes=9)
     found = values(checkpoint.init_from(f"{source}:2", ["body=trunk", "head="], fresh))

@@ -1,4 +1,4 @@
-"""A run that begins with the parameters of another: read by path, without the other's experiment."""
+"""What other runs have learned: read by path, without their experiments."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxtrain.checkpoint import manifest as manifests
 from jaxtrain.checkpoint import store
@@ -41,7 +42,7 @@ def init_from(
     folder, step = _parse(source)
     pairs = [_pair(text) for text in renames]
     with store.open(folder, tell=tell) as checkpoints:
-        chosen = _choose(checkpoints, step, source)
+        chosen = _choose(checkpoints, step, f"--init-from {source}")
         here = leaf_paths(state)
         wanted = {path: name for path in here if (name := _source_of(path, pairs, chosen)) is not None}
         _check(chosen, here, wanted, pairs)
@@ -59,6 +60,30 @@ def init_from(
     return jax.tree.unflatten(jax.tree.structure(state), values)
 
 
+def arrays(source: str | Path) -> dict[str, np.ndarray]:
+    """Every array of a run's checkpoint by path, verified, on the host; needs no experiment file.
+
+    Args:
+      source: ``RUN`` or ``RUN:STEP``, as for ``init_from``.
+
+    Raises:
+      InputError: there is no such checkpoint, or this version cannot read it.
+      Damaged: it is not what was saved.
+
+    >>> found = arrays("runs/digits_mlp/3f9a12c4-seed0:400")  # doctest: +SKIP
+    >>> found["params/Dense_0/kernel"].shape  # doctest: +SKIP
+    (64, 128)
+    """
+    folder, step = _parse(str(source))
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with store.open(folder) as checkpoints:
+        chosen = _choose(checkpoints, step, str(source))
+        manifests.check_format(chosen)
+        shapes = {name: manifests.parse_spec(text) for name, text in chosen.manifest["tree"].items()}
+        likes = {name: jax.ShapeDtypeStruct(*spec, sharding=place) for name, spec in shapes.items()}
+        return {name: np.asarray(leaf) for name, leaf in checkpoints.restore_some(chosen, likes).items()}
+
+
 def _parse(source: str) -> tuple[Path, int | None]:
     folder, _, step = source.rpartition(":")
     if folder and step.isdecimal() and not Path(source).is_dir():
@@ -73,17 +98,17 @@ def _pair(text: str) -> tuple[str, str]:
     return old.strip("/"), new.strip("/")
 
 
-def _choose(checkpoints: store.Checkpoints, step: int | None, source: str) -> Saved:
+def _choose(checkpoints: store.Checkpoints, step: int | None, what: str) -> Saved:
     steps = checkpoints.steps()
     if not steps:
-        raise InputError(f"--init-from {source}: there is no checkpoint in it; give the folder a run printed")
+        raise InputError(f"{what}: there is no checkpoint in it; give the folder a run printed")
     if step is None:
         return manifests.best(steps) or steps[-1]
     for saved in steps:
         if saved.step == step:
             return saved
     kept = ", ".join(str(saved.step) for saved in steps)
-    raise InputError(f"--init-from {source}: step {step} is not kept there; give one of {kept}")
+    raise InputError(f"{what}: step {step} is not kept there; give one of {kept}")
 
 
 def _source_of(path: str, pairs: Sequence[tuple[str, str]], chosen: Saved) -> str | None:

@@ -9,6 +9,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from jaxtrain.errors import InputError, RunError
 
 FORMAT = 2
@@ -99,6 +102,16 @@ def find_damage(saved: Saved) -> str | None:
 def spec(leaf: Any) -> str:
     """``float32[4, 8]``."""
     return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def parse_spec(text: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of what ``spec`` tells.
+
+    >>> parse_spec("bfloat16[4, 8]")
+    ((4, 8), dtype(bfloat16))
+    """
+    name, _, sizes = text.removesuffix("]").partition("[")
+    return tuple(int(size) for size in sizes.split(",") if size), jnp.dtype(name)
 
 
 def check_format(saved: Saved) -> None:

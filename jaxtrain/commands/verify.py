@@ -256,21 +256,13 @@ def _some(ids: list[int]) -> str:
 
 def _arrays(args: argparse.Namespace, folder: Path) -> dict[str, np.ndarray]:
     """The state after the last step, by path, read by this process on one device."""
-    import jax
+    from jaxtrain import checkpoint
 
-    from jaxtrain import checkpoint, sharding, splits
-    from jaxtrain.program import abstract_state
-    from jaxtrain.types import leaf_paths
-
-    _, _, experiment = cli.load(args.experiment, args.set)
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    like = abstract_state(experiment, mesh, splits.first_examples(experiment, experiment.train))
     with checkpoint.open(folder) as saved:
         newest = saved.latest()
-        if newest is None or newest.step != args.steps:
-            raise RunError(f"{folder.name} has no checkpoint of step {args.steps}")
-        state = saved.restore(newest, like)
-    return {path: np.asarray(leaf) for path, leaf in leaf_paths(state).items()}
+    if newest is None or newest.step != args.steps:
+        raise RunError(f"{folder.name} has no checkpoint of step {args.steps}")
+    return checkpoint.arrays(f"{folder}:{newest.step}")
 
 
 def _distance(path: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> float:
