@@ -57,8 +57,8 @@ class Case:
 class Bench:
     """A folder for runs, compiled programs that they share, and the result of an undisturbed run."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.number = folder, 0
+    def __init__(self, folder: Path, quick: bool = False) -> None:
+        self.folder, self.number, self.quick = folder, 0, quick
         self.env = {**os.environ, "PYTHONUNBUFFERED": "1", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
         self.env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(ROOT)}
         self.env["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
@@ -142,7 +142,7 @@ def kills(bench: Bench) -> Iterator[Case]:
     chance = random.Random(0)
     for name, settings in (("SIGKILL while training", SOME), ("SIGKILL while saving and deleting", OFTEN)):
         case = Case(name)
-        for _ in range(10):
+        for _ in range(1 if bench.quick else 10):
             run, last = bench.fresh(), chance.randrange(2, STEPS - 5)
             process = bench.start(run, settings)
             if wait_for(process, f"step {last}/"):
@@ -166,7 +166,7 @@ def damage(bench: Bench) -> Iterator[Case]:
     files = sorted(p for p in newest.folder.rglob("*") if p.is_file() and p.stat().st_size)
     for name, break_it in (("one bit flipped", flip), ("a block zeroed", zero), ("the end cut off", cut)):
         case = Case(f"{name} in a checkpoint")
-        for number in range(40):
+        for number in range(len(files) if bench.quick else 40):
             run = bench.fresh()
             shutil.copytree(whole, run)
             target = run / files[number % len(files)].relative_to(whole)
@@ -202,7 +202,7 @@ def fallback(bench: Bench) -> Iterator[Case]:
     """A run whose newest checkpoint is damaged: refused, and with --resume last-good it goes on exactly."""
     case = Case("newest checkpoint damaged, --resume last-good")
     chance = random.Random(1)
-    for _ in range(3):
+    for _ in range(1 if bench.quick else 3):
         run = bench.fresh()
         process = bench.start(run, SOME)
         wait_for(process, "step 80/")
@@ -394,16 +394,17 @@ def main() -> int:
     """The command line; 0 when nothing was lost or silently wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", metavar="NAME,...", help=f"of {', '.join(SUITES)}")
+    parser.add_argument("--quick", action="store_true", help="kills, damage and fallback, a few of each")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     args = parser.parse_args()
-    chosen = args.only.split(",") if args.only else list(SUITES)
+    chosen = args.only.split(",") if args.only else list(SUITES)[: 3 if args.quick else None]
     if unknown := [name for name in chosen if name not in SUITES]:
         parser.error(f"{unknown[0]} is none of {', '.join(SUITES)}")
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of reading damaged files, each coroutine tells
     found, began = list[Case](), time.monotonic()
     print(f"{'fault':<52}{'tried':>7}{'survived':>10}{'lost':>6}{'silently wrong':>16}")
     with tempfile.TemporaryDirectory(prefix="jaxtrain-faults-") as folder:
-        bench = Bench(Path(folder))
+        bench = Bench(Path(folder), args.quick)
         bench.truth(SOME)
         for name in chosen:
             for case in SUITES[name](bench):
