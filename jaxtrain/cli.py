@@ -17,9 +17,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from jaxtrain import names, redact
 from jaxtrain.data import Subset
 from jaxtrain.errors import InputError, RunError
-from jaxtrain.experiment import Experiment, config_text, find, first_difference, override
+from jaxtrain.experiment import Experiment, config_text, discover, find, first_difference, override
 from jaxtrain.recorder import Console
 from jaxtrain.sharding import processes
 from jaxtrain.stop import Stopped
@@ -36,10 +37,18 @@ def main(
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     setattr(parser, "error", functools.partial(_refuse, parser))  # noqa: B010 - mypy minds a method
-    args = parser.parse_args(argv)
+    with redact.streams():
+        return _ended(run, parser, parser.parse_args(argv))
+
+
+def _ended(
+    run: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, args: argparse.Namespace
+) -> int:
+    """The exit code of ``run(args)``, however it ends."""
     if not args.debug:
         _hush()
     try:
+        private_cache()
         return run(args)
     except (InputError, RunError, Stopped) as error:
         if args.debug:
@@ -54,7 +63,8 @@ def main(
         return 130
     except Exception as error:
         if processes.count() == 1:
-            raise
+            traceback.print_exc()  # here, and not by Python later: a secret in it is masked
+            return 1
         lost = processes.lost(error)  # not our fault, then; else a bug, which the others must not wait for
         if lost is None or args.debug:
             traceback.print_exc()
@@ -73,6 +83,30 @@ def _hush() -> None:
 def _told_already(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
     if str(error) != "Event loop is closed":  # of callbacks that come after their save has failed
         sys.__excepthook__(kind, error, where)
+
+
+def private_cache() -> None:
+    """Make JAX's folder of compiled programs, which are run as they are found, and for this user alone.
+
+    Raises:
+      InputError: it cannot be made.
+    """
+    text = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+    folder = Path(text)
+    if not text or "://" in text:
+        return
+    try:
+        if not folder.exists():
+            folder.mkdir(mode=0o700, parents=True)
+        elif folder.stat().st_mode & 0o022:
+            warn(
+                "WARNING: others can write to JAX_COMPILATION_CACHE_DIR, and what is in it is run: "
+                f"chmod 700 {text}"
+            )
+    except OSError as error:
+        raise InputError(
+            f"JAX_COMPILATION_CACHE_DIR is {text}, which cannot be made ({error.strerror}): set another"
+        ) from error
 
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
@@ -94,12 +128,17 @@ def leave(code: int) -> NoReturn:
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """The flag ``--checkpoint``, which ``choose_checkpoint`` reads."""
+    """The flags ``--checkpoint``, for ``choose_checkpoint``, and ``--experiment``, for ``recorded``."""
     parser.add_argument(
         "--checkpoint",
         default="best",
         metavar="best|latest|STEP",
         help="default: the best on the validation set, or the latest where there is none",
+    )
+    parser.add_argument(
+        "--experiment",
+        metavar="PATH",
+        help="the file that the run was made from, where it is none of those that run --list shows",
     )
 
 
@@ -130,19 +169,34 @@ def load(name: str, settings: Sequence[str]) -> tuple[str, str, Experiment]:
     """Name, origin and the experiment with its overrides applied."""
     entry = find(name)
     experiment, _ = entry.load()
+    config_text(experiment)  # from here on its secrets are known, and those of the settings, and masked
+    for setting in settings:
+        redact.setting(setting)
     return entry.name, entry.origin, override(experiment, list(settings))
 
 
-def recorded(record: dict[str, Any], folder: Path) -> tuple[str, Experiment]:
+def recorded(
+    record: dict[str, Any], folder: Path, experiment_file: str | None = None
+) -> tuple[str, Experiment]:
     """The experiment that a run's ``config.json`` tells of, loaded again and compared with the record.
 
+    A record names no file to run: its name is looked for among the experiments that ``run --list`` shows.
+
+    Args:
+      record: the run's ``config.json``.
+      folder: the run's, for messages.
+      experiment_file: what the user gives as ``--experiment``, for a file that is not listed.
+
     Raises:
-      InputError: its file is gone, or says something else by now.
+      InputError: the experiment is not found, or says something else by now.
     """
     origin = record["origin"]
-    named = origin if Path(origin).is_file() else record["name"]
+    named = experiment_file or names.check(record["name"], f"{folder}: experiment", "give --experiment PATH")
+    settings = [pair for pair in record["overrides"] if redact.MARK not in pair]
     try:
-        name, _, experiment = load(named, record["overrides"])
+        if experiment_file is None and all(entry.name != named for entry in discover()):
+            raise InputError(f"a file is run only where it is named: add --experiment {origin}")
+        name, _, experiment = load(named, settings)
     except InputError as error:
         raise InputError(f"the experiment of {folder}, {origin}, cannot be loaded: {error}") from error
     if record.get("overfit") is not None:
@@ -150,9 +204,14 @@ def recorded(record: dict[str, Any], folder: Path) -> tuple[str, Experiment]:
     difference = first_difference(record["config"], config_text(experiment))
     if difference is not None:
         path, was, now = difference
+        if len(settings) < len(record["overrides"]):
+            raise InputError(
+                f"{path} was {was} in the run in {folder} and is {now}: a secret that was given by --set is "
+                "not recorded; let the file read it from an environment variable"
+            )
         raise InputError(
             f"{named} has changed since the run in {folder}: {path} was {was} and is {now}; "
-            "restore the file to evaluate this run"
+            "restore the file to evaluate this run, or name another with --experiment"
         )
     return name, experiment
 

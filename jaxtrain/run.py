@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain import cli, devices
+from jaxtrain import cli, devices, redact
 from jaxtrain.errors import InputError, RunError
 from jaxtrain.experiment import Experiment
 from jaxtrain.recorder import Console
@@ -116,7 +116,7 @@ def _fit(
     began = time.perf_counter()
     record = {
         "origin": origin,
-        "overrides": args.set,
+        "overrides": [redact.setting(pair) for pair in args.set],
         "overfit": args.overfit,
         "devices": [d.device_kind for d in mesh.devices.flat],
         "mesh": dict(mesh.shape),
@@ -227,7 +227,7 @@ def _list() -> int:
             experiment, line = entry.load()
             table.add_row(entry.name, line, *describe(experiment))
         except InputError as error:  # one broken file must not hide the others
-            table.add_row(entry.name, f"cannot be loaded: {error}")
+            table.add_row(entry.name, redact.text(f"cannot be loaded: {error}"))  # before a cell cuts it
     width = None if sys.stdout.isatty() else 160
     RichConsole(highlight=False, width=width).print(table)
     return 0
@@ -278,7 +278,7 @@ def _again(args: argparse.Namespace, folder: Path) -> str:
 def _command(args: argparse.Namespace, folder: Path) -> str:
     words = ["python", "-m", "jaxtrain.run", "--experiment", args.experiment]
     for setting in args.set:
-        words += ["--set", setting]
+        words += ["--set", redact.setting(setting)]
     if args.overfit is not None:
         words += ["--overfit", str(args.overfit)]
     words += devices.words(args)

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jaxtrain import __version__
+from jaxtrain import __version__, names
 from jaxtrain.checkpoint import write_json
 from jaxtrain.errors import InputError, RunError
 from jaxtrain.experiment import Experiment, config_hash, config_text, first_difference
@@ -21,8 +21,13 @@ from jaxtrain.optim import Constant, Schedule
 
 
 def default(name: str, experiment: Experiment) -> Path:
-    """``runs/NAME/HASH-seedS``: the same command finds the same folder on every host."""
-    return Path("runs") / name / f"{config_hash(experiment)}-seed{experiment.seed}"
+    """``runs/NAME/HASH-seedS``: the same command finds the same folder on every host.
+
+    Raises:
+      InputError: the name of the experiment cannot name a folder.
+    """
+    own = f"{config_hash(experiment)}-seed{experiment.seed}"
+    return names.inside(Path("runs"), name, own, what="experiment", fix="rename it, or give --workdir DIR")
 
 
 def beside(workdir: Path) -> Path:
@@ -108,8 +113,17 @@ def load(workdir: Path) -> dict[str, Any]:
         raise InputError(f"{workdir} holds no run (no config.json): give the folder a run printed")
     try:
         record: dict[str, Any] = json.loads(path.read_text())
-        record["config"], record["name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        begins = record.get("init_from") or ["", []]
+        texts = [
+            record["name"],
+            *record["config"].values(),
+            *record.get("overrides", ()),
+            begins[0],
+            *begins[1],
+        ]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("it is not as it was written")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise RunError(f"{path} cannot be read ({error}): restore it from a copy") from error
     return record
 

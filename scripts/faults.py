@@ -208,7 +208,7 @@ def fallback(bench: Bench) -> Iterator[Case]:
         wait_for(process, "step 80/")
         process.kill()
         process.communicate()
-        newest = max(run.glob("checkpoints/[0-9]*"))
+        newest = max(run.glob("checkpoints/[0-9]*/manifest.json")).parent
         target = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
         target.write_bytes(flip(target.read_bytes(), chance))
         code, said = bench.finish(run, SOME)

@@ -442,7 +442,7 @@ def test_last_good_resumes_to_the_bits_of_an_undisturbed_run(tmp_path, capsys):
     capsys.readouterr()
     for command in (
         lambda: run.main(words),
-        lambda: verbs.main(["evaluate", "--workdir", str(tmp_path), "--checkpoint", "latest"]),
+        lambda: verbs.main(["evaluate", *words, "--checkpoint", "latest"]),
     ):
         assert command() == 3
         error = capsys.readouterr().err

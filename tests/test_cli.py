@@ -78,11 +78,11 @@ def test_a_run_then_the_same_again_then_new_then_evaluate(capsys):
     assert train("--workdir", "r", "--new") == 0
     assert json.loads(Path("r-2/result.json").read_text())["test"] == result["test"]
     capsys.readouterr()
-    assert verbs.main(["evaluate", "--workdir", "r", "--json"]) == 0
+    assert verbs.main(["evaluate", "--experiment", TINY, "--workdir", "r", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["accuracy"] == result["test"]["accuracy"] and found["examples"] == 50
     assert found["step"] == 13 and len(found["recall"]) == 4
-    assert verbs.main(["evaluate", "--workdir", "r", "--checkpoint", "7"]) == 0
+    assert verbs.main(["evaluate", "--experiment", TINY, "--workdir", "r", "--checkpoint", "7"]) == 0
     assert "step 7, test, 50 examples" in capsys.readouterr().out
 
 
@@ -90,9 +90,9 @@ def test_evaluate_refuses_what_is_not_there(capsys):
     assert "holds no run" in refused(capsys, verbs.main(["evaluate", "--workdir", "nowhere"]))
     assert train("--workdir", "r", "--set", "eval_every=none") == 0
     capsys.readouterr()
-    code = verbs.main(["evaluate", "--workdir", "r", "--checkpoint", "5"])
+    code = verbs.main(["evaluate", "--experiment", TINY, "--workdir", "r", "--checkpoint", "5"])
     assert "give best, latest or a kept step (13)" in refused(capsys, code)
-    code = verbs.main(["evaluate", "--workdir", "r", "--split", "valid"])
+    code = verbs.main(["evaluate", "--experiment", TINY, "--workdir", "r", "--split", "valid"])
     assert "has no valid split" in refused(capsys, code)
 
 
@@ -104,7 +104,7 @@ def test_evaluate_refuses_an_experiment_that_has_changed_since(tmp_path, capsys)
     record["config"]["model.widths"] = "(9,)"
     Path("r/config.json").write_text(json.dumps(record))
     capsys.readouterr()
-    error = refused(capsys, verbs.main(["evaluate", "--workdir", "r"]))
+    error = refused(capsys, verbs.main(["evaluate", "--experiment", "./here.py", "--workdir", "r"]))
     assert "model.widths was (9,) and is (8)" in error
 
 
@@ -243,7 +243,7 @@ def test_overfit_reaches_full_accuracy_on_its_examples(capsys):
     result = json.loads((folder / "result.json").read_text())
     assert result["steps"] == 200 and result["test"]["accuracy"] == 1.0
     capsys.readouterr()
-    assert verbs.main(["evaluate", "--workdir", str(folder)]) == 0
+    assert verbs.main(["evaluate", "--experiment", TINY, "--workdir", str(folder)]) == 0
     assert "16 examples" in capsys.readouterr().out
 
 

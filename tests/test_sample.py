@@ -42,7 +42,7 @@ def say(folder: Any, monkeypatch: Any, capsys: Any) -> Any:
     monkeypatch.chdir(folder)
 
     def run_sample(*args: str) -> tuple[int, str, str]:
-        code = sample.main(["--workdir", "run", *args])
+        code = sample.main(["--workdir", "run", "--experiment", "abc.py", *args])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -97,5 +97,5 @@ def test_a_run_of_another_kind_is_refused(tmp_path: Any, monkeypatch: Any, capsy
     monkeypatch.chdir(tmp_path)
     tiny = str(ROOT / "tests" / "tiny.py")
     assert run.main(["--experiment", tiny, "--workdir", "run", "--set", "epochs=0.1"]) == 0
-    assert sample.main(["--workdir", "run"]) == 2
+    assert sample.main(["--workdir", "run", "--experiment", tiny]) == 2
     assert "tiny is no language model over bytes" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jaxtrain.checkpoint import manifest
 from jaxtrain.checkpoint.manifest import Saved
+from jaxtrain.errors import InputError
 
 SAVING = ".saving"
 """A file in a step's folder from before its save begins until its manifest is written."""
@@ -25,7 +26,15 @@ def listed(folder: Path) -> list[Saved]:
 
 
 def clean(folder: Path) -> list[str]:
-    """Remove unfinished saves and what is half deleted; returns a line to tell of each thing found."""
+    """Remove unfinished saves and what is half deleted; returns a line to tell of each thing found.
+
+    Raises:
+      InputError: the folder is a link: what is removed in it would be another run's.
+    """
+    if folder.is_symlink():
+        raise InputError(
+            f"{folder} is a link, which is not followed: put the whole run there instead, with --workdir"
+        )
     lines, strays = [], []
     for path in sorted(folder.glob("*")):
         if path.name.startswith(".trash-"):
@@ -43,6 +52,8 @@ def clean(folder: Path) -> list[str]:
 def remove(path: Path) -> None:
     """Rename first: a kill half-way through deleting must not leave something that looks like a step."""
     trash = path
+    if path.parent.is_symlink():
+        raise OSError(f"{path.parent} is a link, which is not followed")
     if not path.name.startswith(".trash-"):
         trash = path.with_name(f".trash-{path.name}-{os.getpid()}")
         path.rename(trash)

@@ -35,7 +35,7 @@ def _run(args: argparse.Namespace) -> int:
 
     folder = cli.run_folder(args.workdir)
     record = workdir.load(folder)
-    name, experiment = cli.recorded(record, folder)
+    name, experiment = cli.recorded(record, folder, args.experiment)
     mesh = devices.make(args, cli.warn)
     console = make_console(quiet=not processes.is_first())
     cli.ensure_prepared(experiment, console)

@@ -50,7 +50,7 @@ def _run(args: argparse.Namespace) -> int:
 
     folder = cli.run_folder(args.workdir)
     record = workdir.load(folder)
-    name, experiment = cli.recorded(record, folder)
+    name, experiment = cli.recorded(record, folder, args.experiment)
     example = _example(name, experiment)
     context = int(getattr(experiment.model, "context", example["tokens"].shape[1]))
     _check(args)

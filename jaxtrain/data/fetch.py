@@ -40,6 +40,7 @@ _SOCKET_SECONDS = 5.0
 # Name look-up knows no timeout of its own, and each address of a host may take the socket's.
 _CONNECT_SECONDS = 8.0
 _BLOCK = 1 << 20
+_MOST = 4 << 30  # The largest original that is fetched, the photographs of pets, has 0.8 GB.
 
 
 def fetch_members(original: Original, report: Progress) -> dict[str, bytes]:
@@ -115,6 +116,8 @@ def _download(url: str, folder: Path, report: Progress) -> None:
         while block := answer.read(_BLOCK):
             file.write(block)
             done += len(block)
+            if done > _MOST:
+                raise OSError(f"it is larger than {_MOST:,} bytes, which no original is")
             report(name, done, total)
     # http.client ends a cut connection like a whole one when it is read by blocks.
     if total and done != total:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from jaxtrain import names
 from jaxtrain.errors import InputError
 
-_NAME = re.compile(r"(?P<base>\w+)(/(?P<config>[^:]+))?(:(?P<version>[\d*]+(\.[\d*]+){2}))?")
+_NAME = re.compile(r"(?P<base>[^/:]+)(/(?P<config>[^/:]+))?(:(?P<version>[0-9*]+(\.[0-9*]+){2}))?")
+
+# Where TFDS writes the names of classes in features.json, now and in older versions.
+_CODE = ("pythonClassName", "python_class_name", "type")
 
 
 def default_data_dir() -> Path:
@@ -33,10 +40,12 @@ def parse_name(name: str) -> tuple[str, str | None, str | None]:
       InputError: ``name`` has another form.
     """
     match = _NAME.fullmatch(name)
-    if match is None:
+    if match is None or not all(
+        part is None or names.is_name(part) for part in match.group("base", "config")
+    ):
         raise InputError(
-            f"data set {name!r}: expected NAME, NAME/CONFIG or NAME/CONFIG:1.2.3, "
-            "such as cifar10, imdb_reviews/plain_text or mnist:3.0.1"
+            f"data set {name!r}: expected NAME, NAME/CONFIG or NAME/CONFIG:1.2.3 of letters, digits, '.', "
+            "'_' and '-', such as cifar10, imdb_reviews/plain_text or mnist:3.0.1"
         )
     return match["base"], match["config"], match["version"]
 
@@ -99,4 +108,36 @@ def _default_config(parent: Path) -> str | None:
     except (OSError, ValueError):
         return None
     config: str | None = metadata.get("default_config_name")
+    if config:
+        names.check(config, f"{parent}: default config", "prepare the data set again")
     return config
+
+
+def check_features(folder: Path) -> None:
+    """Refuse a ``features.json`` that names classes which TFDS does not have: TFDS imports what it names.
+
+    Raises:
+      InputError: there is one.
+    """
+    path = folder / "features.json"
+    try:
+        named = list(_python_names(json.loads(path.read_text())))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({error}): prepare the data set again") from error
+    for name in named:
+        if not name.startswith("tensorflow_datasets."):
+            raise InputError(
+                f"{path} names {name!r}, which is no feature of TFDS's own: prepare the data set again"
+            )
+
+
+def _python_names(value: Any) -> Iterator[str]:
+    """What stands under ``_CODE``, in JSON that stands as text in JSON too."""
+    if isinstance(value, dict):
+        yield from (v for key, v in value.items() if key in _CODE and isinstance(v, str) and "." in v)
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _python_names(item)
+    elif isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        with contextlib.suppress(ValueError):
+            yield from _python_names(json.loads(value))

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain.data.folders import file_formats, find_folder, folders, not_prepared, parse_name
+from jaxtrain.data.folders import check_features, file_formats, find_folder, folders, not_prepared, parse_name
 from jaxtrain.data.formats import ORIGINALS
 from jaxtrain.errors import InputError, RunError
 
@@ -159,6 +159,7 @@ class _Split:
     def __init__(self, name: str, folder: str, split: str):
         import tensorflow_datasets as tfds
 
+        check_features(Path(folder))
         builder = tfds.builder_from_directory(folder, file_format="array_record")
         self.name, self.split = name, split
         self._check_split(builder.info.splits, folder)

@@ -74,6 +74,8 @@ def write(
 def _sweep(parent: Path) -> None:
     """Removes what killed runs left: everything is written to ``incomplete.*`` and renamed at the end."""
     for path in (*parent.glob("incomplete.*"), *parent.glob("*/incomplete.*")):
+        if path.is_symlink() or (path.parent != parent and path.parent.is_symlink()):
+            continue  # what a link leads to was not left by us
         with contextlib.suppress(OSError):
             # A folder's own time is that of its last new file, and one file may take hours.
             newest = max(p.stat().st_mtime for p in (path, *path.rglob("*")))

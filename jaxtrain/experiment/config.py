@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pydantic
 
+from jaxtrain import redact
 from jaxtrain.errors import InputError
 
 T = TypeVar("T")
@@ -35,12 +36,14 @@ def config_text(value: Any, *, operational: bool = True) -> dict[str, str]:
     Args:
       value: an experiment, or any part of one.
       operational: also give the settings that never change what is computed.
+
+    Secrets are left out (``jaxtrain.redact``), and masked in what this process prints from now on.
     """
     return dict(_walk("", value, operational))
 
 
 def config_hash(experiment: Any) -> str:
-    """Eight hex digits of everything that decides the result, except the seed."""
+    """Eight hex digits of everything that decides the result, except the seed and passwords."""
     lines = config_text(experiment, operational=False)
     text = "\n".join(f"{k} = {v}" for k, v in lines.items() if k != "seed")
     return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -82,26 +85,37 @@ def _is_config(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
-def _walk(path: str, value: Any, operational: bool) -> Iterator[tuple[str, str]]:
+def _walk(path: str, value: Any, operational: bool, name: str = "") -> Iterator[tuple[str, str]]:
+    """``name`` is that of the field, which tells a secret; what a field holds many of has its name too."""
     below = f"{path}." if path else ""
     if _is_config(value):
         if path:
             yield path, type(value).__name__
         for field in _fields(value):
             if operational or not field.metadata.get("operational"):
-                yield from _walk(below + field.name, getattr(value, field.name), operational)
+                yield from _walk(below + field.name, getattr(value, field.name), operational, field.name)
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _walk(f"{below}{key}", item, operational)
+            yield from _walk(f"{below}{key}", item, operational, f"{name}.{key}")
     elif isinstance(value, tuple | list) and not all(_is_number_or_text(v) for v in value):
         for number, item in enumerate(value):
-            yield from _walk(f"{below}{number}", item, operational)
+            yield from _walk(f"{below}{number}", item, operational, name)
     elif isinstance(value, functools.partial):
         yield path, _leaf(value.func)
-        yield from _walk(f"{below}args", value.args, operational)
-        yield from _walk(f"{below}keywords", value.keywords, operational)
+        yield from _walk(f"{below}args", value.args, operational, name)
+        yield from _walk(f"{below}keywords", value.keywords, operational, name)
     else:
-        yield path, _leaf(value)
+        yield path, _shown(name, value)
+
+
+def _shown(name: str, value: Any) -> str:
+    """The text of a setting called ``name``, or what stands for a secret."""
+    texts = [str(v) for v in (value if isinstance(value, tuple | list | set) else [value]) if _is_text(v)]
+    return redact.hide(name, texts) if texts and redact.is_secret(name) else redact.urls(_leaf(value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str | bytes) and not isinstance(value, enum.Enum)
 
 
 def _is_number_or_text(value: Any) -> bool:
@@ -199,7 +213,8 @@ def _parse(where: str, text: str, hint: Any, current: Any) -> Any:
         except (pydantic.ValidationError, TypeError):
             continue
     expected = " or ".join(_type_name(t) for t in plain)
-    raise InputError(f"{where}={text}: expected {expected}, such as {_leaf(current)}")
+    given, name = redact.setting(f"{where}={text}"), where.rpartition(".")[2]
+    raise InputError(f"{given}: expected {expected}, such as {_shown(name, current)}")
 
 
 def _members(hint: Any) -> list[Any]:
