@@ -1,9 +1,12 @@
-"""What a command runs on: the flags for devices, mesh and processes, and the mesh that they make."""
+"""What a command runs on: the flags for devices, mesh and processes, and what they make of JAX."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -11,10 +14,19 @@ from jax.sharding import Mesh
 from jaxtrain import sharding
 from jaxtrain.errors import InputError
 from jaxtrain.sharding import processes
+from jaxtrain.sharding.startup import in_use
 
 FLAGS = ("devices", "mesh", "simulate_devices")
 MOST_SIMULATED = 1024
 PROCESS_FLAGS = ("distributed", "coordinator", "processes", "process_id")
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+ON = ("", "true", "1")
+CONTRARY: dict[str, Callable[[str], bool]] = {
+    "--xla_gpu_deterministic_ops": lambda value: value.lower() not in ON,
+    "--xla_gpu_exclude_nondeterministic_ops": lambda value: value.lower() not in ON,
+    "--xla_gpu_autotune_level": lambda value: value != "0",
+}
+"""Flags of XLA that touch the same matter, and which of their values ``--deterministic`` refuses."""
 
 
 def add_flags(parser: argparse.ArgumentParser, *, many_processes: bool = False) -> None:
@@ -32,6 +44,12 @@ def add_flags(parser: argparse.ArgumentParser, *, many_processes: bool = False) 
     )
     if not many_processes:
         return
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits in every run on the same devices: on an NVIDIA GPU with XLA's deterministic "
+        "operations, a CPU needs nothing for it but as many cores; bench --deterministic tells what it costs",
+    )
     group = parser.add_argument_group("several processes or hosts, each started with the same command")
     group.add_argument(
         "--distributed", choices=("auto",), help="find the others through SLURM, Open MPI or Kubernetes"
@@ -54,12 +72,96 @@ def make(args: argparse.Namespace, warn: Callable[[str], None] = lambda line: No
       InputError, RunError: a flag asks for what is not there, or another process does not come.
     """
     simulate(args.simulate_devices)
+    exact = getattr(args, "deterministic", False)
+    if exact:
+        deterministic()
     if any(getattr(args, name, None) is not None for name in PROCESS_FLAGS):
         auto = args.distributed == "auto"
         processes.start(args.coordinator, args.processes, args.process_id, auto, warn=warn)
     devices = first(args.devices)
     sizes = None if args.mesh is None else sharding.parse_mesh(args.mesh, len(devices))
+    if exact and devices[0].platform not in ("cpu", "gpu", "cuda"):
+        raise InputError(
+            f"--deterministic knows what CPUs and NVIDIA GPUs need, not {devices[0].platform}: leave it out"
+        )
     return sharding.make_mesh(devices, sizes)
+
+
+def deterministic() -> None:
+    """Make XLA give the same bits in every process that runs the same program; before JAX looks at devices.
+
+    A CPU does so anyway, on the same number of cores. A GPU is told to by an XLA flag: no operation then adds
+    in the order in which threads happen to come, and kernels are not chosen by timing them, which may end
+    otherwise in the next process. The flag goes behind those that ``XLA_FLAGS`` has.
+
+    Raises:
+      InputError: ``XLA_FLAGS`` asks for the contrary or names a file; or JAX has started, on another backend
+        than the CPU and without the flag.
+    """
+    if asked() or getattr(jax.config, "jax_platforms", None) == "cpu":
+        return
+    if not in_use():
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
+    elif jax.default_backend() != "cpu":
+        raise InputError(
+            "--deterministic comes too late: this process already uses JAX's devices; start a fresh one"
+        )
+
+
+def asked() -> bool:
+    """Does ``XLA_FLAGS`` itself ask for deterministic operations?
+
+    Raises:
+      InputError: it asks for the contrary, or names a file.
+    """
+    given = os.environ.get("XLA_FLAGS", "").strip()
+    if given and not given.startswith("-"):  # XLA then takes all of it for the name of a file
+        raise InputError(
+            f"XLA_FLAGS names the file {given}, to which --deterministic can add nothing: write the flags "
+            "themselves into XLA_FLAGS"
+        )
+    found = {}
+    for word in shlex.split(given):  # the last of a name counts
+        name, _, value = word.partition("=")
+        found[name] = value
+    for name, contrary in CONTRARY.items():
+        if name in found and contrary(found[name]):
+            flag = f"{name}={found[name]}"
+            raise InputError(
+                f"XLA_FLAGS has {flag}, the contrary of --deterministic: leave out one of the two"
+            )
+    return DETERMINISTIC.partition("=")[0] in found
+
+
+def bits(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
+    """What the bits of a run depend on beside its config, its devices and versions; for its record.
+
+    The flag of ``--deterministic`` is among ``xla_flags`` where it does something, so not on a CPU.
+    """
+    found, flags = {"deterministic": args.deterministic}, os.environ.get("XLA_FLAGS", "")
+    if mesh.devices.flat[0].platform != "cpu":
+        return {**found, "xla_flags": flags}
+    return {**found, "xla_flags": flags.replace(DETERMINISTIC, "").strip(), "cores": cores()}
+
+
+def other_bits(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> tuple[str, ...]:
+    """What to tell whoever goes on with a run in other circumstances; None where none are known.
+
+    >>> other_bits({"cores": 2}, {"cores": 4})
+    ('cores was 2 and is 4: from here on the bits are not those of an uninterrupted run',)
+    """
+    before = {} if before is None else before
+    names = [name for name in ("xla_flags", "cores") if name in before and name in now]
+    told = [f"{k} was {before[k]!r} and is {now[k]!r}" for k in names if before[k] != now[k]]
+    return (
+        (f"{', '.join(told)}: from here on the bits are not those of an uninterrupted run",) if told else ()
+    )
+
+
+def cores() -> int:
+    """How many CPU cores this process may use: what XLA's programs for a CPU are cut up by."""
+    count = os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count
 
 
 def simulate(count: int | None) -> None:
@@ -115,7 +217,7 @@ def words(args: argparse.Namespace) -> list[str]:
     for name in FLAGS:
         if getattr(args, name, None) is not None:
             typed += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    return typed
+    return typed + (["--deterministic"] if getattr(args, "deterministic", False) else [])
 
 
 def describe(mesh: Mesh) -> str:

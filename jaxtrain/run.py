@@ -114,13 +114,15 @@ def _fit(
     from jaxtrain.program import assemble
 
     began = time.perf_counter()
-    record = {
+    record: dict[str, Any] = {
         "origin": origin,
         "overrides": [redact.setting(pair) for pair in args.set],
         "overfit": args.overfit,
         "devices": [d.device_kind for d in mesh.devices.flat],
         "mesh": dict(mesh.shape),
+        "bits": devices.bits(args, mesh),
     }
+    notes = _bits(args, record["bits"], folder)  # before the folder is claimed
     source = processes.first(lambda: workdir.init_from(folder, args.init_from, args.init_map))
     record |= {"init_from": source} if source else {}
     sharding.check_batch(experiment.batch, mesh, accumulate=experiment.accumulate)
@@ -131,7 +133,7 @@ def _fit(
     program = assemble(experiment, mesh)
     found = processes.first(lambda: workdir.result(folder, program.steps))
     console.note(f"{name} in {folder} on {devices.describe(mesh)}, batch {_batch(experiment, mesh)}")
-    for note in program.notes:
+    for note in (*program.notes, *(notes if found is None else ())):
         console.note(note)
     if found is None:
         record |= program.choices
@@ -266,6 +268,20 @@ def _where(folder: Path) -> str:
 
     sizes = workdir.load(folder).get("mesh")
     return f" (it began on {sharding.mesh_text(sizes)})" if isinstance(sizes, dict) else ""
+
+
+def _bits(args: argparse.Namespace, now: dict[str, Any], folder: Path) -> list[str]:
+    """What ``--deterministic`` has done, and whether the run began in other circumstances."""
+    from jaxtrain import workdir
+
+    begun = (folder / "config.json").exists()
+    notes = list(devices.other_bits(workdir.load(folder).get("bits") if begun else None, now))
+    if args.deterministic:
+        done = f"nothing to set on a CPU, {now['cores']} cores" if "cores" in now else devices.DETERMINISTIC
+        words = ["python", "-m", "jaxtrain", "bench", "--deterministic", "--experiment", args.experiment]
+        words += [word for setting in args.set for word in ("--set", setting)]
+        notes.append(f"deterministic: {done}; what it costs here: {shlex.join(words)}")
+    return notes
 
 
 def _again(args: argparse.Namespace, folder: Path) -> str:

@@ -27,7 +27,6 @@ from typing import Any
 from benchmarks.gpu_session import Failed, Session, Skipped, TimedOut
 
 ROOT = Path(__file__).resolve().parent.parent
-DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 # The parts: each gives figures, or raises Skipped or Failed.
@@ -124,6 +123,20 @@ def scaling(session: Session) -> dict[str, Any]:
     return dict(json.loads(path.read_text()))
 
 
+def deterministic(session: Session) -> dict[str, Any]:
+    """What ``--deterministic`` costs a step of ``digits_cnn``, and of ``cifar_cnn`` with its data."""
+    found = {}
+    for name in ("digits_cnn", *(("cifar_cnn",) if session.data is not None else ())):
+        path = session.scratch / f"deterministic-{name}.json"
+        short = ["--set", "batch=32", "--steps", "1", "--rounds", "2"] if session.cpu else []
+        session.run(
+            "-m", "jaxtrain", "bench", "--deterministic", "--experiment", name, *short, "--json", path
+        )
+        figures = json.loads(path.read_text())
+        found[name] = {key: figures[key] for key in ("cost", "step_ms", "xla_flags", "steps", "rounds")}
+    return found
+
+
 def _need_data(session: Session) -> None:
     if session.data is None:
         raise Skipped("no CIFAR-10: give --data")
@@ -131,12 +144,11 @@ def _need_data(session: Session) -> None:
 
 def _resume(session: Session, name: str, settings: dict[str, Any], signum: signal.Signals) -> dict[str, Any]:
     """The same command straight through, and stopped and given again: are all arrays bitwise equal?"""
-    flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()}
     straight, broken = f"{name}-straight", f"{name}-broken"
-    session.run(*session.train(name, straight, settings), **flags)
-    process = session.start(*session.train(name, broken, settings), **flags)
+    session.run(*session.train(name, straight, settings), "--deterministic")
+    process = session.start(*session.train(name, broken, settings), "--deterministic")
     _stop_midway(session, process, session.scratch / broken, signum)
-    session.run(*session.train(name, broken, settings), **flags)
+    session.run(*session.train(name, broken, settings), "--deterministic")
     result = json.loads((session.scratch / broken / "result.json").read_text())
     figures = {"signal": signum.name, "steps": result["steps"], "resumed_from": result["resumed_from"]}
     if not 0 < result["resumed_from"] < result["steps"]:
@@ -168,6 +180,7 @@ PARTS: dict[str, tuple[Callable[[Session], dict[str, Any]], float]] = {
     "prepare": (prepare, 90),
     "memory": (memory, 120),
     "scaling": (scaling, 60),
+    "deterministic": (deterministic, 120),
     "first_step": (first_step, 60),
     "resume_cifar": (resume_cifar, 120),
     "cifar_airbench94": (full("cifar_airbench94"), 180),

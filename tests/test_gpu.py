@@ -13,9 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain import checkpoint, data, loop, losses, models, optim, recorder, sharding
+from jaxtrain import checkpoint, data, devices, loop, losses, models, optim, recorder, sharding
 from jaxtrain.commands import doctor
-from jaxtrain.experiment import Experiment
+from jaxtrain.experiment import Experiment, find
+from jaxtrain.experiment.config import override
 from jaxtrain.program import Program, assemble
 from jaxtrain.recorder.console import Plain
 from jaxtrain.stop import Request
@@ -170,6 +171,34 @@ def test_resume_is_bitwise_with_deterministic_ops(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "stopped" in done.stdout
     assert done.stdout.splitlines()[-1] == "bitwise equal"
+
+
+def test_two_runs_with_deterministic_are_the_same_bits(tmp_path):
+    """In fresh processes, each of which chooses its kernels anew."""
+    env = {
+        **{name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"},
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+    }
+    words = ["-m", "jaxtrain.run", "--experiment", "digits_cnn", "--set", "epochs=2", "--deterministic"]
+    for folder in ("one", "other"):
+        done = subprocess.run(
+            [sys.executable, *words, "--workdir", folder],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        record = json.loads((tmp_path / folder / "config.json").read_text())
+        assert devices.DETERMINISTIC in record["bits"]["xla_flags"]
+    program = assemble(override(find("digits_cnn").load()[0], ["epochs=2"]), sharding.make_mesh())
+    states = []
+    for folder in ("one", "other"):
+        with checkpoint.open(tmp_path / folder) as saved:
+            states.append(jax.device_get(saved.restore(saved.latest(), program.like)))
+    jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 @pytest.mark.parametrize("name", ["cnn", "gpt"])

@@ -1,4 +1,4 @@
-"""``python -m jaxtrain bench --scaling 1,2,4,8``: how throughput grows with the number of devices."""
+"""``python -m jaxtrain bench``: how throughput grows with the number of devices, or what exact bits cost."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain import __version__, cli, devices
+from jaxtrain.commands import exact
 from jaxtrain.errors import InputError, RunError
 
-SUMMARY = "throughput and efficiency of a training step by number of devices"
+SUMMARY = "throughput of a training step by number of devices, or what --deterministic costs"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -28,8 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="jaxtrain bench", description=f"{SUMMARY}, on the devices of this one process"
     )
-    parser.add_argument(
-        "--scaling", required=True, metavar="N,...", help="numbers of devices, such as 1,2,4,8"
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--scaling", metavar="N,...", help="numbers of devices, such as 1,2,4,8")
+    what.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="compare two fresh processes on all devices, one as with run --deterministic and one without",
     )
     parser.add_argument(
         "--experiment",
@@ -61,14 +66,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw them as a PNG (pip install 'jaxtrain[plot]')"
     )
+    parser.add_argument("--child", choices=exact.WAYS, help=argparse.SUPPRESS)  # what this command starts
     return cli.main(lambda args: _run(args, words), parser, argv)
 
 
 def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
-    counts = _counts(args.scaling)
     for name in ("steps", "rounds"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)}: give at least 1")
+    if args.deterministic:
+        return _deterministic(args, words)
+    counts = _counts(args.scaling)
     _check_files(args)
 
     from jaxtrain import scaling
@@ -97,6 +105,26 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
             "figures show what splitting the work costs, not what real devices gain"
         )
     console.summary(_title(about, args.steps), _rows(about))
+    _write(args, about)
+    return 0
+
+
+def _deterministic(args: argparse.Namespace, words: Sequence[str]) -> int:
+    """What ``--deterministic`` costs here."""
+    if args.child is not None:
+        exact.serve(args, lambda: _environment(1, os.getloadavg()[0]))
+        return 0
+    if args.weak or args.plot:
+        raise InputError("--weak and --plot belong to --scaling: leave them out")
+    _check_files(args)
+
+    from jaxtrain.recorder import make_console
+
+    console = make_console()
+    found = exact.measure(args, console)
+    about = {"command": shlex.join(["python", "-m", "jaxtrain", "bench", *words]), **found}
+    console.summary(f"{about['experiment']}, medians of {args.rounds} rounds each", exact.rows(about))
+    console.note(exact.told(about))
     _write(args, about)
     return 0
 
@@ -145,7 +173,7 @@ def _environment(most: int, load: float) -> dict[str, Any]:
         "device": device.device_kind,
         "platform": device.platform,
         "simulated": device.platform == "cpu" and most > 1,
-        "cores": os.cpu_count(),
+        "cores": devices.cores(),
         "load_before": load,
         "versions": {"python": platform.python_version(), "jaxtrain": __version__, **versions},
     }

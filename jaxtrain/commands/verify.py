@@ -108,7 +108,7 @@ def _start(args: argparse.Namespace, folder: Path, phase: str, count: int = 1) -
         words += [] if value is None else [f"--{flag}", str(value)]
     if args.simulate_devices:
         words += ["--simulate-devices", str(args.simulate_devices // count)]
-    words += ["--debug"] if args.debug else []
+    words += [f"--{flag}" for flag in ("deterministic", "debug") if getattr(args, flag)]
     if count > 1:
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]

@@ -70,7 +70,7 @@ def start(
         )
     if processes == 1:
         return
-    if jax.distributed.is_initialized() or _in_use():
+    if jax.distributed.is_initialized() or in_use():
         raise InputError(
             "processes are joined before anything else: this one already uses JAX's devices, or has joined"
         )
@@ -182,7 +182,7 @@ def _crash_at_once() -> None:
     sys.excepthook = hook
 
 
-def _in_use() -> bool:
+def in_use() -> bool:
     """Has this process started JAX's devices? After that they cannot be joined to those of others."""
     try:
         from jax._src import xla_bridge
