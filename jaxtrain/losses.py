@@ -112,10 +112,13 @@ class CrossEntropy:
             raise InputError(f"loss.top={self.top} of only {classes} classes: lower it")
         bad = (label < 0) | (label >= classes)
         if bad.any():
-            row = int(np.argwhere(bad)[0][0])
+            rows = np.unique(np.argwhere(bad)[:, 0])
+            more = ", ".join(f"{ids[row]}" for row in rows[1:6]) + (", ..." if len(rows) > 6 else "")
+            such = f"{int(bad.sum())} such" + (f", also of example {more}" if more else "")
             raise InputError(
-                f"label {label[bad][0]} of example {ids[row]} is outside the model's {classes} classes "
-                f"0..{classes - 1} ({int(bad.sum())} such): fix the labels or set the model's classes"
+                f"label {label[bad][0]} of example {ids[rows[0]]} in field {self.label!r} is outside the "
+                f"model's {classes} classes 0..{classes - 1} ({such}): fix the labels or set "
+                "the model's classes"
             )
 
 

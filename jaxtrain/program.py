@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxtrain import preflight, sharding, splits
 from jaxtrain.data import Order, Sequential, Source, compose, holdout
-from jaxtrain.data.loader import Loader, Resident
+from jaxtrain.data.loader import EPOCH, EXAMPLE_ID, Check, Loader, Resident
 from jaxtrain.errors import InputError
 from jaxtrain.experiment import Experiment
 from jaxtrain.guard import guarded, watched
@@ -54,6 +54,7 @@ class Program:
       notes: what whoever starts the run should know, a line each.
       epoch: batches in one pass over the training examples.
       rates: the learning rate of every update, float [steps]; None when the optimizer has none to tell.
+      outputs: the shapes that the model gives for a training batch.
     """
 
     experiment: Experiment
@@ -69,6 +70,7 @@ class Program:
     notes: tuple[str, ...]
     epoch: float
     rates: np.ndarray | None
+    outputs: Any
 
     def evaluates(self, step: int) -> bool:
         """Is there an evaluation after update ``step``? The final one on the test set is not counted."""
@@ -87,6 +89,13 @@ class Program:
         if self.experiment.holdout:  # training is on what was not held out
             ids = holdout(len(self.experiment.train), self.experiment.holdout)[0][ids]
         return ids
+
+    def raw(self, step: int) -> dict[str, Any]:
+        """The examples of update ``step`` as the source gives them, with what a loader adds to them."""
+        (ids, epochs), source = self.order.places(step - 1), self.experiment.train
+        draw, where = getattr(source, "draw", None), self.examples(step)
+        fields = source.gather(where) if draw is None else draw(where, epochs, self.order.seed)
+        return {**fields, EXAMPLE_ID: ids.astype(np.int32), EPOCH: epochs.astype(np.int32)}
 
     def close(self) -> None:
         """Stop the threads and processes that read the data."""
@@ -134,11 +143,11 @@ def assemble(
     preflight.check_fields(sources)
     outputs = _outputs(exp, model, sources["train"])
     check = preflight.value_check(model, exp.loss, outputs)
-    preflight.check_values(check, sources)
+    found = preflight.check_values(check, exp, sources)
 
     order = Order(exp.seed, len(sources["train"]), exp.batch, exp.remainder)
     steps = order.steps(exp.epochs)
-    train = splits.make_loader(sources["train"], order, exp, mesh, check)
+    train = _loader("train", sources["train"], order, exp, mesh, check)
     init_key, key = _keys(exp.seed, mesh)
     tx, after = exp.optimizer.build(steps), _after(exp, steps)
     sample = splits.first_examples(exp, sources["train"])
@@ -152,7 +161,7 @@ def assemble(
     evals = {}
     for name in [name for name in sources if name != "train"]:
         rows = Sequential(len(sources[name]), eval_batch)
-        loader = splits.make_loader(sources[name], rows, exp, mesh, check)
+        loader = _loader(name, sources[name], rows, exp, mesh, check)
         step = _eval_function(exp, model, loader, mesh, like, metrics_fn)
         evals[name] = Split(loader, len(rows), rows.n, step)
     loaders = {"train": train, **{name: split.loader for name, split in evals.items()}}
@@ -170,9 +179,14 @@ def assemble(
         order=order,
         evals=evals,
         choices=choices,
-        notes=preflight.notes(exp, mesh, like, unsplit),
+        notes=(
+            *found,
+            *preflight.image_notes(exp, sources["train"]),
+            *preflight.notes(exp, mesh, like, unsplit),
+        ),
         epoch=epoch,
         rates=_rates(exp, steps),
+        outputs=outputs,
     )
 
 
@@ -188,6 +202,13 @@ def abstract_state(experiment: Experiment, mesh: Mesh, example: Batch) -> State:
     model, prepare = _model(exp), compose(*exp.preprocess)
     start = make_init(model, exp.optimizer.build(steps), prepare, None, _after(exp, steps), **_scaling(exp))
     return _abstract(start, example, mesh, exp, model)[0]
+
+
+def _loader(
+    name: str, source: Source, order: Order | Sequential, exp: Experiment, mesh: Mesh, check: Check
+) -> Loader:
+    first = preflight.check_first(name, exp)
+    return splits.make_loader(source, order, exp, mesh, preflight.named(name, check), first)
 
 
 def _outputs(exp: Experiment, model: Model, source: Source) -> Any:

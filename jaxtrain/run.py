@@ -80,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     if args.list:
         return _list()
+    from jaxtrain import preflight
     from jaxtrain.recorder import make_console
 
     for flag in ("grace", "hang_after"):
@@ -89,6 +90,8 @@ def _run(args: argparse.Namespace) -> int:
     name, origin, experiment = cli.load(args.experiment, args.set)
     mesh = devices.make(args, cli.warn)
     console = make_console(quiet=not processes.is_first())
+    if not args.smoke:  # before data is fetched or read
+        processes.first(lambda: preflight.check_folder(Path(args.workdir or "runs")))
     cli.ensure_prepared(experiment, console)
     if args.smoke and (args.init_from or args.init_map):
         raise InputError("--smoke tries the experiment alone: leave --init-from and --init-map out")
@@ -109,7 +112,7 @@ def _fit(
     args: argparse.Namespace,
     console: Console,
 ) -> int:
-    from jaxtrain import sharding, workdir
+    from jaxtrain import plan, sharding, workdir
     from jaxtrain.loop import fit
     from jaxtrain.program import assemble
 
@@ -136,6 +139,8 @@ def _fit(
     for note in (*program.notes, *(notes if found is None else ())):
         console.note(note)
     if found is None:
+        processes.first(lambda: plan.check_disk(program, folder))
+        plan.check_memory(program)
         record |= program.choices
         processes.first(lambda: workdir.claim(folder, name, experiment, record, args.extend))
         try:

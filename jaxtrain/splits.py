@@ -30,6 +30,7 @@ def open_sources(exp: Experiment, mesh: Mesh) -> dict[str, Source]:
         if len(source) < 1:
             raise InputError(f"{name}: the data set {type(source).__name__} is empty")
         try:
+            _check_rows(name, source)
             return in_memory(source, limit) or source
         except (InputError, RunError):
             raise
@@ -49,12 +50,38 @@ def open_sources(exp: Experiment, mesh: Mesh) -> dict[str, Source]:
 
 
 def make_loader(
-    source: Source, order: Order | Sequential, exp: Experiment, mesh: Mesh, check: Check
+    source: Source,
+    order: Order | Sequential,
+    exp: Experiment,
+    mesh: Mesh,
+    check: Check,
+    first: Check | None = None,
 ) -> Loader:
-    """Batches of ``source`` in that order: resident where it is in memory, else streamed."""
+    """Batches of ``source`` in that order: resident where it is in memory, else streamed.
+
+    Raises:
+      InputError: it is to be resident and larger than a device's memory.
+    """
     if isinstance(source, Arrays) and exp.feed != "stream":
+        size, limit = sum(array.nbytes for array in source.fields.values()), sharding.device_memory(mesh)
+        if size > limit:
+            raise InputError(
+                f"feed={exp.feed} would keep {size / 1e9:.2f} GB of examples on each device, which has "
+                f"{limit / 1e9:.2f} GB: use --set feed=stream"
+            )
         return Resident(source, order, mesh)
-    return Streamed(source, order, mesh, exp.workers, check)
+    return Streamed(source, order, mesh, exp.workers, check, first)
+
+
+def _check_rows(split: str, source: Source) -> None:
+    """Raise InputError unless ``gather`` gives a leading axis: an unbatched image would pass for a batch."""
+    for name, array in source.gather(np.zeros(2, np.int64)).items():
+        if np.shape(array)[:1] != (2,):
+            raise InputError(
+                f"{split}: field {name!r} has shape {list(np.shape(array))} for 2 examples: "
+                f"{type(source).__name__}.gather must give arrays with a leading axis of that length, as "
+                "np.stack makes of single ones"
+            )
 
 
 def first_examples(exp: Experiment, source: Source) -> Batch:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxtrain import guard
+from jaxtrain.blame import Finding, find
 from jaxtrain.checkpoint import write_json
 from jaxtrain.errors import RunError
 from jaxtrain.program import Program
@@ -76,12 +78,17 @@ class Watch:
                 self._note(f"{what}: the update is skipped, and the metric skipped counts such from here on")
             return
         row = f", the {self._row}th bad update in a row" if self._row > 1 else ""
+        found = self._found(step)
         fix = "lower the learning rate, clip gradients (--set optimizer.clip=1), or look at the data"
-        if figures[guard.OUTSIDE]:
+        if found:
+            stage = any(one.stage for one in found)
+            fix = "look at the stages" if stage else "mend these examples, or leave them out (data.Subset)"
+        elif figures[guard.OUTSIDE]:
             fix = "look at what the source and augment make of the labels"
         skip = "" if self._row > 1 else "; --set guard=skip leaves such batches out"
         kept = "the update was not applied, and earlier checkpoints are kept; "
-        self._end(f"{what}{row}: {kept}", f"; {fix}{skip}", step, figures)
+        told = "".join(f"{one.text}; " for one in found)
+        self._end(f"{what}{row}: {kept}{told}", f"; {fix}{skip}", step, figures, found)
 
     def _spiked(self, step: int, figures: Mapping[str, float]) -> None:
         """End the run for a loss far above its running average, where that is asked for."""
@@ -99,21 +106,35 @@ class Watch:
         self._seen += 1
         self._average += (loss - self._average) / min(self._seen, WINDOW)
 
-    def _end(self, what: str, fix: str, step: int, figures: Mapping[str, float]) -> None:
+    def _found(self, step: int) -> list[Finding]:
+        """What is wrong with the examples of the batch; nothing where they cannot be read once more."""
+        with contextlib.suppress(Exception):  # whatever goes wrong here must not hide the fault itself
+            return find(self._program, step)
+        return []
+
+    def _end(
+        self,
+        what: str,
+        fix: str,
+        step: int,
+        figures: Mapping[str, float],
+        found: Sequence[Finding] = (),
+    ) -> None:
         where = "its examples are not recorded"
         if self._folder is not None:
             where = f"its examples are in {self._folder / FILE}"
             if processes.is_first():
                 try:
-                    write_json(self._folder / FILE, self._record(step, figures))
+                    write_json(self._folder / FILE, self._record(step, figures, found))
                 except OSError as error:
                     where = f"its examples could not be written to {self._folder / FILE}: {error.strerror}"
         raise RunError(what + where + fix)
 
-    def _record(self, step: int, figures: Mapping[str, float]) -> dict[str, Any]:
+    def _record(self, step: int, figures: Mapping[str, float], found: Sequence[Finding]) -> dict[str, Any]:
         """JSON, which has no NaN: what is not finite is a string."""
         return {
             "step": step,
             "figures": {name: x if math.isfinite(x) else str(x) for name, x in figures.items()},
             "examples": np.asarray(self._program.examples(step)).tolist(),
+            "fields": {one.field: one.record for one in found},
         }

@@ -272,7 +272,7 @@ def test_streamed_data_is_looked_at_while_training(capsys: pytest.CaptureFixture
     words = command("ratings_factors", settings, "--workdir", "r", "--devices", "1")
     good = Path("u.data").read_text()  # line 13 is in the third batch
     Path("u.data").write_text(good.replace("13\t5\t3\t12\n", "31\t5\t3\t12\n"))
-    assert "user 30 of example" in refused(capsys, run.main(words)) and Path("r").exists()
+    assert "user 30 of example" in refused(capsys, run.main(words), 3) and Path("r").exists()
     Path("u.data").write_text(good)
     ratings._from_file.cache_clear()  # as a new process would
     assert run.main(words) == 0

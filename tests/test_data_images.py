@@ -328,7 +328,9 @@ def test_a_broken_picture_is_named_in_one_line(tmp_path: Path, damage: str) -> N
     broken = {"cut": data[: len(data) // 2], "noise": b"not a picture" * 9, "empty": b""}[damage]
     source = labelled(tmp_path, "broken", [broken])
     for use in (Images(source, 8).gather, lambda ids: RandomCrops(source, 8).draw(ids, ids, 0)):
-        with pytest.raises(RunError, match=r"data set broken: example 0 of split train: .*'image'") as caught:
+        with pytest.raises(
+            RunError, match=r"set broken: record 0 of .*, example 0 of split train: .*'image'"
+        ) as caught:
             use(np.array([0]))
         assert "\n" not in str(caught.value)
 

@@ -353,7 +353,7 @@ def test_streamed_labels_are_checked_on_the_way(tmp_path, console, mesh1):
     source = data.Subset(bad, np.arange(200))  # nothing that can be checked as a whole beforehand
     program = assemble(change(train=source, feed="stream", epochs=2), mesh1)
     assert program.choices["resident"] == {"train": False, "test": False}
-    with pytest.raises(InputError, match=r"label 9 of example 199"):
+    with pytest.raises(RunError, match=r"label 9 of example 199"):
         fit(program, tmp_path, console)
 
 

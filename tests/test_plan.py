@@ -363,7 +363,8 @@ def test_out_of_memory_says_what_is_there_and_what_to_do(feed, tmp_path, capsys,
     with pytest.raises(RunError) as told:
         loop.fit(dataclasses.replace(program, train_step=step), tmp_path, Plain(), "digits_cnn")
     assert str(told.value) == (
-        "a device has no memory left, which was asked for 17.18 GB more: see what fits with: "
+        "a device has no memory left, which was asked for 17.18 GB more: "
+        "try --set accumulate=2 or --set batch=16, or see what fits with: "
         "python -m jaxtrain plan --experiment mine/digits_cnn.py --set batch=32 --devices 8 --mesh fsdp=8"
     )
     out = capsys.readouterr().out

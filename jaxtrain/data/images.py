@@ -156,7 +156,9 @@ class Images:
 
         def fill(row: int) -> None:
             drawn = None if draws is None else draws[row]
-            where = f"data set {self.name}: example {int(indices[row])} of split {self.source.split}"
+            index = int(indices[row])
+            where = f"{self.source.place(index)}, example {index} of split {self.source.split}"
+            where = f"data set {self.name}: {where}"
             found = self._example(where, raw[self.image][row], raw[target][row], drawn)
             batch["image"][row], batch["label"][row] = found
 

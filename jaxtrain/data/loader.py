@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxtrain import sharding
 from jaxtrain.data.order import Order, Sequential
 from jaxtrain.data.sources import Arrays, Source
+from jaxtrain.errors import InputError, RunError
 from jaxtrain.sharding import processes
 from jaxtrain.types import Batch
 from jaxtrain.userfile import Loaded
@@ -96,7 +97,9 @@ class Streamed:
       order: which examples make up batch k.
       mesh: the devices.
       workers: Grain processes that gather; 0 gathers in threads of this process.
-      check: looks at every raw batch on the host.
+      check: looks at every raw batch on the host; what it finds after the first batch is a RunError, because
+        the run is on its way.
+      first: looks at the first batch only, whichever step that is.
     """
 
     def __init__(
@@ -106,10 +109,12 @@ class Streamed:
         mesh: Mesh,
         workers: int = 0,
         check: Check | None = None,
+        first: Check | None = None,
     ) -> None:
         self.shardings = sharding.batch_split(mesh)
         self._batches = _Batches(source, order, processes.local_rows(self.shardings, order.batch))
-        self._workers, self._check = workers, check
+        self._workers, self._check, self._first = workers, check, first
+        self._begun = False
         self._stream: Any = None  # a Grain iterator
         self._next = -1
 
@@ -120,9 +125,20 @@ class Streamed:
         self._next = step + 1
         batch = next(self._stream)
         ids = batch.pop(EXAMPLE_ID) if "mask" in batch else batch[EXAMPLE_ID]
-        if self._check is not None:
-            self._check(batch, ids)
+        self._look(batch, ids)
         return processes.put(batch, self.shardings, self._batches.order.batch)
+
+    def _look(self, batch: Batch, ids: np.ndarray) -> None:
+        if self._first is not None and not self._begun:
+            self._first(batch, ids)
+        try:
+            if self._check is not None:
+                self._check(batch, ids)
+        except InputError as error:
+            if self._begun:
+                raise RunError(f"{error}; earlier checkpoints are kept") from error
+            raise
+        self._begun = True
 
     def fetch(self, batch: Any) -> Batch:
         return batch

@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxtrain.data.folders import check_features, file_formats, find_folder, folders, not_prepared, parse_name
 from jaxtrain.data.formats import ORIGINALS
+from jaxtrain.data.records import first_bad, place
 from jaxtrain.errors import InputError, RunError
 
 # Enough records to repay handing a chunk to a thread, few enough to keep all threads busy.
@@ -127,6 +128,10 @@ class TFDS:
         """
         return self._open().raw(np.asarray(indices), fields)
 
+    def place(self, index: int) -> str:
+        """Where example ``index`` lies: ``record 12 of FILE``."""
+        return self._open().place(index)
+
     def _open(self) -> _Split:
         folder = find_folder(self.name, self.data_dir)
         if folder is None:
@@ -162,7 +167,7 @@ class _Split:
         check_features(Path(folder))
         builder = tfds.builder_from_directory(folder, file_format="array_record")
         self.name, self.split = name, split
-        self._check_split(builder.info.splits, folder)
+        self.files = self._check_split(builder.info.splits, folder)
         # Sorted, because features.json is read back in no particular order.
         self.features: Mapping[str, Any] = dict(sorted(builder.info.features.items()))
         self.records = builder.as_data_source(
@@ -181,7 +186,7 @@ class _Split:
     def _named(self, kind: type) -> list[str]:
         return [key for key, feature in self.features.items() if type(feature) is kind]
 
-    def _check_split(self, splits: Mapping[str, Any], folder: str) -> None:
+    def _check_split(self, splits: Mapping[str, Any], folder: str) -> Sequence[Any]:
         try:
             files = splits[self.split].file_instructions
         except (KeyError, ValueError, AssertionError) as error:
@@ -194,6 +199,11 @@ class _Split:
         for file in files:
             if not Path(file.filename).exists():
                 raise RunError(f"{file.filename} is missing: {_again(self.name, folder)}")
+        return list(files)
+
+    def place(self, index: int) -> str:
+        file, record = place(self.files, index)
+        return f"record {record} of {file}"
 
     def raw(self, indices: np.ndarray, fields: Sequence[str]) -> dict[str, list[Any]]:
         from tensorflow_datasets.proto import tf_example_pb2
@@ -205,11 +215,15 @@ class _Split:
                     f"data set {self.name} has no feature {name!r}: it has {', '.join(self.features)}"
                 )
         values: dict[str, list[Any]] = {name: [] for name in fields}
-        for record in self._read(indices.tolist()) if indices.size else ():
-            feature = tf_example_pb2.Example.FromString(record).features.feature
-            for name in fields:
-                kind = feature[name].WhichOneof("kind")
-                values[name].append(getattr(feature[name], kind).value[0])
+        numbers = indices.tolist()
+        for index, record in zip(numbers, self._read(numbers) if numbers else (), strict=True):
+            try:
+                feature = tf_example_pb2.Example.FromString(record).features.feature
+                for name in fields:
+                    kind = feature[name].WhichOneof("kind")
+                    values[name].append(getattr(feature[name], kind).value[0])
+            except Exception as error:  # protobuf's own, or what comes of a feature that is not there
+                raise self._damaged(index, error) from error
         return values
 
     def _check_indices(self, indices: np.ndarray) -> None:
@@ -236,27 +250,37 @@ class _Split:
         from tensorflow_datasets.proto import tf_example_pb2
 
         records = self._read(indices)
-        columns = [tf_example_pb2.Example.FromString(r).features.feature for r in records]
-        batch = {
-            key: self._join(key, [self._decode(key, c[key].bytes_list.value[0]) for c in columns])
-            for key in self._images
-        }
-        for key in self._labels:
-            values = [column[key].int64_list.value[0] for column in columns]
-            batch[key] = np.array(values, np.int32)
+        images: dict[str, list[np.ndarray]] = {key: [] for key in self._images}
+        labels: dict[str, list[int]] = {key: [] for key in self._labels}
+        for index, record in zip(indices, records, strict=True):
+            try:
+                column = tf_example_pb2.Example.FromString(record).features.feature
+                for key, decoded in images.items():
+                    decoded.append(self._decode(key, column[key].bytes_list.value[0]))
+                for key, values in labels.items():
+                    values.append(column[key].int64_list.value[0])
+            except Exception as error:  # of protobuf, of Pillow, or of a feature that is not there
+                raise self._damaged(index, error) from error
+        batch = {key: self._join(key, decoded) for key, decoded in images.items()}
+        batch |= {key: np.array(values, np.int32) for key, values in labels.items()}
         return batch | self._rest(records)
 
     def _read(self, indices: list[int]) -> Sequence[bytes]:
         try:
             records: Sequence[bytes] = self.records.__getitems__(indices)
         except (RuntimeError, ValueError, OSError, IndexError) as error:
-            folder = str(self.records.dataset_info.data_dir)
-            line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RunError(
-                f"data set {self.name}: a file of split {self.split} cannot be read ({line}): "
-                f"{_again(self.name, folder)}"
-            ) from error
+            found = first_bad(indices, self.records.__getitems__) or (indices[0], error)
+            raise self._damaged(*found) from error
         return records
+
+    def _damaged(self, index: int, error: Exception) -> RunError:
+        """For an example that cannot be read: its file and record, and what to do."""
+        line = str(error).partition("\n")[0].partition("; ")[0] or type(error).__name__
+        again = _again(self.name, str(self.records.dataset_info.data_dir))
+        return RunError(
+            f"data set {self.name}: {self.place(index)} (example {index} of split {self.split}) cannot be "
+            f"read ({line[:200]}): {again}"
+        )
 
     def _decode(self, key: str, encoded: bytes) -> np.ndarray:
         """An image file as an array [height, width, channel]."""

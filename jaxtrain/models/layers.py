@@ -102,16 +102,18 @@ def check_image(image: jax.Array, smallest: int, model: str) -> None:
     Linen would run an unbatched image through a convolution without a word.
     """
     shape = tuple(image.shape)
-    if len(shape) == 4 and shape[1] in (1, 3, 4) and shape[3] not in (1, 3, 4) and shape[2] > 4:
+    if len(shape) == 4 and shape[1] in (1, 3, 4) and min(shape[2:]) > 4:
         raise InputError(
             f"image {shape} looks like [batch, channel, height, width] (NCHW): {model} takes "
             "[batch, height, width, channel]; transpose the source with .transpose(0, 2, 3, 1)"
         )
     if len(shape) != 4:
-        raise InputError(
-            f"image has shape {shape}: {model} takes [batch, height, width, channel]"
-            + (" (add a channel axis of 1)" if len(shape) == 3 else "")
-        )
+        fix = ""
+        if len(shape) == 3 and shape[2] in (1, 3, 4) and shape[1] > 4:
+            fix = "; each row of one image was taken for an example: add the batch axis with image[None]"
+        elif len(shape) == 3:
+            fix = "; add a channel axis of 1 with image[..., None]"
+        raise InputError(f"image has shape {shape}: {model} takes [batch, height, width, channel]{fix}")
     if min(shape[1:3]) < smallest:
         raise InputError(
             f"image {shape} is too small: with these settings {model} needs at least {smallest} pixels a side"

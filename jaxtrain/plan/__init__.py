@@ -7,6 +7,7 @@ from jaxtrain.plan.limits import Limit, limit_of, parse_size, size_text
 from jaxtrain.plan.measure import Plan, as_on, measure, opened
 from jaxtrain.plan.memory import Held, held
 from jaxtrain.plan.nearest import Nearest, find_nearest
+from jaxtrain.plan.room import check_disk, check_memory
 from jaxtrain.plan.search import Searched, attempts, search_all
 from jaxtrain.plan.variants import Tried, Variant, given, trying
 
@@ -21,6 +22,8 @@ __all__ = [
     "Variant",
     "as_on",
     "attempts",
+    "check_disk",
+    "check_memory",
     "collectives",
     "explained",
     "find_nearest",

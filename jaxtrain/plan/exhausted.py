@@ -18,6 +18,7 @@ from jaxtrain.experiment import find
 from jaxtrain.plan.limits import size_text
 from jaxtrain.plan.memory import bytes_per_device, held, mesh_of
 from jaxtrain.plan.report import memory_text, table
+from jaxtrain.plan.room import smaller
 from jaxtrain.program import Program
 from jaxtrain.recorder import Console
 from jaxtrain.sharding import rules
@@ -51,8 +52,10 @@ def explained(program: Program, name: str, folder: Path, console: Console) -> It
         command = f"python -m jaxtrain plan --experiment {name}"
         with contextlib.suppress(Exception):
             command = _command(program, name, folder)
+        advice = [f"--set {setting}" for setting in smaller(program)]
+        tries = f"try {' or '.join(advice)}, or " if advice else ""
         raise RunError(
-            f"a device has no memory left{_asked(error)}: see what fits with: {command}"
+            f"a device has no memory left{_asked(error)}: {tries}see what fits with: {command}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Checks before anything is compiled: whatever can be known to be wrong is said in one line here."""
+"""Checks of fields, shapes and types: of a split against the others, and of an example against the model."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain.data import Arrays, Source, compose
-from jaxtrain.data.loader import EPOCH, EXAMPLE_ID, Check
+from jaxtrain.data.loader import EPOCH, EXAMPLE_ID
 from jaxtrain.errors import InputError
 from jaxtrain.experiment import Experiment
 from jaxtrain.models import as_model
-from jaxtrain.types import Batch, Model, State
+from jaxtrain.types import Batch, State
 
 
 def check_splits(experiment: Experiment) -> None:
@@ -37,15 +38,15 @@ def check_splits(experiment: Experiment) -> None:
 
 
 def check_fields(sources: Mapping[str, Source]) -> None:
-    """Raise InputError when a split's fields, shapes or types are not those of ``"train"``."""
-    want = _specs(sources["train"])
+    """Raise InputError when a split's fields, shapes or types are no batch's, or not those of ``"train"``."""
+    want = _specs("train", sources["train"])
     for field in ("mask", EXAMPLE_ID, EPOCH):
         if field in want:
             raise InputError(
                 f"the source gives a field {field!r}, a name that batches use themselves: rename it"
             )
     for name, source in sources.items():
-        have = _specs(source)
+        have = _specs(name, source)
         for field in sorted(want.keys() | have.keys()):
             if want.get(field) != have.get(field):
                 raise InputError(
@@ -69,29 +70,6 @@ def trace(fn: Callable[..., Any], *args: Any, what: str) -> Any:
         raise InputError(
             f"{what} cannot be built: {type(error).__name__}: {line.strip()[:300]} (--debug shows where)"
         ) from error
-
-
-def check_values(check: Check, sources: Mapping[str, Source]) -> None:
-    """Look at every example that is in memory, and at the first of those that are not."""
-    for name, source in sources.items():
-        ids = np.arange(len(source)) if isinstance(source, Arrays) else np.zeros(1, np.int64)
-        fields = source.fields if isinstance(source, Arrays) else source.gather(ids)
-        try:
-            check(fields, ids)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from error
-
-
-def value_check(model: Model, loss: Any, outputs: Any) -> Check:
-    """What the model and the loss have to say about raw batches, in one function ``(batch, ids)``."""
-
-    def check(batch: Batch, ids: np.ndarray) -> None:
-        if model.check is not None:
-            model.check(batch, ids)
-        if hasattr(loss, "check"):
-            loss.check(outputs, batch, ids)
-
-    return check
 
 
 def notes(experiment: Experiment, mesh: Mesh, state: State, whole: Sequence[str]) -> tuple[str, ...]:
@@ -118,9 +96,29 @@ def notes(experiment: Experiment, mesh: Mesh, state: State, whole: Sequence[str]
     return tuple(lines)
 
 
-def _specs(source: Source) -> dict[str, str]:
-    one = source.gather(np.zeros(1, np.int64))
-    return {name: f"{array.dtype}{list(array.shape[1:])}" for name, array in one.items()}
+def _specs(split: str, source: Source) -> dict[str, str]:
+    two = source.gather(np.zeros(2, np.int64))
+    for name, array in two.items():
+        _check_kind(f"{split}: field {name!r}", source.fields[name] if isinstance(source, Arrays) else array)
+    return {name: f"{array.dtype}{list(array.shape[1:])}" for name, array in two.items()}
+
+
+def _check_kind(what: str, array: np.ndarray) -> None:
+    """Raise InputError for what a device cannot hold: text, objects, and whole numbers that would wrap."""
+    kind = jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool
+    if not kind:
+        raise InputError(
+            f"{what} is {array.dtype}, which is no number: leave it out of what the source gives, or give "
+            "numbers for it"
+        )
+    held = jax.dtypes.canonicalize_dtype(array.dtype)  # 64 bits become 32, and JAX does not say so
+    if held != array.dtype and np.issubdtype(held, np.integer) and array.size:
+        low, high = int(array.min()), int(array.max())
+        if low < np.iinfo(held).min or high > np.iinfo(held).max:
+            raise InputError(
+                f"{what} holds {low if low < np.iinfo(held).min else high}, and JAX keeps {array.dtype} as "
+                f"{held}: give smaller numbers, or leave the field out"
+            )
 
 
 def describe(experiment: Experiment) -> tuple[str, str, str]:
