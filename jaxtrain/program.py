@@ -11,19 +11,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain import preflight, sharding, splits
+from jaxtrain import preflight, sharding, splits, update
 from jaxtrain.data import Order, Sequential, Source, compose, holdout
 from jaxtrain.data.loader import EPOCH, EXAMPLE_ID, Check, Loader, Resident
 from jaxtrain.errors import InputError
 from jaxtrain.experiment import Experiment
-from jaxtrain.guard import guarded, watched
 from jaxtrain.models import as_model, compute_in
-from jaxtrain.optim import LossScale, Schedule
-from jaxtrain.optim import rate as optim_rate
-from jaxtrain.step import make_eval_step, make_init, make_train_step
-from jaxtrain.types import Batch, Metrics, Model, Names, Prepare, State
-
-Update = Callable[[State, Batch, jax.Array], tuple[State, Metrics]]
+from jaxtrain.step import make_eval_step, make_init
+from jaxtrain.types import Batch, Metrics, Model, Names, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,15 +144,15 @@ def assemble(
     steps = order.steps(exp.epochs)
     train = _loader("train", sources["train"], order, exp, mesh, check)
     init_key, key = _keys(exp.seed, mesh)
-    tx, after = exp.optimizer.build(steps), _after(exp, steps)
+    tx, after = exp.optimizer.build(steps), update.after(exp, steps)
     sample = splits.first_examples(exp, sources["train"])
-    start = make_init(model, tx, compose(*exp.preprocess), exp.data_init, after, **_scaling(exp))
+    start = make_init(model, tx, compose(*exp.preprocess), exp.data_init, after, **update.scaling(exp))
     like, unsplit = _abstract(start, sample, mesh, exp, model)
     init = sharding.compile(start, args=(whole, whole), out=_shardings(like))
     model = _model(exp, like)
     prepare = compose(lambda batch, _: train.fetch(batch), *exp.augment, *exp.preprocess)
-    update = _update(exp, mesh, model, tx, prepare, after)
-    train_step = _train_function(update, train, mesh, like, key, _barriers(exp, mesh))
+    pure = update.build(exp, mesh, model, tx, prepare, after)
+    train_step = _train_function(pure, train, mesh, like, key, update.compiler_options(exp, mesh))
     evals = {}
     for name in [name for name in sources if name != "train"]:
         rows = Sequential(len(sources[name]), eval_batch)
@@ -185,7 +180,7 @@ def assemble(
             *preflight.notes(exp, mesh, like, unsplit),
         ),
         epoch=epoch,
-        rates=_rates(exp, steps),
+        rates=update.rates(exp, steps),
         outputs=outputs,
     )
 
@@ -200,7 +195,9 @@ def abstract_state(experiment: Experiment, mesh: Mesh, example: Batch) -> State:
     """
     exp, steps = experiment, 1000  # how many there are changes no shape
     model, prepare = _model(exp), compose(*exp.preprocess)
-    start = make_init(model, exp.optimizer.build(steps), prepare, None, _after(exp, steps), **_scaling(exp))
+    start = make_init(
+        model, exp.optimizer.build(steps), prepare, None, update.after(exp, steps), **update.scaling(exp)
+    )
     return _abstract(start, example, mesh, exp, model)[0]
 
 
@@ -241,32 +238,6 @@ def _keys(seed: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
     return first, second
 
 
-def _scaling(exp: Experiment) -> dict[str, Any]:
-    return {"loss_scale": LossScale()} if exp.precision == "float16" else {}
-
-
-def _options(exp: Experiment, mesh: Mesh) -> dict[str, Any]:
-    """What the step factory is given beyond its five arguments, where it is asked for."""
-    if exp.accumulate == 1:
-        return _scaling(exp)
-    # XLA:CPU runs convolutions in a loop several times slower than outside.
-    unroll = mesh.devices.flat[0].platform == "cpu"
-    return {"accumulate": exp.accumulate, "unroll": unroll, **_scaling(exp)}
-
-
-def _update(exp: Experiment, mesh: Mesh, model: Model, tx: Any, prepare: Prepare, after: Any) -> Update:
-    """The train step, guarded from outside: so a factory of the user's own needs to know nothing of it."""
-    loss = exp.loss if exp.guard == "off" else watched(exp.loss)
-    factory = exp.step_factory or make_train_step
-    return guarded(factory(model, loss, tx, prepare, after, **_options(exp, mesh)), exp.guard)
-
-
-def _barriers(exp: Experiment, mesh: Mesh) -> dict[str, str]:
-    """Compiler options for a step that counts on barriers: guarded, computing again, or in microbatches."""
-    counts = exp.guard != "off" or exp.remat != "none" or exp.accumulate > 1
-    return sharding.KEEP_BARRIERS if counts and mesh.devices.flat[0].platform == "cpu" else {}
-
-
 def _abstract(
     start: Callable[[jax.Array, Batch], State], sample: Batch, mesh: Mesh, exp: Experiment, model: Model
 ) -> tuple[State, tuple[str, ...]]:
@@ -289,36 +260,20 @@ def _shardings(like: Any) -> Any:
 
 
 def _train_function(
-    update: Update,
+    step: update.Update,
     train: Loader,
     mesh: Mesh,
     like: State,
     key: jax.Array,
     options: dict[str, str],
 ) -> Callable[[State, Any, jax.Array], tuple[State, Metrics]]:
-    """``update`` compiled; its first argument's buffers are reused for its result."""
+    """``step`` compiled; its first argument's buffers are reused for its result."""
     whole, state = sharding.replicated(mesh), _shardings(like)
-    step = sharding.compile(
-        update, args=(state, train.shardings, whole), out=(state, whole), donate=(0,), options=options
+    compiled = sharding.compile(
+        step, args=(state, train.shardings, whole), out=(state, whole), donate=(0,), options=options
     )
-    preflight.trace(step, like, train.batch(0), key, what="the train step")
-    return step
-
-
-def _after(exp: Experiment, steps: int) -> tuple[Callable[[State], State], ...]:
-    """The stages after an update; those that depend on the run's length are told it."""
-    return tuple(stage.build(steps) if hasattr(stage, "build") else stage for stage in exp.after)
-
-
-def _rates(exp: Experiment, steps: int) -> np.ndarray | None:
-    """Computed once: a schedule called while training would wait behind the steps on the device."""
-    lr = getattr(exp.optimizer, "lr", None)
-    if not isinstance(lr, float | int | Schedule):
-        return None
-    rate = optim_rate(lr, steps)
-    if not callable(rate):
-        return np.full(steps, rate)
-    return np.asarray(jax.jit(jax.vmap(rate))(np.arange(steps)))
+    preflight.trace(compiled, like, train.batch(0), key, what="the train step")
+    return compiled
 
 
 def _eval_function(

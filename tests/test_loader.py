@@ -14,7 +14,7 @@ import pytest
 from jaxtrain import sharding
 from jaxtrain.data import Arrays, Order, Sequential, Subset, Synthetic, in_memory
 from jaxtrain.data.loader import Resident, Streamed
-from jaxtrain.errors import InputError
+from jaxtrain.errors import InputError, RunError
 
 N, BATCH = 50, 16
 SOURCE = in_memory(Synthetic(n=N, shape=(4, 3, 2)), 10**9)
@@ -132,7 +132,7 @@ def test_what_check_raises_stops_the_batch(mesh1: Any) -> None:
         loader.batch(1)
 
 
-def test_error_of_a_source_reaches_the_caller(mesh1: Any) -> None:
+def test_a_source_that_fails_ends_the_run_in_one_line_with_its_error_behind(mesh1: Any) -> None:
     class Broken:
         def __len__(self) -> int:
             return N
@@ -140,8 +140,10 @@ def test_error_of_a_source_reaches_the_caller(mesh1: Any) -> None:
         def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
             raise OSError("disk is gone")
 
-    with pytest.raises(OSError, match="disk is gone"):
-        Streamed(Broken(), ORDERS["wrap"], mesh1).batch(0)
+    line = r"^Broken\.gather failed at batch 4: OSError: disk is gone; earlier checkpoints are kept: mend"
+    with pytest.raises(RunError, match=line) as told:
+        Streamed(Broken(), ORDERS["wrap"], mesh1).batch(3)
+    assert isinstance(told.value.__cause__, OSError) and "\n" not in str(told.value)
 
 
 USER_FILE = """

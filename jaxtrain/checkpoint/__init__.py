@@ -6,6 +6,6 @@ committed. Nothing else imports orbax.
 
 from jaxtrain.checkpoint.initial import arrays, init_from
 from jaxtrain.checkpoint.manifest import Damaged, Saved, write_json
-from jaxtrain.checkpoint.store import Checkpoints, open
+from jaxtrain.checkpoint.store import Checkpoints, open, space
 
-__all__ = ["Checkpoints", "Damaged", "Saved", "arrays", "init_from", "open", "write_json"]
+__all__ = ["Checkpoints", "Damaged", "Saved", "arrays", "init_from", "open", "space", "write_json"]

@@ -169,7 +169,7 @@ class Checkpoints:
             **self._about,
             "tree": {path: manifests.spec(leaf) for path, leaf in paths.items()},
         }
-        size = sum(leaf.nbytes for leaf in paths.values())
+        size = space(state)
         try:
             for path in (folder, folder / "state"):
                 if path.is_symlink():
@@ -253,6 +253,15 @@ class Checkpoints:
     def _note(self, line: str) -> None:
         if processes.is_first():
             self._tell(line)
+
+
+def space(state: Any) -> int:
+    """Bytes on a disk that a checkpoint of ``state`` may take, at most: Orbax compresses, and adds its own.
+
+    Measured on 10 and on 12 arrays: up to 78 kB more than the arrays hold.
+    """
+    leaves = jax.tree.leaves(state)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) + 64_000 + 2_000 * len(leaves)
 
 
 def _load(saved: Saved, likes: dict[str, Any], note: Callable[[str], None]) -> dict[str, jax.Array]:

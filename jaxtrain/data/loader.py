@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -28,6 +29,8 @@ EXAMPLE_ID, EPOCH = "example_id", "epoch"
 
 Check = Callable[[Batch, np.ndarray], None]
 """``(raw batch, example ids) -> None``; raises InputError for data that must not reach the device."""
+
+_LEFT_OVER = "ignore:resource_tracker:UserWarning"
 
 
 class Loader(Protocol):
@@ -123,10 +126,24 @@ class Streamed:
             self.close()
             self._stream = self._open(step)
         self._next = step + 1
-        batch = next(self._stream)
+        batch = self._gathered(step)
         ids = batch.pop(EXAMPLE_ID) if "mask" in batch else batch[EXAMPLE_ID]
         self._look(batch, ids)
         return processes.put(batch, self.shardings, self._batches.order.batch)
+
+    def _gathered(self, step: int) -> dict[str, np.ndarray]:
+        try:
+            batch: dict[str, np.ndarray] = next(self._stream)
+            return batch
+        except (InputError, RunError):
+            raise
+        except Exception as error:  # a user's own source, or a disk that is gone: anything may come out
+            line = next((t for t in str(error).splitlines() if t.strip()), "")
+            raise RunError(
+                f"{type(self._batches.source).__name__}.gather failed at batch {step + 1}: "
+                f"{type(error).__name__}: {line}; earlier checkpoints are kept: mend the data, then run the "
+                "same command again (--debug shows where)"
+            ) from error
 
     def _look(self, batch: Batch, ids: np.ndarray) -> None:
         if self._first is not None and not self._begun:
@@ -156,6 +173,9 @@ class Streamed:
         if not self._workers:
             return iter(data.to_iter_dataset(options))
         _parse_absl_flags()
+        # A run that ends early leaves batches that nobody takes. Python's tracker frees them, and says so.
+        if _LEFT_OVER not in sys.warnoptions:
+            sys.warnoptions.append(_LEFT_OVER)
         processes = grain.MultiprocessingOptions(num_workers=self._workers)
         return iter(data.to_iter_dataset(options).mp_prefetch(processes, worker_init_fn=_ignore_interrupts))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from jaxtrain import sharding
+from jaxtrain import checkpoint, sharding
 from jaxtrain.errors import InputError
 from jaxtrain.plan.limits import limit_of, size_text
 from jaxtrain.plan.memory import held, mesh_of
@@ -27,7 +27,7 @@ def check_disk(program: Program, folder: Path) -> None:
     """
     there = folder.glob("checkpoints/*/manifest.json") if folder.is_dir() else ()
     count = SAVED - min(SAVED - 1, len(list(there)))
-    one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.like))
+    one = checkpoint.space(program.like)
     disk = nearest(folder)
     free = shutil.disk_usage(disk).free
     if count * one > free:
