@@ -316,6 +316,7 @@ EXPERIMENT = Experiment(
     optimizer=optim.SGD(lr=0.1),
     preprocess=(data.Normalise(),),
     batch=16,
+    epochs=25,
     feed="stream",
 )
 '''
@@ -325,7 +326,7 @@ def unplugged(bench: Bench) -> Iterator[Case]:
     """The data folder goes away in mid-run: exit 3, and when it is back the run goes on exactly."""
     import numpy as np
 
-    case, settings = Case("data folder unplugged in mid-run"), ("epochs=25", *SOME[1:])
+    case, settings = Case("data folder unplugged in mid-run"), SOME[1:]
     examples = bench.folder / "examples"
     examples.mkdir()
     for i in range(64):

@@ -379,7 +379,7 @@ def test_a_failed_save_says_what_is_safe_and_what_space_it_needs(kept_before, tm
     monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage(2_500_000))
     monkeypatch.setattr(manifest, "write_json", fail)
     safe = "step 4 is safe" if kept_before else "no step has been saved"
-    needs = "276 bytes and 2.5 MB are free"
+    needs = "74.3 kB and 2.5 MB are free"
     with pytest.raises(RunError, match=f"saving step 5 .*No space left.*{safe}; a checkpoint needs {needs}"):
         save(tmp_path, 5, mesh=mesh1)
     assert kept(tmp_path) == list(kept_before)
