@@ -119,7 +119,9 @@ def test_the_command_counts_each_example_once(tmp_path, capsys, mesh1, monkeypat
     want = cases.expected("images", given, params)
     counts = want.pop("counts")
     for words in (["--devices", "1"], ["--devices", "8"]):
-        assert verbs.main(["evaluate", "--workdir", "r", "--json", *words]) == 0
+        assert (
+            verbs.main(["evaluate", "--workdir", "r", "--experiment", "seventeen.py", "--json", *words]) == 0
+        )
         found = json.loads(capsys.readouterr().out)
         assert found["examples"] == N and found["step"] == 1
         assert (found["accuracy"], found["top2"]) == (want["accuracy"], want["top2"])
