@@ -2,7 +2,8 @@
 
 ``guard="stop"`` against ``guard="off"``: the same model, data and order, each through ``loop._train``,
 without evaluations and saves. So the cost has both sides: the judging inside the program, and the host that
-reads the figures of earlier steps. ``off`` is measured twice: what the two differ by is noise.
+reads the figures of earlier steps. ``norm`` is ``off`` with the update's norm as one more metric and nothing
+chosen by it: what that figure alone costs. ``off`` is measured twice: what the two differ by is noise.
 
   python -m benchmarks.guard [--rounds N] [--out FILE]
 """
@@ -19,15 +20,19 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+import optax
 
 from benchmarks import common
 from benchmarks.loop import TOTAL, Unsaved
 from jaxtrain import checkpoint, data, guard, loop, losses, models, optim, recorder, sharding
 from jaxtrain.experiment import Experiment
+from jaxtrain.metrics import Mean
 from jaxtrain.program import assemble
 from jaxtrain.recompile import OneCompile
 from jaxtrain.recorder.console import Plain
+from jaxtrain.step import make_train_step
 from jaxtrain.stop import Request
+from jaxtrain.types import Batch, Metrics, State
 from jaxtrain.watch import Watch
 
 CHUNK = 10  # steps timed at once, with one record
@@ -52,6 +57,18 @@ def cases() -> dict[str, Experiment]:
         "cnn": experiment(models.CNN(widths=(16, 32), convs=1), 16, optim.SGD(lr=0.01, momentum=0.9)),
         "mlp": experiment(models.MLP(widths=(128,)), 128, optim.AdamW(lr=1e-3)),
     }
+
+
+def with_norm(model: Any, loss: Any, tx: Any, prepare: Any, after: Any) -> Any:
+    """A step factory: the plain step, and the norm of the update."""
+    plain = make_train_step(model, loss, tx, prepare, after)
+
+    def step(state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
+        new, metrics = plain(state, batch, key)
+        change = jax.tree.map(jax.numpy.subtract, new.params, state.params)
+        return new, {**metrics, "update_norm": Mean.of(optax.tree.norm(change))}
+
+    return step
 
 
 class Side:
@@ -119,11 +136,11 @@ def main() -> None:
             Path(os.devnull).open("w") as null,
             contextlib.ExitStack() as stack,
         ):
+            off = dataclasses.replace(exp, guard="off")
+            norm = dataclasses.replace(off, step_factory=with_norm)
             sides = {
-                side: Side(
-                    dataclasses.replace(exp, guard=side.partition(" ")[0]), Path(folder) / side, null, stack
-                )
-                for side in ("off", "stop", "off again")
+                side: Side(what, Path(folder) / side, null, stack)
+                for side, what in (("off", off), ("stop", exp), ("norm", norm), ("off again", off))
             }
             began = time.perf_counter()
             times = common.interleaved(
@@ -136,7 +153,11 @@ def main() -> None:
                 "seconds": time.perf_counter() - began,
                 "host_us_by_part": host_us(sides["stop"].program),
             }
-        for side, what, goal in (("stop", "guard=stop", "< 2"), ("off again", "noise", None)):
+        for side, what, goal in (
+            ("stop", "guard=stop", "< 2"),
+            ("norm", "the update's norm alone", None),
+            ("off again", "noise", None),
+        ):
             more = [100 * (a / b - 1) for a, b in zip(times[side], times["off"], strict=True)]
             results.append(common.result(f"{case}: added to a step by {what}", more, "%", goal))
     common.finish(args, "guard", results, figures)
