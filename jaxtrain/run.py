@@ -119,13 +119,14 @@ def _fit(
     began = time.perf_counter()
     record: dict[str, Any] = {
         "origin": origin,
+        "file": workdir.file_digest(origin),
         "overrides": [redact.setting(pair) for pair in args.set],
         "overfit": args.overfit,
         "devices": [d.device_kind for d in mesh.devices.flat],
         "mesh": dict(mesh.shape),
         "bits": devices.bits(args, mesh),
     }
-    notes = _bits(args, record["bits"], folder)  # before the folder is claimed
+    notes = _bits(args, record["bits"], folder) + workdir.changes(folder, record)  # before it is claimed
     source = processes.first(lambda: workdir.init_from(folder, args.init_from, args.init_map))
     record |= {"init_from": source} if source else {}
     sharding.check_batch(experiment.batch, mesh, accumulate=experiment.accumulate)

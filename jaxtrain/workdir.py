@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -192,6 +193,43 @@ def _depends_on_length(experiment: Experiment) -> bool:
     frozen = any(group.until < 1 for group in getattr(experiment.optimizer, "groups", ()))
     built = any(hasattr(stage, "build") for stage in experiment.after)
     return (isinstance(lr, Schedule) and not constant) or frozen or built
+
+
+def file_digest(origin: str) -> str | None:
+    """Sixteen hex digits of what is in the file of an experiment; None where it has none of its own."""
+    try:
+        return hashlib.sha256(Path(origin).read_bytes()).hexdigest()[:16]
+    except OSError:
+        return None
+
+
+def changes(workdir: Path, record: dict[str, Any]) -> list[str]:
+    """What is no longer as it was when the run began, and no setting tells: versions, and the file's text.
+
+    Args:
+      workdir: the run's folder; a run that has not begun has no changes.
+      record: what would be written into ``config.json`` now, with ``file``.
+    """
+    if not (workdir / "config.json").exists():
+        return []
+    before, now = load(workdir), _environment()["versions"]
+    then = before.get("versions") or {}
+    told = [
+        f"{name} was {then[name]} and is {now[name]}"
+        for name in now
+        if then.get(name, now[name]) != now[name]
+    ]
+    lines = (
+        [f"{', '.join(told)}: from here on numbers may differ from those of an uninterrupted run"]
+        if told
+        else []
+    )
+    if before.get("file") and record.get("file") and before["file"] != record["file"]:
+        lines.append(
+            f"{record['origin']} has changed since this run began, and its settings have not: what code in "
+            "it does may differ from here on"
+        )
+    return lines
 
 
 def _environment() -> dict[str, Any]:

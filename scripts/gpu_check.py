@@ -137,6 +137,13 @@ def deterministic(session: Session) -> dict[str, Any]:
     return found
 
 
+def guard(session: Session) -> dict[str, Any]:
+    """What the guard on loss, gradient, update and labels costs a step (``benchmarks.guard``)."""
+    path = session.scratch / "guard.json"
+    session.run("-m", "benchmarks.guard", "--rounds", "2" if session.cpu else "40", "--out", path)
+    return dict(json.loads(path.read_text()))
+
+
 def _need_data(session: Session) -> None:
     if session.data is None:
         raise Skipped("no CIFAR-10: give --data")
@@ -181,6 +188,7 @@ PARTS: dict[str, tuple[Callable[[Session], dict[str, Any]], float]] = {
     "memory": (memory, 120),
     "scaling": (scaling, 60),
     "deterministic": (deterministic, 120),
+    "guard": (guard, 60),
     "first_step": (first_step, 60),
     "resume_cifar": (resume_cifar, 120),
     "cifar_airbench94": (full("cifar_airbench94"), 180),

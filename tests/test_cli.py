@@ -13,8 +13,10 @@ import time
 import warnings
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from tiny import EXPERIMENT
 
 from jaxtrain import __main__ as verbs
 from jaxtrain import checkpoint, run, workdir
@@ -258,6 +260,22 @@ def test_config_json_is_a_record_of_the_run():
     }
     assert record["versions"]["jax"] and record["resident"] == {"train": True, "test": True}
     assert "0x" not in Path("r/config.json").read_text().replace(record["hash"], "")
+
+
+def test_going_on_tells_what_no_setting_shows(tmp_path):
+    file, folder = tmp_path / "mine.py", tmp_path / "r"
+    file.write_text("x = 1")
+    record = {"origin": str(file), "file": workdir.file_digest(str(file))}
+    assert workdir.changes(folder, record) == []
+    workdir.claim(folder, "mine", EXPERIMENT, record)
+    assert workdir.changes(folder, record) == []
+    file.write_text("x = 2")
+    found = json.loads((folder / "config.json").read_text())
+    found["versions"]["jax"] = "0.1"
+    (folder / "config.json").write_text(json.dumps(found))
+    versions, changed = workdir.changes(folder, {**record, "file": workdir.file_digest(str(file))})
+    assert versions.startswith(f"jax was 0.1 and is {jax.__version__}: from here on numbers may differ")
+    assert changed.startswith(f"{file} has changed since this run began")
 
 
 def test_list_starts_no_backend_and_loads_nothing_heavy(python):
