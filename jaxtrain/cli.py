@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -10,9 +11,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -23,7 +23,7 @@ from jaxtrain.errors import InputError, RunError
 from jaxtrain.experiment import Experiment, config_text, discover, find, first_difference, override
 from jaxtrain.recorder import Console
 from jaxtrain.sharding import processes
-from jaxtrain.stop import Stopped
+from jaxtrain.stop import Stopped, Twice
 
 
 def main(
@@ -38,15 +38,15 @@ def main(
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     setattr(parser, "error", functools.partial(_refuse, parser))  # noqa: B010 - mypy minds a method
     with redact.streams():
-        return _ended(run, parser, parser.parse_args(argv))
+        args = parser.parse_args(argv)
+        with contextlib.nullcontext() if args.debug else _hushed():
+            return _ended(run, parser, args)
 
 
 def _ended(
     run: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, args: argparse.Namespace
 ) -> int:
     """The exit code of ``run(args)``, however it ends."""
-    if not args.debug:
-        _hush()
     try:
         private_cache()
         return run(args)
@@ -56,11 +56,11 @@ def _ended(
         if processes.is_first() or not isinstance(error, Stopped):
             print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         # A save that was cut off leaves coroutines behind, of which Python would warn.
         warnings.simplefilter("ignore", RuntimeWarning)
         print(f"{parser.prog}: interrupted at once; the last checkpoint is kept", file=sys.stderr)
-        return 130
+        return interrupt.exit_code if isinstance(interrupt, Twice) else 130
     except Exception as error:
         if processes.count() == 1:
             traceback.print_exc()  # here, and not by Python later: a secret in it is masked
@@ -73,16 +73,25 @@ def _ended(
         return 1 if lost is None else lost.exit_code
 
 
-def _hush() -> None:
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
     """Keep what Orbax's threads print about a failed save or read to ``--debug``: it is told in one line."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.excepthook = _told_already
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, before = [logger.level for logger in loggers], sys.unraisablehook
 
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # callbacks that come after their save failed
+            before(unraisable)
 
-def _told_already(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
-    if str(error) != "Event loop is closed":  # of callbacks that come after their save has failed
-        sys.__excepthook__(kind, error, where)
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def private_cache() -> None:
@@ -116,11 +125,12 @@ def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with ``code``; after a signal at once, whatever threads are still waiting for.
+    """End the process with ``code``; after a signal or a failure at once, whatever threads still do.
 
-    Orbax's threads wait for ever for a save that an interrupt has cut off, and JAX for other processes.
+    Those of a failed save print tracebacks when Python ends around them; Orbax's wait for ever for a save
+    that an interrupt has cut off, and JAX for other processes.
     """
-    if code > 128:
+    if code > 128 or (code == RunError.exit_code and processes.count() == 1):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

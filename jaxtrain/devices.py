@@ -190,9 +190,15 @@ def first(count: int | None) -> list[jax.Device]:
     """The first ``count`` devices of the run, the same number of each process; None is all of them.
 
     Raises:
-      InputError: there are fewer, or ``count`` does not divide over the processes.
+      InputError: JAX finds none; there are fewer, or ``count`` does not divide over the processes.
     """
-    everything = jax.devices()
+    try:
+        everything = jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        line = str(error).partition("\n")[0][:200] or type(error).__name__
+        named = os.environ.get("JAX_PLATFORMS")
+        asked = f"; JAX_PLATFORMS is {named!r}: unset it, or install what that needs" if named else ""
+        raise InputError(f"JAX cannot start its devices ({line}){asked}") from error
     if count is None:
         return everything
     if not 1 <= count <= len(everything):

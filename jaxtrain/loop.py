@@ -76,13 +76,14 @@ def fit(
     began = time.perf_counter() if began is None else began
     experiment = program.experiment
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"experiment": name, "hash": config_hash(experiment), "jaxtrain": __version__}
+    about: dict[str, Any] = {"experiment": name, "hash": config_hash(experiment), "jaxtrain": __version__}
+    about |= {"jax": jax.__version__, "run": processes.first(lambda: workdir.run_name(folder))}
     writes = processes.is_first()
     with (
         plan.explained(program, name, folder, console),
         on_signals(grace) as request,
         watchdog(hang_after, folder / f"hang-{processes.index()}.txt"),
-        checkpoint.open(folder, experiment.keep, {**about, "jax": jax.__version__}, console.note) as saved,
+        checkpoint.open(folder, experiment.keep, about, console.note) as saved,
     ):
         saved.clean()
 
@@ -93,6 +94,11 @@ def fit(
             return checkpoint.init_from(source, renames, program.init(), console.note)
 
         state, start = saved.restore_or(init, program.like, resume)
+        recorded = 0 if start else processes.first(lambda: workdir.recorded_steps(folder))
+        if recorded:
+            console.note(
+                f"there are records to step {recorded} and no checkpoint: starting again from step 1"
+            )
         how = f"going on from step {start} of" if start else "starting:"
         console.note(f"{how} {program.steps} steps of {experiment.batch} examples")
         with recorder.open(

@@ -33,6 +33,7 @@ _QUOTED = re.compile(
     rf"((?:{_WORDS})[\w.-]{{0,64}}(?:\s?=|['\"]\s?:)\s?[bru]?)(['\"])(?!<redacted)(?:\\.|(?!\2)[^\\])+\2",
     re.IGNORECASE,
 )
+_BEARER = re.compile(r"(\bbearer\s+|authorization:\s*\w+\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
 _SHORTEST = 6  # a shorter one would take "true" and "image" out of every line
 _SHORTEST_IN_ENVIRONMENT = 8  # where much is called key and is none
 
@@ -102,7 +103,7 @@ def text(line: str) -> str:
     """``line`` without any secret that is known or that looks like one."""
     for value in sorted(_known, key=len, reverse=True):
         line = line.replace(value, MARK)
-    return _QUOTED.sub(rf"\1\2{MARK}\2", urls(line))
+    return _BEARER.sub(rf"\1{MARK}", _QUOTED.sub(rf"\1\2{MARK}\2", urls(line)))
 
 
 @contextlib.contextmanager

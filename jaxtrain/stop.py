@@ -35,6 +35,14 @@ class Stopped(Exception):
         self.exit_code = 128 + signum
 
 
+class Twice(KeyboardInterrupt):
+    """A second signal: the run ends at once, with 128 + the number of the first."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + signum
+
+
 class Request:
     """Whether a signal has asked for a stop; ``signum`` is None until then."""
 
@@ -45,9 +53,9 @@ class Request:
 def on_signals(grace: float = GRACE) -> Iterator[Request]:
     """Turn SIGINT and SIGTERM into a request, until the block is left.
 
-    A second signal raises KeyboardInterrupt. When the block is not left ``grace`` seconds after the first
-    signal, or a second after the second, the process ends with 128 + the first one's number, whatever it is
-    doing. Outside the main thread signals cannot be caught and the request never comes.
+    A second signal raises ``Twice``, a KeyboardInterrupt. When the block is not left ``grace`` seconds after
+    the first signal, or a second after the second, the process ends with 128 + the first one's number,
+    whatever it is doing. Outside the main thread signals cannot be caught and the request never comes.
 
     Args:
       grace: seconds, above 0.
@@ -59,7 +67,7 @@ def on_signals(grace: float = GRACE) -> Iterator[Request]:
 
     def handle(signum: int, frame: FrameType | None) -> None:
         if request.signum is not None:
-            raise KeyboardInterrupt
+            raise Twice(request.signum)
         request.signum = signum
 
     before: dict[int, Any] = {s: signal.signal(s, handle) for s in ASKING}

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import subprocess
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -67,7 +68,9 @@ def claim(
         workdir.mkdir(parents=True, exist_ok=True)
         begins = record.get("init_from")
         if known is None or known["config"] != config or known.get("init_from") != begins:
-            text = {"name": name, "hash": config_hash(experiment), **record, **_environment()}
+            # Drawn once: tells this run's checkpoints from those of any other.
+            run = (known or {}).get("run") or secrets.token_hex(8)
+            text = {"name": name, "run": run, "hash": config_hash(experiment), **record, **_environment()}
             write_json(workdir / "config.json", {**text, "config": config})
         probe = workdir / ".writable"
         probe.touch()
@@ -127,6 +130,20 @@ def load(workdir: Path) -> dict[str, Any]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise RunError(f"{path} cannot be read ({error}): restore it from a copy") from error
     return record
+
+
+def run_name(workdir: Path) -> str | None:
+    """What tells this run from any other; None where it was begun without, by an older version."""
+    return load(workdir).get("run") if (workdir / "config.json").exists() else None
+
+
+def recorded_steps(workdir: Path) -> int:
+    """The last step of which there is a record in ``metrics.jsonl``, 0 where there is none."""
+    try:
+        lines = (workdir / "metrics.jsonl").read_text().splitlines()
+        return max((int(json.loads(line)["step"]) for line in lines if line.endswith("}")), default=0)
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
 
 
 def init_from(workdir: Path, source: str | None, renames: list[str]) -> list[Any] | None:

@@ -181,7 +181,7 @@ def lose_everything(folder):
     [
         (damage_types, "its manifest.json cannot be read"),
         (damage_manifest, "its manifest.json cannot be read"),
-        (damage_score, "its manifest.json cannot be read"),
+        (damage_score, "its manifest.json has been changed"),
         (lose_manifest, "it has its arrays and no manifest.json"),
         (lose_arrays, r"the file state/\S+ is missing"),
         (lose_everything, r"the file state/\S+ is missing"),
@@ -440,13 +440,16 @@ def test_last_good_resumes_to_the_bits_of_an_undisturbed_run(tmp_path, capsys):
     (tmp_path / "result.json").unlink()
     flip(max((newest / "state").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size), 500)
     capsys.readouterr()
-    for command in (
-        lambda: run.main(words),
-        lambda: verbs.main(["evaluate", *words, "--checkpoint", "latest"]),
+    for command, fix in (
+        (lambda: run.main(words), "--resume last-good"),
+        (
+            lambda: verbs.main(["evaluate", *words, "--checkpoint", "latest"]),
+            "an older one with --checkpoint",
+        ),
     ):
         assert command() == 3
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "--resume last-good" in error
+        assert error.count("\n") == 1 and fix in error
         assert f"checkpoint {newest} is damaged: the file state/" in error
     assert run.main([*words, "--resume", "last-good"]) == 0
     out = capsys.readouterr().out
@@ -455,3 +458,51 @@ def test_last_good_resumes_to_the_bits_of_an_undisturbed_run(tmp_path, capsys):
     assert json.loads((newest / "manifest.json").read_text())["fingerprints"] == prints
     assert json.loads((tmp_path / "result.json").read_text())["test"] == result["test"]
     assert newest.with_name("damaged-000013").is_dir()
+
+
+def test_steps_that_have_changed_places_are_damage(tmp_path, mesh1):
+    save(tmp_path, 1, 2, 3, mesh=mesh1)
+    folder = tmp_path / "checkpoints"
+    (folder / "000003").rename(folder / "third")
+    (folder / "000002").rename(folder / "000003")
+    (folder / "third").rename(folder / "000002")
+    with (
+        checkpoint.open(tmp_path) as saved,
+        pytest.raises(RunError, match="000002 is damaged: it is of step 3"),
+    ):
+        saved.latest()
+    with checkpoint.open(tmp_path) as saved:
+        state, step = saved.restore_or(lambda: pytest.fail("afresh"), like(make_state(mesh1)), "last-good")
+    assert step == 1 and float(state.params["head"]["kernel"][0, 0]) == 1
+    assert sorted(p.name for p in folder.iterdir()) == ["000001", "damaged-000002", "damaged-000003"]
+
+
+@pytest.mark.parametrize("resume", ["newest", "last-good"])
+def test_a_checkpoint_of_another_run_is_refused(resume, tmp_path, mesh1):
+    for name in ("ours", "theirs"):
+        with checkpoint.open(tmp_path / name, about={"run": name, "hash": f"{name}-hash"}) as saved:
+            saved.save(len(name), make_state(mesh1, 1))
+    shutil.copytree(tmp_path / "theirs/checkpoints/000006", tmp_path / "ours/checkpoints/000006")
+    with (
+        checkpoint.open(tmp_path / "ours", about={"run": "ours"}) as saved,
+        pytest.raises(InputError, match=r"000006 was written by another run .*theirs-hash.*--init-from"),
+    ):
+        saved.restore_or(lambda: pytest.fail("afresh"), like(make_state(mesh1)), resume)
+
+
+def test_what_is_no_save_of_ours_is_left_alone_and_told(tmp_path, mesh1):
+    save(tmp_path, 1, mesh=mesh1)
+    stray = tmp_path / "checkpoints" / "000077"
+    stray.mkdir()
+    (stray / "notes.txt").write_text("precious")
+    told = []
+    with checkpoint.open(tmp_path, tell=told.append) as saved:
+        saved.clean()
+        assert [s.step for s in saved.steps()] == [1]
+    assert (stray / "notes.txt").read_text() == "precious" and "also holds 000077" in told[0]
+
+
+def test_a_file_where_checkpoints_go_is_refused_before_training(tmp_path):
+    (tmp_path / "checkpoints").write_text("a")
+    with checkpoint.open(tmp_path) as saved, pytest.raises(InputError, match="is a file, and checkpoints go"):
+        saved.clean()

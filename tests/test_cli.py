@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,7 +21,7 @@ import pytest
 from tiny import EXPERIMENT
 
 from jaxtrain import __main__ as verbs
-from jaxtrain import checkpoint, run, workdir
+from jaxtrain import checkpoint, cli, run, workdir
 from jaxtrain.data import fetch
 from jaxtrain.errors import InputError
 
@@ -262,6 +264,19 @@ def test_config_json_is_a_record_of_the_run():
     assert "0x" not in Path("r/config.json").read_text().replace(record["hash"], "")
 
 
+def test_what_a_failed_saves_threads_print_is_for_debug(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: seen.append(str(unraisable.exc_value)))
+
+    def command(args):
+        for text in ("Event loop is closed", "anything else"):
+            sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(text)))
+        return 0
+
+    assert cli.main(command, argparse.ArgumentParser(), []) == 0 and seen == ["anything else"]
+    assert cli.main(command, argparse.ArgumentParser(), ["--debug"]) == 0 and len(seen) == 3
+
+
 def test_going_on_tells_what_no_setting_shows(tmp_path):
     file, folder = tmp_path / "mine.py", tmp_path / "r"
     file.write_text("x = 1")
@@ -274,6 +289,9 @@ def test_going_on_tells_what_no_setting_shows(tmp_path):
     found["versions"]["jax"] = "0.1"
     (folder / "config.json").write_text(json.dumps(found))
     versions, changed = workdir.changes(folder, {**record, "file": workdir.file_digest(str(file))})
+    assert workdir.recorded_steps(folder) == 0
+    (folder / "metrics.jsonl").write_text('{"step": 5}\n{"step": 10}\n{"step": 1')
+    assert workdir.recorded_steps(folder) == 10
     assert versions.startswith(f"jax was 0.1 and is {jax.__version__}: from here on numbers may differ")
     assert changed.startswith(f"{file} has changed since this run began")
 
@@ -398,13 +416,14 @@ cli.leave(run.main(["--experiment", {TINY!r}, "--workdir", "r"]))
     assert done.returncode == 130 and "interrupted at once" in done.stderr
 
 
-def test_a_second_interrupt_ends_at_once():
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_at_once(signum, code):
     """A step of this batch takes long enough that the second signal comes before the loop looks."""
     process = start(*LONG, "--workdir", "r", "--set", "batch=20000", "--set", "epochs=30000")
     wait_for_step(process, 2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     _, error = process.communicate()
-    assert process.returncode == 130 and "interrupted at once" in error
+    assert process.returncode == code and "interrupted at once" in error
     assert error.count("\n") == 1

@@ -29,8 +29,10 @@ def clean(folder: Path) -> list[str]:
     """Remove unfinished saves and what is half deleted; returns a line to tell of each thing found.
 
     Raises:
-      InputError: the folder is a link: what is removed in it would be another run's.
+      InputError: the folder is a file; or a link, and what is removed in it would be another run's.
     """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file, and checkpoints go into a folder of that name: move it away")
     if folder.is_symlink():
         raise InputError(
             f"{folder} is a link, which is not followed: put the whole run there instead, with --workdir"
@@ -78,7 +80,17 @@ def _step(path: Path) -> int | None:
     if not (path.name.isascii() and path.name.isdigit()) or not (path.is_dir() or path.is_symlink()):
         return None
     step = int(path.name)
-    return step if path.name == f"{step:06d}" else None
+    return step if path.name == f"{step:06d}" and (path.is_symlink() or _is_ours(path)) else None
+
+
+def _is_ours(path: Path) -> bool:
+    """Is there nothing in it, or something that a save makes?"""
+    names = {child.name for child in path.iterdir()}
+    return not names or bool(names & {SAVING, "state", "manifest.json"}) or _only_orbax(names)
+
+
+def _only_orbax(names: set[str]) -> bool:
+    return all(name.startswith("state.orbax-checkpoint-tmp") for name in names)
 
 
 def is_unfinished(path: Path) -> bool:

@@ -41,7 +41,8 @@ def init_from(
     """
     folder, step = _parse(source)
     pairs = [_pair(text) for text in renames]
-    with store.open(folder, tell=tell) as checkpoints:
+    older = f"begin with an older one: --init-from {folder}:{{step}}"
+    with store.open(folder, tell=tell, older=older) as checkpoints:
         chosen = _choose(checkpoints, step, f"--init-from {source}")
         here = leaf_paths(state)
         wanted = {path: name for path in here if (name := _source_of(path, pairs, chosen)) is not None}
@@ -76,7 +77,7 @@ def arrays(source: str | Path) -> dict[str, np.ndarray]:
     """
     folder, step = _parse(str(source))
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with store.open(folder) as checkpoints:
+    with store.open(folder, older=f"read an older one: {folder}:{{step}}") as checkpoints:
         chosen = _choose(checkpoints, step, str(source))
         manifests.check_format(chosen)
         shapes = {name: manifests.parse_spec(text) for name, text in chosen.manifest["tree"].items()}

@@ -59,7 +59,9 @@ def read(folder: Path, step: int) -> Saved:
         manifest = json.loads(path.read_text())
         manifest["format"], dict(manifest["tree"]), float(manifest["score"] or 0)
         if manifest["format"] in READABLE and manifest.get("seal") != _expected_seal(manifest):
-            raise ValueError("it has been changed")
+            return Saved(step, folder, {}, "its manifest.json has been changed")
+        if manifest["format"] in READABLE and manifest["step"] != step:
+            return Saved(step, folder, {}, f"it is of step {manifest['step']}, as its manifest.json says")
     except FileNotFoundError:
         return Saved(step, folder, {}, "it has its arrays and no manifest.json")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

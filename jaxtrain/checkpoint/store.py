@@ -27,16 +27,19 @@ def open(
     keep: int = 2,
     about: dict[str, Any] | None = None,
     tell: Callable[[str], None] = lambda line: None,
+    older: str = "go on from an older one with --resume last-good",
 ) -> Iterator[Checkpoints]:
     """The checkpoints of a run; leaving the block waits for the save under way, and raises if it failed.
 
     Args:
       workdir: the run's folder.
       keep: how many of the latest steps to keep, at least 1; the best one is kept beside them.
-      about: JSON put into every manifest (experiment, config hash, versions).
+      about: JSON put into every manifest (experiment, config hash, versions); with ``run``, the run's own
+        name, checkpoints that another run has written are refused.
       tell: called in process 0 with each line that a person should read.
+      older: what to do about a damaged checkpoint when there is an older one, of step ``{step}``.
     """
-    saved = Checkpoints(Path(workdir).resolve() / "checkpoints", keep, about or {}, tell)
+    saved = Checkpoints(Path(workdir).resolve() / "checkpoints", keep, about or {}, tell, older)
     wait = True
     try:
         yield saved
@@ -51,8 +54,11 @@ def open(
 class Checkpoints:
     """Save, list and restore. Made by ``open``."""
 
-    def __init__(self, folder: Path, keep: int, about: dict[str, Any], tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, keep: int, about: dict[str, Any], tell: Callable[[str], None], older: str
+    ) -> None:
         self._folder, self._keep, self._about, self._tell = folder, keep, about, tell
+        self._older = older
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, int, Future[None]] | None = None
 
@@ -105,6 +111,7 @@ class Checkpoints:
         newest = self.latest()
         if newest is None:
             return init(), 0
+        self._check_run(newest)
         return self.restore(newest, like), newest.step
 
     def restore(self, saved: Saved, like: State) -> State:
@@ -113,6 +120,16 @@ class Checkpoints:
         manifests.check_same(saved, paths)
         arrays = self.restore_some(saved, paths)
         return jax.tree.unflatten(tree, [arrays[path] for path in paths])
+
+    def _check_run(self, saved: Saved) -> None:
+        """Raise InputError for a checkpoint that another run has written, where both say which they are."""
+        theirs, ours = saved.manifest.get("run"), self._about.get("run")
+        if theirs is not None and ours is not None and theirs != ours:
+            raise InputError(
+                f"checkpoint {saved.folder} was written by another run ({saved.manifest.get('experiment')}, "
+                f"config {saved.manifest.get('hash')}): take it out of the folder; to begin with its "
+                "parameters use --init-from"
+            )
 
     def restore_some(self, saved: Saved, likes: dict[str, Any]) -> dict[str, jax.Array]:
         """Some of the arrays in ``saved`` by path, which must have the shapes and dtypes of ``likes``."""
@@ -131,6 +148,7 @@ class Checkpoints:
         state = None
         for saved, damage in reversed(steps):
             if damage is None:
+                self._check_run(saved)
                 paths, tree = _flatten(like)
                 manifests.check_same(saved, paths)
                 try:
@@ -232,8 +250,8 @@ class Checkpoints:
         ]
 
     def _damaged(self, saved: Saved, damage: str) -> Damaged:
-        older = any(s.step < saved.step and s.damage is None for s in folders.listed(self._folder))
-        fix = "go on from an older one with --resume last-good" if older else "start again with --new"
+        older = [s for s in folders.listed(self._folder) if s.step < saved.step and s.damage is None]
+        fix = self._older.format(step=older[-1].step) if older else "start again with --new"
         return Damaged(f"checkpoint {saved.folder} is damaged: {damage}; restore it from a copy, or {fix}")
 
     def _failed(self, step: int, size: int, error: Exception) -> RunError:

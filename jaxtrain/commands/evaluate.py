@@ -42,7 +42,7 @@ def _run(args: argparse.Namespace) -> int:
     program = assemble(experiment, mesh, _confusion)
     if args.split not in program.evals:
         raise InputError(f"{name} has no {args.split} split: it has {', '.join(program.evals)}")
-    with checkpoint.open(folder, tell=cli.warn) as saved:
+    with checkpoint.open(folder, tell=cli.warn, older="take an older one with --checkpoint {step}") as saved:
         chosen = cli.choose_checkpoint(saved, args.checkpoint, folder)
         state = saved.restore(chosen, program.like)
     try:

@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> int:
     console = make_console()
     one = sharding.make_mesh(jax.local_devices()[:1])  # one text at a time has nothing to split
     like = abstract_state(experiment, one, example)
-    with checkpoint.open(folder, tell=cli.warn) as saved:
+    with checkpoint.open(folder, tell=cli.warn, older="take an older one with --checkpoint {step}") as saved:
         state = saved.restore(cli.choose_checkpoint(saved, args.checkpoint, folder), like)
     params, extra = evaluated(state)
     text = generate(
