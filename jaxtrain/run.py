@@ -112,7 +112,7 @@ def _fit(
     args: argparse.Namespace,
     console: Console,
 ) -> int:
-    from jaxtrain import plan, sharding, workdir
+    from jaxtrain import checkpoint, plan, sharding, workdir
     from jaxtrain.loop import fit
     from jaxtrain.program import assemble
 
@@ -130,9 +130,8 @@ def _fit(
     source = processes.first(lambda: workdir.init_from(folder, args.init_from, args.init_map))
     record |= {"init_from": source} if source else {}
     sharding.check_batch(experiment.batch, mesh, accumulate=experiment.accumulate)
-    if processes.agree(
-        (folder / "config.json").exists(), "run"
-    ):  # another run is refused before any data is opened
+    begun = processes.agree((folder / "config.json").exists(), "run")
+    if begun:  # another run is refused before any data is opened
         processes.first(lambda: workdir.claim(folder, name, experiment, record, args.extend))
     program = assemble(experiment, mesh)
     found = processes.first(lambda: workdir.result(folder, program.steps))
@@ -142,6 +141,8 @@ def _fit(
     if found is None:
         processes.first(lambda: plan.check_disk(program, folder))
         plan.check_memory(program)
+        if source and not begun:  # so that what cannot begin leaves no folder
+            checkpoint.check_init_from(source[0], source[1], program.like)
         record |= program.choices
         processes.first(lambda: workdir.claim(folder, name, experiment, record, args.extend))
         try:

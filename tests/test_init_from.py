@@ -128,7 +128,7 @@ def test_a_run_records_what_it_began_with_and_reads_it_once(tmp_path, capsys):
     assert run.main([*words, str(first)]) == 0
     file.write_text(MLP.replace("augment=(),", "augment=(), seed=1,"))
     assert run.main([*words, str(second), "--init-from", str(tmp_path / "gone")]) == 2
-    assert "--init-from" in capsys.readouterr().err
+    assert "--init-from" in capsys.readouterr().err and not second.exists()
     again = [*words, str(second), "--init-from", f"{first}:13"]
     assert run.main(again) == 0
     out = capsys.readouterr().out

@@ -4,8 +4,18 @@
 committed. Nothing else imports orbax.
 """
 
-from jaxtrain.checkpoint.initial import arrays, init_from
+from jaxtrain.checkpoint.initial import arrays, check_init_from, init_from
 from jaxtrain.checkpoint.manifest import Damaged, Saved, write_json
 from jaxtrain.checkpoint.store import Checkpoints, open, space
 
-__all__ = ["Checkpoints", "Damaged", "Saved", "arrays", "init_from", "open", "space", "write_json"]
+__all__ = [
+    "Checkpoints",
+    "Damaged",
+    "Saved",
+    "arrays",
+    "check_init_from",
+    "init_from",
+    "open",
+    "space",
+    "write_json",
+]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,8 @@ def init_from(
       InputError: there is no such checkpoint, or it has not the arrays that are needed.
       Damaged: it is not what was saved.
     """
-    folder, step = _parse(source)
-    pairs = [_pair(text) for text in renames]
-    older = f"begin with an older one: --init-from {folder}:{{step}}"
-    with store.open(folder, tell=tell, older=older) as checkpoints:
-        chosen = _choose(checkpoints, step, f"--init-from {source}")
-        here = leaf_paths(state)
-        wanted = {path: name for path in here if (name := _source_of(path, pairs, chosen)) is not None}
-        _check(chosen, here, wanted, pairs)
+    here = leaf_paths(state)
+    with _found(source, renames, here, tell) as (checkpoints, chosen, wanted):
         likes = {name: _like(here[path]) for path, name in wanted.items()}
         arrays = checkpoints.restore_some(chosen, likes)
     seen: set[str] = set()
@@ -59,6 +54,27 @@ def init_from(
         values.append(value)
     tell(f"{len(seen)} arrays of {chosen.folder} to begin with, {_fresh(here, wanted)} new")
     return jax.tree.unflatten(jax.tree.structure(state), values)
+
+
+def check_init_from(source: str, renames: Sequence[str], like: State) -> None:
+    """Raise as ``init_from`` would for a state of these shapes, which need not be there yet."""
+    with _found(source, renames, leaf_paths(like), lambda line: None) as (checkpoints, chosen, _):
+        checkpoints.check(chosen)
+
+
+@contextlib.contextmanager
+def _found(
+    source: str, renames: Sequence[str], here: dict[str, Any], tell: Callable[[str], None]
+) -> Iterator[tuple[store.Checkpoints, Saved, dict[str, str]]]:
+    """The checkpoint that is meant, and the name there of each path here that is taken from it."""
+    folder, step = _parse(source)
+    pairs = [_pair(text) for text in renames]
+    older = f"begin with an older one: --init-from {folder}:{{step}}"
+    with store.open(folder, tell=tell, older=older) as checkpoints:
+        chosen = _choose(checkpoints, step, f"--init-from {source}")
+        wanted = {path: name for path in here if (name := _source_of(path, pairs, chosen)) is not None}
+        _check(chosen, here, wanted, pairs)
+        yield checkpoints, chosen, wanted
 
 
 def arrays(source: str | Path) -> dict[str, np.ndarray]:

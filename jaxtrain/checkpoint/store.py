@@ -121,6 +121,12 @@ class Checkpoints:
         arrays = self.restore_some(saved, paths)
         return jax.tree.unflatten(tree, [arrays[path] for path in paths])
 
+    def check(self, saved: Saved) -> None:
+        """Raise Damaged unless every file of ``saved`` is what was saved."""
+        damage = processes.first(lambda: manifests.find_damage(saved))
+        if damage is not None:
+            raise self._damaged(saved, damage)
+
     def _check_run(self, saved: Saved) -> None:
         """Raise InputError for a checkpoint that another run has written, where both say which they are."""
         theirs, ours = saved.manifest.get("run"), self._about.get("run")
@@ -133,10 +139,8 @@ class Checkpoints:
 
     def restore_some(self, saved: Saved, likes: dict[str, Any]) -> dict[str, jax.Array]:
         """Some of the arrays in ``saved`` by path, which must have the shapes and dtypes of ``likes``."""
-        damage = processes.first(lambda: manifests.find_damage(saved))
+        self.check(saved)
         try:
-            if damage is not None:
-                raise Damaged(damage)
             return _load(saved, likes, self._note)
         except Damaged as error:
             raise self._damaged(saved, str(error)) from error
