@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import sys
+import threading
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
@@ -37,6 +38,7 @@ _BEARER = re.compile(r"(\bbearer\s+|authorization:\s*\w+\s+)[\w.~+/=-]{8,}", re.
 _SHORTEST = 6  # a shorter one would take "true" and "image" out of every line
 _SHORTEST_IN_ENVIRONMENT = 8  # where much is called key and is none
 
+_WRITING = threading.RLock()  # two threads in one TextIOWrapper.write have crashed CPython 3.11
 _known: set[str] = set()  # what must not be printed: a process has one output
 
 
@@ -127,11 +129,13 @@ class _Masked:
         self._stream = stream
 
     def write(self, line: str) -> int:
-        self._stream.write(text(line))
+        with _WRITING:
+            self._stream.write(text(line))
         return len(line)
 
     def writelines(self, lines: Sequence[str]) -> None:
-        self._stream.writelines(map(text, lines))
+        for line in lines:
+            self.write(line)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

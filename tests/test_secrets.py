@@ -50,8 +50,9 @@ class Remote:
 
     def gather(self, indices):
         told = (self.url, self.token, self.password, self.api_keys[0], os.environ["WANDB_API_KEY"])
-        print("fetching", *told)
-        print("fetched", *told, file=sys.stderr)
+        if 0 in indices:  # not in each: threads go on for a moment when the run is over
+            print("fetching", *told)
+            print("fetched", *told, file=sys.stderr)
         if self.bad in indices:
             raise OSError(f"cannot fetch {' '.join(told)} CANARY-Url-2")
         image = np.asarray(indices)[:, None, None, None] % np.full((1, 2, 2, 1), 7)
