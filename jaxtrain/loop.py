@@ -85,22 +85,7 @@ def fit(
         watchdog(hang_after, folder / f"hang-{processes.index()}.txt"),
         checkpoint.open(folder, experiment.keep, about, console.note) as saved,
     ):
-        saved.clean()
-
-        def init() -> State:
-            if init_from is None:
-                return program.init()
-            source, renames = init_from
-            return checkpoint.init_from(source, renames, program.init(), console.note)
-
-        state, start = saved.restore_or(init, program.like, resume)
-        recorded = 0 if start else processes.first(lambda: workdir.recorded_steps(folder))
-        if recorded:
-            console.note(
-                f"there are records to step {recorded} and no checkpoint: starting again from step 1"
-            )
-        how = f"going on from step {start} of" if start else "starting:"
-        console.note(f"{how} {program.steps} steps of {experiment.batch} examples")
+        state, start = _begin(program, folder, saved, resume, init_from, console)
         with recorder.open(
             folder if writes else None,
             console,
@@ -115,6 +100,32 @@ def fit(
     found |= {"seconds": time.perf_counter() - began, "resumed_from": start, "folder": str(folder)}
     processes.first(lambda: workdir.write_result(folder, found))
     return found
+
+
+def _begin(
+    program: Program,
+    folder: Path,
+    saved: checkpoint.Checkpoints,
+    resume: str,
+    init_from: Sequence[Any] | None,
+    console: Console,
+) -> tuple[State, int]:
+    """The state to go on from and its step, 0 for a new one; what was found is told."""
+    saved.clean()
+
+    def init() -> State:
+        if init_from is None:
+            return program.init()
+        source, renames = init_from
+        return checkpoint.init_from(source, renames, program.init(), console.note)
+
+    state, start = saved.restore_or(init, program.like, resume)
+    recorded = 0 if start else processes.first(lambda: workdir.recorded_steps(folder))
+    if recorded:
+        console.note(f"there are records to step {recorded} and no checkpoint: starting again from step 1")
+    how = f"going on from step {start} of" if start else "starting:"
+    console.note(f"{how} {program.steps} steps of {program.experiment.batch} examples")
+    return state, start
 
 
 def _train(

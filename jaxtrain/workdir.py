@@ -229,7 +229,7 @@ def changes(workdir: Path, record: dict[str, Any]) -> list[str]:
     """
     if not (workdir / "config.json").exists():
         return []
-    before, now = load(workdir), _environment()["versions"]
+    before, now = load(workdir), _versions()
     then = before.get("versions") or {}
     told = [
         f"{name} was {then[name]} and is {now[name]}"
@@ -250,13 +250,14 @@ def changes(workdir: Path, record: dict[str, Any]) -> list[str]:
 
 
 def _environment() -> dict[str, Any]:
+    return {"versions": _versions(), "git": _git_commit()}
+
+
+def _versions() -> dict[str, str]:
     return {
-        "versions": {
-            "jaxtrain": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")},
-        },
-        "git": _git_commit(),
+        "jaxtrain": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")},
     }
 
 

@@ -84,13 +84,10 @@ def _step(path: Path) -> int | None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Is there nothing in it, or something that a save makes?"""
+    """Is it empty, or is something in it that a save makes?"""
     names = {child.name for child in path.iterdir()}
-    return not names or bool(names & {SAVING, "state", "manifest.json"}) or _only_orbax(names)
-
-
-def _only_orbax(names: set[str]) -> bool:
-    return all(name.startswith("state.orbax-checkpoint-tmp") for name in names)
+    begun = all(name.startswith("state.orbax-checkpoint-tmp") for name in names)
+    return begun or bool(names & {SAVING, "state", "manifest.json"})
 
 
 def is_unfinished(path: Path) -> bool:
