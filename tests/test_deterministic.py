@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+import test_scaling as scaling_cases
 
 from jaxtrain import __main__ as verbs
 from jaxtrain import checkpoint, devices, sharding, splits
@@ -19,32 +19,15 @@ from jaxtrain.experiment import find
 from jaxtrain.program import abstract_state
 from jaxtrain.types import leaf_paths
 
-SMALL = """
-    import numpy as np
-    from jaxtrain import data, losses, models, optim
-    from jaxtrain.experiment import Experiment
-
-    rng = np.random.default_rng(0)
-    image, label = rng.integers(0, 9, (40, 4), np.uint8), rng.integers(0, 3, 40, np.int32)
-    source = data.Arrays({"image": image, "label": label})
-    EXPERIMENT = Experiment(
-        model=models.MLP(widths=(8,), classes=3, dropout=0.1),
-        train=source,
-        test=source,
-        loss=losses.CrossEntropy(),
-        optimizer=optim.Adam(lr=1e-2),
-        preprocess=(data.Normalise(mean=(4.0,), std=(3.0,)),),
-        batch=16,
-        epochs=2,
-    )
-"""
+SMALL = scaling_cases.SMALL.replace("optim.SGD(lr=0.1, momentum=0.9)", "optim.Adam(lr=1e-2)")
+SMALL = SMALL.replace("epochs=4", "epochs=2")
 
 
 @pytest.fixture
 def small(tmp_path, monkeypatch) -> str:
     """An experiment that compiles quickly, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    Path("small.py").write_text(textwrap.dedent(SMALL))
+    Path("small.py").write_text(SMALL)
     return "small.py"
 
 
