@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,32 +10,14 @@ from typing import Any
 import jax
 
 from jaxtrain import __version__, checkpoint, plan, recorder, workdir
+from jaxtrain.dispatch import Dispatch, InFlight
 from jaxtrain.experiment import config_hash
 from jaxtrain.program import Program
-from jaxtrain.recompile import OneCompile
 from jaxtrain.recorder import Console
 from jaxtrain.sharding import processes
-from jaxtrain.stop import GRACE, Request, Stopped, alive, on_signals, watchdog
-from jaxtrain.types import Metrics, State
+from jaxtrain.stop import GRACE, Request, Stopped, on_signals, watchdog
+from jaxtrain.types import State
 from jaxtrain.watch import Watch
-
-
-class InFlight:
-    """Bounds the steps queued on the device by waiting for the metrics of an earlier one.
-
-    Waiting for step k - 2 costs nothing, and an unbounded queue of programs with collectives deadlocks.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._queue: collections.deque[Metrics] = collections.deque()
-
-    def add(self, metrics: Metrics) -> None:
-        """Note a step that was just dispatched; returns once at most ``most`` are unfinished."""
-        self._queue.append(metrics)
-        if len(self._queue) > self._most:
-            jax.block_until_ready(self._queue.popleft())
-        alive()
 
 
 def fit(
@@ -142,16 +123,18 @@ def _train(
     """The loop. Every line of it is ordered: evaluate, then save what the evaluation chose, then stop."""
     flight, votes = InFlight(program.experiment.max_in_flight), processes.Votes()
     watch = Watch(program, folder, console.note)
-    train_step = OneCompile(program.train_step, start, console.note, strict)
-    top = saved.best_score()
+    dispatch = Dispatch(program, console.note, strict)
+    top, step = saved.best_score(), start
     console.begin(start, program.steps)
-    for step in range(start + 1, program.steps + 1):
-        state, metrics = train_step(state, program.train.batch(step - 1), program.key)
+    while step < program.steps:
+        count = program.dispatched(step)
+        state, metrics = dispatch(state, step, count)
+        step += count
         flight.add(metrics)
-        watch.add(step, metrics)  # judges an earlier step, which flight has waited for
+        watch.add(step, metrics, count)  # judges an earlier step, which flight has waited for
         if record.due:
             watch.settle(1)  # before its record is written, which waits for it too
-        record.step(step, metrics)  # reads the steps before this one, while it runs
+        record.step(step, metrics, count)  # reads the steps before these, while they run
         console.advance(step)
         saved.poll()
         score = None

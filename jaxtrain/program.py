@@ -17,7 +17,7 @@ from jaxtrain.data.loader import EPOCH, EXAMPLE_ID, Check, Loader, Resident
 from jaxtrain.errors import InputError
 from jaxtrain.experiment import Experiment
 from jaxtrain.models import as_model, compute_in
-from jaxtrain.step import make_eval_step, make_init
+from jaxtrain.step import make_eval_step, make_init, scan_steps
 from jaxtrain.types import Batch, Metrics, Model, Names, State
 
 
@@ -42,6 +42,8 @@ class Program:
       init: makes the state of step 0, sharded.
       like: that state's shapes, dtypes and shardings.
       train_step: compiled ``(state, batch, key) -> (state, metrics)``; the state is donated.
+      train_steps: compiled ``(state, batches, key, shared) -> (state, metrics)`` for several updates at once
+        (``step.scan_steps``); the state is donated.
       train: training batches.
       order: which examples they are of.
       evals: ``"valid"`` (where there is one) and ``"test"``.
@@ -50,6 +52,7 @@ class Program:
       epoch: batches in one pass over the training examples.
       rates: the learning rate of every update, float [steps]; None when the optimizer has none to tell.
       outputs: the shapes that the model gives for a training batch.
+      per_dispatch: updates that are dispatched at once, where ``dispatched`` finds so many (``dispatch``).
     """
 
     experiment: Experiment
@@ -58,6 +61,7 @@ class Program:
     init: Callable[[], State]
     like: State
     train_step: Callable[[State, Any, jax.Array], tuple[State, Metrics]]
+    train_steps: Callable[[State, Any, jax.Array, Any], tuple[State, Metrics]]
     train: Loader
     order: Order
     evals: dict[str, Split]
@@ -66,17 +70,33 @@ class Program:
     epoch: float
     rates: np.ndarray | None
     outputs: Any
+    per_dispatch: int = 1
 
     def evaluates(self, step: int) -> bool:
         """Is there an evaluation after update ``step``? The final one on the test set is not counted."""
         if step == self.steps:
             return "valid" in self.evals
         every = self.experiment.eval_every
-        return every is not None and self._completes(step, every)
+        return every is not None and _completes(step, step, self._period(every))
 
     def saves(self, step: int) -> bool:
         """Is there a checkpoint after update ``step``?"""
-        return step == self.steps or self._completes(step, self.experiment.save_every)
+        return step == self.steps or _completes(step, step, self._period(self.experiment.save_every))
+
+    def dispatched(self, step: int) -> int:
+        """How many updates are dispatched at once after update ``step``: ``per_dispatch`` or 1.
+
+        No evaluation, no checkpoint and not the end of the run is among them, except after the last: so all
+        of these are where they are without dispatches of several. A function of the step alone, so a run
+        that is resumed has the same dispatches.
+        """
+        first, last = step + 1, step + self.per_dispatch - 1
+        between = last >= self.steps or any(_completes(first, last, period) for period in self._periods())
+        return 1 if between else self.per_dispatch
+
+    def uninterrupted(self) -> int:
+        """How many updates there are, at least, from one evaluation or checkpoint to the next."""
+        return min(self.steps, *(int(period) for period in self._periods()))
 
     def examples(self, step: int) -> np.ndarray:
         """Places in ``experiment.train`` of the examples of update ``step``: int64 ``[batch]``."""
@@ -97,10 +117,14 @@ class Program:
         for loader in (self.train, *(split.loader for split in self.evals.values())):
             loader.close()
 
-    def _completes(self, step: int, epochs: float) -> bool:
-        """Does update ``step`` complete a multiple of ``epochs``, which may end within a batch?"""
-        period = max(1.0, epochs * self.epoch)
-        return step // period > (step - 1) // period
+    def _periods(self) -> list[float]:
+        """Of evaluations and of checkpoints."""
+        exp = self.experiment
+        return [self._period(every) for every in (exp.eval_every, exp.save_every) if every is not None]
+
+    def _period(self, epochs: float) -> float:
+        """Updates in so many epochs, at least 1; a multiple of it may end within a batch."""
+        return max(1.0, epochs * self.epoch)
 
     def position(self, step: int) -> dict[str, float]:
         """Where update ``step`` stands: the epoch and the learning rate, for the records."""
@@ -112,6 +136,11 @@ class Program:
         name = self.experiment.select
         score: float = -values[name[1:]] if name.startswith("-") else values[name]
         return score if math.isfinite(score) else None
+
+
+def _completes(first: int, last: int, period: float) -> bool:
+    """Does an update of ``first`` to ``last`` complete a multiple of ``period`` updates?"""
+    return last // period > (first - 1) // period
 
 
 def assemble(
@@ -152,7 +181,9 @@ def assemble(
     model = _model(exp, like)
     prepare = compose(lambda batch, _: train.fetch(batch), *exp.augment, *exp.preprocess)
     pure = update.build(exp, mesh, model, tx, prepare, after)
-    train_step = _train_function(pure, train, mesh, like, key, update.compiler_options(exp, mesh))
+    train_step, train_steps = _train_functions(
+        pure, train, mesh, like, key, update.compiler_options(exp, mesh)
+    )
     evals = {}
     for name in [name for name in sources if name != "train"]:
         rows = Sequential(len(sources[name]), eval_batch)
@@ -170,6 +201,7 @@ def assemble(
         init=lambda: init(init_key, sample),
         like=like,
         train_step=train_step,
+        train_steps=train_steps,
         train=train,
         order=order,
         evals=evals,
@@ -182,6 +214,7 @@ def assemble(
         epoch=epoch,
         rates=update.rates(exp, steps),
         outputs=outputs,
+        per_dispatch=1 if exp.steps_per_dispatch == "auto" else exp.steps_per_dispatch,
     )
 
 
@@ -259,21 +292,26 @@ def _shardings(like: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, like)
 
 
-def _train_function(
+def _train_functions(
     step: update.Update,
     train: Loader,
     mesh: Mesh,
     like: State,
     key: jax.Array,
     options: dict[str, str],
-) -> Callable[[State, Any, jax.Array], tuple[State, Metrics]]:
-    """``step`` compiled; its first argument's buffers are reused for its result."""
+) -> tuple[Callable[..., tuple[State, Metrics]], Callable[..., tuple[State, Metrics]]]:
+    """``step`` compiled, alone and scanned; the buffers of their first argument are reused for the result."""
     whole, state = sharding.replicated(mesh), _shardings(like)
-    compiled = sharding.compile(
-        step, args=(state, train.shardings, whole), out=(state, whole), donate=(0,), options=options
+    batches, shared = train.many
+    one, several = (
+        sharding.compile(fn, args=(state, *args), out=(state, whole), donate=(0,), options=options)
+        for fn, args in (
+            (step, (train.shardings, whole)),
+            (scan_steps(step), (batches, whole, shared)),
+        )
     )
-    preflight.trace(compiled, like, train.batch(0), key, what="the train step")
-    return compiled
+    preflight.trace(one, like, train.batch(0), key, what="the train step")
+    return one, several
 
 
 def _eval_function(

@@ -40,19 +40,19 @@ class OneCompile:
         self._before: dict[str, str] | None = None
         self._size, self._told = 0, False
 
-    def __call__(self, state: Any, batch: Any, key: Any) -> Any:
-        """``step(state, batch, key)``.
+    def __call__(self, state: Any, batch: Any, key: Any, *rest: Any, at: int | None = None) -> Any:
+        """``step(state, batch, key, *rest)``, which is step ``at``; None is the one after the last call's.
 
         Raises:
           RunError: it was compiled again, and ``strict``.
         """
-        self._number += 1
+        self._number = self._number + 1 if at is None else at
         if self._before is None:  # here, while the arguments are alive: the step gives away their memory
             self._before = described(state, batch, key)
-            result = self._step(state, batch, key)
+            result = self._step(state, batch, key, *rest)
             self._size = self._count()
             return result
-        result = self._step(state, batch, key)
+        result = self._step(state, batch, key, *rest)
         size = self._count()
         if size > self._size:
             self._size = size

@@ -113,6 +113,7 @@ def _fit(
     console: Console,
 ) -> int:
     from jaxtrain import checkpoint, plan, sharding, workdir
+    from jaxtrain.dispatch import decide
     from jaxtrain.loop import fit
     from jaxtrain.program import assemble
 
@@ -130,8 +131,8 @@ def _fit(
     source = processes.first(lambda: workdir.init_from(folder, args.init_from, args.init_map))
     record |= {"init_from": source} if source else {}
     sharding.check_batch(experiment.batch, mesh, accumulate=experiment.accumulate)
-    begun = processes.agree((folder / "config.json").exists(), "run")
-    if begun:  # another run is refused before any data is opened
+    begun = processes.first(lambda: _begun(folder))
+    if begun is not None:  # another run is refused before any data is opened
         processes.first(lambda: workdir.claim(folder, name, experiment, record, args.extend))
     program = assemble(experiment, mesh)
     found = processes.first(lambda: workdir.result(folder, program.steps))
@@ -141,9 +142,14 @@ def _fit(
     if found is None:
         processes.first(lambda: plan.check_disk(program, folder))
         plan.check_memory(program)
-        if source and not begun:  # so that what cannot begin leaves no folder
+        if source and begun is None:  # so that what cannot begin leaves no folder
             checkpoint.check_init_from(source[0], source[1], program.like)
-        record |= program.choices
+        with plan.explained(program, name, folder, console):
+            choice = decide(program, begun, args.deterministic)
+        program = dataclasses.replace(program, per_dispatch=choice.count)
+        record |= program.choices | choice.record()
+        if choice.count > 1:
+            console.note(f"{choice.count} updates a dispatch: {choice.why}")
         processes.first(lambda: workdir.claim(folder, name, experiment, record, args.extend))
         try:
             with contextlib.ExitStack() as held:
@@ -179,6 +185,13 @@ def _folder(name: str, experiment: Experiment, args: argparse.Namespace) -> Path
     suffix = "" if args.overfit is None else f"-overfit{args.overfit}"
     folder = cli.run_folder(args.workdir) if args.workdir else workdir.default(name + suffix, experiment)
     return Path(processes.agree(str(workdir.beside(folder)), "folder")) if args.new else folder
+
+
+def _begun(folder: Path) -> dict[str, Any] | None:
+    """The record of the run in ``folder``, None where none has begun."""
+    from jaxtrain import workdir
+
+    return workdir.load(folder) if (folder / "config.json").exists() else None
 
 
 def _smoke(name: str, experiment: Experiment, mesh: Mesh, console: Console) -> int:

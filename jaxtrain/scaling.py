@@ -19,9 +19,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain import sharding
+from jaxtrain.dispatch import InFlight
 from jaxtrain.errors import InputError
 from jaxtrain.experiment import Experiment
-from jaxtrain.loop import InFlight
 from jaxtrain.program import assemble
 from jaxtrain.recorder import Console
 

@@ -71,7 +71,7 @@ def claim(
             # Drawn once: tells this run's checkpoints from those of any other.
             run = (known or {}).get("run") or secrets.token_hex(8)
             text = {"name": name, "run": run, "hash": config_hash(experiment), **record, **_environment()}
-            write_json(workdir / "config.json", {**text, "config": config})
+            write_json(workdir / "config.json", {**(known or {}), **text, "config": config})
         probe = workdir / ".writable"
         probe.touch()
         probe.unlink()
@@ -189,6 +189,7 @@ def _check_same(workdir: Path, old: dict[str, str], experiment: Experiment, exte
     decides = config_text(experiment, operational=False)
     operational = config_text(experiment).keys() - decides.keys()
     before = {path: value for path, value in old.items() if path not in operational}
+    before.setdefault("steps_per_dispatch", "'auto'")  # an older version's run, which had no such setting
     longer = float(decides["epochs"]) > float(before.get("epochs", "inf"))
     if longer and (extend or not _depends_on_length(experiment)):
         before["epochs"] = decides["epochs"]

@@ -81,14 +81,15 @@ def test_two_processes_train_as_one_device(case, float64):
 def moved(tmp_path_factory):
     """A run that goes on from 2 × 4 devices on 1 × 8, on 1 × 1, and again on 2 × 4, an epoch each."""
     folder = tmp_path_factory.mktemp("moved")
-    first = launch(folder, "--workdir", "run", "--mesh", "data=2,fsdp=4")
+    dispatches = ("--set", "steps_per_dispatch=3")
+    first = launch(folder, "--workdir", "run", "--mesh", "data=2,fsdp=4", *dispatches)
     for epochs, words in ((2, ("8", "--mesh", "fsdp=8")), (3, ("1",))):
         command = [sys.executable, "-m", "jaxtrain.run", "--experiment", str(EXPERIMENT), "--workdir", "run"]
-        command += ["--set", f"epochs={epochs}", "--simulate-devices", *words]
+        command += [*dispatches, "--set", f"epochs={epochs}", "--simulate-devices", *words]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert f"going on from step {10 * (epochs - 1)} of {10 * epochs}" in done.stdout
-    again = launch(folder, "--workdir", "run", "--mesh", "data=4,model=2", "--set", "epochs=4")
+    again = launch(folder, "--workdir", "run", "--mesh", "data=4,model=2", "--set", "epochs=4", *dispatches)
     return folder, first, again
 
 

@@ -15,9 +15,10 @@ from conftest import rows
 from tiny import EXPERIMENT, split
 
 from jaxtrain import checkpoint, data, losses, models, optim, recorder
+from jaxtrain.dispatch import InFlight
 from jaxtrain.errors import InputError, RunError
 from jaxtrain.experiment import Experiment
-from jaxtrain.loop import InFlight, evaluate, fit
+from jaxtrain.loop import evaluate, fit
 from jaxtrain.program import assemble
 from jaxtrain.step import make_train_step
 from jaxtrain.stop import Stopped
@@ -41,13 +42,13 @@ def stopping(at: int, monkeypatch):
     """Make the run believe that a SIGINT came during update ``at``."""
     real = recorder.Recorder.step
 
-    def step(self, number, metrics):
+    def step(self, number, metrics, count=1):
         if number == at:
             import os
             import signal
 
             os.kill(os.getpid(), signal.SIGINT)
-        return real(self, number, metrics)
+        return real(self, number, metrics, count)
 
     monkeypatch.setattr(recorder.Recorder, "step", step)
 
@@ -170,7 +171,7 @@ def test_in_flight_waits_for_the_step_before_the_last_ones(monkeypatch):
     assert waited == [0, 1, 2]
 
 
-READERS = {"fetch", "add"}
+READERS = {"_read", "add"}
 
 
 @jax.tree_util.register_pytree_node_class

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxtrain import __main__ as verbs
-from jaxtrain.commands import verify
+from jaxtrain.commands import compared
 from jaxtrain.errors import RunError
 
 TINY = str(Path(__file__).parent / "tiny.py")
@@ -94,39 +94,39 @@ def test_examples_are_compared_step_by_step(tmp_path):
     fed(one, "straight", {1: [0, 1], 2: [2, 3]})
     fed(other, "killed", {1: [0, 1]})
     fed(other, "resumed", {2: [2, 3]})
-    assert verify._same_ids(one, other, 2) == "the same in 2 steps"
+    assert compared._same_ids(one, other, 2) == "the same in 2 steps"
     fed(other, "resumed", {2: [3, 2]})
     with pytest.raises(RunError, match=r"step 2 was fed the examples \[2, 3\], and resumed \[3, 2\]"):
-        verify._same_ids(one, other, 2)
+        compared._same_ids(one, other, 2)
     fed(other, "resumed", {2: [3]})
     fed(other, "resumed", {2: [2]}, process=1)  # two processes have their rows each
-    verify._same_ids(one, other, 2)
+    compared._same_ids(one, other, 2)
     fed(other, "resumed", {2: [2], 3: [4]}, process=1)
     with pytest.raises(RunError, match=r"the steps \[2, 3\] were fed, not 2 to 2"):
-        verify._same_ids(one, other, 2)
+        compared._same_ids(one, other, 2)
     fed(other, "killed", {})
     with pytest.raises(RunError, match="no step"):
-        verify._same_ids(one, other, 2)
+        compared._same_ids(one, other, 2)
 
 
 def test_arrays_are_compared_bit_for_bit_or_within_a_tolerance():
     a = np.arange(6, dtype=np.float32).reshape(2, 3)
     b = a.copy()
-    assert verify._distance("p", a, b, 0.0) == 0
+    assert compared._distance("p", a, b, 0.0) == 0
     b[1, 0] = np.nextafter(b[1, 0], 9, dtype=np.float32)
     with pytest.raises(
         RunError, match=r"p: 1 of 6 elements differ .* first at \[1, 0\]: .*3\.0.* and .*3\.0"
     ):
-        verify._distance("p", a, b, 0.0)
-    assert 0 < verify._distance("p", a, b, 1e-5) < 1e-6
+        compared._distance("p", a, b, 0.0)
+    assert 0 < compared._distance("p", a, b, 1e-5) < 1e-6
     with pytest.raises(RunError, match="differ"):
-        verify._distance("p", a, b + 1, 1e-5)
+        compared._distance("p", a, b + 1, 1e-5)
     with pytest.raises(RunError, match="differ"):
-        verify._distance("p", a, b * np.float32(np.nan), 1e-5)
+        compared._distance("p", a, b * np.float32(np.nan), 1e-5)
     nan, zero = np.float32([np.nan]), np.float32([0.0])
-    assert verify._distance("p", nan, nan.copy(), 0.0) == 0
+    assert compared._distance("p", nan, nan.copy(), 0.0) == 0
     with pytest.raises(RunError):  # equal numbers, other bits
-        verify._distance("p", zero, -zero, 0.0)
+        compared._distance("p", zero, -zero, 0.0)
 
 
 def test_records_are_compared_by_step_and_name(tmp_path):
@@ -136,7 +136,7 @@ def test_records_are_compared_by_step_and_name(tmp_path):
         record = {"step": 1, "epoch": 0.1, "train/loss": loss, "examples_per_second": loss}
         (folder / "metrics.jsonl").write_text(json.dumps(record) + '\n{"step": 1, "test/loss": 2}\n')
     with pytest.raises(RunError, match=r"train/loss of step 1 is 0\.5, and then 0\.5000001"):
-        verify._same_metrics(one, other, 1, 0.0)
-    assert verify._same_metrics(one, other, 1, 1e-5) == "the same in 1 records"
+        compared._same_metrics(one, other, 1, 0.0)
+    assert compared._same_metrics(one, other, 1, 1e-5) == "the same in 1 records"
     with pytest.raises(RunError, match="train/loss of step 2 is None"):
-        verify._same_metrics(one, other, 2, 1e-5)
+        compared._same_metrics(one, other, 2, 1e-5)

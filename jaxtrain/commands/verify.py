@@ -18,17 +18,20 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from jaxtrain import cli, devices
+from jaxtrain.commands.compared import compare
 from jaxtrain.errors import InputError, RunError
 from jaxtrain.sharding import processes
 
 SUMMARY = "proves that a run which is killed goes on exactly, or that two meshes train alike"
 TOLERANCE = 1e-5
-PHASES = ("straight", "mesh", "killed", "resumed")
+STEPS = 20
+PHASES = ("choose", "straight", "mesh", "killed", "resumed")
+CHOICE = "dispatch.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--experiment", required=True, metavar="NAME", help="a name from run --list, or a path to a .py"
     )
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a setting")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="even; default: 20")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help=f"even; default: {STEPS}, or four dispatches of as many updates as a run of it makes at once",
+    )
     parser.add_argument(
         "--against-mesh",
         metavar="AXIS=N,...",
@@ -59,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.steps < 2 or args.steps % 2:
+    if args.steps is not None and (args.steps < 2 or args.steps % 2):
         raise InputError(f"--steps {args.steps}: give an even number, at least 2")
     if not 0 <= args.tolerance < 1:
         raise InputError(f"--tolerance {args.tolerance:g}: give a number in [0, 1)")
@@ -79,6 +87,10 @@ def _run(args: argparse.Namespace) -> int:
     cli.ensure_prepared(experiment, console)
     with tempfile.TemporaryDirectory(prefix="jaxtrain-verify-") as folder:
         one, other = Path(folder, "one"), Path(folder, "other")
+        count = _per_dispatch(args, experiment, one)
+        args.steps = args.steps or max(STEPS, 4 * count)
+        if count > args.steps // 2:
+            console.note(f"there is no dispatch of {count} updates in so few: --steps {4 * count} has some")
         console.note(f"verify {name}: {args.steps} steps straight")
         _start(args, one, "straight")
         if args.against_mesh:
@@ -90,17 +102,31 @@ def _run(args: argparse.Namespace) -> int:
             console.note("going on from there" + (f" as {several} processes" if several > 1 else ""))
             _start(args, other, "resumed", several)
         exact = several == 1 and not args.against_mesh
-        compared = _compare(args, one, other, 0.0 if exact else args.tolerance)
+        compared = compare(one, other, args.steps, 0.0 if exact else args.tolerance)
     console.summary(f"verify {name}", compared)
     what = "bit for bit" if exact else f"within {args.tolerance:g}"
     console.note(f"verified: the same {what}")
     return 0
 
 
+def _per_dispatch(args: argparse.Namespace, experiment: Any, folder: Path) -> int:
+    """Updates a dispatch, as a run of ``experiment`` has them; from here on all phases have as many."""
+    from jaxtrain.dispatch import SHORTEST
+
+    count: int | Literal["auto"] = experiment.steps_per_dispatch
+    if count == "auto" and (args.deterministic or _epoch(experiment) * experiment.epochs < SHORTEST):
+        count = 1
+    if count == "auto":
+        _start(args, folder, "choose")
+        count = int(json.loads((folder / CHOICE).read_text()))
+    args.set = [*args.set, f"steps_per_dispatch={count}"]
+    return count
+
+
 def _start(args: argparse.Namespace, folder: Path, phase: str, count: int = 1) -> None:
     """Train in fresh processes, ``count`` of them as one, and wait for their end."""
     words = [sys.executable, "-m", "jaxtrain", "verify", "--child", str(folder), "--phase", phase]
-    words += ["--experiment", args.experiment, "--steps", str(args.steps)]
+    words += ["--experiment", args.experiment, "--steps", str(args.steps or STEPS)]
     mesh = args.against_mesh if phase == "mesh" else args.mesh
     for setting in args.set:
         words += ["--set", setting]
@@ -132,12 +158,17 @@ def _start(args: argparse.Namespace, folder: Path, phase: str, count: int = 1) -
 
 def _train(args: argparse.Namespace) -> int:
     """What ``_start`` starts: the run itself, which writes down what it is fed."""
+    from jaxtrain.dispatch import decide
     from jaxtrain.loop import fit
     from jaxtrain.program import assemble
     from jaxtrain.recorder import make_console
 
     name, _, experiment = cli.load(args.experiment, args.set)
     mesh = devices.make(args, cli.warn)
+    if args.phase == "choose":
+        choice = decide(assemble(experiment, mesh), None, args.deterministic)
+        (args.child / CHOICE).write_text(json.dumps(choice.count))
+        return 0
     program = assemble(_shortened(experiment, args.steps), mesh)
     if program.steps != args.steps:
         raise RunError(f"{name} would train {program.steps} steps, not {args.steps}: report this")
@@ -152,14 +183,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _shortened(experiment: Any, steps: int) -> Any:
     """``experiment`` with that many steps, saved half-way and at the end, recorded at each."""
-    from jaxtrain.data import holdout
-
-    n = len(experiment.train)
-    if experiment.holdout:
-        n = len(holdout(n, experiment.holdout)[0])
-    epoch = n // experiment.batch if experiment.remainder == "drop" else n / experiment.batch
-    if not epoch:
-        raise InputError(f"remainder=drop leaves no batch of {experiment.batch} in {n} examples")
+    epoch = _epoch(experiment)
     return dataclasses.replace(
         experiment,
         epochs=(steps - 0.5) / epoch,  # a begun batch counts whole
@@ -170,29 +194,50 @@ def _shortened(experiment: Any, steps: int) -> Any:
     )
 
 
+def _epoch(experiment: Any) -> float:
+    """Batches in a pass over the training examples."""
+    from jaxtrain.data import holdout
+
+    n = len(experiment.train)
+    if experiment.holdout:
+        n = len(holdout(n, experiment.holdout)[0])
+    epoch: float = n // experiment.batch if experiment.remainder == "drop" else n / experiment.batch
+    if not epoch:
+        raise InputError(f"remainder=drop leaves no batch of {experiment.batch} in {n} examples")
+    return epoch
+
+
 class _Noted:
     """A loader that writes down the example ids of every batch, and may kill its process after a save."""
 
     def __init__(self, loader: Any, folder: Path, phase: str, half: int) -> None:
-        self._loader, self.shardings = loader, loader.shardings
+        self._loader, self.shardings, self.many = loader, loader.shardings, loader.many
         self._file = (folder / f"{phase}-{processes.index()}.jsonl").open("w")
         self._last = half if phase == "killed" else None
         self._saved = folder / "checkpoints" / f"{half:06d}" / "manifest.json"
 
     def batch(self, step: int) -> Any:
+        self._kill(step)
+        batch = self._loader.batch(step)
+        self._note(step, _ids(batch, 0))
+        return batch
+
+    def batches(self, step: int, count: int) -> tuple[Any, Any]:
+        self._kill(step)
+        batches, shared = self._loader.batches(step, count)
+        for k, ids in enumerate(np.moveaxis(_ids(batches, 1), 1, 0)):
+            self._note(step + k, ids)
+        return batches, shared
+
+    def _kill(self, step: int) -> None:
         if step == self._last:  # its first half is done
             while not self._saved.exists():
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
-        batch = self._loader.batch(step)
-        rows = batch["rows"] if "rows" in batch else batch["example_id"]
-        if hasattr(rows, "addressable_shards"):  # this process's part; replicas hold the same
-            parts = {str(shard.index): np.asarray(shard.data) for shard in rows.addressable_shards}
-            rows = np.concatenate(list(parts.values()))
-        ids = np.asarray(rows).reshape(len(rows), -1)[:, 0]
+
+    def _note(self, step: int, ids: np.ndarray) -> None:
         self._file.write(json.dumps({"step": step + 1, "ids": ids.tolist()}) + "\n")
         self._file.flush()
-        return batch
 
     def fetch(self, batch: Any) -> Any:
         return self._loader.fetch(batch)
@@ -202,107 +247,11 @@ class _Noted:
         self._loader.close()
 
 
-def _compare(args: argparse.Namespace, one: Path, other: Path, tolerance: float) -> dict[str, str]:
-    """What was the same, a line each.
-
-    Raises:
-      RunError: the first difference.
-    """
-    found = {"example ids": _same_ids(one, other, args.steps)}
-    ours, theirs = (_arrays(args, folder) for folder in (one, other))
-    for part in ("params", "opt_state", "extra"):
-        paths = [path for path in ours if path.split("/")[0] == part]
-        if paths:
-            worst = max(_distance(path, ours[path], theirs[path], tolerance) for path in paths)
-            how = f", at most {worst:.1e} apart" if tolerance else ""
-            found[part.replace("_", " ")] = f"the same: {len(paths)} arrays{how}"
-    found["metrics"] = _same_metrics(one, other, args.steps, tolerance)
-    return found
-
-
-def _same_ids(one: Path, other: Path, steps: int) -> str:
-    """Every step of each phase, and no other; the order within a batch too, if one process has it all."""
-    straight, half = _fed(one, "straight"), steps // 2
-    phases = {"mesh": (1, steps), "killed": (1, half), "resumed": (half + 1, steps)}
-    for phase, (first, last) in phases.items():
-        fed = _fed(other, phase)
-        if fed is None:
-            continue
-        if sorted(fed) != [*range(first, last + 1)]:
-            there = f"the steps {sorted(fed)} were fed" if fed else "no step was fed"
-            raise RunError(f"NOT the same: {phase}, {there}, not {first} to {last}")
-        for step, parts in fed.items():
-            a, b = ([i for part in ids for i in part] for ids in ((straight or {}).get(step, []), parts))
-            if a != b and (len(parts) == 1 or sorted(a) != sorted(b)):
-                raise RunError(
-                    f"NOT the same: step {step} was fed the examples {_some(a)}, and {phase} {_some(b)}"
-                )
-    return f"the same in {steps} steps"
-
-
-def _fed(folder: Path, phase: str) -> dict[int, list[list[int]]] | None:
-    """The example ids of each step, a list for each process; None where that phase was not."""
-    files = sorted(folder.glob(f"{phase}-*.jsonl"))
-    found: dict[int, list[list[int]]] = {}
-    for file in files:
-        for record in map(json.loads, file.read_text().splitlines()):
-            found.setdefault(record["step"], []).append(record["ids"])
-    return found if files else None
-
-
-def _some(ids: list[int]) -> str:
-    return f"{ids[:8]}{'...' if len(ids) > 8 else ''}"
-
-
-def _arrays(args: argparse.Namespace, folder: Path) -> dict[str, np.ndarray]:
-    """The state after the last step, by path, read by this process on one device."""
-    from jaxtrain import checkpoint
-
-    with checkpoint.open(folder) as saved:
-        newest = saved.latest()
-    if newest is None or newest.step != args.steps:
-        raise RunError(f"{folder.name} has no checkpoint of step {args.steps}")
-    return checkpoint.arrays(f"{folder}:{newest.step}")
-
-
-def _distance(path: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> float:
-    """Relative L2 distance of two arrays.
-
-    Raises:
-      RunError: it is above the tolerance; with 0, any bit differs.
-    """
-    if ours.tobytes() == theirs.tobytes():
-        return 0.0
-    a, b = ours.astype(np.float64), theirs.astype(np.float64)
-    distance = float(np.linalg.norm(a - b) / max(np.linalg.norm(a), np.finfo(np.float32).tiny))
-    if tolerance and distance <= tolerance:
-        return distance
-    unlike = np.argwhere(~np.isclose(a, b, rtol=0, atol=0, equal_nan=True))
-    first = tuple(unlike[0].tolist()) if len(unlike) else ()
-    raise RunError(
-        f"NOT the same: {path}: {len(unlike):,} of {ours.size:,} elements differ (relative L2 distance "
-        f"{distance:.1e}), first at {list(first)}: {ours[first]!r} and {theirs[first]!r}"
-    )
-
-
-def _same_metrics(one: Path, other: Path, steps: int, tolerance: float) -> str:
-    """The records of training, step by step; with a tolerance those of the loss."""
-
-    def read(folder: Path) -> dict[int, dict[str, float]]:
-        records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        return {
-            record["step"]: {name: value for name, value in record.items() if name.startswith("train/")}
-            for record in records
-            if "train/loss" in record
-        }
-
-    ours, theirs = read(one), read(other)
-    for step in range(1, steps + 1):
-        a, b = ours.get(step, {}), theirs.get(step, {})
-        # An accuracy moves by whole examples, so within a tolerance only the loss can be compared.
-        names = ["train/loss"] if tolerance or not a else [*a, *(name for name in b if name not in a)]
-        for name in names:
-            x, y = a.get(name), b.get(name)
-            if x is None or y is None or not (x == y or abs(x - y) <= tolerance * abs(x)):
-                raise RunError(f"NOT the same: {name} of step {step} is {x}, and then {y}")
-    return f"the same in {steps} records"
+def _ids(batch: Any, axis: int) -> np.ndarray:
+    """Example ids of this process's rows, which are the ``axis`` of the arrays: int [rows, ...]."""
+    rows = batch.get("rows", batch.get("example_id"))
+    if hasattr(rows, "addressable_shards"):  # this process's part; replicas hold the same
+        parts = {str(shard.index): np.asarray(shard.data) for shard in rows.addressable_shards}
+        rows = np.concatenate(list(parts.values()), axis)
+    rows = np.moveaxis(np.asarray(rows), axis, 0)
+    return rows[..., 0] if "rows" in batch else rows

@@ -39,8 +39,17 @@ class Loader(Protocol):
     shardings: Any
     """Shardings of ``batch(step)``, as a pytree prefix."""
 
+    many: tuple[Any, Any]
+    """Shardings of ``batches(step, count)``, as a pytree prefix."""
+
     def batch(self, step: int) -> Any:
         """What the step's ``batch`` argument takes, for batch ``step``."""
+
+    def batches(self, step: int, count: int) -> tuple[Any, Any]:
+        """Batches ``step`` to ``step + count``: what differs, stacked, and what is the same in all of them.
+
+        Either part, or both together, are a dict as ``batch`` gives it (``step.scan_steps``).
+        """
 
     def fetch(self, batch: Any) -> Batch:
         """Pure, inside the step: the named arrays of that batch."""
@@ -64,12 +73,11 @@ class Resident:
         self.shardings = {"data": sharding.replicated(mesh), "rows": split}
         if isinstance(order, Sequential):
             self.shardings["mask"] = split
+        self.many = {"rows": sharding.stacked(split)}, {"data": self.shardings["data"]}
 
     def batch(self, step: int) -> Any:
         if isinstance(self._order, Order):
-            # One array, so that the host sends one thing a step: int32 [batch, (example id, epoch)].
-            places = np.stack(self._order.places(step), axis=1)
-            sent = {"rows": places.astype(np.int32)}
+            sent = {"rows": self._places(self._order, step)}
         else:
             rows, mask = self._order.rows(step)
             sent = {"rows": rows.astype(np.int32), "mask": mask}
@@ -77,6 +85,17 @@ class Resident:
             sent = {name: array[self._rows] for name, array in sent.items()}
             sent = processes.put(sent, self.shardings["rows"], self._order.batch)
         return {"data": self._data, **sent}
+
+    def batches(self, step: int, count: int) -> tuple[Any, Any]:
+        assert isinstance(self._order, Order)  # evaluation goes batch by batch
+        rows = np.stack([self._places(self._order, step + k) for k in range(count)])
+        if processes.count() > 1:
+            rows = processes.put(rows[:, self._rows], self.many[0]["rows"], self._order.batch, axis=1)
+        return {"rows": rows}, {"data": self._data}
+
+    def _places(self, order: Order, step: int) -> np.ndarray:
+        """One array, so that the host sends one thing a step: int32 [batch, (example id, epoch)]."""
+        return np.stack(order.places(step), axis=1).astype(np.int32)
 
     def fetch(self, batch: Any) -> Batch:
         rows = batch["rows"]
@@ -115,6 +134,7 @@ class Streamed:
         first: Check | None = None,
     ) -> None:
         self.shardings = sharding.batch_split(mesh)
+        self.many: tuple[Any, Any] = sharding.stacked(self.shardings), {}
         self._batches = _Batches(source, order, processes.local_rows(self.shardings, order.batch))
         self._workers, self._check, self._first = workers, check, first
         self._begun = False
@@ -122,6 +142,15 @@ class Streamed:
         self._next = -1
 
     def batch(self, step: int) -> Any:
+        return processes.put(self._taken(step), self.shardings, self._batches.order.batch)
+
+    def batches(self, step: int, count: int) -> tuple[Any, Any]:
+        taken = [self._taken(step + k) for k in range(count)]
+        fields = {name: np.stack([batch[name] for batch in taken]) for name in taken[0]}
+        return processes.put(fields, self.many[0], self._batches.order.batch, axis=1), {}
+
+    def _taken(self, step: int) -> dict[str, np.ndarray]:
+        """Batch ``step`` out of the stream, looked at."""
         if self._stream is None or step != self._next:
             self.close()
             self._stream = self._open(step)
@@ -129,7 +158,7 @@ class Streamed:
         batch = self._gathered(step)
         ids = batch.pop(EXAMPLE_ID) if "mask" in batch else batch[EXAMPLE_ID]
         self._look(batch, ids)
-        return processes.put(batch, self.shardings, self._batches.order.batch)
+        return batch
 
     def _gathered(self, step: int) -> dict[str, np.ndarray]:
         try:

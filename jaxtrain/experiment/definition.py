@@ -57,6 +57,9 @@ class Experiment:
       guard: what is done about an update whose loss, gradient norm or update norm is not finite, or whose
         batch has a label that is no class: ``"stop"`` ends the run, ``"skip"`` goes on with the next batch
         until six in a row were bad, and neither applies the update. ``"off"`` does not look.
+      steps_per_dispatch: updates that are started at once, as one program (``step.scan_steps``), where no
+        evaluation and no checkpoint comes between them. ``"auto"`` is as many as are measured to be faster
+        when the run begins, 1 for most; the number is part of the run, for it may change the last bits.
       feed: hold the data on the device, stream it, or decide by its size.
       workers: processes that read a streamed source; 0 reads in threads.
       log_every: steps between log lines.
@@ -90,6 +93,7 @@ class Experiment:
     data_init: Callable[..., Any] | None = None
     step_factory: Callable[..., Any] | None = None
     guard: Policy = "stop"
+    steps_per_dispatch: int | Literal["auto"] = "auto"
     feed: Literal["auto", "resident", "stream"] = "auto"
     workers: int = _operational(0)
     log_every: int = _operational(50)
@@ -104,6 +108,10 @@ class Experiment:
         for name in ("batch", "accumulate", "log_every", "keep", "max_in_flight"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.steps_per_dispatch != "auto" and self.steps_per_dispatch < 1:
+            raise InputError(
+                f"steps_per_dispatch is {self.steps_per_dispatch}: it must be at least 1, or auto"
+            )
         check_precision(self.precision)
         check_remat(self.remat)
         _check_guard(self)
@@ -143,6 +151,9 @@ def _check_kinds(experiment: Experiment) -> None:
         value = getattr(experiment, name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InputError(f"{name} is {value!r}: it must be a number")
+    many = experiment.steps_per_dispatch
+    if many != "auto" and type(many) is not int:
+        raise InputError(f"steps_per_dispatch is {many!r}: it must be an int or 'auto'")
     if not callable(experiment.loss):
         raise InputError(
             f"loss is {experiment.loss!r}: it must be a function (outputs, batch) -> (loss, metrics)"

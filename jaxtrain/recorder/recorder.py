@@ -26,6 +26,11 @@ def fetch(batches: Sequence[Metrics]) -> dict[str, Any]:
 
     Waits for the device. Nothing else in a run reads a metric's value, but ``watch`` the guard's.
     """
+    return _merged(_read(batches))
+
+
+def _read(batches: Sequence[Metrics]) -> list[Metrics]:
+    """The same on the host, in float64 where they are no integers."""
     leaves, tree = jax.tree.flatten(list(batches))
     with jax.transfer_guard_device_to_host("allow"):
         if jax.default_backend() != "cpu":  # start every copy before waiting for the first
@@ -35,7 +40,11 @@ def fetch(batches: Sequence[Metrics]) -> dict[str, Any]:
         arrays = [np.asarray(leaf) for leaf in leaves]
     # float32 counts up to 2^24 only: add in float64.
     arrays = [a.astype(np.float64) if np.issubdtype(a.dtype, np.floating) else a for a in arrays]
-    hosts = jax.tree.unflatten(tree, arrays)
+    return list(jax.tree.unflatten(tree, arrays))
+
+
+def _merged(hosts: Sequence[Metrics]) -> dict[str, Any]:
+    """Metrics of several steps, merged and finished."""
     total: dict[str, Any] | None = None
     for host in hosts:
         total = merging.merge(total, host)
@@ -89,8 +98,9 @@ class Recorder:
         self._console, self._log_every, self._examples = console, log_every, examples
         self._position, self._guarded = position, guarded
         self._files = None if workdir is None else Files(workdir, start)
-        self._window: list[Metrics] = []
-        self._step, self._due = start, False
+        self._window: list[tuple[int, int, Metrics]] = []  # the last update, how many, theirs
+        self._ready: list[tuple[int, Metrics]] = []  # read, and not yet written
+        self._due = False
         self._clock: float | None = None
         self._ticked = 0  # steps since the clock started
         self._examples_seen, self._seconds = 0, 0.0
@@ -105,15 +115,21 @@ class Recorder:
         """Will the next ``step`` read those before it?"""
         return self._due
 
-    def step(self, step: int, metrics: Metrics) -> None:
-        """Take the metrics of update ``step`` (from 1) without waiting for them."""
+    def step(self, step: int, metrics: Metrics, count: int = 1) -> None:
+        """Take the metrics of update ``step`` (from 1) without waiting for them.
+
+        Args:
+          step: the update, the last of ``count``.
+          metrics: of the update; with a leading axis where they are of several.
+          count: updates that were dispatched at once.
+        """
         if self._due:
-            self.flush()
+            self._write(whole=True)
         if self._clock is None:  # the first step compiled before it returned
-            self._clock, self._ticked = time.perf_counter(), -1
-        self._window.append(metrics)
-        self._step, self._ticked = step, self._ticked + 1
-        self._due = step % self._log_every == 0
+            self._clock, self._ticked = time.perf_counter(), -count
+        self._window.append((step, count, metrics))
+        self._ticked += count
+        self._due = step // self._log_every > (step - count) // self._log_every
 
     def flush(self) -> None:
         """Read and write the steps taken so far.
@@ -121,23 +137,37 @@ class Recorder:
         Raises:
           RunError: the loss or the gradient is not finite.
         """
+        self._write(whole=False)
+
+    def _write(self, whole: bool) -> None:
+        """A record for every ``log_every`` steps; of those that are left too, unless only ``whole`` ones."""
         self._due = False
-        if not self._window:
-            return
-        values = fetch(self._window)
+        hosts = _read([metrics for _, _, metrics in self._window])
+        for (last, count, _), host in zip(self._window, hosts, strict=True):
+            self._ready += [(last, host)] if count == 1 else _apart(last, count, host)
         self._window = []
+        ends = [k for k, (step, _) in enumerate(self._ready, start=1) if step % self._log_every == 0]
+        if not whole and self._ready and len(self._ready) not in ends:
+            ends.append(len(self._ready))
+        speed, start = self._lap() if ends else None, 0
+        for end in ends:
+            self._record(self._ready[start:end], speed)
+            start = end
+        self._ready = self._ready[start:]
+
+    def _record(self, taken: Sequence[tuple[int, Metrics]], speed: float | None) -> None:
+        values, step = _merged([metrics for _, metrics in taken]), taken[-1][0]
         if self._guarded:
             values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values.get(name, 0.0)):
                 raise RunError(
-                    f"{name} is {values[name]} by step {self._step}: lower the learning rate, clip "
+                    f"{name} is {values[name]} by step {step}: lower the learning rate, clip "
                     "gradients (--set optimizer.clip=1), or look at the data; earlier checkpoints are kept"
                 )
-        speed = self._lap()
-        record = self._position(self._step) | {f"train/{name}": value for name, value in values.items()}
-        self.scalars(self._step, record | ({"examples_per_second": speed} if speed else {}))
-        self._console.train(self._step, values, speed)
+        record = self._position(step) | {f"train/{name}": value for name, value in values.items()}
+        self.scalars(step, record | ({"examples_per_second": speed} if speed else {}))
+        self._console.train(step, values, speed)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write finished numbers for ``step`` to the files; anything but numbers is left out."""
@@ -166,3 +196,10 @@ class Recorder:
         self._examples_seen += steps * self._examples
         self._seconds += seconds
         return steps * self._examples / seconds
+
+
+def _apart(last: int, count: int, host: Metrics) -> list[tuple[int, Metrics]]:
+    """The metrics of ``count`` updates, ``last`` the last of them, each by itself."""
+    leaves, tree = jax.tree.flatten(host)
+    rows = zip(*leaves, strict=True)
+    return [(last - count + 1 + k, jax.tree.unflatten(tree, row)) for k, row in enumerate(rows)]

@@ -15,6 +15,7 @@ from jaxtrain.sharding.mesh import (
     mesh_text,
     parse_mesh,
     replicated,
+    stacked,
 )
 from jaxtrain.sharding.rules import Placement, Rule, place
 
@@ -34,4 +35,5 @@ __all__ = [
     "parse_mesh",
     "place",
     "replicated",
+    "stacked",
 ]

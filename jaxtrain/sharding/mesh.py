@@ -108,6 +108,11 @@ def batch_split(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def stacked(sharding: NamedSharding) -> NamedSharding:
+    """Of several arrays behind each other on a new leading axis, each of which is split like ``sharding``."""
+    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+
+
 def batch_parts(mesh: Mesh) -> int:
     """Into how many parts a batch is split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

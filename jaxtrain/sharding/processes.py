@@ -160,34 +160,37 @@ class Votes:
 
 
 @functools.lru_cache(maxsize=64)
-def local_rows(sharding: NamedSharding, n: int) -> np.ndarray:
+def local_rows(sharding: NamedSharding, n: int, axis: int = 0) -> np.ndarray:
     """Which rows of ``n`` this process's devices hold: int64 [rows], sorted, each once.
 
     Args:
-      sharding: of an array with the leading axis ``n``; only how it splits that axis counts.
+      sharding: of an array with ``n`` rows; only how it splits them counts.
       n: rows of the whole array, which must divide over the split.
+      axis: which axis of the array the rows are.
     """
-    leading = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+    leading = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[axis : axis + 1]))
     slices = leading.addressable_devices_indices_map((n,)).values()
     rows = np.unique(np.concatenate([np.arange(n)[index] for index in slices if index is not None]))
     rows.flags.writeable = False  # it is handed out again
     return rows
 
 
-def put(tree: Any, shardings: Any, n: int) -> Any:
+def put(tree: Any, shardings: Any, n: int, axis: int = 0) -> Any:
     """Global arrays [n, ...] from this process's rows of them.
 
     Args:
-      tree: arrays [local, ...] on the host, whose rows are ``local_rows(sharding, n)``.
+      tree: arrays [local, ...] on the host, whose rows are those of ``local_rows``.
       shardings: NamedShardings, as a pytree prefix of ``tree``.
       n: rows of the global arrays.
+      axis: which axis the rows are; those before it are whole.
 
     Raises:
       ValueError: an array with another number of rows.
     """
     if count() == 1:
         return jax.device_put(tree, shardings)
-    return jax.tree.map(lambda x, sharding: _put(x, sharding, n), tree, jax.tree.broadcast(shardings, tree))
+    wide = jax.tree.broadcast(shardings, tree)
+    return jax.tree.map(lambda x, sharding: _put(x, sharding, n, axis), tree, wide)
 
 
 def put_replicated(tree: Any, sharding: NamedSharding) -> Any:
@@ -237,17 +240,17 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _put(x: Any, sharding: NamedSharding, n: int) -> jax.Array:
-    x, rows = np.asarray(x), local_rows(sharding, n)
-    if len(x) != len(rows):
-        raise ValueError(f"an array of {len(x)} rows, where this process holds {len(rows)} of {n}")
+def _put(x: Any, sharding: NamedSharding, n: int, axis: int) -> jax.Array:
+    x, rows = np.asarray(x), local_rows(sharding, n, axis)
+    if x.shape[axis] != len(rows):
+        raise ValueError(f"an array of {x.shape[axis]} rows, where this process holds {len(rows)} of {n}")
 
     def part(index: Any) -> np.ndarray:
-        start, stop, _ = index[0].indices(n)
+        start, stop, _ = index[axis].indices(n)
         place = int(np.searchsorted(rows, start))  # its rows follow each other here too
-        return x[(slice(place, place + stop - start), *index[1:])]
+        return x[(*index[:axis], slice(place, place + stop - start), *index[axis + 1 :])]
 
-    return jax.make_array_from_callback((n, *x.shape[1:]), sharding, part)
+    return jax.make_array_from_callback((*x.shape[:axis], n, *x.shape[axis + 1 :]), sharding, part)
 
 
 def _told(error: Exception) -> dict[str, Any]:
