@@ -288,6 +288,7 @@ CASES: dict[str, Any] = {
     "data_init": scaled,
     "step_factory": scaled,
     "guard": "skip",
+    "steps_per_dispatch": 4,
     "spike": 3.0,
     "feed": "stream",
     "workers": 2,
