@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxtrain import __version__, checkpoint, plan, recorder, workdir
+from jaxtrain import __version__, checkpoint, plan, profile, recorder, workdir
 from jaxtrain.experiment import config_hash
 from jaxtrain.program import Program
 from jaxtrain.recompile import OneCompile
@@ -51,6 +51,7 @@ def fit(
     grace: float = GRACE,
     hang_after: float | None = None,
     strict: bool = False,
+    updates: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Train to the last step, from wherever ``folder`` stands, and evaluate.
 
@@ -65,6 +66,7 @@ def fit(
       grace: seconds from a signal to the end of the process, at most (``stop.on_signals``).
       hang_after: end the process when nothing has moved for so many seconds (``stop.watchdog``).
       strict: a train step that is compiled a second time is an error, not a warning.
+      updates: the first and the last update to profile (``profile.Trace``); None profiles none.
 
     Returns:
       The result, as it is written to ``result.json``.
@@ -79,24 +81,35 @@ def fit(
     about: dict[str, Any] = {"experiment": name, "hash": config_hash(experiment), "jaxtrain": __version__}
     about |= {"jax": jax.__version__, "run": processes.first(lambda: workdir.run_name(folder))}
     writes = processes.is_first()
+    everywhere, queued = program.key.sharding.device_set, experiment.max_in_flight
+    mine = [device for device in jax.local_devices() if device in everywhere]
     with (
         plan.explained(program, name, folder, console),
         on_signals(grace) as request,
         watchdog(hang_after, folder / f"hang-{processes.index()}.txt"),
         checkpoint.open(folder, experiment.keep, about, console.note) as saved,
+        profile.metered(mine, len(mine) / len(everywhere)) as meter,
+        profile.traced(updates, folder, console, len(mine), queued) as trace,
     ):
         state, start = _begin(program, folder, saved, resume, init_from, console)
+
+        def told(step: int) -> dict[str, float]:
+            taken = meter.record((step - start) * experiment.batch)
+            return program.position(step) | taken | trace.flag(step)
+
         with recorder.open(
             folder if writes else None,
             console,
             start=start,
             log_every=experiment.log_every,
             examples=experiment.batch,
-            position=program.position,
+            position=told,
             guarded=experiment.guard == "skip",
+            queued=queued,
         ) as record:
-            state = _train(program, state, start, saved, record, console, request, folder, strict)
+            state = _train(program, state, start, saved, record, console, request, folder, strict, trace)
             found = _result(program, state, saved, record, console)
+            found |= record.pace.whole() | meter.result((program.steps - start) * experiment.batch)
     found |= {"seconds": time.perf_counter() - began, "resumed_from": start, "folder": str(folder)}
     processes.first(lambda: workdir.write_result(folder, found))
     return found
@@ -138,20 +151,27 @@ def _train(
     request: Request,
     folder: Path | None = None,
     strict: bool = False,
+    trace: profile.Trace = profile.OFF,
 ) -> State:
     """The loop. Every line of it is ordered: evaluate, then save what the evaluation chose, then stop."""
     flight, votes = InFlight(program.experiment.max_in_flight), processes.Votes()
     watch = Watch(program, folder, console.note)
     train_step = OneCompile(program.train_step, start, console.note, strict)
     top = saved.best_score()
+    trace.begin(start, program.steps)
+    batch = trace.mark("waiting for data", program.train.batch)
+    train_step = trace.mark("dispatch", train_step)
+    wait, save = trace.mark("waiting for the device", flight.add), trace.mark("checkpoint", saved.save)
+    judge, note = trace.mark("records", watch.add), trace.mark("records", record.step)
     console.begin(start, program.steps)
     for step in range(start + 1, program.steps + 1):
-        state, metrics = train_step(state, program.train.batch(step - 1), program.key)
-        flight.add(metrics)
-        watch.add(step, metrics)  # judges an earlier step, which flight has waited for
+        trace.step(step, state, record, watch.settle)
+        state, metrics = train_step(state, batch(step - 1), program.key)
+        wait(metrics)
+        judge(step, metrics)  # an earlier step, which flight has waited for
         if record.due:
             watch.settle(1)  # before its record is written, which waits for it too
-        record.step(step, metrics)  # reads the steps before this one, while it runs
+        note(step, metrics)  # reads the steps before this one, while it runs
         console.advance(step)
         saved.poll()
         score = None
@@ -164,16 +184,18 @@ def _train(
         if program.saves(step) or improved or stop:
             watch.settle()  # raises on a bad update: nothing after one is ever saved
             record.flush()  # with the guard off, raises on a loss that is not finite
-            saved.save(step, state, score)
+            save(step, state, score)
             top = score if improved else top
         if stop and step < program.steps:
             saved.wait()
             raise Stopped(f"stopped after step {step} of {program.steps}", stop)
+    trace.end(state, record, watch.settle)
     console.end()
     saved.wait()
     return state
 
 
+@profile.mark("evaluation")
 def _look(
     program: Program, state: State, step: int, record: recorder.Recorder, console: Console
 ) -> float | None:

@@ -16,6 +16,7 @@ from jaxtrain import metrics as merging
 from jaxtrain.errors import RunError
 from jaxtrain.recorder.console import Console
 from jaxtrain.recorder.files import Files
+from jaxtrain.recorder.pace import Pace
 from jaxtrain.types import Metrics
 
 Position = Callable[[int], dict[str, float]]
@@ -52,6 +53,7 @@ def open(
     examples: int,
     position: Position = lambda step: {},
     guarded: bool = False,
+    queued: int = 2,
 ) -> Iterator[Recorder]:
     """A recorder that continues the run's files at step ``start``.
 
@@ -64,8 +66,9 @@ def open(
       position: ``step -> numbers`` to write beside the metrics of that step (epoch, learning rate).
       guarded: bad updates were left out of the metrics (``guard="skip"``), so that one which is not finite is
         that of no update at all: it is not written, and no error.
+      queued: updates that the device may be behind (``max_in_flight``), for the step times.
     """
-    recorder = Recorder(workdir, console, start, log_every, examples, position, guarded)
+    recorder = Recorder(workdir, console, start, log_every, examples, position, guarded, queued)
     try:
         yield recorder
         recorder.flush()
@@ -85,6 +88,7 @@ class Recorder:
         examples: int,
         position: Position,
         guarded: bool = False,
+        queued: int = 2,
     ) -> None:
         self._console, self._log_every, self._examples = console, log_every, examples
         self._position, self._guarded = position, guarded
@@ -94,6 +98,7 @@ class Recorder:
         self._clock: float | None = None
         self._ticked = 0  # steps since the clock started
         self._examples_seen, self._seconds = 0, 0.0
+        self.pace = Pace(queued)
 
     @property
     def examples_per_second(self) -> float | None:
@@ -109,6 +114,7 @@ class Recorder:
         """Take the metrics of update ``step`` (from 1) without waiting for them."""
         if self._due:
             self.flush()
+        self.pace.tick()
         if self._clock is None:  # the first step compiled before it returned
             self._clock, self._ticked = time.perf_counter(), -1
         self._window.append(metrics)
@@ -136,6 +142,7 @@ class Recorder:
                 )
         speed = self._lap()
         record = self._position(self._step) | {f"train/{name}": value for name, value in values.items()}
+        record |= self.pace.lap()
         self.scalars(self._step, record | ({"examples_per_second": speed} if speed else {}))
         self._console.train(self._step, values, speed)
 
@@ -150,6 +157,7 @@ class Recorder:
         self.flush()
         yield
         self._clock, self._ticked = time.perf_counter(), 0
+        self.pace.pause()
 
     def close(self) -> None:
         """Close the files."""
