@@ -55,12 +55,20 @@ class Dispatch:
       program: what is run.
       note: shows a line, about a second compilation.
       strict: make that an error.
+      mark: ``(phase, function) -> function`` whose calls a profile shows as that phase.
     """
 
-    def __init__(self, program: Program, note: Callable[[str], None], strict: bool = False) -> None:
-        self._program = program
-        self._one = OneCompile(program.train_step, 0, note, strict)
-        self._several = OneCompile(program.train_steps, 0, note, strict)
+    def __init__(
+        self,
+        program: Program,
+        note: Callable[[str], None],
+        strict: bool = False,
+        mark: Callable[[str, Any], Any] = lambda phase, function: function,
+    ) -> None:
+        self._program, data = program, program.train
+        self._batch, self._batches = (mark("waiting for data", each) for each in (data.batch, data.batches))
+        one, several = (OneCompile(fn, 0, note, strict) for fn in (program.train_step, program.train_steps))
+        self._one, self._several = mark("dispatch", one), mark("dispatch", several)
 
     def __call__(self, state: State, step: int, count: int) -> tuple[State, Metrics]:
         """Dispatch the ``count`` updates after update ``step``; with several, metrics have a leading axis.
@@ -70,8 +78,8 @@ class Dispatch:
         """
         program = self._program
         if count == 1:
-            return self._one(state, program.train.batch(step), program.key, at=step + 1)
-        batches, shared = program.train.batches(step, count)
+            return self._one(state, self._batch(step), program.key, at=step + 1)
+        batches, shared = self._batches(step, count)
         return self._several(state, batches, program.key, shared, at=step + count)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxtrain import __version__, checkpoint, plan, recorder, workdir
+from jaxtrain import __version__, checkpoint, plan, profile, recorder, workdir
 from jaxtrain.dispatch import Dispatch, InFlight
 from jaxtrain.experiment import config_hash
 from jaxtrain.program import Program
@@ -32,6 +32,7 @@ def fit(
     grace: float = GRACE,
     hang_after: float | None = None,
     strict: bool = False,
+    updates: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Train to the last step, from wherever ``folder`` stands, and evaluate.
 
@@ -46,6 +47,7 @@ def fit(
       grace: seconds from a signal to the end of the process, at most (``stop.on_signals``).
       hang_after: end the process when nothing has moved for so many seconds (``stop.watchdog``).
       strict: a train step that is compiled a second time is an error, not a warning.
+      updates: the first and the last update to profile (``profile.Trace``); None profiles none.
 
     Returns:
       The result, as it is written to ``result.json``.
@@ -60,24 +62,35 @@ def fit(
     about: dict[str, Any] = {"experiment": name, "hash": config_hash(experiment), "jaxtrain": __version__}
     about |= {"jax": jax.__version__, "run": processes.first(lambda: workdir.run_name(folder))}
     writes = processes.is_first()
+    everywhere, queued = program.key.sharding.device_set, experiment.max_in_flight
+    mine = [device for device in jax.local_devices() if device in everywhere]
     with (
         plan.explained(program, name, folder, console),
         on_signals(grace) as request,
         watchdog(hang_after, folder / f"hang-{processes.index()}.txt"),
         checkpoint.open(folder, experiment.keep, about, console.note) as saved,
+        profile.metered(mine, len(mine) / len(everywhere)) as meter,
+        profile.traced(updates, folder, console, len(mine), queued, program.per_dispatch) as trace,
     ):
         state, start = _begin(program, folder, saved, resume, init_from, console)
+
+        def told(step: int) -> dict[str, float]:
+            taken = meter.record((step - start) * experiment.batch)
+            return program.position(step) | taken | trace.flag(step)
+
         with recorder.open(
             folder if writes else None,
             console,
             start=start,
             log_every=experiment.log_every,
             examples=experiment.batch,
-            position=program.position,
+            position=told,
             guarded=experiment.guard == "skip",
+            queued=queued,
         ) as record:
-            state = _train(program, state, start, saved, record, console, request, folder, strict)
+            state = _train(program, state, start, saved, record, console, request, folder, strict, trace)
             found = _result(program, state, saved, record, console)
+            found |= record.pace.whole() | meter.result((program.steps - start) * experiment.batch)
     found |= {"seconds": time.perf_counter() - began, "resumed_from": start, "folder": str(folder)}
     processes.first(lambda: workdir.write_result(folder, found))
     return found
@@ -119,22 +132,27 @@ def _train(
     request: Request,
     folder: Path | None = None,
     strict: bool = False,
+    trace: profile.Trace = profile.OFF,
 ) -> State:
     """The loop. Every line of it is ordered: evaluate, then save what the evaluation chose, then stop."""
     flight, votes = InFlight(program.experiment.max_in_flight), processes.Votes()
     watch = Watch(program, folder, console.note)
-    dispatch = Dispatch(program, console.note, strict)
+    dispatch = Dispatch(program, console.note, strict, trace.mark)
+    wait, save = trace.mark("waiting for the device", flight.add), trace.mark("checkpoint", saved.save)
+    judge, note = trace.mark("records", watch.add), trace.mark("records", record.step)
     top, step = saved.best_score(), start
+    trace.begin(start, program.steps)
     console.begin(start, program.steps)
     while step < program.steps:
+        trace.step(step + 1, state, record, watch.settle)
         count = program.dispatched(step)
         state, metrics = dispatch(state, step, count)
         step += count
-        flight.add(metrics)
-        watch.add(step, metrics, count)  # judges an earlier step, which flight has waited for
+        wait(metrics)
+        judge(step, metrics, count)  # an earlier step, which flight has waited for
         if record.due:
             watch.settle(1)  # before its record is written, which waits for it too
-        record.step(step, metrics, count)  # reads the steps before these, while they run
+        note(step, metrics, count)  # reads the steps before these, while they run
         console.advance(step)
         saved.poll()
         score = None
@@ -147,16 +165,18 @@ def _train(
         if program.saves(step) or improved or stop:
             watch.settle()  # raises on a bad update: nothing after one is ever saved
             record.flush()  # with the guard off, raises on a loss that is not finite
-            saved.save(step, state, score)
+            save(step, state, score)
             top = score if improved else top
         if stop and step < program.steps:
             saved.wait()
             raise Stopped(f"stopped after step {step} of {program.steps}", stop)
+    trace.end(state, record, watch.settle)
     console.end()
     saved.wait()
     return state
 
 
+@profile.mark("evaluation")
 def _look(
     program: Program, state: State, step: int, record: recorder.Recorder, console: Console
 ) -> float | None:

@@ -73,6 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--smoke", action="store_true", help="two steps, an evaluation, a save and a restore")
     parser.add_argument("--overfit", type=int, metavar="N", help="train on N fixed examples")
+    parser.add_argument(
+        "--profile",
+        metavar="START:STOP",
+        help="trace these updates for TensorBoard and Perfetto, and tell where their time went",
+    )
     parser.add_argument("--strict", action="store_true", help="a second compile of the step is an error")
     return cli.main(_run, parser, argv)
 
@@ -80,13 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     if args.list:
         return _list()
-    from jaxtrain import preflight
+    from jaxtrain import preflight, profile
     from jaxtrain.recorder import make_console
 
     for flag in ("grace", "hang_after"):
         seconds = getattr(args, flag)
         if seconds is not None and not 0 < seconds < float("inf"):
             raise InputError(f"--{flag.replace('_', '-')} {seconds:g}: give seconds above 0")
+    profile.window(args.profile)  # before anything is loaded
     name, origin, experiment = cli.load(args.experiment, args.set)
     mesh = devices.make(args, cli.warn)
     console = make_console(quiet=not processes.is_first())
@@ -95,6 +101,8 @@ def _run(args: argparse.Namespace) -> int:
     cli.ensure_prepared(experiment, console)
     if args.smoke and (args.init_from or args.init_map):
         raise InputError("--smoke tries the experiment alone: leave --init-from and --init-map out")
+    if args.smoke and args.profile:
+        raise InputError("--smoke tries the experiment alone: leave --profile out")
     if args.smoke:
         return _smoke(name, experiment, mesh, console)
     if args.overfit is not None:
@@ -112,7 +120,7 @@ def _fit(
     args: argparse.Namespace,
     console: Console,
 ) -> int:
-    from jaxtrain import checkpoint, plan, sharding, workdir
+    from jaxtrain import checkpoint, plan, profile, sharding, workdir
     from jaxtrain.dispatch import decide
     from jaxtrain.loop import fit
     from jaxtrain.program import assemble
@@ -135,6 +143,7 @@ def _fit(
     if begun is not None:  # another run is refused before any data is opened
         processes.first(lambda: workdir.claim(folder, name, experiment, record, args.extend))
     program = assemble(experiment, mesh)
+    updates = profile.window(args.profile, program.steps)
     found = processes.first(lambda: workdir.result(folder, program.steps))
     console.note(f"{name} in {folder} on {devices.describe(mesh)}, batch {_batch(experiment, mesh)}")
     for note in (*program.notes, *(notes if found is None else ())):
@@ -165,6 +174,7 @@ def _fit(
                     grace=args.grace,
                     hang_after=args.hang_after,
                     strict=args.strict,
+                    updates=updates,
                 )
         except Stopped as stopped:
             raise Stopped(f"{stopped}; go on with: {_again(args, folder)}", stopped.signum) from None
@@ -173,6 +183,8 @@ def _fit(
             program.close()
     else:
         console.note(f"this run is finished{_where(folder)}; --new starts another, --extend a longer one")
+        if updates:
+            console.note(f"--profile {args.profile}: nothing to profile, no update is left")
     _summary(name, found, folder, console)
     return 0
 
@@ -318,6 +330,7 @@ def _command(args: argparse.Namespace, folder: Path) -> str:
     if args.overfit is not None:
         words += ["--overfit", str(args.overfit)]
     words += devices.words(args)
+    words += [] if args.profile is None else ["--profile", args.profile]
     words += [flag for flag, on in (("--extend", args.extend), ("--strict", args.strict)) if on]
     return shlex.join([*words, "--workdir", str(folder)])
 

@@ -35,9 +35,11 @@ def change(experiment=MLP, **fields):
     return dataclasses.replace(experiment, **fields)
 
 
-def records(folder, *names):
+def records(folder):
+    """Without what is measured of the machine."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "examples_per_second"} for line in lines]
+    kept = ("step", "epoch", "learning_rate")
+    return [{k: v for k, v in line.items() if k in kept or "/" in k} for line in lines]
 
 
 def spans(program, start=0):

@@ -71,6 +71,8 @@ def _devices(problems: list[str]) -> dict[str, str]:
     try:
         import jax
 
+        from jaxtrain.profile import nvml
+
         devices = jax.local_devices()
     except RuntimeError as error:
         problems.append(f"JAX starts no backend ({error}): reinstall jax, or set JAX_PLATFORMS=cpu")
@@ -79,6 +81,8 @@ def _devices(problems: list[str]) -> dict[str, str]:
         stats = device.memory_stats() or {}
         memory = f", {stats['bytes_limit'] / 2**30:.1f} GiB" if "bytes_limit" in stats else ""
         rows[str(device)] = f"{device.device_kind}{memory}"
+    if driver:
+        rows["power"] = nvml.described(devices)
     rows["host memory"] = f"{_host_memory() / 2**30:.1f} GiB"
     if driver and devices[0].platform == "cpu":
         problems.append(

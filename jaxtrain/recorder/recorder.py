@@ -16,6 +16,7 @@ from jaxtrain import metrics as merging
 from jaxtrain.errors import RunError
 from jaxtrain.recorder.console import Console
 from jaxtrain.recorder.files import Files
+from jaxtrain.recorder.pace import Pace
 from jaxtrain.types import Metrics
 
 Position = Callable[[int], dict[str, float]]
@@ -61,6 +62,7 @@ def open(
     examples: int,
     position: Position = lambda step: {},
     guarded: bool = False,
+    queued: int = 2,
 ) -> Iterator[Recorder]:
     """A recorder that continues the run's files at step ``start``.
 
@@ -73,8 +75,9 @@ def open(
       position: ``step -> numbers`` to write beside the metrics of that step (epoch, learning rate).
       guarded: bad updates were left out of the metrics (``guard="skip"``), so that one which is not finite is
         that of no update at all: it is not written, and no error.
+      queued: updates that the device may be behind (``max_in_flight``), for the step times.
     """
-    recorder = Recorder(workdir, console, start, log_every, examples, position, guarded)
+    recorder = Recorder(workdir, console, start, log_every, examples, position, guarded, queued)
     try:
         yield recorder
         recorder.flush()
@@ -94,6 +97,7 @@ class Recorder:
         examples: int,
         position: Position,
         guarded: bool = False,
+        queued: int = 2,
     ) -> None:
         self._console, self._log_every, self._examples = console, log_every, examples
         self._position, self._guarded = position, guarded
@@ -104,6 +108,7 @@ class Recorder:
         self._clock: float | None = None
         self._ticked = 0  # steps since the clock started
         self._examples_seen, self._seconds = 0, 0.0
+        self.pace = Pace(queued)
 
     @property
     def examples_per_second(self) -> float | None:
@@ -125,6 +130,7 @@ class Recorder:
         """
         if self._due:
             self._write(whole=True)
+        self.pace.tick(count)
         if self._clock is None:  # the first step compiled before it returned
             self._clock, self._ticked = time.perf_counter(), -count
         self._window.append((step, count, metrics))
@@ -149,13 +155,16 @@ class Recorder:
         ends = [k for k, (step, _) in enumerate(self._ready, start=1) if step % self._log_every == 0]
         if not whole and self._ready and len(self._ready) not in ends:
             ends.append(len(self._ready))
-        speed, start = self._lap() if ends else None, 0
+        start, told = 0, {}
+        if ends:
+            speed = self._lap()
+            told = {"examples_per_second": speed, **self.pace.lap()} if speed else self.pace.lap()
         for end in ends:
-            self._record(self._ready[start:end], speed)
+            self._record(self._ready[start:end], told)
             start = end
         self._ready = self._ready[start:]
 
-    def _record(self, taken: Sequence[tuple[int, Metrics]], speed: float | None) -> None:
+    def _record(self, taken: Sequence[tuple[int, Metrics]], speed: Mapping[str, float]) -> None:
         values, step = _merged([metrics for _, metrics in taken]), taken[-1][0]
         if self._guarded:
             values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
@@ -166,8 +175,8 @@ class Recorder:
                     "gradients (--set optimizer.clip=1), or look at the data; earlier checkpoints are kept"
                 )
         record = self._position(step) | {f"train/{name}": value for name, value in values.items()}
-        self.scalars(step, record | ({"examples_per_second": speed} if speed else {}))
-        self._console.train(step, values, speed)
+        self.scalars(step, {**record, **speed})
+        self._console.train(step, values, speed.get("examples_per_second"))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write finished numbers for ``step`` to the files; anything but numbers is left out."""
@@ -180,6 +189,7 @@ class Recorder:
         self.flush()
         yield
         self._clock, self._ticked = time.perf_counter(), 0
+        self.pace.pause()
 
     def close(self) -> None:
         """Close the files."""

@@ -1,0 +1,85 @@
+"""What step times, telemetry and profiling cost: per update, per record, and while a trace is taken.
+
+python -m benchmarks.telemetry [--rounds N] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from benchmarks import common
+from benchmarks.loop import cases
+from jaxtrain import profile, sharding
+from jaxtrain.program import assemble
+from jaxtrain.recorder.pace import Pace
+
+STEPS = 200  # of one side of a round, while traced or not
+
+
+def calls() -> dict[str, tuple[Callable[[], Any], int]]:
+    """What is timed by itself, and how many calls are timed at once."""
+    pace, meter = Pace(), profile.Meter(jax.local_devices()[:1])
+    nothing: Any = None
+    function = profile.mark("a mark")(lambda: None)
+    meter.record(0)
+
+    def lap() -> None:
+        pace._told = -1.0
+        pace._times, pace._counts = [0.01] * 50, [1] * 50
+        pace.lap()
+
+    return {
+        "update, no trace asked for (Trace.step)": (
+            lambda: profile.OFF.step(5, nothing, nothing, nothing),
+            5000,
+        ),
+        "update, its time (Pace.tick)": (pace.tick, 5000),
+        "call of a marked function, none traced": (function, 5000),
+        "record within a second of the last (Meter.record)": (lambda: meter.record(100), 1000),
+        "once a second: percentiles of 50 times (Pace.lap)": (lap, 100),
+        "once a second: memory (Meter.result)": (lambda: meter.result(100), 100),
+    }
+
+
+def traced(rounds: int) -> dict[str, list[float]]:
+    """Seconds a step of the small MLP of ``benchmarks.loop``, with and without a trace."""
+    program = assemble(cases()["mlp"].experiment, sharding.make_mesh(jax.devices()[:1]))
+    states = [program.init()]
+
+    def steps() -> float:
+        began = time.perf_counter()
+        for number in range(STEPS):
+            states[0], _ = program.train_step(states[0], program.train.batch(number), program.key)
+            if number % 2:
+                jax.block_until_ready(states[0])
+        return (time.perf_counter() - began) / STEPS
+
+    def under() -> float:
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # as ``profile.Trace`` has it
+        with tempfile.TemporaryDirectory() as folder, jax.profiler.trace(folder, profiler_options=options):
+            return steps()
+
+    return common.interleaved({"plain": steps, "traced": under}, rounds)
+
+
+def main() -> None:
+    """One JSON object."""
+    args = common.arguments(__doc__, rounds=15).parse_args()
+    sides = {}
+    for name, (work, count) in calls().items():
+        sides[name] = common.each(lambda work=work, count=count: [work() for _ in range(count)], count)
+    times = common.interleaved(sides, args.rounds)
+    results = [common.result(name, [1e6 * t for t in values], "µs") for name, values in times.items()]
+    both = traced(args.rounds)
+    results.append(common.speedup("a step while traced, over one that is not", both["traced"], both["plain"]))
+    common.finish(args, "telemetry", results, {"step_ms": common.medians(both, 1e3)})
+
+
+if __name__ == "__main__":
+    main()
