@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from jaxtrain import names, redact
+from jaxtrain import cache, names, redact
 from jaxtrain.data import Subset
 from jaxtrain.errors import InputError, RunError
 from jaxtrain.experiment import Experiment, config_text, discover, find, first_difference, override
@@ -48,7 +48,7 @@ def _ended(
 ) -> int:
     """The exit code of ``run(args)``, however it ends."""
     try:
-        private_cache()
+        cache.compiled(warn)
         return run(args)
     except (InputError, RunError, Stopped) as error:
         if args.debug:
@@ -92,30 +92,6 @@ def _hushed() -> Iterator[None]:
         sys.unraisablehook = before
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def private_cache() -> None:
-    """Make JAX's folder of compiled programs, which are run as they are found, and for this user alone.
-
-    Raises:
-      InputError: it cannot be made.
-    """
-    text = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
-    folder = Path(text)
-    if not text or "://" in text:
-        return
-    try:
-        if not folder.exists():
-            folder.mkdir(mode=0o700, parents=True)
-        elif folder.stat().st_mode & 0o022:
-            warn(
-                "WARNING: others can write to JAX_COMPILATION_CACHE_DIR, and what is in it is run: "
-                f"chmod 700 {text}"
-            )
-    except OSError as error:
-        raise InputError(
-            f"JAX_COMPILATION_CACHE_DIR is {text}, which cannot be made ({error.strerror}): set another"
-        ) from error
 
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
