@@ -77,7 +77,8 @@ def _wrong(program: Program, batch: dict[str, Any], places: np.ndarray, stage: b
     found = [
         Finding(name, places[rows], "holds NaN or infinity", stage) for name, rows in not_finite(rest).items()
     ]
-    loss, shapes = program.experiment.loss, jax.tree.leaves(program.outputs)
+    loss = program.experiment.loss
+    shapes = jax.tree.leaves(program.outputs, is_leaf=lambda x: hasattr(x, "shape"))  # ChunkedLogits is one
     if hasattr(loss, "outside") and len(shapes) == 1:
         for name in (getattr(loss, "label", "label"), "label_mixed"):
             label = rest.get(name)

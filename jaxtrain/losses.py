@@ -8,12 +8,16 @@ A loss may have ``check(outputs, batch, ids)``, which looks at raw host data bef
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.errors import InputError
+from jaxtrain.logits import ChunkedLogits
 from jaxtrain.metrics import Mean, MeanIoU, RootMean
 from jaxtrain.types import Batch, Metrics
 
@@ -34,6 +38,9 @@ class CrossEntropy:
     the weight of the label, float ``[batch]``: the loss is then the weighted mean of both labels' losses.
     Accuracy is that of the heavier one.
 
+    Of a model that gives ``ChunkedLogits`` the logits are computed chunk by chunk, and never held whole (but
+    for ``iou``, whose counts are ``[classes, classes]`` anyway).
+
     >>> batch = {"label": jnp.array([0, 1])}
     >>> loss, metrics = CrossEntropy()(jnp.array([[9.0, 0.0], [9.0, 0.0]]), batch)
     >>> metrics["accuracy"].compute()
@@ -45,34 +52,51 @@ class CrossEntropy:
     label: str = "label"
     iou: bool = False
 
+    chunked: ClassVar[bool] = True
+    """It takes ``ChunkedLogits``."""
+
     def __post_init__(self) -> None:
         if not 0 <= self.smoothing < 1:
             raise InputError(f"loss.smoothing is {self.smoothing}: it must be in [0, 1)")
         if self.top < 1:
             raise InputError(f"loss.top is {self.top}: it must be at least 1")
 
-    def __call__(self, outputs: jax.Array, batch: Batch) -> tuple[jax.Array, Metrics]:
+    def __call__(self, outputs: jax.Array | ChunkedLogits, batch: Batch) -> tuple[jax.Array, Metrics]:
         """``outputs: float [batch, ..., classes]`` logits; masked rows count for nothing."""
         label, mask = batch[self.label], batch.get("mask")
-        logp = jax.nn.log_softmax(outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32)))
-        nll = self._nll(logp, label)
+        others = [label]
         if "label_mixed" in batch:
-            mix = batch["mix"].reshape(-1, *(1,) * (nll.ndim - 1))
-            nll = mix * nll + (1 - mix) * self._nll(logp, batch["label_mixed"])
-            label = jnp.where(mix >= 0.5, label, batch["label_mixed"])
-        loss = Mean.of(nll, mask)
-        metrics: Metrics = {
-            "loss": loss,
-            "accuracy": Mean.of((outputs.argmax(-1) == label).astype(nll.dtype), mask),
-        }
-        if self.top > 1:
-            _, best = jax.lax.top_k(outputs, self.top)
-            hit = (best == label[..., None]).any(-1).astype(nll.dtype)
-            metrics[f"top{self.top}"] = Mean.of(hit, mask)
-        if self.iou:
-            metrics["mean_iou"] = MeanIoU.of(outputs, label, mask)
+            others += [batch["label_mixed"], batch["mix"].reshape(-1, *(1,) * (label.ndim - 1))]
+        if isinstance(outputs, ChunkedLogits) and (self.iou or label.shape != outputs.shape[:-1]):
+            outputs = outputs.whole()
+        if isinstance(outputs, ChunkedLogits):
+            rows = outputs.each(
+                functools.partial(self._rows, hit=_ranked),
+                *(jnp.broadcast_to(x, label.shape) for x in others),
+            )
+        else:
+            rows = self._rows(outputs, *others, hit=_among_best)
+        metrics: Metrics = {name: Mean.of(values, mask) for name, values in rows.items()}
+        if self.iou and not isinstance(outputs, ChunkedLogits):
+            metrics["mean_iou"] = MeanIoU.of(outputs, _heavier(*others), mask)
+        loss = metrics["loss"]
         # max(): a batch whose every row is masked has loss 0, not NaN.
         return loss.total / jnp.maximum(loss.count, 1), metrics
+
+    def _rows(
+        self, logits: jax.Array, label: jax.Array, *mixed: jax.Array, hit: Callable[..., jax.Array]
+    ) -> dict[str, jax.Array]:
+        """The loss of each label and whether it was met: float ``[batch, ...]``."""
+        logp = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+        nll = self._nll(logp, label)
+        if mixed:
+            other, mix = mixed
+            nll = mix * nll + (1 - mix) * self._nll(logp, other)
+            label = _heavier(label, *mixed)
+        rows = {"loss": nll, "accuracy": (logits.argmax(-1) == label).astype(nll.dtype)}
+        if self.top > 1:
+            rows[f"top{self.top}"] = hit(logits, label, self.top).astype(nll.dtype)
+        return rows
 
     def _nll(self, logp: jax.Array, label: jax.Array) -> jax.Array:
         """float ``[batch, ...]``: the loss of each label."""
@@ -194,6 +218,28 @@ class Forecast:
                 f"field {self.target!r} of example {ids[row]} holds NaN or infinity ({int(bad.sum())} such "
                 "values): fill the gaps, or leave out the windows that have one"
             )
+
+
+def _among_best(logits: jax.Array, label: jax.Array, top: int) -> jax.Array:
+    """Is the label among the ``top`` best classes, bool ``[batch, ...]``; of equal ones the first is."""
+    _, best = jax.lax.top_k(logits, top)
+    return (best == label[..., None]).any(-1)
+
+
+def _ranked(logits: jax.Array, label: jax.Array, top: int) -> jax.Array:
+    """The same by counting those before it: a mesh would send all logits to every device for ``top_k``."""
+    own = jnp.take_along_axis(logits, label[..., None], axis=-1)
+    place, label = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1), label[..., None]
+    before = (logits > own) | ((logits == own) & (place < label))
+    return (before & (place != label)).sum(-1) < top
+
+
+def _heavier(label: jax.Array, *mixed: jax.Array) -> jax.Array:
+    """The label that counts; of two that ``data.Mixup`` has mixed the one with more weight."""
+    if not mixed:
+        return label
+    other, mix = mixed
+    return jnp.where(mix >= 0.5, label, other)
 
 
 def _error(outputs: jax.Array, target: jax.Array) -> jax.Array:

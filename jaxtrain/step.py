@@ -28,6 +28,7 @@ import optax
 from jaxtrain.errors import InputError
 from jaxtrain.gradients import LossFn, accumulated, evaluate_loss, gradient_of
 from jaxtrain.guard import Policy, guarded, watched
+from jaxtrain.logits import whole
 from jaxtrain.metrics import Mean
 from jaxtrain.models import as_model
 from jaxtrain.optim import LossScale
@@ -211,7 +212,7 @@ def make_eval_step(
         params, extra = evaluated(state)
         outputs, _ = pair.apply(params, split_extra(extra)[0], batch, train=False, key=None)
         _, metrics = evaluate_loss(loss_fn, outputs, batch)
-        return {**metrics, **(metrics_fn(outputs, batch) if metrics_fn else {})}
+        return {**metrics, **(metrics_fn(whole(outputs), batch) if metrics_fn else {})}
 
     return eval_step
 

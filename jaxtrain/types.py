@@ -63,12 +63,16 @@ class Model(NamedTuple):
         as a token outside the vocabulary; called on the host. None accepts everything.
       axes: ``batch -> {regular expression: names}``, the logical axes of each parameter whose path the
         expression finds, one name or None for each dimension (``jaxtrain.sharding.Rule``). None names none.
+      flops: ``batch -> float``, the floating-point operations of an update on a prepared batch of those
+        shapes, for a model that has a formula for them (``GPT.update_flops``), which may answer None. They
+        are else counted in the program.
     """
 
     init: Callable[..., tuple[Any, dict[str, Any]]]
     apply: Callable[..., tuple[Any, dict[str, Any]]]
     check: Callable[[Batch, Any], None] | None = None
     axes: Callable[[Batch], Mapping[str, Names]] | None = None
+    flops: Callable[[Batch], float | None] | None = None
 
 
 def leaf_paths(tree: Any) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def in_float64(module: Any) -> Model:
     return model._replace(init=init)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool, **_: Any) -> jax.Array:
     """``jax.nn.dot_product_attention``, whose softmax is in float32 even here, in the type it is given."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
     if is_causal:

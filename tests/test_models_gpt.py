@@ -15,12 +15,15 @@ import pytest
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
+from jaxtrain.gradients import gradient_of
+from jaxtrain.losses import CrossEntropy
 from jaxtrain.models import sampling
 from jaxtrain.models.gpt import GPT
 from jaxtrain.models.linen import as_model
+from jaxtrain.models.precision import compute_in
 from jaxtrain.models.sampling import generate
 from jaxtrain.models.transformer import Block, rotate
-from jaxtrain.types import Model
+from jaxtrain.types import Model, leaf_paths
 
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(1)
@@ -230,7 +233,8 @@ CASES: dict[str, Any] = {
     "dropout": 0.5,
     "positions": "rotary",
 }
-FIELDS = [f.name for f in dataclasses.fields(GPT) if f.name not in ("parent", "name")]
+ELSEWHERE = ("attention", "head_chunk")  # which change no result: test_attention.py, test_logits.py
+FIELDS = [f.name for f in dataclasses.fields(GPT) if f.name not in ("parent", "name", *ELSEWHERE)]
 FIXED = tokens()
 
 
@@ -261,6 +265,27 @@ def test_bfloat16_stays_bfloat16(module: Any, train: bool) -> None:
     types = re.findall(r":(\w+)\[[\d,]*\] = dot_general", str(jaxpr))
     # Five products with kernels, and two of attention, of which the scores are float32.
     assert sorted(types) == ["bf16"] * 6 + ["f32"]
+
+
+@pytest.mark.parametrize("module", [SMALL, SMALL.clone(head_chunk=4)], ids=["whole", "in chunks"])
+def test_statistics_and_sums_of_a_bfloat16_model_are_float32(module: Any) -> None:
+    """Softmax, LayerNorm, the loss, and the gradients of 2,048 tokens, which must be those of float32."""
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(0, 11, (256, 9))
+    batch = {"tokens": drawn[:, :-1].astype(np.uint8), "label": drawn[:, 1:].astype(np.int32)}
+    grads = []
+    for precision in ("float32", "bfloat16"):
+        gradient = gradient_of(compute_in(module, precision), CrossEntropy())
+        run = jax.jit(lambda p, gradient=gradient: gradient(p, {}, batch, KEY, None))
+        grads.append(run(made(module)[0]).grads)
+        text = str(jax.make_jaxpr(run)(made(module)[0]))
+    for operation in ("exp", "log", "rsqrt", "reduce_max", "logistic"):
+        assert not re.search(rf":bf16\[[\d,]*\] = {operation}\b", text), operation
+    assert ":f32" in text and re.search(r":bf16\[[\d,]*\] = dot_general", text)
+    for path, exact in leaf_paths(grads[0]).items():
+        found = leaf_paths(grads[1])[path]
+        assert found.dtype == np.float32
+        assert np.linalg.norm(found - exact) < 0.03 * np.linalg.norm(exact), path
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,14 @@ PACKAGES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns 0 when nothing is wrong and 3 when something is."""
     parser = argparse.ArgumentParser(prog="jaxtrain doctor", description=SUMMARY)
+    parser.add_argument(
+        "--peak",
+        nargs="*",
+        metavar="PRECISION",
+        help="instead measure how fast the device multiplies matrices, in float32, bfloat16 or float16 "
+        "(default: the first two), and keep the figures: runs tell their MFU by them where the device is in "
+        "no table, as no CPU is",
+    )
     return cli.main(_run, parser, argv)
 
 
@@ -43,6 +51,9 @@ def _run(args: argparse.Namespace) -> int:
     from jaxtrain.recorder import make_console
 
     console = make_console()
+    if args.peak is not None:
+        console.summary("peak of matrix products", _peaks(args.peak or ["float32", "bfloat16"]))
+        return 0
     problems: list[str] = []
     console.summary("versions", _versions())
     console.summary("devices", _devices(problems))
@@ -152,6 +163,29 @@ def _step(problems: list[str]) -> dict[str, str]:
         "second step": f"{1e3 * (times[1] - times[0]):.1f} ms",
         "loss": f"{loss:.4f}",
     }
+
+
+def _peaks(precisions: Sequence[str]) -> dict[str, str]:
+    """Measured on the first device here, and kept."""
+    import jax
+
+    from jaxtrain import peak
+    from jaxtrain.errors import InputError
+
+    for precision in precisions:
+        if precision not in peak.PRECISIONS:
+            raise InputError(f"--peak {precision}: it must be one of {', '.join(peak.PRECISIONS)}")
+    device, rows = jax.local_devices()[0], {}
+    for precision in dict.fromkeys(precisions):
+        found, table = peak.measure(device, precision), peak.tabled(device.device_kind, precision)
+        path = peak.store(device, precision, found)
+        rows[precision] = f"{found.flops / 1e12:.3g} TFLOP/s" + (
+            ", in no table"
+            if table is None
+            else f", {100 * found.flops / table.flops:.0f} % of the table's {table.flops / 1e12:.4g}, "
+            "which counts for MFU"
+        )
+    return {"device": peak.name(device), **rows, "kept in": str(path)}
 
 
 def _driver() -> str | None:

@@ -12,6 +12,8 @@ import numpy as np
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
+from jaxtrain.logits import ChunkedLogits
+from jaxtrain.models.attention import Attention
 from jaxtrain.models.layers import check_rates
 from jaxtrain.models.remat import Remat, remat_block
 from jaxtrain.models.transformer import BLOCK_AXES, Block, check_heads
@@ -35,9 +37,15 @@ class GPT(nn.Module):
       mlp: hidden size of a block's MLP as a multiple of ``width``.
       dropout: rate after the embedding and on every residual branch, in [0, 1); active only when training.
       positions: ``rotary`` (Su et al., arXiv:2104.09864) or a ``learned`` vector for each position.
+      attention: whose kernel: ``auto`` is cuDNN's where an NVIDIA GPU has one for the precision and the size
+        of a head, ``xla`` is XLA's, ``cudnn`` refuses to do without.
+      head_chunk: how many positions of every sequence the head and the loss take at once, at least 1; less
+        memory for a large ``vocab``, since the logits are never there as a whole, for one more product with
+        the head in the backward pass. None takes all.
 
     Call with ``tokens: int or uint8 [batch, length]`` in [0, vocab), ``length <= context``; gives logits
-    ``[batch, length, vocab]``, where those at position t are of token t + 1 and see no later token.
+    ``[batch, length, vocab]``, where those at position t are of token t + 1 and see no later token; with
+    ``head_chunk`` as ``jaxtrain.logits.ChunkedLogits``.
 
     Raises:
       InputError: a sequence that is too long, tokens that are no integers, or sizes that do not fit.
@@ -56,6 +64,8 @@ class GPT(nn.Module):
     mlp: int = 4
     dropout: float = 0.2
     positions: Literal["rotary", "learned"] = "rotary"
+    attention: Attention = "auto"
+    head_chunk: int | None = None
 
     logical_axes: ClassVar[dict[str, Names]] = {
         "embed/embedding$": ("vocab", "embed"),  # and, transposed, the head
@@ -64,7 +74,9 @@ class GPT(nn.Module):
     }
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, train: bool = False, remat: Remat = "none") -> jax.Array:
+    def __call__(
+        self, tokens: jax.Array, train: bool = False, remat: Remat = "none"
+    ) -> jax.Array | ChunkedLogits:
         check_rates(self)
         self._check_sizes(tokens)
         init = nn.initializers.normal(STD)
@@ -84,6 +96,7 @@ class GPT(nn.Module):
                 rotary=self.positions == "rotary",
                 std=STD,
                 residual_std=STD / math.sqrt(2 * self.depth),
+                attention=self.attention,
                 name=f"block{number}",
             )
             x = block(x, train)
@@ -91,6 +104,8 @@ class GPT(nn.Module):
         # The head is the embedding's transpose (Press and Wolf, arXiv:1608.05859): on bytes of source text
         # (0.8 M parameters, 400 steps of 1,024 tokens) validation loss 2.455 and 2.453 against 2.509 and
         # 2.477 with a head of its own, n = 2 seeds.
+        if self.head_chunk is not None:
+            return ChunkedLogits.of(x, embed.embedding, self.head_chunk)
         return embed.attend(x)
 
     @nn.nowrap
@@ -120,11 +135,44 @@ class GPT(nn.Module):
                 f"0..{self.vocab - 1} ({int(bad.sum())} such): {advice} the tokens"
             )
 
+    @nn.nowrap
+    def update_flops(self, batch: Mapping[str, Any]) -> float | None:
+        """Operations of an update: ``6 N`` a token, and attention. An addition and a product are two.
+
+        N are the parameters that multiply tokens: the kernels of the blocks, ``(4 + 2 mlp) width ** 2`` each,
+        and the tied head, ``vocab width``. Looking tokens up in the embedding is no product, and biases and
+        LayerNorm are left out. Attention multiplies queries with keys and scores with values, ``2 width``
+        operations each for a pair of positions and twice that again in the backward pass; a causal pair is
+        one of ``length (length + 1) / 2`` (as in PaLM, arXiv:2204.02311, appendix B, where all pairs count):
+
+          flops = tokens (6 N + 6 depth width (length + 1))
+
+        This is what the model needs, not what a program does: XLA's attention computes the other half of the
+        pairs too, and remat and ``head_chunk`` compute some things again.
+
+        Args:
+          batch: with ``tokens: [batch, length]``; only its shape is read. None without it.
+
+        >>> GPT(vocab=64, width=32, depth=1, mlp=4).update_flops({"tokens": np.zeros((1, 1))}) / 6
+        14400.0
+        """
+        tokens = batch.get("tokens")
+        if tokens is None or len(tokens.shape) != 2:
+            return None
+        count, length = tokens.shape
+        multiplied = self.depth * (4 + 2 * self.mlp) * self.width**2 + self.vocab * self.width
+        attention = self.depth * self.width * (length + 1)
+        return float(6 * count * length * (multiplied + attention))
+
     def _check_sizes(self, tokens: jax.Array) -> None:
         if min(self.vocab, self.context, self.depth, self.mlp) < 1:
             raise InputError(
                 f"GPT(vocab={self.vocab}, context={self.context}, depth={self.depth}, mlp={self.mlp}): "
                 "all must be at least 1"
+            )
+        if self.head_chunk is not None and self.head_chunk < 1:
+            raise InputError(
+                f"GPT.head_chunk is {self.head_chunk}: it must be at least 1, or None for no chunks"
             )
         check_heads("GPT", self.width, self.heads, rotary=self.positions == "rotary")
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):

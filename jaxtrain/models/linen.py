@@ -32,9 +32,9 @@ def as_model(model: Any, remat: Remat = "none") -> Model:
     called ``label``, ``target``, ``mask``, ``example_id`` or ``epoch`` are not); a single argument of another
     name gets the only field that is none of these. ``train``, ``training`` or ``is_training`` is told whether
     dropout and batch statistics are active, ``deterministic`` or ``use_running_average`` the opposite. A
-    method ``check(batch, ids)`` of the module becomes the model's. Its attribute ``logical_axes``, a dict of
-    regular expression → names, says what the axes of its parameters are (``sharding.Rule``); names given by
-    ``nn.with_logical_partitioning`` count as well.
+    method ``check(batch, ids)`` of the module becomes the model's, and ``update_flops(batch)`` its ``flops``.
+    Its attribute ``logical_axes``, a dict of regular expression → names, says what the axes of its parameters
+    are (``sharding.Rule``); names given by ``nn.with_logical_partitioning`` count as well.
 
     Args:
       model: a Linen module or a pair.
@@ -114,7 +114,7 @@ def _from_linen(module: nn.Module, remat: Remat) -> Model:
         boxed = jax.eval_shape(boxes, jax.random.key(0), batch)
         return _boxed_names(boxed) | dict(getattr(module, "logical_axes", {}))
 
-    model = Model(init, apply, getattr(module, "check", None), axes)
+    model = Model(init, apply, getattr(module, "check", None), axes, getattr(module, "update_flops", None))
     return model if wraps else remat_model(model, remat)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.errors import InputError
+from jaxtrain.logits import whole
 from jaxtrain.models.linen import as_model
 
 
@@ -94,6 +95,7 @@ def _generate(
         # model does not see them.
         window = jax.lax.dynamic_slice_in_dim(text, start, size, axis=1)
         logits, _ = apply(params, extra, {"tokens": window}, train=False, key=None)
+        logits = whole(logits)
         if logits.ndim != 3 or logits.shape[:2] != window.shape:
             raise InputError(
                 f"the model gives {logits.shape} for tokens {window.shape}: one row a token is needed"

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
+from jaxtrain.models.attention import Attention, attend
 from jaxtrain.types import Names
 
 BLOCK_AXES: dict[str, Names] = {
@@ -36,6 +37,7 @@ class Block(nn.Module):
       rotary: queries and keys are rotated by their position.
       std: standard deviation of the kernels that read the residual stream; 0 is Xavier uniform.
       residual_std: the same for the kernels that write to it.
+      attention: whose kernel computes the attention (``models.attention``).
 
     >>> x = jnp.ones((2, 5, 8))
     >>> out, variables = jax.jit(Block(heads=2, causal=True).init_with_output)(jax.random.key(0), x)
@@ -50,6 +52,7 @@ class Block(nn.Module):
     rotary: bool = False
     std: float = 0.0
     residual_std: float = 0.0
+    attention: Attention = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -75,8 +78,8 @@ class Block(nn.Module):
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         if self.rotary:
             q, k = rotate(q), rotate(k)
-        # The default implementation is XLA's: cuDNN's takes only some shapes and types.
-        return jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
+        # Parameters are made in float32, which cuDNN refuses, and nothing of what is computed then is kept.
+        return attend(q, k, v, self.causal, "xla" if self.is_initializing() else self.attention)
 
 
 def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
+from jaxtrain.models.attention import Attention
 from jaxtrain.models.layers import check_image, check_rates
 from jaxtrain.models.remat import Remat, remat_block
 from jaxtrain.models.transformer import BLOCK_AXES, Block, check_heads
@@ -30,6 +31,7 @@ class ViT(nn.Module):
       classes: size of the output.
       dropout: rate after the positions and on every residual branch, in [0, 1); active only when training.
       positions: ``sincos``, fixed, works at any image size; or ``learned``, for one size only.
+      attention: whose kernel, as in ``GPT``.
 
     Call with ``image: float [batch, height, width, channel]``; gives logits ``[batch, classes]``.
 
@@ -50,6 +52,7 @@ class ViT(nn.Module):
     classes: int = 1000
     dropout: float = 0.0
     positions: Literal["sincos", "learned"] = "sincos"
+    attention: Attention = "auto"
 
     logical_axes: ClassVar[dict[str, Names]] = {
         "patches/kernel$": (None, None, None, "embed"),
@@ -76,7 +79,7 @@ class ViT(nn.Module):
         x = nn.Dropout(self.dropout, deterministic=not train)(x + table[None].astype(x.dtype))
         layer = remat_block(Block, remat)
         for number in range(self.depth):
-            block = layer(self.heads, self.mlp, self.dropout, name=f"block{number}")
+            block = layer(self.heads, self.mlp, self.dropout, attention=self.attention, name=f"block{number}")
             x = block(x, train)
         x = nn.LayerNorm(name="norm")(x).mean(1)
         return nn.Dense(self.classes, kernel_init=nn.initializers.zeros, name="head")(x)

@@ -9,6 +9,7 @@ from jaxtrain.plan.memory import Held, held
 from jaxtrain.plan.nearest import Nearest, find_nearest
 from jaxtrain.plan.room import check_disk, check_memory
 from jaxtrain.plan.search import Searched, attempts, search_all
+from jaxtrain.plan.throughput import Throughput, throughput, update_flops
 from jaxtrain.plan.variants import Tried, Variant, given, trying
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Nearest",
     "Plan",
     "Searched",
+    "Throughput",
     "Tried",
     "Variant",
     "as_on",
@@ -37,5 +39,7 @@ __all__ = [
     "parse_size",
     "search_all",
     "size_text",
+    "throughput",
     "trying",
+    "update_flops",
 ]

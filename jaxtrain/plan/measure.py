@@ -14,9 +14,9 @@ from jaxtrain.data import Arrays, Source, Subset, holdout
 from jaxtrain.errors import RunError
 from jaxtrain.experiment import Experiment
 from jaxtrain.plan.collectives import Collective, collectives
-from jaxtrain.plan.flops import model_flops
 from jaxtrain.plan.limits import Limit
 from jaxtrain.plan.memory import Held, batch_like, held, mesh_of, stored
+from jaxtrain.plan.throughput import update_flops
 from jaxtrain.program import Program
 
 LARGEST = 10
@@ -36,7 +36,8 @@ class Plan:
         ``batch``, ``batches_ahead`` (sent while earlier steps are computed), ``data`` (kept on each device),
         which are exact; and XLA's figures for the compiled step, ``temporaries`` and ``outputs``, the latter
         without what takes the place of the state.
-      flops: of an update, of all devices together; None if not counted.
+      flops: of an update, of all devices together, by the model's formula where it has one; None if not
+        counted.
       collectives: what the devices send each other in an update.
       largest: the arrays that take most of a device.
       notes: what whoever starts the run should know, a line each.
@@ -99,7 +100,7 @@ def measure(program: Program, resident: Mapping[str, bool] | None = None, *, cou
         resident=tuple(name for name in ("train", "valid", "test") if name in _splits(arrays["data"])),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(program.like.params)),
         bytes={part: sizes[part] for part in PARTS},
-        flops=model_flops(program) if count else None,
+        flops=update_flops(program) if count else None,
         collectives=collectives(compiled.as_text(), mesh),
         largest=tuple(everything[:LARGEST]),
         notes=(*program.notes, *_notes(exp)),

@@ -81,8 +81,7 @@ def batch_like(program: Program) -> dict[str, Any]:
     """Shapes, dtypes and shardings of what the train step takes as its batch; nothing is placed."""
     exp, train = program.experiment, program.train
     if isinstance(train, Streamed):  # which would send a batch to the devices if it were asked for one
-        ids = {name: jax.ShapeDtypeStruct((1,), np.int32) for name in (EXAMPLE_ID, EPOCH)}
-        shapes = _rows({**_example(exp.train), **ids}, exp.batch)
+        shapes = example_like(exp.train, exp.batch)
     else:
         shapes = jax.eval_shape(lambda batch: batch, train.batch(0))
     where = jax.tree.broadcast(train.shardings, shapes)
@@ -98,6 +97,12 @@ def mesh_of(program: Program) -> Mesh:
 def stored(source: Source, n: int) -> int:
     """Bytes on a device that keeps ``n`` examples of ``source``."""
     return n * sum(math.prod(x.shape) * x.dtype.itemsize for x in _example(source).values())
+
+
+def example_like(source: Source, n: int) -> dict[str, Any]:
+    """Shapes of ``n`` raw examples of ``source`` as a training batch has them, with their ids and epochs."""
+    ids = {name: jax.ShapeDtypeStruct((1,), np.int32) for name in (EXAMPLE_ID, EPOCH)}
+    return _rows({**_example(source), **ids}, n)
 
 
 def _data(program: Program, batch: dict[str, Any], resident: Mapping[str, bool] | None) -> dict[str, Any]:
