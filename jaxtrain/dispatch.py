@@ -8,14 +8,17 @@ slower inside such a loop, so that a choice for all models is wrong for some of 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import statistics
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
+from jaxtrain import plan
 from jaxtrain.program import Program
 from jaxtrain.recompile import OneCompile
 from jaxtrain.sharding import processes
@@ -81,6 +84,28 @@ class Dispatch:
             return self._one(state, self._batch(step), program.key, at=step + 1)
         batches, shared = self._batches(step, count)
         return self._several(state, batches, program.key, shared, at=step + count)
+
+
+@contextlib.contextmanager
+def ahead(program: Program) -> Iterator[None]:
+    """Compile what ``Dispatch`` will call while this block goes on; done when it is left.
+
+    An error in it is left to the call. Several processes, which may compile together, do it with the call.
+    """
+
+    def compile() -> None:
+        with contextlib.suppress(Exception):
+            program.train_step.lower(*plan.call_like(program)).compile()  # type: ignore[attr-defined]
+
+    if processes.count() > 1:
+        yield
+        return
+    thread = threading.Thread(target=compile, name="compile")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 @dataclasses.dataclass(frozen=True)

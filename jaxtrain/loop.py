@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from jaxtrain import __version__, checkpoint, plan, profile, recorder, workdir
-from jaxtrain.dispatch import Dispatch, InFlight
+from jaxtrain.dispatch import Dispatch, InFlight, ahead
 from jaxtrain.experiment import config_hash
 from jaxtrain.program import Program
 from jaxtrain.recorder import Console
@@ -72,7 +72,9 @@ def fit(
         profile.metered(mine, len(mine) / len(everywhere)) as meter,
         profile.traced(updates, folder, console, len(mine), queued, program.per_dispatch) as trace,
     ):
-        state, start = _begin(program, folder, saved, resume, init_from, console)
+        speed = plan.throughput(program)
+        with ahead(program):  # compiles the step meanwhile
+            state, start = _begin(program, folder, saved, resume, init_from, console)
 
         def told(step: int) -> dict[str, float]:
             taken = meter.record((step - start) * experiment.batch)
@@ -87,10 +89,15 @@ def fit(
             position=told,
             guarded=experiment.guard == "skip",
             queued=queued,
+            rates=speed.rates,
         ) as record:
             state = _train(program, state, start, saved, record, console, request, folder, strict, trace)
             found = _result(program, state, saved, record, console)
-            found |= record.pace.whole() | meter.result((program.steps - start) * experiment.batch)
+            found |= (
+                speed.record()
+                | record.pace.whole()
+                | meter.result((program.steps - start) * experiment.batch)
+            )
     found |= {"seconds": time.perf_counter() - began, "resumed_from": start, "folder": str(folder)}
     processes.first(lambda: workdir.write_result(folder, found))
     return found
@@ -213,7 +220,7 @@ def _result(
         last = evaluate(program, state, "test", console)
     record.scalars(program.steps, {f"test/{name}": value for name, value in last.items()})
     found: dict[str, Any] = {"steps": program.steps, "test": last}
-    found["examples_per_second"] = record.examples_per_second
+    found |= record.speed()
     best = saved.best()
     if best is not None:
         chosen = state if best.step == program.steps else saved.restore(best, program.like)

@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 
+from jaxtrain import cache
 from jaxtrain.errors import InputError, RunError
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -206,7 +207,7 @@ def store(device: jax.Device, precision: str, peak: Peak) -> Path:
     Raises:
       RunError: the file cannot be written.
     """
-    path = cache()
+    path = stored()
     everything = {**_read(path), _key(device, precision): dataclasses.asdict(peak)}
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -221,15 +222,13 @@ def store(device: jax.Device, precision: str, peak: Peak) -> Path:
     return path
 
 
-def cache() -> Path:
-    """``peaks.json`` in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``)."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(given) if os.path.isabs(given) else Path.home() / ".cache"  # noqa: PTH117 - the XDG rule
-    return base / "jaxtrain" / "peaks.json"
+def stored() -> Path:
+    """``peaks.json`` in the user's cache folder."""
+    return cache.home("peaks.json")
 
 
 def _measured(device: jax.Device, precision: str) -> Peak | None:
-    found = _read(cache()).get(_key(device, precision))
+    found = _read(stored()).get(_key(device, precision))
     try:
         peak = Peak(float(found["flops"]), str(found["source"]))  # type: ignore[index]
     except (TypeError, KeyError, ValueError):

@@ -275,15 +275,29 @@ def _summary(name: str, found: dict[str, Any], folder: Path, console: Console) -
         best = found["best"]
         rows["best on valid"] = f"step {best['step']}, score {best['valid']:.4f}"
         rows["test, best step"] = describe(best["test"], None)
-    speed = found["examples_per_second"]
+    speed = _speed(found)
     rows |= {
         "steps": f"{found['steps']:,}",
         "wall time": f"{found['seconds']:.1f} s"
         + (f" (from step {found['resumed_from']})" if found["resumed_from"] else ""),
-        "speed": f"{speed:,.0f} examples/s" if speed else "not measured",
+        "speed": speed or "not measured",
         "folder": str(folder),
     }
     console.summary(name, rows)
+
+
+def _speed(found: dict[str, Any]) -> str:
+    """``1,234 examples/s, 56,789 tokens/s, MFU 41.2 % (peak from the table)``, as much of it as is known."""
+    parts = [
+        f"{found[f'{what}_per_second']:,.0f} {what}/s"
+        for what in ("examples", "tokens")
+        if found.get(f"{what}_per_second")
+    ]
+    if parts and found.get("mfu"):
+        parts.append(
+            f"MFU {100 * found['mfu']:.1f} % of {found['peak_flops'] / 1e12:.3g} TFLOP/s ({found['peak_by']})"
+        )
+    return ", ".join(parts)
 
 
 def _batch(experiment: Experiment, mesh: Mesh) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import threading
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from test_loop import final, stopping
 from tiny import EXPERIMENT
 
 from jaxtrain import __main__ as verbs
-from jaxtrain import dispatch, models, recorder, run, sharding, workdir
+from jaxtrain import dispatch, models, plan, recorder, run, sharding, workdir
 from jaxtrain.commands import verify
 from jaxtrain.dispatch import Choice, choose, decide
 from jaxtrain.errors import InputError, RunError
@@ -257,3 +258,36 @@ def test_verify_measures_once_for_all_its_phases(monkeypatch):
 def test_sharded_programs_stack_along_a_new_axis(mesh8):
     split = sharding.batch_split(mesh8)
     assert sharding.stacked(split).shard_shape((3, 16, 5)) == (3, 2, 5)
+
+
+def test_the_step_is_compiled_ahead_and_not_again(tmp_path, mesh1):
+    program, compiled = assemble(MLP, mesh1), []
+
+    def hear(name, *_, **__):
+        if name.endswith("backend_compile_duration"):
+            compiled.append(threading.current_thread().name)
+
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    try:
+        with dispatch.ahead(program):
+            state = program.init()
+        assert compiled.count("compile") == 1
+        compiled.clear()
+        program.train_step(state, program.train.batch(0), program.key)
+        assert compiled == []
+    finally:
+        jax.monitoring.unregister_event_duration_listener(hear)
+
+
+def test_the_first_step_is_traced_once(mesh1):
+    traced = []
+
+    def stage(batch, key):
+        traced.append(key)
+        return batch
+
+    program = assemble(change(augment=(stage,)), mesh1)
+    before = len(traced)
+    plan.throughput(program)
+    program.train_step(program.init(), program.train.batch(0), program.key)
+    assert len(traced) == before + 1  # of the shapes that throughput asks for

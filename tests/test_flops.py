@@ -148,12 +148,10 @@ def test_throughput_of_a_text_model(mesh1):
     changed = dataclasses.replace(EXP, accumulate=2, remat="dots_saveable", model=NET.clone(head_chunk=8))
     for exp in (EXP, changed):
         found = plan.throughput(assemble(exp, mesh1))
-        assert (found.tokens, found.examples, found.counted_by) == (8 * 32, 8, "formula")
+        assert (found.tokens, found.counted_by) == (8 * 32, "formula")
         assert found.flops == NET.update_flops({"tokens": np.zeros((8, 32))})
     assert (found.peak, found.source) == (None, None)
-    assert found.rates(0.5) == {
-        "examples_per_s": 16, "tokens_per_s": 512, "flops_per_s": 2 * found.flops
-    }  # fmt: skip
+    assert found.rates(0.5) == {"tokens_per_second": 512, "flops_per_second": 2 * found.flops}
 
 
 def test_throughput_of_any_other_model_is_counted_in_its_program(mesh8):
@@ -163,7 +161,7 @@ def test_throughput_of_any_other_model_is_counted_in_its_program(mesh8):
         found = plan.throughput(assemble(exp, mesh8))
         assert (found.flops, found.tokens, found.counted_by) == (hand, None, "program")
     assert (found.peak, found.source) == (1e6, "measured 2026-11-22")
-    assert found.rates(2.0) == {"examples_per_s": 4, "flops_per_s": hand / 2, "mfu": hand / 2 / 1e6}
+    assert found.rates(2.0) == {"flops_per_second": hand / 2, "mfu": hand / 2 / 1e6}
 
 
 def test_throughput_compiles_nothing_and_leaves_its_trace_to_the_step(mesh1):

@@ -103,7 +103,7 @@ def test_relative_cache_folder_is_ignored(monkeypatch, tmp_path):
     """As the XDG rules say."""
     monkeypatch.setenv("XDG_CACHE_HOME", "caches")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert peak.cache() == tmp_path / ".cache" / "jaxtrain" / "peaks.json"
+    assert peak.stored() == tmp_path / ".cache" / "jaxtrain" / "peaks.json"
 
 
 def test_folder_that_cannot_be_written_is_told_in_one_line(tmp_path, monkeypatch):

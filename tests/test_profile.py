@@ -174,6 +174,8 @@ class Slow:
     def __init__(self, loader, seconds):
         self._loader, self._seconds = loader, seconds
 
+        self.like = loader.like
+
     def batch(self, step):
         time.sleep(self._seconds)
         return self._loader.batch(step)

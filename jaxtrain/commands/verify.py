@@ -239,6 +239,9 @@ class _Noted:
         self._file.write(json.dumps({"step": step + 1, "ids": ids.tolist()}) + "\n")
         self._file.flush()
 
+    def like(self) -> Any:
+        return self._loader.like()
+
     def fetch(self, batch: Any) -> Any:
         return self._loader.fetch(batch)
 

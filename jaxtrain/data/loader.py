@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -50,6 +51,9 @@ class Loader(Protocol):
 
         Either part, or both together, are a dict as ``batch`` gives it (``step.scan_steps``).
         """
+
+    def like(self) -> Any:
+        """What stands for ``batch(step)`` in tracing and compiling ahead: shapes, or a batch."""
 
     def fetch(self, batch: Any) -> Batch:
         """Pure, inside the step: the named arrays of that batch."""
@@ -92,6 +96,9 @@ class Resident:
         if processes.count() > 1:
             rows = processes.put(rows[:, self._rows], self.many[0]["rows"], self._order.batch, axis=1)
         return {"rows": rows}, {"data": self._data}
+
+    def like(self) -> Any:
+        return self.batch(0)
 
     def _places(self, order: Order, step: int) -> np.ndarray:
         """One array, so that the host sends one thing a step: int32 [batch, (example id, epoch)]."""
@@ -140,14 +147,25 @@ class Streamed:
         self._begun = False
         self._stream: Any = None  # a Grain iterator
         self._next = -1
+        self._like: Any = None
 
     def batch(self, step: int) -> Any:
-        return processes.put(self._taken(step), self.shardings, self._batches.order.batch)
+        batch = processes.put(self._taken(step), self.shardings, self._batches.order.batch)
+        if self._like is None:
+            self._like = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch
+            )
+        return batch
 
     def batches(self, step: int, count: int) -> tuple[Any, Any]:
         taken = [self._taken(step + k) for k in range(count)]
         fields = {name: np.stack([batch[name] for batch in taken]) for name in taken[0]}
         return processes.put(fields, self.many[0], self._batches.order.batch, axis=1), {}
+
+    def like(self) -> Any:
+        if self._like is None:
+            self.batch(0)
+        return self._like
 
     def _taken(self, step: int) -> dict[str, np.ndarray]:
         """Batch ``step`` out of the stream, looked at."""

@@ -5,7 +5,7 @@ from jaxtrain.plan.exhausted import explained
 from jaxtrain.plan.flops import flops_of, model_flops
 from jaxtrain.plan.limits import Limit, limit_of, parse_size, size_text
 from jaxtrain.plan.measure import Plan, as_on, measure, opened
-from jaxtrain.plan.memory import Held, held
+from jaxtrain.plan.memory import Held, call_like, held
 from jaxtrain.plan.nearest import Nearest, find_nearest
 from jaxtrain.plan.room import check_disk, check_memory
 from jaxtrain.plan.search import Searched, attempts, search_all
@@ -24,6 +24,7 @@ __all__ = [
     "Variant",
     "as_on",
     "attempts",
+    "call_like",
     "check_disk",
     "check_memory",
     "collectives",

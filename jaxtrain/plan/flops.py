@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from jaxtrain.plan.memory import batch_like, mesh_of
+from jaxtrain.plan.memory import call_like, mesh_of
 from jaxtrain.program import Program, assemble
 
 
@@ -26,9 +26,7 @@ def model_flops(program: Program) -> float:
         program = assemble(dataclasses.replace(exp, remat="none"), mesh_of(program))
     try:
         # The first call of the step finds this trace, and takes as much less.
-        traced = program.train_step.trace(  # type: ignore[attr-defined]
-            program.like, batch_like(program), program.key
-        )
+        traced = program.train_step.trace(*call_like(program))  # type: ignore[attr-defined]
         return flops_of(traced)
     finally:
         if program.experiment is not exp:

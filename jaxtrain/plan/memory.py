@@ -88,6 +88,14 @@ def batch_like(program: Program) -> dict[str, Any]:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
 
+def call_like(program: Program) -> tuple[Any, Any, jax.Array]:
+    """Arguments of ``program.train_step`` as the loop gives them, for tracing and compiling it ahead.
+
+    What is sent with the call has no sharding: with one it would be another trace.
+    """
+    return program.like, program.train.like(), program.key
+
+
 def mesh_of(program: Program) -> Mesh:
     """The devices that ``program`` was made for."""
     mesh: Mesh = program.like.step.sharding.mesh  # type: ignore[attr-defined]

@@ -22,7 +22,6 @@ class Throughput:
     Attributes:
       flops: floating-point operations of an update, of all devices together; those of the model, not what
         recomputation adds.
-      examples: of an update.
       tokens: of an update, for batches with ``tokens: [batch, length]``; else None.
       peak: operations a second of all devices together at the run's precision; None where it is unknown.
       source: where the peak is from: ``table``, ``measured 2026-11-22``.
@@ -30,26 +29,34 @@ class Throughput:
     """
 
     flops: float
-    examples: int
     tokens: int | None
     peak: float | None
     source: str | None
     counted_by: str
 
+    def record(self) -> dict[str, Any]:
+        """For the run's record: what the rates are made of."""
+        return {
+            "flops_per_update": self.flops,
+            "flops_by": self.counted_by,
+            "peak_flops": self.peak,
+            "peak_by": self.source,
+        }
+
     def rates(self, seconds: float) -> dict[str, float]:
         """Of updates that take ``seconds`` each: figures for the records.
 
-        ``examples_per_s``, ``tokens_per_s`` where there are tokens, ``flops_per_s``, and ``mfu``, a share in
-        [0, 1], where the peak is known.
+        ``tokens_per_second`` where there are tokens, ``flops_per_second``, and ``mfu``, a share in [0, 1],
+        where the peak is known.
 
-        >>> told = Throughput(2e9, examples=4, tokens=None, peak=1e10, source="table", counted_by="formula")
+        >>> told = Throughput(2e9, tokens=None, peak=1e10, source="table", counted_by="formula")
         >>> told.rates(seconds=0.5)
-        {'examples_per_s': 8.0, 'flops_per_s': 4000000000.0, 'mfu': 0.4}
+        {'flops_per_second': 4000000000.0, 'mfu': 0.4}
         """
-        found = {"examples_per_s": self.examples / seconds}
+        found = {}
         if self.tokens is not None:
-            found["tokens_per_s"] = self.tokens / seconds
-        found["flops_per_s"] = self.flops / seconds
+            found["tokens_per_second"] = self.tokens / seconds
+        found["flops_per_second"] = self.flops / seconds
         if self.peak is not None:
             found["mfu"] = self.flops / seconds / self.peak
         return found
@@ -71,7 +78,6 @@ def throughput(program: Program) -> Throughput:
     most = peak.total(mesh_of(program).devices.reshape(-1), exp.precision)
     return Throughput(
         flops=model_flops(program) if flops is None else flops,
-        examples=exp.batch,
         tokens=tokens.shape[0] * tokens.shape[1] if tokens is not None and len(tokens.shape) == 2 else None,
         peak=None if most is None else most.flops,
         source=None if most is None else most.source,

@@ -58,11 +58,13 @@ def check_fields(sources: Mapping[str, Source]) -> None:
 def trace(fn: Callable[..., Any], *args: Any, what: str) -> Any:
     """``jax.eval_shape(fn, *args)``: shapes without computing anything.
 
+    A function made by ``jax.jit`` finds this trace when it is called.
+
     Raises:
       InputError: the model, the loss or a stage cannot take these shapes.
     """
     try:
-        return jax.eval_shape(fn, *args)
+        return fn.trace(*args).out_info if hasattr(fn, "trace") else jax.eval_shape(fn, *args)
     except InputError:
         raise
     except Exception as error:  # user code: anything may come out of it

@@ -20,6 +20,7 @@ from jaxtrain.recorder.pace import Pace
 from jaxtrain.types import Metrics
 
 Position = Callable[[int], dict[str, float]]
+Rates = Callable[[float], Mapping[str, float]]
 
 
 def fetch(batches: Sequence[Metrics]) -> dict[str, Any]:
@@ -63,6 +64,7 @@ def open(
     position: Position = lambda step: {},
     guarded: bool = False,
     queued: int = 2,
+    rates: Rates = lambda seconds: {},
 ) -> Iterator[Recorder]:
     """A recorder that continues the run's files at step ``start``.
 
@@ -75,9 +77,10 @@ def open(
       position: ``step -> numbers`` to write beside the metrics of that step (epoch, learning rate).
       guarded: bad updates were left out of the metrics (``guard="skip"``), so that one which is not finite is
         that of no update at all: it is not written, and no error.
-      queued: updates that the device may be behind (``max_in_flight``), for the step times.
+      queued: dispatches that the device may be behind (``max_in_flight``), for the step times.
+      rates: ``seconds of an update -> numbers`` to write beside the examples a second.
     """
-    recorder = Recorder(workdir, console, start, log_every, examples, position, guarded, queued)
+    recorder = Recorder(workdir, console, start, log_every, examples, position, guarded, queued, rates)
     try:
         yield recorder
         recorder.flush()
@@ -98,22 +101,25 @@ class Recorder:
         position: Position,
         guarded: bool = False,
         queued: int = 2,
+        rates: Rates = lambda seconds: {},
     ) -> None:
         self._console, self._log_every, self._examples = console, log_every, examples
-        self._position, self._guarded = position, guarded
+        self._position, self._guarded, self._rates = position, guarded, rates
         self._files = None if workdir is None else Files(workdir, start)
         self._window: list[tuple[int, int, Metrics]] = []  # the last update, how many, theirs
         self._ready: list[tuple[int, Metrics]] = []  # read, and not yet written
         self._due = False
         self._clock: float | None = None
         self._ticked = 0  # steps since the clock started
-        self._examples_seen, self._seconds = 0, 0.0
+        self._steps, self._seconds = 0, 0.0
         self.pace = Pace(queued)
 
-    @property
-    def examples_per_second(self) -> float | None:
-        """Training speed of this process so far, without compilation, evaluation and saving."""
-        return self._examples_seen / self._seconds if self._seconds else None
+    def speed(self) -> dict[str, float | None]:
+        """Of training by this process so far, without compilation, evaluation and saving.
+
+        ``examples_per_second``, None where nothing was timed, and the ``rates``.
+        """
+        return {"examples_per_second": None, **self._speed(self._steps, self._seconds)}
 
     @property
     def due(self) -> bool:
@@ -155,10 +161,10 @@ class Recorder:
         ends = [k for k, (step, _) in enumerate(self._ready, start=1) if step % self._log_every == 0]
         if not whole and self._ready and len(self._ready) not in ends:
             ends.append(len(self._ready))
-        start, told = 0, {}
+        told: dict[str, float] = {}
+        start = 0
         if ends:
-            speed = self._lap()
-            told = {"examples_per_second": speed, **self.pace.lap()} if speed else self.pace.lap()
+            told = {**self._lap(), **self.pace.lap()}
         for end in ends:
             self._record(self._ready[start:end], told)
             start = end
@@ -196,16 +202,21 @@ class Recorder:
         if self._files is not None:
             self._files.close()
 
-    def _lap(self) -> float | None:
-        """Examples per second since the last record, None before anything was timed."""
+    def _lap(self) -> dict[str, float]:
+        """The speed since the last record, nothing before anything was timed."""
         now = time.perf_counter()
         seconds, steps = now - (self._clock or now), self._ticked
         self._clock, self._ticked = now, 0
+        found = self._speed(steps, seconds)
+        if found:
+            self._steps += steps
+            self._seconds += seconds
+        return found
+
+    def _speed(self, steps: int, seconds: float) -> dict[str, float]:
         if steps <= 0 or seconds <= 0:
-            return None
-        self._examples_seen += steps * self._examples
-        self._seconds += seconds
-        return steps * self._examples / seconds
+            return {}
+        return {"examples_per_second": steps * self._examples / seconds, **self._rates(seconds / steps)}
 
 
 def _apart(last: int, count: int, host: Metrics) -> list[tuple[int, Metrics]]:
