@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,24 +55,67 @@ class CNN(nn.Module):
             self.head.bias.copy_(_tensor(params["head"]["bias"]))
 
 
+class ConvNet(nn.Module):
+    """``jaxtrain.models.ConvNet`` with ReLU and pooling by 2, for images of 32×32, channels first."""
+
+    def __init__(
+        self, widths: Sequence[int], kernel: int, same: bool, hidden: Sequence[int], classes: int
+    ) -> None:
+        super().__init__()
+        self.convs, before, side = nn.ModuleList(), 3, 32
+        for width in widths:
+            self.convs.append(nn.Conv2d(before, width, kernel, padding=kernel // 2 if same else 0))
+            before, side = width, (side if same else side - kernel + 1) // 2
+        self.flat = (before, side, side)
+        sizes = [before * side * side, *hidden, classes]
+        self.dense = nn.ModuleList(map(nn.Linear, sizes[:-1], sizes[1:]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for conv in self.convs:
+            x = functional.max_pool2d(functional.relu(conv(x)), 2)
+        x = x.flatten(1)
+        for layer in self.dense[:-1]:
+            x = functional.relu(layer(x))
+        return self.dense[-1](x)
+
+    def load(self, params: Mapping[str, Any]) -> None:
+        """Take the parameters of the Linen network, which flattens with channels last."""
+        with torch.no_grad():
+            for i, conv in enumerate(self.convs):
+                conv.weight.copy_(_tensor(params[f"conv{i}"]["kernel"]).permute(3, 2, 0, 1))
+                conv.bias.copy_(_tensor(params[f"conv{i}"]["bias"]))
+            names = [*(f"dense{i}" for i in range(len(self.dense) - 1)), "head"]
+            for i, (name, layer) in enumerate(zip(names, self.dense, strict=True)):
+                kernel = _tensor(params[name]["kernel"])
+                if i == 0:
+                    channels, rows, columns = self.flat
+                    kernel = kernel.reshape(rows, columns, channels, -1).permute(2, 0, 1, 3).flatten(0, 2)
+                layer.weight.copy_(kernel.T)
+                layer.bias.copy_(_tensor(params[name]["bias"]))
+
+
 class Trainer:
-    """Eager training steps on one fixed batch, kept in the memory format asked for.
+    """Training steps on one fixed batch, kept in the memory format asked for.
 
     Args:
       params: of the Linen network.
       image: float32 ``[batch, height, width, 3]``; ``label``: ``[batch]``.
       channels_last: memory format of network and images.
+      optimizer: makes one of parameter groups; SGD with Nesterov momentum unless given.
+      compiled: by ``torch.compile``; else eager.
     """
 
     def __init__(
         self,
-        net: CNN,
+        net: CNN | ConvNet,
         params: Mapping[str, Any],
         image: np.ndarray,
         label: np.ndarray,
         channels_last: bool,
-        smoothing: float,
-        weight_decay: float,
+        smoothing: float = 0.0,
+        weight_decay: float = 0.0,
+        optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
+        compiled: bool = False,
     ) -> None:
         net.load(params)
         layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -82,7 +126,9 @@ class Trainer:
         kernels = [p for p in net.parameters() if p.ndim > 1]
         others = [p for p in net.parameters() if p.ndim == 1]
         groups = [{"params": kernels, "weight_decay": weight_decay}, {"params": others}]
-        self.optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True)
+        make = optimizer or functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9, nesterov=True)
+        self.optimizer = make(groups)
+        self.run: Any = torch.compile(self.net) if compiled else self.net
 
     def logits(self) -> np.ndarray:
         """Of the batch, with the batch's own statistics; changes the running ones."""
@@ -93,7 +139,7 @@ class Trainer:
         """``count`` updates."""
         for _ in range(count):
             self.optimizer.zero_grad(set_to_none=True)
-            self.loss(self.net(self.image), self.label).backward()
+            self.loss(self.run(self.image), self.label).backward()
             self.optimizer.step()
 
 

@@ -6,6 +6,7 @@ import jax
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
+from jaxtrain.models.conv import conv
 from jaxtrain.models.layers import (
     ACTIVATIONS,
     CONV_AXES,
@@ -61,15 +62,15 @@ class CNN(nn.Module):
         x = image
         for stage, width in enumerate(self.widths):
             x = first = self._conv(x, width, train, f"stage{stage}_conv0", pool=True)
-            for conv in range(1, self.convs):
-                x = self._conv(x, width, train, f"stage{stage}_conv{conv}")
+            for number in range(1, self.convs):
+                x = self._conv(x, width, train, f"stage{stage}_conv{number}")
             if self.residual and self.convs > 1:
                 x = x + first
         x = nn.Dropout(self.dropout, deterministic=not train)(x.mean((1, 2)))
         return nn.Dense(self.classes, name="head")(x)
 
     def _conv(self, x: jax.Array, width: int, train: bool, name: str, pool: bool = False) -> jax.Array:
-        x = nn.Conv(width, (3, 3), use_bias=not self.batch_norm, name=name)(x)
+        x = conv(width, 3, use_bias=not self.batch_norm, name=name)(x)
         if pool:
             x = max_pool(x)
         if self.batch_norm:

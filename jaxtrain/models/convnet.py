@@ -8,6 +8,7 @@ import jax
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
+from jaxtrain.models.conv import conv
 from jaxtrain.models.layers import (
     ACTIVATIONS,
     CONV_AXES,
@@ -69,7 +70,7 @@ class ConvNet(nn.Module):
         check_image(image, self._smallest(), "ConvNet")
         act, x = ACTIVATIONS[self.activation], image
         for layer, width in enumerate(self.widths):
-            x = nn.Conv(width, (self.kernel, self.kernel), padding=self.padding, name=f"conv{layer}")(x)
+            x = conv(width, self.kernel, padding=self.padding, name=f"conv{layer}")(x)
             # Pooled first: the same values where the activation only rises (relu, tanh), for less work.
             x = act(max_pool(x, self.pool) if self.pool > 1 else x)
         x = nn.Dropout(self.channel_dropout, broadcast_dims=(1, 2), deterministic=not train)(x)

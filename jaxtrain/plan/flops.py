@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from jaxtrain.plan.memory import call_like, mesh_of
@@ -70,6 +72,11 @@ def _operations(eqn: Any, used: Sequence[bool]) -> float:
         return float(params["length"]) * _counted(params["jaxpr"].jaxpr)
     if name == "cond":
         return max(_counted(branch.jaxpr, used) for branch in params["branches"])
+    plain = getattr(eqn.primitive, "plain", None)  # a primitive of our own (``models.conv``)
+    if plain is not None:
+        return _counted(
+            jax.make_jaxpr(functools.partial(plain, **params))(*(x.aval for x in eqn.invars)).jaxpr
+        )
     inside = list(_inside(params))
     whole = len(inside) == 1 and len(inside[0].outvars) == len(used)  # as in ``jit`` and ``remat``
     return sum(_counted(one, used if whole and name != "while" else None) for one in inside)
