@@ -62,22 +62,20 @@ def _counted(jaxpr: Jaxpr, used: Sequence[bool] | None = None) -> float:
 
 def _operations(eqn: Any, used: Sequence[bool]) -> float:
     name, params = eqn.primitive.name, eqn.params
-    if name == "dot_general":
-        return _product(eqn)
-    if name == "conv_general_dilated":
-        return _convolution(eqn)
+    counted = {"dot_general": _product, "conv_general_dilated": _convolution}.get(name)
+    if counted is not None:
+        return counted(eqn)
     if name.startswith("dot_product_attention"):
         return _attention(eqn)
     if name == "scan":
         return float(params["length"]) * _counted(params["jaxpr"].jaxpr)
     if name == "cond":
         return max(_counted(branch.jaxpr, used) for branch in params["branches"])
-    plain = getattr(eqn.primitive, "plain", None)  # a primitive of our own (``models.conv``)
-    if plain is not None:
-        return _counted(
-            jax.make_jaxpr(functools.partial(plain, **params))(*(x.aval for x in eqn.invars)).jaxpr
-        )
     inside = list(_inside(params))
+    plain = getattr(eqn.primitive, "plain", None)
+    if plain is not None:  # a primitive of our own (``models.conv``)
+        made = jax.make_jaxpr(functools.partial(plain, **params))(*(x.aval for x in eqn.invars))
+        inside = [made.jaxpr]
     whole = len(inside) == 1 and len(inside[0].outvars) == len(used)  # as in ``jit`` and ``remat``
     return sum(_counted(one, used if whole and name != "while" else None) for one in inside)
 
