@@ -40,12 +40,26 @@ def own(folder: Path) -> bool:
     return not about.st_mode & 0o022 and about.st_uid in (0, os.getuid())
 
 
+def folder(name: str) -> Path | None:
+    """``home(name)``, made for this user alone; None where there is to be none, or cannot be.
+
+    ``JAXTRAIN_CACHE=off`` keeps nothing of jaxtrain's own.
+    """
+    if os.environ.get("JAXTRAIN_CACHE") == "off":
+        return None
+    try:
+        return home(name) if own(home()) and own(home(name)) else None
+    except (OSError, RuntimeError):
+        return None
+
+
 def compiled(warn: Callable[[str], None]) -> None:
     """Keep compiled programs on the disk, and find those of earlier processes there.
 
     They are in ``JAX_COMPILATION_CACHE_DIR`` or, where that is not set, in a folder of this user and this
-    kind of CPU, for whose instructions they are. ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps none. What is
-    in the folder is run as it is found, so it must be this user's alone.
+    kind of CPU, for whose instructions they are. ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps none, and
+    ``JAXTRAIN_CACHE=off`` none where it is not set. What is in the folder is run as it is found, so it must
+    be this user's alone.
 
     Args:
       warn: takes a line that whoever runs this should read.
@@ -54,6 +68,8 @@ def compiled(warn: Callable[[str], None]) -> None:
       InputError: ``JAX_COMPILATION_CACHE_DIR`` cannot be made.
     """
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+    if not named and os.environ.get("JAXTRAIN_CACHE") == "off":
+        return
     if "://" in named or not getattr(jax.config, "jax_enable_compilation_cache", True):
         return
     try:

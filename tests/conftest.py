@@ -22,6 +22,7 @@ if not GPU:
 # Many tests build the same program, some in processes of their own: compile it once a session.
 CACHE = tempfile.TemporaryDirectory(prefix="jaxtrain-test-cache-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+os.environ["XDG_CACHE_HOME"] = f"{CACHE.name}-of-the-user"  # nothing of the tests in the tester's own
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 

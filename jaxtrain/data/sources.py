@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from jaxtrain.data import decoded
 from jaxtrain.errors import InputError
 
 
@@ -155,7 +156,10 @@ def in_memory(source: Source, limit: int) -> Arrays | None:
     one = source.gather(np.zeros(1, np.int64))
     if len(source) * sum(a.nbytes for a in one.values()) > limit:
         return None
-    return Arrays(source.gather(np.arange(len(source))))
+    identity = getattr(source, "identity", None)
+    if identity is None:
+        return Arrays(source.gather(np.arange(len(source))))
+    return Arrays(decoded.arrays(identity(), lambda: source.gather(np.arange(len(source)))))
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import io
 import os
 import threading
@@ -25,6 +26,7 @@ from jaxtrain.errors import InputError, RunError
 
 # Enough records to repay handing a chunk to a thread, few enough to keep all threads busy.
 _CHUNK = 512
+DECODER = 1  # another number when ``gather`` makes something else of the same files
 # What Pillow calls an image of one, three or four uint8 channels.
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # Two threads of a worker that both import TFDS first thing can wait for each other for ever: each holds a
@@ -131,6 +133,15 @@ class TFDS:
     def place(self, index: int) -> str:
         """Where example ``index`` lies: ``record 12 of FILE``."""
         return self._open().place(index)
+
+    def identity(self) -> str:
+        """Hexadecimal digits that stand for what ``gather`` gives: the split, its files, sizes and times."""
+        opened = self._open()
+        paths = sorted({Path(file.filename).resolve() for file in opened.files})
+        about = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        features = sorted(map(str, opened.features.items()))
+        text = repr((DECODER, self.name, self.split, opened.length, features, about))
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def _open(self) -> _Split:
         folder = find_folder(self.name, self.data_dir)
