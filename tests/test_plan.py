@@ -357,6 +357,7 @@ def test_out_of_memory_says_what_is_there_and_what_to_do(feed, tmp_path, capsys,
         monkeypatch.setattr(program.train, "close", lambda: None)
         out_of_memory()
 
+    step.trace = program.train_step.trace
     monkeypatch.setattr(exhausted, "LARGEST", 1000)  # other tests may have left something
     record = {"name": "digits_cnn", "config": {}, "origin": "mine/digits_cnn.py", "overrides": ["batch=32"]}
     (tmp_path / "config.json").write_text(json.dumps(record))

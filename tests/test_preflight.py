@@ -112,10 +112,16 @@ def small_device(patch: pytest.MonkeyPatch) -> None:
 def out_of_memory(patch: pytest.MonkeyPatch) -> None:
     real = programs.assemble
 
-    def step(*args):
-        raise jax.errors.JaxRuntimeError(OOM)
+    def assemble(*args):
+        program = real(*args)
 
-    patch.setattr(programs, "assemble", lambda *args: dataclasses.replace(real(*args), train_step=step))
+        def step(*args):
+            raise jax.errors.JaxRuntimeError(OOM)
+
+        step.trace = program.train_step.trace  # what is computed is told before it is
+        return dataclasses.replace(program, train_step=step)
+
+    patch.setattr(programs, "assemble", assemble)
 
 
 def saved(**changes) -> Callable[[pytest.MonkeyPatch], None]:

@@ -81,7 +81,7 @@ def _write(root: Path, identity: str, fields: Fields) -> None:
 
 
 def _sum(array: np.ndarray) -> int:
-    return zlib.crc32(memoryview(np.ascontiguousarray(array)).cast("B"))
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _trim(root: Path, cap: int) -> None:
