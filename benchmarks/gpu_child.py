@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain import checkpoint, cli, sharding, workdir
+from jaxtrain import checkpoint, loading, sharding, workdir
 from jaxtrain.program import assemble
 
 
@@ -52,7 +52,7 @@ def first_step(name: str, count: str) -> dict[str, Any]:
             compiling.append(seconds)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    _, _, experiment = cli.load(name, [])
+    _, _, experiment = loading.load(name, [])
     program = assemble(experiment, sharding.make_mesh())
     state = program.init()
     times = [time.time()]
@@ -76,7 +76,7 @@ def first_step(name: str, count: str) -> dict[str, Any]:
 def compare(one: str, other: str) -> dict[str, Any]:
     """The arrays in which the last checkpoints of two finished runs differ, in any bit."""
     states = []
-    _, experiment = cli.recorded(workdir.load(Path(one)), Path(one))
+    _, experiment = loading.recorded(workdir.load(Path(one)), Path(one))
     program = assemble(experiment, sharding.make_mesh())
     for folder in (one, other):
         with checkpoint.open(Path(folder)) as saved:

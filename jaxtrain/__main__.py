@@ -6,16 +6,7 @@ import difflib
 import importlib
 import sys
 
-VERBS = {
-    "run": "jaxtrain.run",
-    "plan": "jaxtrain.commands.plan",
-    "verify": "jaxtrain.commands.verify",
-    "prepare": "jaxtrain.commands.prepare",
-    "evaluate": "jaxtrain.commands.evaluate",
-    "sample": "jaxtrain.commands.sample",
-    "bench": "jaxtrain.commands.bench",
-    "doctor": "jaxtrain.commands.doctor",
-}
+from jaxtrain.commands import SUMMARIES
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,15 +14,16 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     verb = argv[0] if argv else "--help"
     if verb in ("-h", "--help"):
-        lines = (f"  {name:<9} {importlib.import_module(m).SUMMARY}" for name, m in VERBS.items())
+        lines = (f"  {name:<9} {summary}" for name, summary in SUMMARIES.items())
         sys.stdout.write("usage: python -m jaxtrain VERB ...\n\n" + "\n".join(lines) + "\n")
         return 0
-    if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
+    if verb not in SUMMARIES:
+        near = difflib.get_close_matches(verb, SUMMARIES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(SUMMARIES)}"
         sys.stderr.write(f"jaxtrain: no verb is called {verb}: {hint}\n")
         return 2
-    code: int = importlib.import_module(VERBS[verb]).main(argv[1:])
+    module = "jaxtrain.run" if verb == "run" else f"jaxtrain.commands.{verb}"
+    code: int = importlib.import_module(module).main(argv[1:])
     return code
 
 

@@ -12,8 +12,6 @@ import platform
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
-
 from jaxtrain.errors import InputError
 
 CAP = 4 * 2**30  # bytes of compiled programs; the least recently used go first
@@ -67,6 +65,8 @@ def compiled(warn: Callable[[str], None]) -> None:
     Raises:
       InputError: ``JAX_COMPILATION_CACHE_DIR`` cannot be made.
     """
+    import jax  # here: what is kept is looked up by --list too, which does not wait for JAX
+
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
     if not named and os.environ.get("JAXTRAIN_CACHE") == "off":
         return

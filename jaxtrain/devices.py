@@ -1,4 +1,4 @@
-"""What a command runs on: the flags for devices, mesh and processes, and what they make of JAX."""
+"""What a command runs on: the devices, mesh and processes that its flags ask for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from jaxtrain.errors import InputError
 from jaxtrain.sharding import processes
 from jaxtrain.sharding.startup import in_use
 
-FLAGS = ("devices", "mesh", "simulate_devices")
 MOST_SIMULATED = 1024
 PROCESS_FLAGS = ("distributed", "coordinator", "processes", "process_id")
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
@@ -29,43 +28,11 @@ CONTRARY: dict[str, Callable[[str], bool]] = {
 """Flags of XLA that touch the same matter, and which of their values ``--deterministic`` refuses."""
 
 
-def add_flags(parser: argparse.ArgumentParser, *, many_processes: bool = False) -> None:
-    """The flags that ``make`` reads; with ``many_processes`` also those that join several processes."""
-    group = parser.add_argument_group("devices")
-    group.add_argument("--devices", type=int, metavar="N", help="use the first N devices; default: all")
-    group.add_argument(
-        "--mesh",
-        metavar="AXIS=N,...",
-        help="how they share the work: data (examples), fsdp (examples and parameters), model (tensor "
-        "parallelism); one N may be *; default: data=*",
-    )
-    group.add_argument(
-        "--simulate-devices", type=int, metavar="N", help="run the same program on N simulated CPU devices"
-    )
-    if not many_processes:
-        return
-    group.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="the same bits in every run on the same devices: on an NVIDIA GPU with XLA's deterministic "
-        "operations, a CPU needs nothing for it but as many cores; bench --deterministic tells what it costs",
-    )
-    group = parser.add_argument_group("several processes or hosts, each started with the same command")
-    group.add_argument(
-        "--distributed", choices=("auto",), help="find the others through SLURM, Open MPI or Kubernetes"
-    )
-    group.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="where process 0 listens; default: this machine only"
-    )
-    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
-
-
 def make(args: argparse.Namespace, warn: Callable[[str], None] = lambda line: None) -> Mesh:
     """The mesh that the flags ask for. Joins the other processes first, where there are any.
 
     Args:
-      args: with the attributes that ``add_flags`` adds.
+      args: with the attributes that ``flags.add`` adds.
       warn: takes a line that whoever runs this should read.
 
     Raises:
@@ -215,15 +182,6 @@ def first(count: int | None) -> list[jax.Device]:
             f"multiple of {len(local)} up to {len(local) * most}"
         )
     return [device for devices in local.values() for device in devices[:each]]
-
-
-def words(args: argparse.Namespace) -> list[str]:
-    """The device flags as they were typed, for a command to be repeated; not those of other processes."""
-    typed = []
-    for name in FLAGS:
-        if getattr(args, name, None) is not None:
-            typed += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    return typed + (["--deterministic"] if getattr(args, "deterministic", False) else [])
 
 
 def describe(mesh: Mesh) -> str:

@@ -334,7 +334,7 @@ def test_doctor_is_content_with_this_machine(python):
 def test_verbs(capsys):
     assert verbs.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(verb in out for verb in verbs.VERBS)
+    assert all(verb in out for verb in verbs.SUMMARIES)
     assert verbs.main(["evalute"]) == 2
     assert "did you mean evaluate?" in capsys.readouterr().err
 

@@ -12,7 +12,7 @@ import pytest
 import test_scaling as scaling_cases
 
 from jaxtrain import __main__ as verbs
-from jaxtrain import checkpoint, devices
+from jaxtrain import checkpoint, devices, flags
 from jaxtrain.errors import InputError
 
 SMALL = scaling_cases.SMALL.replace("optim.SGD(lr=0.1, momentum=0.9)", "optim.Adam(lr=1e-2)")
@@ -145,9 +145,9 @@ def test_the_record_names_the_flag_where_it_does_something(monkeypatch, mesh1):
 
 def test_the_flag_is_repeated_in_the_command_that_goes_on():
     parser = argparse.ArgumentParser()
-    devices.add_flags(parser, many_processes=True)
-    assert devices.words(parser.parse_args(["--deterministic"])) == ["--deterministic"]
-    assert devices.words(parser.parse_args([])) == []
+    flags.add(parser, many_processes=True)
+    assert flags.words(parser.parse_args(["--deterministic"])) == ["--deterministic"]
+    assert flags.words(parser.parse_args([])) == []
 
 
 def test_bench_measures_what_it_costs(small, capsys, monkeypatch):

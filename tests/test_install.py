@@ -126,15 +126,15 @@ def runnable(language: str) -> list[str]:
 def test_readme_shows_the_two_commands_and_every_verb():
     commands = "\n".join(text for name, _, text in BLOCKS if name == "bash")
     assert "scripts/run --experiment digits_cnn" in commands and "scripts/test" in commands
-    from jaxtrain.__main__ import VERBS
+    from jaxtrain.commands import SUMMARIES
 
-    for verb in VERBS.keys() - {"run"}:
+    for verb in SUMMARIES.keys() - {"run"}:
         assert f"jaxtrain {verb}" in README
 
 
 def test_commands_that_readme_only_shows_name_what_exists():
     """Blocks marked no-run need a network, real data or an hour; their scripts and verbs must be there."""
-    from jaxtrain.__main__ import VERBS
+    from jaxtrain.commands import SUMMARIES
 
     shown = [text for name, info, text in BLOCKS if name == "bash" and "no-run" in info]
     for line in "\n".join(shown).replace("\\\n", " ").splitlines():
@@ -142,7 +142,7 @@ def test_commands_that_readme_only_shows_name_what_exists():
         if words and words[0].startswith("scripts/"):
             assert (ROOT / words[0]).exists(), line
         if words[:3] == ["python", "-m", "jaxtrain"]:
-            assert words[3] in VERBS, line
+            assert words[3] in SUMMARIES, line
         if "--experiment" in words:
             assert (ROOT / "experiments" / f"{words[words.index('--experiment') + 1]}.py").exists(), line
 

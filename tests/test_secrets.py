@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxtrain import __main__ as verbs
-from jaxtrain import cli, redact, run
+from jaxtrain import cli, redact, run, training
 from jaxtrain.errors import InputError
 from jaxtrain.experiment import config_hash, config_text, first_difference, override
 
@@ -157,9 +157,9 @@ def test_the_command_that_goes_on_has_no_secret(secretive):
 
     empty = argparse.Namespace(
         experiment="e", set=["a.token=CANARY-Tok-1", "batch=8", "url=http://u:CANARY-Url-2@h"], overfit=None,
-        extend=False, strict=False, mesh=None, devices=None, simulate_devices=None, deterministic=False,
+        extend=False, strict=False, mesh=None, devices=None, simulate_devices=None, deterministic=False, profile=None,
     )  # fmt: skip
-    command = run._command(empty, Path("r"))
+    command = training._command(empty, Path("r"))
     assert "--set batch=8" in command and command.count(redact.MARK) == 2 and leaks(command) == []
 
 

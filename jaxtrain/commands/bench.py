@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtrain import __version__, cli, devices
-from jaxtrain.commands import exact
+from jaxtrain import __version__, cli, devices, loading
+from jaxtrain.commands import SUMMARIES, exact
 from jaxtrain.errors import InputError, RunError
 
-SUMMARY = "throughput of a training step by number of devices, or what --deterministic costs"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -27,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
-        prog="jaxtrain bench", description=f"{SUMMARY}, on the devices of this one process"
+        prog="jaxtrain bench", description=f"{SUMMARIES['bench']}, on the devices of this one process"
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--scaling", metavar="N,...", help="numbers of devices, such as 1,2,4,8")
@@ -84,11 +83,11 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
     from jaxtrain.recorder import make_console
 
     load = os.getloadavg()[0]  # before this loads the machine itself
-    name, _, experiment = cli.load(args.experiment, args.set)
+    name, _, experiment = loading.load(args.experiment, args.set)
     given = scaling.layouts(experiment, counts, args.mesh, args.weak)
     devices.simulate(args.simulate_devices)
     console = make_console()
-    cli.ensure_prepared(experiment, console)
+    loading.ensure_prepared(experiment, console)
     found = scaling.measure(given, steps=args.steps, rounds=args.rounds, console=console)
     about = {
         "command": shlex.join(["python", "-m", "jaxtrain", "bench", *words]),

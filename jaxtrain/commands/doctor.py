@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxtrain import cli
+from jaxtrain.commands import SUMMARIES
 
-SUMMARY = "versions, devices, disk, data folder, and a one-step smoke test"
 PACKAGES = (
     "jaxtrain",
     "jax",
@@ -35,7 +35,7 @@ PACKAGES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns 0 when nothing is wrong and 3 when something is."""
-    parser = argparse.ArgumentParser(prog="jaxtrain doctor", description=SUMMARY)
+    parser = argparse.ArgumentParser(prog="jaxtrain doctor", description=SUMMARIES["doctor"])
     parser.add_argument(
         "--peak",
         nargs="*",

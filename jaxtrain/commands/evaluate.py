@@ -9,20 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain import cli, devices
+from jaxtrain import cli, devices, flags, loading
+from jaxtrain.commands import SUMMARIES
 from jaxtrain.errors import InputError
 from jaxtrain.sharding import processes
-
-SUMMARY = "test accuracy, precision, recall and F1 of a run's checkpoint"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="jaxtrain evaluate", description=SUMMARY)
+    parser = argparse.ArgumentParser(prog="jaxtrain evaluate", description=SUMMARIES["evaluate"])
     parser.add_argument("--workdir", required=True, metavar="RUN", help="the folder of a run")
     cli.add_checkpoint(parser)
     parser.add_argument("--split", default="test", choices=("test", "valid"))
-    devices.add_flags(parser, many_processes=True)
+    flags.add(parser, many_processes=True)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     return cli.main(_run, parser, argv)
 
@@ -35,10 +34,10 @@ def _run(args: argparse.Namespace) -> int:
 
     folder = cli.run_folder(args.workdir)
     record = workdir.load(folder)
-    name, experiment = cli.recorded(record, folder, args.experiment)
+    name, experiment = loading.recorded(record, folder, args.experiment)
     mesh = devices.make(args, cli.warn)
     console = make_console(quiet=not processes.is_first())
-    cli.ensure_prepared(experiment, console)
+    loading.ensure_prepared(experiment, console)
     program = assemble(experiment, mesh, _confusion)
     if args.split not in program.evals:
         raise InputError(f"{name} has no {args.split} split: it has {', '.join(program.evals)}")
@@ -59,7 +58,7 @@ def _run(args: argparse.Namespace) -> int:
         tables = {k: np.asarray(v).tolist() for k, v in (confusion or {}).items() if k != "accuracy"}
         console.note(json.dumps({"name": name, **found, **values, **tables}))
     else:
-        _tables(name, found, values, confusion, cli.class_names(experiment), console)
+        _tables(name, found, values, confusion, loading.class_names(experiment), console)
     return 0
 
 

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from jaxtrain import cli, devices
+from jaxtrain import devices, loading
 from jaxtrain.errors import InputError, RunError
 from jaxtrain.recorder import Console
 
@@ -47,8 +47,8 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         raise InputError(
             f"XLA_FLAGS has {devices.DETERMINISTIC} already: unset it, so that there is something to compare"
         )
-    name, _, experiment = cli.load(args.experiment, args.set)
-    cli.ensure_prepared(experiment, console)
+    name, _, experiment = loading.load(args.experiment, args.set)
+    loading.ensure_prepared(experiment, console)
     with contextlib.ExitStack() as stack:
         console.note(f"{name}: starting two processes, with --deterministic and without")
         both = {way: stack.enter_context(contextlib.closing(_Child(args, way))) for way in WAYS}
@@ -120,7 +120,7 @@ def serve(args: argparse.Namespace, environment: Callable[[], dict[str, Any]]) -
 
         from jaxtrain import scaling, sharding
 
-        _, _, experiment = cli.load(args.experiment, args.set)
+        _, _, experiment = loading.load(args.experiment, args.set)
         everything = jax.devices()
         mesh = sharding.make_mesh(everything, sharding.parse_mesh(args.mesh, len(everything)))
         lane = scaling.Lane(experiment, mesh)

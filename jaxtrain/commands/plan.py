@@ -13,20 +13,19 @@ from typing import Any, TextIO
 
 from jax.sharding import Mesh
 
-from jaxtrain import cli, devices
+from jaxtrain import cli, devices, flags, loading
+from jaxtrain.commands import SUMMARIES
 from jaxtrain.errors import InputError
-
-SUMMARY = "memory, arithmetic and communication of a run, and what fits, before it runs"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, which is 0 too where the run does not fit."""
-    parser = argparse.ArgumentParser(prog="jaxtrain plan", description=SUMMARY)
+    parser = argparse.ArgumentParser(prog="jaxtrain plan", description=SUMMARIES["plan"])
     parser.add_argument(
         "--experiment", required=True, metavar="NAME", help="a name from run --list, or a path to a .py"
     )
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a setting")
-    devices.add_flags(parser)
+    flags.add(parser)
     parser.add_argument(
         "--device-memory", metavar="SIZE", help="of one device, such as 80GB or 24GiB; default: ask it"
     )
@@ -50,12 +49,12 @@ def _plan(args: argparse.Namespace, out: TextIO) -> int:
     from jaxtrain.program import assemble
     from jaxtrain.recorder import make_console
 
-    name, _, experiment = cli.load(args.experiment, args.set)
+    name, _, experiment = loading.load(args.experiment, args.set)
     if args.device_memory is not None:
         plan.parse_size(args.device_memory, "--device-memory")
     mesh, simulated = _mesh(args)
     limit, console = plan.limit_of(mesh, args.device_memory), make_console(quiet=args.json)
-    cli.ensure_prepared(experiment, console)
+    loading.ensure_prepared(experiment, console)
     experiment, resident = plan.as_on(experiment, limit)
     experiment = plan.opened(experiment, mesh)
     program = assemble(experiment, mesh)

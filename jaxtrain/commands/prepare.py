@@ -6,14 +6,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxtrain import cli
-
-SUMMARY = "fetch a data set, or import its files with --from"
+from jaxtrain import cli, loading
+from jaxtrain.commands import SUMMARIES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="jaxtrain prepare", description=SUMMARY)
+    parser = argparse.ArgumentParser(prog="jaxtrain prepare", description=SUMMARIES["prepare"])
     parser.add_argument(
         "name",
         help="cifar10, cifar100, mnist, fashion_mnist, tiny_shakespeare, imdb_reviews, "
@@ -38,7 +37,7 @@ def _run(args: argparse.Namespace) -> int:
     from jaxtrain.recorder import make_console
 
     console = make_console()
-    folder = cli.with_progress(
+    folder = loading.with_progress(
         console,
         lambda progress: prepare(args.name, data_dir=args.data_dir, source=args.source, progress=progress),
     )

@@ -8,17 +8,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxtrain import cli
+from jaxtrain import cli, loading
+from jaxtrain.commands import SUMMARIES
 from jaxtrain.errors import InputError
 from jaxtrain.experiment import Experiment
 from jaxtrain.types import Batch
 
-SUMMARY = "text from a run's language model"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="jaxtrain sample", description=SUMMARY)
+    parser = argparse.ArgumentParser(prog="jaxtrain sample", description=SUMMARIES["sample"])
     parser.add_argument("--workdir", required=True, metavar="RUN", help="the folder of a run")
     cli.add_checkpoint(parser)
     parser.add_argument("--prompt", default="\n", metavar="TEXT", help="what the text goes on from")
@@ -50,7 +49,7 @@ def _run(args: argparse.Namespace) -> int:
 
     folder = cli.run_folder(args.workdir)
     record = workdir.load(folder)
-    name, experiment = cli.recorded(record, folder, args.experiment)
+    name, experiment = loading.recorded(record, folder, args.experiment)
     example = _example(name, experiment)
     context = int(getattr(experiment.model, "context", example["tokens"].shape[1]))
     _check(args)

@@ -22,12 +22,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxtrain import cli, devices
+from jaxtrain import cli, devices, flags, loading
+from jaxtrain.commands import SUMMARIES
 from jaxtrain.commands.compared import compare
 from jaxtrain.errors import InputError, RunError
 from jaxtrain.sharding import processes
 
-SUMMARY = "proves that a run which is killed goes on exactly, or that two meshes train alike"
 TOLERANCE = 1e-5
 STEPS = 20
 PHASES = ("choose", "straight", "mesh", "killed", "resumed")
@@ -36,7 +36,7 @@ CHOICE = "dispatch.json"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 the same, 3 not."""
-    parser = argparse.ArgumentParser(prog="jaxtrain verify", description=SUMMARY)
+    parser = argparse.ArgumentParser(prog="jaxtrain verify", description=SUMMARIES["verify"])
     parser.add_argument(
         "--experiment", required=True, metavar="NAME", help="a name from run --list, or a path to a .py"
     )
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)  # what this command starts itself
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
-    devices.add_flags(parser, many_processes=True)
+    flags.add(parser, many_processes=True)
     return cli.main(_run, parser, argv)
 
 
@@ -80,11 +80,11 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError(f"--processes {several}: --simulate-devices must be a multiple of it")
     if several > 1 and not args.simulate_devices:
         raise InputError(f"--processes {several} works on simulated devices: add --simulate-devices 8")
-    name, _, experiment = cli.load(args.experiment, args.set)
+    name, _, experiment = loading.load(args.experiment, args.set)
     from jaxtrain.recorder import make_console
 
     console = make_console()
-    cli.ensure_prepared(experiment, console)
+    loading.ensure_prepared(experiment, console)
     with tempfile.TemporaryDirectory(prefix="jaxtrain-verify-") as folder:
         one, other = Path(folder, "one"), Path(folder, "other")
         count = _per_dispatch(args, experiment, one)
@@ -163,7 +163,7 @@ def _train(args: argparse.Namespace) -> int:
     from jaxtrain.program import assemble
     from jaxtrain.recorder import make_console
 
-    name, _, experiment = cli.load(args.experiment, args.set)
+    name, _, experiment = loading.load(args.experiment, args.set)
     mesh = devices.make(args, cli.warn)
     if args.phase == "choose":
         choice = decide(assemble(experiment, mesh), None, args.deterministic)

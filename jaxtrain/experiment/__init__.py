@@ -1,8 +1,16 @@
-"""An experiment as one frozen dataclass, where experiments are found, and their typed overrides."""
+"""An experiment as one frozen dataclass, where experiments are found, and their typed overrides.
 
-from jaxtrain.experiment.config import config_hash, config_text, first_difference, override
-from jaxtrain.experiment.definition import Experiment
-from jaxtrain.experiment.registry import Entry, discover, find
+What is imported from here is loaded when it is first asked for: ``registry`` needs no JAX, and finding
+experiments by name should not wait for it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxtrain.experiment.config import config_hash, config_text, first_difference, override
+    from jaxtrain.experiment.definition import Experiment
+    from jaxtrain.experiment.registry import Entry, discover, find
 
 __all__ = [
     "Entry",
@@ -14,3 +22,11 @@ __all__ = [
     "first_difference",
     "override",
 ]
+
+_HOMES = {"Experiment": "definition", "Entry": "registry", "discover": "registry", "find": "registry"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'config')}"), name)

@@ -9,11 +9,13 @@ import sys
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtrain import userfile
 from jaxtrain.errors import InputError
-from jaxtrain.experiment.definition import Experiment
+
+if TYPE_CHECKING:
+    from jaxtrain.experiment.definition import Experiment
 
 GROUP = "jaxtrain.experiments"
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -39,6 +41,8 @@ class Entry:
         Raises:
           InputError: the file cannot be imported or holds no ``EXPERIMENT``.
         """
+        from jaxtrain.experiment.definition import Experiment  # here: --list and names need no JAX
+
         if self.point is None:
             module: Any = userfile.load(self.origin)
         else:
