@@ -1,4 +1,4 @@
-"""Shuffled, cropped and flipped batches of CIFAR-10, ready on the device, against a PyTorch DataLoader.
+"""Shuffled, cropped and flipped batches of CIFAR-10, against PyTorch's DataLoader, Grain and ``tf.data``.
 
 Every side draws uint8 batches in a fresh random order, pads each image by 4, cuts a random 32×32 window and
 mirrors half of them:
@@ -6,29 +6,43 @@ mirrors half of them:
   resident       ``jaxtrain.data.loader.Resident``: row numbers travel, gather and augmentation are compiled
   streamed       ``jaxtrain.data.loader.Streamed``: gathered by threads on the host, augmented when compiled
   torch, K workers    ``DataLoader`` over a Dataset of single examples, with 0 and 2 workers
+  grain, K threads    ``MapDataset`` of single examples, shuffled, mapped and batched, with 0 and 16 threads
+                      and with 2 worker processes
+  tf.data        ``from_tensor_slices``, shuffle, map and batch, all with AUTOTUNE
 
-The goal is over the faster DataLoader. Pixels are random bytes: what is in them costs no time.
-Without torch its part is skipped.
+jaxtrain's batches are ready on the device and the peers' on the host, which favours the peers. Goals are over
+the faster of a peer's variants. Pixels are random bytes: what is in them costs no time. Peers that are not
+installed are skipped.
 
   python -m benchmarks.feeding [--batch N] [--rounds N] [--out FILE]
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import statistics
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from benchmarks import common
 from jaxtrain import data, sharding
-from jaxtrain.data.loader import Loader, Resident, Streamed
+from jaxtrain.data.loader import Loader, Resident, Streamed, _parse_absl_flags
 
 PAD = 4
 BATCHES = 60  # of each jaxtrain side at once
-PEER_BATCHES = 12  # of each DataLoader at once: they are slower
+PEER_BATCHES = 12  # of each peer at once: they are slower
 WORKERS = 2
+GOALS = {
+    "torch": ("a PyTorch DataLoader", ">= 5"),
+    "grain": ("Grain by examples", ">= 10"),
+    "tf.data": ("tf.data", None),
+}
+
+Sides = dict[str, Callable[[], float]]
 
 
 def drawn(loader: Loader, batches: int) -> Callable[[], None]:
@@ -47,7 +61,7 @@ def drawn(loader: Loader, batches: int) -> Callable[[], None]:
     return work
 
 
-def torch_sides(arrays: dict[str, Any], batch: int) -> dict[str, Callable[[], float]]:
+def torch_sides(arrays: dict[str, Any], batch: int) -> Sides:
     """The DataLoaders by name; seconds an example."""
     from benchmarks import torch_peers  # here: torch is optional
 
@@ -58,6 +72,49 @@ def torch_sides(arrays: dict[str, Any], batch: int) -> dict[str, Callable[[], fl
         return common.each(lambda: [None for _ in loader], PEER_BATCHES * batch)
 
     return {f"torch, {workers} workers": side(workers) for workers in (0, WORKERS)}
+
+
+def grain_sides(arrays: dict[str, Any], batch: int) -> Sides:
+    """Grain's threads and workers by name; seconds an example."""
+    import grain
+
+    def augment(index: int, rng: np.random.Generator) -> dict[str, Any]:
+        frame = np.zeros((32 + 2 * PAD, 32 + 2 * PAD, 3), np.uint8)  # as for torch: np.pad is slower
+        frame[PAD:-PAD, PAD:-PAD] = arrays["image"][index]
+        row, column, flip = rng.integers(0, (2 * PAD + 1, 2 * PAD + 1, 2))
+        image = frame[row : row + 32, column : column + 32]
+        return {"image": image[:, ::-1] if flip else image, "label": arrays["label"][index]}
+
+    def side(threads: int, workers: int, taken: int = PEER_BATCHES) -> Callable[[], float]:
+        examples = grain.MapDataset.range(len(arrays["label"])).seed(0).shuffle().random_map(augment)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=500 if threads else 0)
+        batches = examples.repeat().to_iter_dataset(options).batch(batch)
+        if workers:
+            _parse_absl_flags()
+            batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        stream = iter(batches)
+        return common.each(lambda: [next(stream) for _ in range(taken)], taken * batch)
+
+    return {
+        "grain, 0 threads": side(0, 0),
+        "grain, 16 threads": side(16, 0, PEER_BATCHES // 3),
+        f"grain, {WORKERS} workers": side(0, WORKERS),
+    }
+
+
+def tf_sides(arrays: dict[str, Any], batch: int) -> Sides:
+    """``tf.data``; seconds an example."""
+    import tensorflow as tf
+
+    def augment(image: Any, label: Any) -> Any:
+        padded = tf.pad(image, ((PAD, PAD), (PAD, PAD), (0, 0)))
+        return tf.image.random_flip_left_right(tf.image.random_crop(padded, (32, 32, 3))), label
+
+    made = tf.data.Dataset.from_tensor_slices((arrays["image"], arrays["label"]))
+    made = made.shuffle(len(arrays["label"])).repeat().map(augment, tf.data.AUTOTUNE).batch(batch)
+    stream = made.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+    work = functools.partial(next, itertools.islice(stream, PEER_BATCHES - 1, None, PEER_BATCHES))
+    return {"tf.data": common.each(work, PEER_BATCHES * batch)}
 
 
 def main() -> None:
@@ -72,18 +129,20 @@ def main() -> None:
     sides = {
         name: common.each(drawn(loader, BATCHES), BATCHES * args.batch) for name, loader in loaders.items()
     }
-    skipped = {}
-    try:
-        sides |= torch_sides(arrays, args.batch)
-    except ImportError as error:
-        skipped["torch"] = f"not installed ({error}): pip install torch"
+    skipped, packages = {}, {"torch": "torch", "grain": "grain", "tf.data": "tensorflow"}
+    for peer, made in (("torch", torch_sides), ("grain", grain_sides), ("tf.data", tf_sides)):
+        try:
+            sides |= made(arrays, args.batch)
+        except ImportError as error:
+            skipped[peer] = f"not installed ({error}): pip install {packages[peer]}"
     times = common.interleaved(sides, args.rounds)
-    peers = [name for name in times if name.startswith("torch")]
     results = []
-    if peers:
-        best = min(peers, key=lambda name: statistics.median(times[name]))
-        label = f"examples/s over a PyTorch DataLoader, {best.removeprefix('torch, ')}"
-        results = [common.speedup(f"{name}: {label}", times[best], times[name], ">= 5") for name in loaders]
+    for peer, (label, goal) in GOALS.items():
+        found = [name for name in times if name.partition(",")[0] == peer]
+        if found:
+            best = min(found, key=lambda name: statistics.median(times[name]))
+            over = f"examples/s over {label}{best.removeprefix(peer)}"
+            results += [common.speedup(f"{name}: {over}", times[best], times[name], goal) for name in loaders]
     figures = {
         "batch": args.batch,
         "examples_per_second": {name: 1 / value for name, value in common.medians(times).items()},

@@ -23,7 +23,7 @@ import jax
 import optax
 
 from benchmarks import common
-from benchmarks.loop import TOTAL, Unsaved
+from benchmarks.sides import TOTAL, Unsaved
 from jaxtrain import checkpoint, data, guard, loop, losses, models, optim, recorder, sharding
 from jaxtrain.experiment import Experiment
 from jaxtrain.metrics import Mean

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from benchmarks import common
-from benchmarks.loop import cases
+from benchmarks.sides import cases
 from jaxtrain import profile, sharding
 from jaxtrain.program import assemble
 from jaxtrain.recorder.pace import Pace

@@ -10,11 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import EXPERIMENT
 
-from jaxtrain import sharding
+from jaxtrain import dispatch, sharding
 from jaxtrain.data import Arrays, Order, Sequential, Subset, Synthetic, in_memory
 from jaxtrain.data.loader import Resident, Streamed
 from jaxtrain.errors import InputError, RunError
+from jaxtrain.loop import fit
+from jaxtrain.models import MLP
+from jaxtrain.program import assemble
+from jaxtrain.recorder import make_console
 
 N, BATCH = 50, 16
 SOURCE = in_memory(Synthetic(n=N, shape=(4, 3, 2)), 10**9)
@@ -259,3 +264,28 @@ def test_a_subset_draws_when_its_source_does() -> None:
     np.testing.assert_array_equal(found, [[2, 1, 7], [5, 4, 7]])
     assert in_memory(subset, 2**40) is None
     assert not hasattr(Subset(SOURCE, np.array([1])), "draw")
+
+
+def test_a_streamed_batch_is_put_while_the_steps_before_it_are_computed(
+    tmp_path: Any, mesh1: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    put, wait = Streamed.batch, jax.block_until_ready
+
+    def batch(self: Streamed, step: int) -> Any:
+        events.append("put")
+        return put(self, step)
+
+    def ready(tree: Any) -> Any:
+        events.append("wait")
+        return wait(tree)
+
+    exp = dataclasses.replace(
+        EXPERIMENT, model=MLP(widths=(), classes=4), after=(), augment=(), feed="stream"
+    )
+    program = assemble(dataclasses.replace(exp, eval_every=None, steps_per_dispatch=1), mesh1)
+    monkeypatch.setattr(Streamed, "batch", batch)
+    monkeypatch.setattr(dispatch.jax, "block_until_ready", ready)
+    fit(program, tmp_path, make_console())
+    assert program.steps == 13 and exp.max_in_flight == 2
+    assert events[: 2 + 2 * 11] == ["put", "put", *["put", "wait"] * 11]

@@ -157,7 +157,8 @@ def test_the_command_that_goes_on_has_no_secret(secretive):
 
     empty = argparse.Namespace(
         experiment="e", set=["a.token=CANARY-Tok-1", "batch=8", "url=http://u:CANARY-Url-2@h"], overfit=None,
-        extend=False, strict=False, mesh=None, devices=None, simulate_devices=None, deterministic=False, profile=None,
+        extend=False, strict=False, mesh=None, devices=None, simulate_devices=None, deterministic=False,
+        profile=None,
     )  # fmt: skip
     command = training._command(empty, Path("r"))
     assert "--set batch=8" in command and command.count(redact.MARK) == 2 and leaks(command) == []

@@ -1,0 +1,50 @@
+"""How much of the time the device works on nothing in a run over resident data.
+
+A run of a small convolutional network (batch 128, crop and flip, a record every 50 updates) is profiled as
+``--profile 20:59`` does; ``jaxtrain.profile.idle`` tells the share (docs/profiling.md). Every round is a run.
+
+  python -m benchmarks.idle [--rounds N] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+
+from benchmarks import common
+from benchmarks.sides import cases
+from jaxtrain import data, loop, profile, sharding
+from jaxtrain.experiment import Experiment
+from jaxtrain.program import Program, assemble
+from jaxtrain.recorder.console import Plain
+
+STEPS, UPDATES = 60, (20, 59)
+
+
+def program() -> Program:
+    """The ``cnn`` of ``benchmarks.loop``, for a few updates."""
+    base = cases()["cnn"].experiment
+    fields = {**vars(base), "epochs": STEPS * base.batch / len(base.train), "steps_per_dispatch": 1}
+    fields["test"] = data.Arrays({k: v[: base.batch] for k, v in base.train.fields.items()})
+    return assemble(Experiment(**fields), sharding.make_mesh(jax.devices()[:1]))
+
+
+def main() -> None:
+    """One JSON object."""
+    args = common.arguments(__doc__, rounds=5).parse_args()
+    ready, shares = program(), []
+    for _ in range(args.rounds):
+        with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as null:
+            with contextlib.redirect_stdout(null):
+                loop.fit(ready, Path(folder), Plain(), updates=UPDATES)
+            shares.append(100 * profile.idle(Path(folder) / "profile"))
+    results = [common.result("device idle in a run over resident data", shares, "%", "<= 3")]
+    common.finish(args, "idle", results, {"updates": list(UPDATES), "batch": ready.experiment.batch})
+
+
+if __name__ == "__main__":
+    main()
