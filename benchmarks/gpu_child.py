@@ -1,6 +1,6 @@
 """The pieces of ``scripts/gpu_check.py`` that need JAX, each run in a process of its own.
 
-python -m benchmarks.gpu_child NAME [ARGS]      prints one line of JSON
+python -m benchmarks.gpu_child NAME [ARGS] [--tiny]      prints a line of JSON, or several that grow
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain import checkpoint, loading, sharding, workdir
-from jaxtrain.program import assemble
-
 
 def device() -> dict[str, Any]:
-    """The first device, and versions."""
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    """The first device, and versions; needs nothing of jaxtrain."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "torch")
     plugins = ("jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
     versions = {"python": platform.python_version()}
     for package in (*names, *plugins):
@@ -45,6 +42,9 @@ def device() -> dict[str, Any]:
 
 def first_step(name: str, count: str) -> dict[str, Any]:
     """Seconds since the process was started until a step is finished, and the pace of ``count`` more."""
+    from jaxtrain import loading, sharding
+    from jaxtrain.program import assemble
+
     compiling: list[float] = []
 
     def listen(event: str, seconds: float, **_: Any) -> None:
@@ -75,6 +75,9 @@ def first_step(name: str, count: str) -> dict[str, Any]:
 
 def compare(one: str, other: str) -> dict[str, Any]:
     """The arrays in which the last checkpoints of two finished runs differ, in any bit."""
+    from jaxtrain import checkpoint, loading, sharding, workdir
+    from jaxtrain.program import assemble
+
     states = []
     _, experiment = loading.recorded(workdir.load(Path(one)), Path(one))
     program = assemble(experiment, sharding.make_mesh())
@@ -91,14 +94,38 @@ def compare(one: str, other: str) -> dict[str, Any]:
     return {"arrays": len(states[0]), "different": different}
 
 
+def measured(module: str, function: str) -> Callable[..., Iterator[dict[str, Any]]]:
+    """A function of another module that yields its figures; ``--tiny`` as its last argument is for a CPU."""
+
+    def run(*args: str) -> Iterator[dict[str, Any]]:
+        import importlib
+
+        given = [word for word in args if word != "--tiny"]
+        work = getattr(importlib.import_module(f"benchmarks.{module}"), function)
+        yield from work(*given, tiny="--tiny" in args)
+
+    return run
+
+
+FUNCTIONS: dict[str, Callable[..., dict[str, Any] | Iterator[dict[str, Any]]]] = {
+    "device": device,
+    "first_step": first_step,
+    "compare": compare,
+    "exact": measured("gpu_exact", "exact"),
+    "peak": measured("gpu_measure", "peaks"),
+    "attention": measured("gpu_measure", "attentions"),
+    "scan": measured("gpu_measure", "scans"),
+    "feeding": measured("gpu_measure", "feeding"),
+    "saving": measured("gpu_measure", "saving"),
+    "airbench": measured("gpu_airbench", "airbench"),
+}
+
+
 def main(name: str, *args: str) -> None:
-    """``device``, ``first_step EXPERIMENT STEPS`` or ``compare FOLDER FOLDER``."""
-    functions: dict[str, Callable[..., dict[str, Any]]] = {
-        "device": device,
-        "first_step": first_step,
-        "compare": compare,
-    }
-    print(json.dumps(functions[name](*args)))
+    """One of ``FUNCTIONS``; one that yields prints a line each time, of which the last has everything."""
+    found = FUNCTIONS[name](*args)
+    for each in [found] if isinstance(found, dict) else found:
+        print(json.dumps(each, default=float), flush=True)
 
 
 if __name__ == "__main__":

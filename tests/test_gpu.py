@@ -13,24 +13,26 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain import checkpoint, data, devices, loop, losses, models, optim, recorder, sharding
+from jaxtrain import checkpoint, data, devices, guard, loop, losses, models, optim, recorder, sharding
 from jaxtrain.commands import doctor
+from jaxtrain.errors import RunError
 from jaxtrain.experiment import Experiment, find
 from jaxtrain.experiment.config import override
 from jaxtrain.program import Program, assemble
 from jaxtrain.recorder.console import Plain
 from jaxtrain.stop import Request
+from jaxtrain.watch import Watch
 
 pytestmark = pytest.mark.gpu
 
 DIGITS = Experiment(
     model=models.CNN(widths=(16, 32), convs=2),
-    train=data.Digits("train"),
-    test=data.Digits("test"),
+    train=data.Synthetic(n=1437, shape=(8, 8, 1)),  # no scikit-learn, which GPU machines may lack
+    test=data.Synthetic(n=360, shape=(8, 8, 1), split="test"),
     loss=losses.CrossEntropy(smoothing=0.1),
     optimizer=optim.SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4),
     augment=(data.Crop(pad=1),),
-    preprocess=(data.Normalise(scale=16),),
+    preprocess=(data.Normalise(),),
     batch=128,
     epochs=4,
     log_every=10,
@@ -116,6 +118,24 @@ def _gpu():
         pytest.skip("JAX sees no GPU")
 
 
+@dataclasses.dataclass(frozen=True)
+class Nans:
+    """A stage with a mistake in it."""
+
+    def __call__(self, batch, key):
+        return {**batch, "image": jax.numpy.full(batch["image"].shape, jax.numpy.nan)}
+
+
+def allowed(function):
+    """``function``, which may read from the device."""
+
+    def call(*args):
+        with jax.transfer_guard_device_to_host("allow"):
+            return function(*args)
+
+    return call
+
+
 class Unsaved(Program):
     """A program that is never saved."""
 
@@ -136,19 +156,61 @@ def test_a_step_is_that_of_the_cpu():
     assert gpu_metrics["loss"] == pytest.approx(cpu_metrics["loss"], rel=1e-4)
 
 
-def test_the_loop_reads_nothing_from_the_device_implicitly(tmp_path):
-    """Training, logging and evaluation fetch only what the recorder asks for by name."""
-    program = assemble(DIGITS, sharding.make_mesh(jax.devices()[:1]))
+@pytest.mark.parametrize(("policy", "per_dispatch"), [("stop", 1), ("skip", 8)])
+def test_the_loop_reads_nothing_from_the_device(tmp_path, monkeypatch, policy, per_dispatch):
+    """But the recorder's late fetch, which says so itself, and the watch's figures of finished updates.
+
+    Training, logging and evaluation; ``copy_to_host_async`` counts as a read where JAX guards it.
+    """
+    pytest.importorskip("tensorboardX")
+    for name in ("add", "settle"):
+        monkeypatch.setattr(Watch, name, allowed(getattr(Watch, name)))
+    exp = dataclasses.replace(DIGITS, guard=policy, steps_per_dispatch=per_dispatch)
+    program = assemble(exp, sharding.make_mesh(jax.devices()[:1]))
     program = Unsaved(**{f.name: getattr(program, f.name) for f in dataclasses.fields(program)})
     console = Plain()
     with (
         checkpoint.open(tmp_path) as saved,
         recorder.open(tmp_path, console, start=0, log_every=10, examples=128) as record,
-        jax.transfer_guard_device_to_host("disallow"),
     ):
-        loop._train(program, program.init(), 0, saved, record, console, Request())
-        record.flush()
-        loop.evaluate(program, program.init(), "test", console)
+        state = program.init()
+        with jax.transfer_guard_device_to_host("disallow"):
+            state = loop._train(program, state, 0, saved, record, console, Request())
+            record.flush()
+            loop.evaluate(program, state, "test", console)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == program.steps
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_several_updates_at_once_are_those_one_by_one(precision):
+    """A dense network: bit for bit on a CPU; here XLA may choose other kernels inside a loop."""
+    exp = dataclasses.replace(DIGITS, model=models.MLP(widths=(64,)), augment=(), precision=precision)
+    with jax.default_matmul_precision("highest"):
+        program = assemble(exp, sharding.make_mesh(jax.devices()[:1]))
+        one, several = program.init(), program.init()
+        for step in range(8):
+            one, _ = program.train_step(one, program.train.batch(step), program.key)
+        batches, shared = program.train.batches(0, 8)
+        several, metrics = program.train_steps(several, batches, program.key, shared)
+    assert metrics["loss"].total.shape == (8,) and int(several.step) == int(one.step) == 8
+    rtol, atol = (1e-4, 1e-6) if precision == "float32" else (5e-2, 5e-3)
+    one, several = (jax.device_get(state.params) for state in (one, several))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), one, several)
+
+
+def test_nan_through_relus_is_stopped_by_the_guard(tmp_path):
+    """A ReLU can hide NaN from the loss; the update is not applied, and the run ends."""
+    pytest.importorskip("tensorboardX")
+    model = models.MLP(widths=(32,))  # no BatchNorm, whose statistics would show NaN
+    exp = dataclasses.replace(DIGITS, model=model, augment=(Nans(),))
+    program = assemble(exp, sharding.make_mesh(jax.devices()[:1]))
+    before = jax.device_get(program.init().params)
+    state, metrics = program.train_step(program.init(), program.train.batch(0), program.key)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), before)
+    assert guard.faults(jax.device_get(metrics["guard"]).figures())
+    with pytest.raises(RunError, match="at step 1: the update was not applied"):
+        loop.fit(program, tmp_path, Plain())
 
 
 def test_the_guard_of_that_test_is_awake():
@@ -159,6 +221,8 @@ def test_the_guard_of_that_test_is_awake():
 
 def test_resume_is_bitwise_with_deterministic_ops(tmp_path):
     """Straight, and stopped at step 10 and gone on with: the same bits."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("tensorboardX")
     env = {
         **os.environ,
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip(),
@@ -175,6 +239,8 @@ def test_resume_is_bitwise_with_deterministic_ops(tmp_path):
 
 def test_two_runs_with_deterministic_are_the_same_bits(tmp_path):
     """In fresh processes, each of which chooses its kernels anew."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("tensorboardX")
     env = {
         **{name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"},
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",

@@ -1,0 +1,84 @@
+"""One side of a comparison of ``scripts/gpu_check.py``, in a process that trains when it is told to.
+
+python -m benchmarks.gpu_side jaxtrain|torch gpt|resnet50 BATCH [--tiny]
+
+It prints what it is as one line of JSON, and after each line ``NAME UPDATES`` that it reads the seconds of an
+update. So JAX and PyTorch, whose libraries do not go well together in one process, take turns on one card.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+Work = Callable[[int], None]
+"""Carries out so many updates and waits for them."""
+
+
+def jaxtrain_side(name: str, batch: int, tiny: bool) -> tuple[dict[str, Any], dict[str, Callable[[], Work]]]:
+    """Ours: what it is, and its variants by name; memory is that of ``plan`` and of two updates."""
+    import jax
+
+    from benchmarks import gpu_workloads as workloads
+    from benchmarks.gpu_measure import Steps, mesh
+    from jaxtrain import plan
+    from jaxtrain.plan.throughput import update_flops
+    from jaxtrain.program import assemble
+
+    began = time.perf_counter()
+    exp = workloads.gpt(batch, tiny) if name == "gpt" else workloads.resnet50(batch, tiny)
+    program = assemble(exp, mesh())
+    planned = plan.measure(program, count=False)  # compiles, while nothing else is on the device
+    steps = Steps(program)
+    steps(2)
+    device = jax.devices()[0]
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    about = {
+        "batch": batch,
+        "parameters": planned.parameters,
+        "flops": update_flops(program),
+        "tokens": exp.train.fields["tokens"][:batch].size if name == "gpt" else None,
+        "compile_seconds": time.perf_counter() - began,
+        "planned_bytes": planned.total,
+        "planned_parts": planned.bytes,
+        "peak_bytes": peak,
+    }
+    variants: dict[str, Callable[[], Work]] = {"default": lambda: steps}
+    if name == "gpt":
+        exp_xla = workloads.gpt(batch, tiny, attention="xla")
+        variants["xla attention"] = lambda: Steps(assemble(exp_xla, mesh()))
+    return about, variants
+
+
+def torch_side(name: str, batch: int, tiny: bool) -> tuple[dict[str, Any], dict[str, Callable[[], Work]]]:
+    """The same network under ``torch.compile``."""
+    from benchmarks import gpu_torch
+
+    began = time.perf_counter()
+    trainer = gpu_torch.Trainer(name, batch, tiny)
+    trainer.steps(2)
+    about = {**trainer.about(), "batch": batch, "compile_seconds": time.perf_counter() - began}
+    return about, {"default": lambda: trainer.steps}
+
+
+def main(kind: str, name: str, batch: str, *flags: str) -> None:
+    """Serve until the input ends."""
+    make = {"jaxtrain": jaxtrain_side, "torch": torch_side}[kind]
+    about, variants = make(name, int(batch), "--tiny" in flags)
+    made: dict[str, Work] = {}
+    print(json.dumps(about), flush=True)
+    for line in sys.stdin:
+        variant, _, updates = line.strip().rpartition(" ")
+        if variant not in made:
+            made[variant] = variants[variant]()
+            made[variant](2)
+        began = time.perf_counter()
+        made[variant](int(updates))
+        print(json.dumps({"seconds": (time.perf_counter() - began) / int(updates)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
