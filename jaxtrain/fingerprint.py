@@ -42,10 +42,18 @@ def start(tree: Any) -> jax.Array | None:
       An array for ``finish``, the same on every device; None where there is no array.
     """
     leaves = jax.tree.leaves(tree)
-    mesh = next(
-        (x.sharding.mesh for x in leaves if isinstance(getattr(x, "sharding", None), NamedSharding)), None
-    )
-    return _program(mesh)(leaves) if leaves else None
+    return _program(_mesh(leaves))(leaves) if leaves else None
+
+
+def prepare(tree: Any) -> None:
+    """Compile what ``start`` will run, which then takes no time for it.
+
+    Args:
+      tree: shapes, dtypes and shardings (``jax.ShapeDtypeStruct`` leaves) of the arrays.
+    """
+    leaves = jax.tree.leaves(tree)
+    if leaves:
+        _program(_mesh(leaves)).lower(leaves).compile()
 
 
 def finish(tree: Any, started: jax.Array | None) -> dict[str, str]:
@@ -57,6 +65,13 @@ def finish(tree: Any, started: jax.Array | None) -> dict[str, str]:
     """
     rows = np.zeros((0, 2), ">u4") if started is None else np.asarray(jax.device_get(started), ">u4")
     return {path: row.tobytes().hex() for path, row in zip(leaf_paths(tree), rows, strict=True)}
+
+
+def _mesh(leaves: list[Any]) -> Any:
+    """That the arrays are split over, None where they are on one device."""
+    return next(
+        (x.sharding.mesh for x in leaves if isinstance(getattr(x, "sharding", None), NamedSharding)), None
+    )
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections import namedtuple
 from pathlib import Path
 
@@ -14,10 +15,10 @@ import numpy as np
 import pytest
 
 from jaxtrain import __main__ as verbs
-from jaxtrain import checkpoint, run, sharding
-from jaxtrain.checkpoint import manifest, store
+from jaxtrain import checkpoint, fingerprint, run, sharding
+from jaxtrain.checkpoint import background, manifest, store
 from jaxtrain.errors import InputError, RunError
-from jaxtrain.types import State
+from jaxtrain.types import State, leaf_paths
 
 
 def make_state(mesh, value=0.0, width=8, dtype=jnp.float32) -> State:
@@ -406,16 +407,86 @@ def test_a_state_with_colliding_paths_is_refused(tmp_path, mesh1):
         saved.save(1, state)
 
 
-def test_a_save_on_eight_devices_compiles_the_fingerprints_only(mesh8, tmp_path, caplog):
+@pytest.fixture
+def compiled(caplog):
+    """Messages of what is compiled, in any thread, from now on."""
+    jax.config.update("jax_log_compiles", True)
+    with caplog.at_level("WARNING"):
+        yield lambda: [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
+    jax.config.update("jax_log_compiles", False)
+
+
+def test_a_save_on_eight_devices_compiles_the_fingerprints_only(mesh8, tmp_path, compiled):
     """Orbax would cut every array into a slice for each device, and compile a program for each cut."""
     values = {f"w{i}": np.zeros((64 + i, 24), np.float32) for i in range(4)}
     state = State(np.int32(3), values, {}, {})
     state = jax.device_put(state, sharding.replicated(mesh8))
-    with checkpoint.open(tmp_path) as saved, jax.log_compiles(), caplog.at_level("WARNING"):
+    with checkpoint.open(tmp_path) as saved:
         saved.save(3, state)
         saved.wait()
-    compiled = [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
-    assert len(compiled) == 1 and "fingerprints" in compiled[0]
+    assert len(compiled()) == 1 and "fingerprints" in compiled()[0]
+
+
+@pytest.mark.parametrize("axes", ["data=1", "data=2,fsdp=4"])
+def test_a_save_copies_and_waits_for_nothing_else(axes, tmp_path, monkeypatch):
+    """Orbax may take its time: steps go on in the state's memory, and its step is what is saved."""
+    size = 1 if axes == "data=1" else 8
+    mesh = sharding.make_mesh(jax.devices()[:size], sharding.parse_mesh(axes, size))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    state = make_state(mesh, 5)
+    state = state.replace(params=jax.device_put({"w": np.full((64, 32), 5, np.float32)}, split))
+    bump = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    go, real, threads = threading.Event(), background._begun, []
+
+    def slow(folder, arrays):
+        threads.append(threading.current_thread())
+        assert go.wait(20), "the save was waited for"
+        return real(folder, arrays)
+
+    monkeypatch.setattr(background, "_begun", slow)
+    before = fingerprint.finish(leaf_paths(state), fingerprint.start(leaf_paths(state)))
+    with checkpoint.open(tmp_path) as saved:
+        saved.save(1, state)
+        for _ in range(5):
+            state = bump(state)
+        jax.block_until_ready(state)
+        go.set()
+        saved.wait()
+        found = saved.latest()
+        assert found.manifest["fingerprints"] == before
+        assert (np.asarray(saved.restore(found, like(state)).params["w"]) == 5).all()
+    assert threads == [t for t in threads if t is not threading.main_thread()] and len(threads) == 1
+
+
+def test_what_is_copied_is_in_memory_of_its_own(mesh1):
+    """Else JAX would copy it with one thread, in the step that is given the state."""
+    arrays = leaf_paths(make_state(mesh1, 1, width=4000))
+    copied = background._copied(arrays)
+    places = [{x.unsafe_buffer_pointer() for x in some.values()} for some in (arrays, copied)]
+    assert not places[0] & places[1]
+
+
+def test_elsewhere_orbax_takes_the_values_before_save_returns(tmp_path, mesh1, monkeypatch, compiled):
+    """On accelerators, whose memory a copy would fill; the fingerprints' program is there by then."""
+    monkeypatch.setattr(background, "copies", lambda arrays: False)
+    strong = jax.tree.map(np.asarray, make_state(mesh1, 3, width=11))  # as a compiled step's results are
+    state = jax.device_put(strong, sharding.replicated(mesh1))
+    threads, real = [], background._begun
+
+    def begun(*args):
+        threads.append(threading.current_thread())
+        return real(*args)
+
+    monkeypatch.setattr(background, "_begun", begun)
+    with checkpoint.open(tmp_path) as saved:
+        saved.restore_or(lambda: state, like(state))
+        saved._compiled.result()
+        before = compiled()
+        assert sum("fingerprints" in message for message in before) == 1
+        saved.save(1, state)
+        saved.wait()
+        assert compiled() == before and threads == [threading.main_thread()]
+        assert float(saved.restore(saved.latest(), like(state)).params["head"]["kernel"][0, 0]) == 3
 
 
 MLP = """

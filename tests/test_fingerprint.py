@@ -59,6 +59,16 @@ def test_one_program_for_all_arrays(mesh1, caplog):
     assert len([r for r in caplog.records if r.getMessage().startswith("Compiling")]) == 1
 
 
+def test_a_prepared_program_is_the_one_that_is_run(mesh8, caplog):
+    place = NamedSharding(mesh8, PartitionSpec("data"))
+    tree = jax.device_put({f"w{i}": np.ones((8 * i + 8, 3), np.float32) for i in range(2)}, place)
+    fingerprint.prepare(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree))
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        prints(tree)
+    assert not [r for r in caplog.records if r.getMessage().startswith("Compiling")]
+    fingerprint.prepare({})
+
+
 @pytest.mark.parametrize("name", [name for name in ARRAYS if name != "empty"])
 def test_any_flipped_bit_changes_them(name):
     x = jnp.asarray(ARRAYS[name])

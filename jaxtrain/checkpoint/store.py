@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from jaxtrain import fingerprint
+from jaxtrain.checkpoint import background
 from jaxtrain.checkpoint import folder as folders
 from jaxtrain.checkpoint import manifest as manifests
 from jaxtrain.checkpoint.manifest import Damaged, Saved
@@ -61,6 +62,7 @@ class Checkpoints:
         self._older = older
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, int, Future[None]] | None = None
+        self._compiled: Future[None] | None = None
 
     def steps(self) -> list[Saved]:
         """Complete checkpoints, oldest first; the same in every process.
@@ -110,7 +112,10 @@ class Checkpoints:
             return self._last_good(like) or (init(), 0)
         newest = self.latest()
         if newest is None:
-            return init(), 0
+            state, paths = init(), leaf_paths(like)
+            if processes.count() == 1 and not background.copies(paths):  # which the first save would wait for
+                self._compiled = self._writer.submit(fingerprint.prepare, paths)
+            return state, 0
         self._check_run(newest)
         return self.restore(newest, like), newest.step
 
@@ -173,12 +178,11 @@ class Checkpoints:
         return state
 
     def save(self, step: int, state: State, score: float | None = None) -> None:
-        """Start saving ``state``; returns when it has been copied, while the disk is still being written.
+        """Start saving ``state``, which may be donated at once; the disk is written in the background.
 
         A save that is still under way is waited for first. A step that is already there is left alone.
+        On CPUs it does not even wait for the copy, which the next step does before it reuses the memory.
         """
-        from orbax.checkpoint import v1 as ocp
-
         self.wait()
         folder = folders.step_folder(self._folder, step)
         if processes.agree((folder / "manifest.json").exists(), "checkpoint"):
@@ -199,16 +203,12 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
             if processes.is_first():
                 (folder / folders.SAVING).touch()
-            prints = fingerprint.start(paths)  # now: the next step is given the state's memory
-            context = ocp.Context()
-            # Else every replica writes a slice, by a program compiled for each array and device: training
-            # stood still for 35 s at the first save of 30 arrays on 8 CPU devices.
-            context.array.saving.use_replica_parallel = False
-            with context:
-                response = ocp.save_async(folder / "state", paths, overwrite=True)
+            if self._compiled is not None:
+                self._compiled.result()
+            write = background.writing(folder / "state", paths)
         except Exception as error:
             raise self._failed(step, size, error) from error
-        self._pending = step, size, self._writer.submit(self._finish, response, folder, manifest, prints)
+        self._pending = step, size, self._writer.submit(self._finish, write, folder, manifest)
 
     def poll(self) -> None:
         """Raise RunError if the save under way has failed; costs about a microsecond."""
@@ -231,8 +231,8 @@ class Checkpoints:
         """Let go of the writer thread, without waiting for what it does if ``wait`` is false."""
         self._writer.shutdown(wait, cancel_futures=not wait)
 
-    def _finish(self, response: Any, folder: Path, manifest: dict[str, Any], prints: Any) -> None:
-        response.result()  # in every process: Orbax commits when all have written
+    def _finish(self, write: Callable[[], Any], folder: Path, manifest: dict[str, Any]) -> None:
+        prints = write()  # in every process: Orbax commits when all have written
         if not processes.is_first():
             return
         manifests.write(folder, {**manifest, "fingerprints": fingerprint.finish(manifest["tree"], prints)})
