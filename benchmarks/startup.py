@@ -3,7 +3,8 @@
 Each side is ``python -m jaxtrain.run`` in a fresh process, from its start to the line that records its first
 step, which is written when the second has been dispatched; then it is ended. ``cold`` has an empty cache
 folder, ``warm`` the one that the cold run of its round has filled: compiled programs and the decoded data
-set. The system's own cache of files is warm in both. Needs CIFAR-10 prepared (``python -m jaxtrain prepare cifar10``).
+set. The system's own cache of files is warm in both. Needs CIFAR-10 prepared
+(``python -m jaxtrain prepare cifar10``).
 
 ``--help`` and ``--list`` are timed too, the list after a first one in the same cache folder.
 
