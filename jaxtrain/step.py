@@ -170,7 +170,7 @@ def scan_steps(
 
     >>> import optax
     >>> from jaxtrain.losses import MSE
-    >>> model = (lambda key, batch: (jnp.zeros(1), {}),
+    >>> model = (lambda key, batch: (jnp.zeros((1, 1)), {}),
     ...          lambda params, extra, batch, **mode: (params * batch["x"], extra))
     >>> tx = optax.sgd(0.1)
     >>> steps = jax.jit(scan_steps(make_train_step(model, MSE(), tx)))
