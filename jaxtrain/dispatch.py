@@ -27,6 +27,7 @@ from jaxtrain.types import Metrics, State
 
 SHORTEST = 5_000  # updates of a run that are worth a second compilation: up to 0.2 ms are won at each
 LONGEST = 5e-3  # seconds of a step, from which on dispatching it is too little of it
+FEW = 2  # updates that are timed to see how long one takes at all: it may be seconds
 MANY = 32  # updates tried at once: at most 0.16 s, which is how long a signal may have to wait
 GAIN = 1.05  # how much faster several at once must be
 ROUNDS = 5
@@ -147,8 +148,8 @@ def choose(program: Program) -> Choice:
     if program.steps < SHORTEST:
         return Choice(1, f"a run of fewer than {SHORTEST:,} updates")
     trial = _Trial(program)
-    trial.seconds(1)  # compiles
-    one = processes.agree(trial.seconds(1), "seconds of an update")
+    trial.seconds(1, FEW)  # compiles
+    one = processes.agree(trial.seconds(1, FEW), "seconds of an update")
     if one >= LONGEST:
         return Choice(1, f"{1e3 * one:.1f} ms an update", {1: one})
     count = _even(program.uninterrupted(), MANY)
@@ -184,9 +185,9 @@ class _Trial:
         self._batch = program.train.batch(0)
         self._batches: dict[int, tuple[Any, Any]] = {}
 
-    def seconds(self, count: int) -> float:
-        """Seconds of an update, ``count`` at once, over a few hundredths of a second or a few updates."""
-        updates = max(count, MANY)
+    def seconds(self, count: int, updates: int = MANY) -> float:
+        """Seconds of an update, ``count`` at once; ``updates`` are timed, or as many as a dispatch has."""
+        updates = max(count, updates)
         flight, began = InFlight(self._most), time.perf_counter()
         for _ in range(updates // count):
             flight.add(self._dispatch(count))

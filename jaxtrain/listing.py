@@ -12,8 +12,9 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxtrain import __version__, cache, redact
 from jaxtrain.errors import InputError
@@ -36,9 +37,9 @@ def show() -> int:
     table = Table(box=None, pad_edge=False)
     for column in COLUMNS:
         table.add_column(column, justify="right" if column == "parameters" else "left")
-    known, rows = _read(), {}
+    known, rows, code = _read(), {}, _files(PACKAGE.rglob("*.py"))
     for entry in discover():
-        key = _key(entry)
+        key = _key(entry, code)
         row = known.get(key) or _described(entry)
         if len(row) == len(COLUMNS) - 1 and row[-1] != UNKNOWN and entry.point is None:
             rows[key] = row
@@ -60,12 +61,19 @@ def _described(entry: Entry) -> list[str]:
         return [redact.text(f"cannot be loaded: {error}")]  # before a cell cuts it
 
 
-def _key(entry: Entry) -> str:
-    """Stands for the experiment's file, its neighbours, which it may import, and all of jaxtrain's code."""
-    path = Path(entry.origin)
-    files = [*sorted(PACKAGE.rglob("*.py")), *sorted(path.parent.glob("*.py"))]
-    about = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr((__version__, entry.name, entry.origin, about)).encode()).hexdigest()[:32]
+def _key(entry: Entry, code: str) -> str:
+    """Stands for the experiment's file, its neighbours, which it may import, and jaxtrain's ``code``."""
+    near = _files(Path(entry.origin).parent.glob("*.py")) if entry.point is None else ""
+    return _digest((__version__, entry.name, entry.origin, near, code))
+
+
+def _files(paths: Iterable[Path]) -> str:
+    """Stands for what is in the files, as far as their sizes and times tell."""
+    return _digest([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:32]
 
 
 def _read() -> dict[str, list[str]]:

@@ -90,6 +90,8 @@ class Program:
         of these are where they are without dispatches of several. A function of the step alone, so a run
         that is resumed has the same dispatches.
         """
+        if self.per_dispatch == 1:
+            return 1
         first, last = step + 1, step + self.per_dispatch - 1
         between = last >= self.steps or any(_completes(first, last, period) for period in self._periods())
         return 1 if between else self.per_dispatch

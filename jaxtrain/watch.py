@@ -54,7 +54,8 @@ class Watch:
         """
         for values in jax.tree.leaves(metrics.pop(guard.NAME, None)):
             if self._copies:
-                values.copy_to_host_async()
+                with jax.transfer_guard_device_to_host("allow"):
+                    values.copy_to_host_async()
             self._queue.append((step, count, values))
         self.settle(self._program.experiment.max_in_flight)
 

@@ -85,3 +85,4 @@ def test_the_least_recently_used_go_first(tmp_path):
 def test_trimming_what_is_not_there_is_no_error(folder, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / folder)
     cache.trim(tmp_path, cap=0)
+    assert list(tmp_path.iterdir()) == []  # the link itself is gone

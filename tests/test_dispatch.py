@@ -135,10 +135,11 @@ class Times:
     """Stands in for the clock of ``_Trial``: seconds of an update, alone and with others."""
 
     def __init__(self, alone, several):
-        self.alone, self.several, self.asked = alone, several, []
+        self.alone, self.several, self.asked, self.updates = alone, several, [], 0
 
-    def seconds(self, count):
+    def seconds(self, count, updates=None):
         self.asked.append(count)
+        self.updates += max(count, updates or dispatch.MANY)
         return self.alone if count == 1 else self.several
 
 
@@ -153,10 +154,11 @@ class Times:
 )
 def test_the_faster_way_is_chosen(alone, several, count, asked, monkeypatch, mesh1):
     times = Times(alone, several)
-    monkeypatch.setattr(dispatch._Trial, "seconds", lambda _, count: times.seconds(count))
+    monkeypatch.setattr(dispatch._Trial, "seconds", lambda _, *given: times.seconds(*given))
     program = assemble(change(epochs=500, eval_every=10, save_every=10), mesh1)  # 125 updates in ten epochs
     choice = choose(program)
     assert choice.count == count and set(times.asked) == asked
+    assert alone < dispatch.LONGEST or times.updates <= 4  # a step may take seconds
     assert (several * 2 < alone) or times.asked.count(31) <= 7
     assert str(round(1e6 * alone)) in choice.why or "ms an update" in choice.why
 

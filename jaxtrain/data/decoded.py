@@ -87,7 +87,7 @@ def _sum(array: np.ndarray) -> int:
 def _trim(root: Path, cap: int) -> None:
     """Remove the data sets that were not used for longest, and what killed processes left, above ``cap``."""
     found = []
-    for folder in root.iterdir():
+    for folder in filter(Path.is_dir, root.iterdir()):
         about = folder.stat(follow_symlinks=False)
         size = sum(file.stat().st_size for file in folder.iterdir())
         old = folder.name.startswith(".part-") and time.time() - about.st_mtime > 3600

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxtrain import sharding
 from jaxtrain.data import Source
-from jaxtrain.data.loader import EPOCH, EXAMPLE_ID, Resident, Streamed
+from jaxtrain.data.loader import EPOCH, EXAMPLE_ID, Resident
 from jaxtrain.program import Program
 from jaxtrain.sharding import rules
 from jaxtrain.types import leaf_paths
@@ -79,12 +79,8 @@ def bytes_per_device(x: Any) -> int:
 
 def batch_like(program: Program) -> dict[str, Any]:
     """Shapes, dtypes and shardings of what the train step takes as its batch; nothing is placed."""
-    exp, train = program.experiment, program.train
-    if isinstance(train, Streamed):  # which would send a batch to the devices if it were asked for one
-        shapes = example_like(exp.train, exp.batch)
-    else:
-        shapes = jax.eval_shape(lambda batch: batch, train.batch(0))
-    where = jax.tree.broadcast(train.shardings, shapes)
+    shapes = jax.eval_shape(lambda batch: batch, program.train.like())
+    where = jax.tree.broadcast(program.train.shardings, shapes)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
 
