@@ -400,14 +400,15 @@ def test_killed_and_resumed_is_bitwise_the_straight_run(devices):
 def test_a_second_interrupt_while_saving_does_not_hang(python):
     """A save that is cut off leaves threads behind which wait for ever."""
     code = f"""
-import os, signal, sys, threading
+import os, signal, sys, threading, time
 from orbax.checkpoint import v1
 from jaxtrain import cli, run
 
 def cut_off(*args, **kwargs):
     threading.Thread(target=threading.Event().wait).start()
-    os.kill(os.getpid(), signal.SIGINT)
-    os.kill(os.getpid(), signal.SIGINT)
+    while True:  # in the thread that writes; two signals at once would be one
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
 
 v1.save_async = cut_off
 cli.leave(run.main(["--experiment", {TINY!r}, "--workdir", "r"]))

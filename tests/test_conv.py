@@ -141,6 +141,31 @@ def test_forward_mode_vmap_scan_and_remat() -> None:
     same(results(ours), results(stock), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("case", [CASES[3], CASES[6]], ids=str)
+def test_second_derivatives(case: tuple[Any, ...]) -> None:
+    *shape, outputs, kernel, padding = case
+    with jax.enable_x64(True):
+        nets = pair(outputs, kernel, padding=padding, param_dtype=jnp.float64, dtype=jnp.float64)
+        image = jnp.asarray(np.random.default_rng(0).normal(size=shape))
+        variables = nets[1].init(jax.random.key(0), image)
+
+        def products(module: nn.Conv) -> Any:
+            """Those of the Hessian with a vector, forward over reverse and reverse over reverse."""
+
+            def gradient(at: Any) -> Any:
+                return jax.grad(lambda at: jnp.sin(module.apply(*at)).sum())(at)
+
+            def along(at: Any) -> Any:
+                return sum(
+                    jnp.vdot(g, x) for g, x in zip(*map(jax.tree.leaves, (gradient(at), at)), strict=True)
+                )
+
+            at = (variables, image)
+            return jax.jit(lambda at: (jax.jvp(gradient, (at,), (at,))[1], jax.grad(along)(at)))(at)
+
+        same(products(nets[0]), products(nets[1]), rtol=1e-9, atol=1e-9)
+
+
 def test_split_over_eight_devices(mesh8: Any) -> None:
     ours, stock = pair(8, 3)
     image = jax.random.normal(jax.random.key(0), (24, 8, 8, 3))

@@ -155,7 +155,7 @@ def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namesp
     """The words after ``python -m jaxtrain.run``, as it parses them."""
     assert words[:3] == ["python", "-m", "jaxtrain.run"]
     parsers: list[argparse.ArgumentParser] = []
-    monkeypatch.setattr(cli, "main", lambda _, parser, argv: parsers.append(parser) or 0)
+    monkeypatch.setattr(cli, "main", lambda _, parser, *__, **___: parsers.append(parser) or 0)
     run.main(words[3:])
     return parsers[0].parse_args(words[3:])
 

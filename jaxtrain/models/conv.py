@@ -82,30 +82,16 @@ def convolve(
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(image.shape[1:3], kernel.shape[:2], (1, 1), padding)
     (top, bottom), (left, right) = padding
-    return _convolve(image, kernel, ((int(top), int(bottom)), (int(left), int(right))))
+    return _convolution.bind(image, kernel, pads=((int(top), int(bottom)), (int(left), int(right))))
+
+
+def saveable(primitive: Primitive, *_: Any, **__: Any) -> bool:
+    """Is this the convolution that is made here? A policy for ``jax.checkpoint``."""
+    return primitive is _convolution
 
 
 def _plain(image: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     return lax.conv_general_dilated(image, kernel, (1, 1), pads, dimension_numbers=DIMENSIONS)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _convolve(image: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
-    if max(kernel.shape[2:]) < VECTOR:
-        return _by_kernel.bind(image, kernel, pads=pads)
-    return _plain(image, kernel, pads)
-
-
-@functools.partial(_convolve.defjvp, symbolic_zeros=True)
-def _convolve_jvp(pads: Pads, primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
-    """The rule of a product. A symbolic zero stays one: an image needs no gradient."""
-    (image, kernel), (image_dot, kernel_dot) = primals, tangents
-    out, terms = _convolve(image, kernel, pads), []
-    if not isinstance(image_dot, jax.custom_derivatives.SymbolicZero):
-        terms.append(_plain(image_dot, kernel, pads))
-    if not isinstance(kernel_dot, jax.custom_derivatives.SymbolicZero):
-        terms.append(_by_kernel.bind(image, kernel_dot, pads=pads))
-    return out, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(out)
 
 
 def _blocked(image: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
@@ -130,7 +116,7 @@ def _blocked(image: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     return made.reshape(b, made.shape[1], blocks * BLOCK, outputs)[:, :, :out]
 
 
-def _cpu_by_kernel(image: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
+def _cpu_plain(image: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     compute = _blocked if max(kernel.shape[2:]) < VECTOR else _plain
     return compute(image, kernel, pads)
 
@@ -160,8 +146,8 @@ def _cpu_gradient(image: jax.Array, cotangent: jax.Array, pads: Pads) -> jax.Arr
 def _primitive(name: str, plain: Callable[..., jax.Array], cpu: Callable[..., jax.Array]) -> Primitive:
     """What is computed by ``cpu`` on CPUs and by ``plain`` elsewhere, in whatever program it ends up.
 
-    ``lax.platform_dependent`` would leave a case distinction in programs for other devices. Under ``vmap`` it
-    is ``plain`` everywhere.
+    It is linear in each of its two arguments. ``lax.platform_dependent`` would leave a case distinction in
+    programs for other devices. Under ``vmap`` it is ``plain`` everywhere.
     """
 
     def shape(*args: Any, pads: Pads) -> Any:
@@ -171,26 +157,24 @@ def _primitive(name: str, plain: Callable[..., jax.Array], cpu: Callable[..., ja
     def batched(args: Any, axes: Any, *, pads: Pads) -> tuple[jax.Array, int]:
         return jax.vmap(functools.partial(plain, pads=pads), axes)(*args), 0
 
+    def of_first(cotangent: Any, first: Any, second: Any, *, pads: Pads) -> jax.Array:
+        return jax.linear_transpose(lambda x: plain(x, second, pads), first.aval)(cotangent)[0]
+
+    def of_second(cotangent: Any, first: Any, second: Any, *, pads: Pads) -> jax.Array:
+        if plain is _plain:
+            return _kernel_gradient.bind(first, cotangent, pads=pads)
+        return jax.linear_transpose(lambda y: plain(first, y, pads), second.aval)(cotangent)[0]
+
     made = Primitive(name)
     setattr(made, PLAIN, plain)  # for whoever counts operations (``plan.flops``)
     made.def_impl(jax.jit(made.bind, static_argnames="pads"))
     made.def_abstract_eval(shape)
     batching.primitive_batchers[made] = batched
+    ad.defbilinear(made, of_first, of_second)
     mlir.register_lowering(made, mlir.lower_fun(plain, multiple_results=False))
     mlir.register_lowering(made, mlir.lower_fun(cpu, multiple_results=False), platform="cpu")
     return made
 
 
 _kernel_gradient = _primitive("kernel_gradient", _gradient, _cpu_gradient)
-# The convolution as a function that is linear in its kernel and has a transpose of its own. (jax.custom_vjp
-# has no forward mode, and jax.custom_derivatives.linear_call no vmap.)
-_by_kernel = _primitive("conv_by_kernel", _plain, _cpu_by_kernel)
-
-
-def _transposed(cotangent: Any, image: Any, kernel: Any, *, pads: Pads) -> tuple[None, Any]:
-    if isinstance(cotangent, ad.Zero):
-        return None, ad.Zero(kernel.aval)
-    return None, _kernel_gradient.bind(image, cotangent, pads=pads)
-
-
-ad.primitive_transposes[_by_kernel] = _transposed
+_convolution = _primitive("convolution", _plain, _cpu_plain)

@@ -16,6 +16,7 @@ import jax
 from flax import linen as nn
 
 from jaxtrain.errors import InputError
+from jaxtrain.models import conv
 from jaxtrain.types import Batch, Model
 
 Remat = Literal["none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
@@ -74,4 +75,7 @@ def remat_model(model: Model, remat: Remat) -> Model:
 
 
 def _policy(remat: Remat) -> Any:
-    return getattr(jax.checkpoint_policies, remat)
+    policy = getattr(jax.checkpoint_policies, remat)
+    if remat == "dots_saveable":  # a narrow convolution is a primitive of our own, which JAX does not know
+        return jax.checkpoint_policies.save_from_both_policies(policy, conv.saveable)
+    return policy
