@@ -28,8 +28,8 @@ import jax.numpy as jnp
 from benchmarks import common
 from benchmarks.sides import TOTAL, Case, Fit, Hand, Library, cases, rows_from, unsaved
 from jaxtrain import sharding
-from jaxtrain.dispatch import InFlight
 from jaxtrain.program import Program
+from jaxtrain.watch import Watch
 
 WINDOWS = 20  # records written for the breakdown
 QUEUES = (1, 2, 3, 4, 8)
@@ -79,30 +79,27 @@ def compared(name: str, times: Times) -> list[dict[str, Any]]:
 
 def breakdown(fit: Fit, repeats: int = 2000) -> dict[str, float]:
     """Microseconds a step of each thing that fit does on the host, one at a time on an idle device."""
-    program, flight, record = fit.program, InFlight(2), fit.record
+    program, record, watch = fit.program, fit.record, Watch(fit.program, None, print)
     state, metrics = program.train_step(program.init(), program.train.batch(0), program.key)
-    jax.block_until_ready(metrics)
+    (taken,) = metrics.rows()
     every, at = program.experiment.log_every, 0
     copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-    fresh = iter([[copied(metrics) for _ in range(every)] for _ in range(WINDOWS + 1)])
+    # Arrays that were never read: the host keeps a copy of those that were.
+    fresh = iter(jax.block_until_ready([copied(metrics) for _ in range(2 * repeats)]))
 
-    def window() -> None:  # of arrays that were never read: the host keeps a copy of those that were
+    def window() -> None:
         nonlocal at
-        record._window.extend((at + k, 1, taken) for k, taken in enumerate(next(fresh), start=1))
-        at += every
         with contextlib.redirect_stdout(fit.null):
-            record.flush()
-
-    def take() -> None:
-        record._window.clear()
-        record.step(1, metrics)
+            for _ in range(every):
+                at += 1
+                record.step(at, [taken])
 
     parts: dict[str, tuple[Callable[[], Any], int]] = {
         "row numbers (train.batch)": (lambda: program.train.batch(7), 1),
         "row numbers, by hand": (lambda: list(rows_from(program.order, 7, 100)), 100),
-        "bounded queue, ready (InFlight.add)": (lambda: flight.add(metrics), 1),
-        "take metrics (Recorder.step)": (take, 1),
-        "read and write a record, by step": (window, every),
+        "read finished metrics (Packed.rows)": (lambda: next(fresh).rows(), 1),
+        "judge them (Watch.judge)": (lambda: watch.judge(7, dict(taken)), 1),
+        "record them, every 50th written (Recorder.step)": (window, every),
         "is it time to evaluate": (lambda: Program.evaluates(program, 7), 1),
         "is it time to save": (lambda: Program.saves(program, 7), 1),
         "how many to dispatch": (lambda: program.dispatched(7), 1),
@@ -112,7 +109,6 @@ def breakdown(fit: Fit, repeats: int = 2000) -> dict[str, float]:
     }
     found = {}
     for name, (work, units) in parts.items():
-        record._window.clear()
         count = (WINDOWS if units > 1 else repeats) // 5
         work()
         laps = []
@@ -122,7 +118,6 @@ def breakdown(fit: Fit, repeats: int = 2000) -> dict[str, float]:
                 work()
             laps.append((time.perf_counter() - began) / count / units)
         found[name] = 1e6 * sorted(laps)[2]
-    record._window.clear()
     return found
 
 

@@ -110,7 +110,6 @@ class Fit:
             log_every=exp.log_every,
             examples=exp.batch,
             position=program.position,
-            queued=exp.max_in_flight,
         )
         self.record = stack.enter_context(opened)
         self._state, self._at = program.init(), 0

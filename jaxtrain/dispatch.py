@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from jaxtrain import plan
+from jaxtrain.packed import Packed
 from jaxtrain.program import Program
 from jaxtrain.recompile import OneCompile
 from jaxtrain.sharding import processes
@@ -34,22 +35,44 @@ ROUNDS = 5
 
 
 class InFlight:
-    """Bounds the steps queued on the device by waiting for the metrics of an earlier one.
+    """Bounds the dispatches queued on the device by reading the metrics of an earlier one.
 
-    Waiting for step k - 2 costs nothing, and an unbounded queue of programs with collectives deadlocks.
-    Updates that are dispatched at once count as one step.
+    Waiting for dispatch k - 2 costs nothing, and an unbounded queue of programs with collectives deadlocks.
+    Nothing else in a run reads a metric.
+
+    Args:
+      most: dispatches that may be unfinished.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._queue: collections.deque[Metrics] = collections.deque()
+        self._queue: collections.deque[Packed] = collections.deque()
+        self._far = jax.default_backend() != "cpu"
 
-    def add(self, metrics: Metrics) -> None:
-        """Note a step that was just dispatched; returns once at most ``most`` are unfinished."""
+    def add(self, metrics: Packed) -> list[list[Metrics]]:
+        """Note what was just dispatched; returns once at most ``most`` are unfinished.
+
+        Returns:
+          Of each dispatch that is finished now, and was not told of before, the metrics of its updates.
+        """
+        if self._far:
+            with jax.transfer_guard_device_to_host("allow"):
+                for vector in metrics.vectors:
+                    vector.copy_to_host_async()
         self._queue.append(metrics)
-        if len(self._queue) > self._most:
-            jax.block_until_ready(self._queue.popleft())
         alive()
+        return self._read(self._most)
+
+    def settle(self) -> list[list[Metrics]]:
+        """Wait for all; the rest of what ``add`` returns."""
+        return self._read(0)
+
+    def _read(self, most: int) -> list[list[Metrics]]:
+        found = []
+        while len(self._queue) > most:
+            with jax.transfer_guard_device_to_host("allow") if self._far else contextlib.nullcontext():
+                found.append(self._queue.popleft().rows())
+        return found
 
 
 class Dispatch:
@@ -74,7 +97,7 @@ class Dispatch:
         one, several = (OneCompile(fn, 0, note, strict) for fn in (program.train_step, program.train_steps))
         self._one, self._several = mark("dispatch", one), mark("dispatch", several)
 
-    def __call__(self, state: State, step: int, count: int) -> tuple[State, Metrics]:
+    def __call__(self, state: State, step: int, count: int) -> tuple[State, Packed]:
         """Dispatch the ``count`` updates after update ``step``; with several, metrics have a leading axis.
 
         Raises:
@@ -194,7 +217,7 @@ class _Trial:
         jax.block_until_ready(self._state)
         return (time.perf_counter() - began) / updates
 
-    def _dispatch(self, count: int) -> Metrics:
+    def _dispatch(self, count: int) -> Packed:
         program = self._program
         if count == 1:
             self._state, metrics = program.train_step(self._state, self._batch, program.key)

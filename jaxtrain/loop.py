@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from jaxtrain.program import Program
 from jaxtrain.recorder import Console
 from jaxtrain.sharding import processes
 from jaxtrain.stop import GRACE, Request, Stopped, on_signals, watchdog
-from jaxtrain.types import State
+from jaxtrain.types import Metrics, State
 from jaxtrain.watch import Watch
 
 
@@ -88,7 +89,6 @@ def fit(
             examples=experiment.batch,
             position=told,
             guarded=experiment.guard == "skip",
-            queued=queued,
             rates=speed.rates,
         ) as record:
             state = _train(program, state, start, saved, record, console, request, folder, strict, trace)
@@ -143,44 +143,64 @@ def _train(
 ) -> State:
     """The loop. Every line of it is ordered: evaluate, then save what the evaluation chose, then stop."""
     flight, votes = InFlight(program.experiment.max_in_flight), processes.Votes()
-    watch = Watch(program, folder, console.note)
+    finished = Finished(start, Watch(program, folder, console.note), record)
     dispatch = Dispatch(program, console.note, strict, trace.mark)
     wait, save = trace.mark("waiting for the device", flight.add), trace.mark("checkpoint", saved.save)
-    judge, note = trace.mark("records", watch.add), trace.mark("records", record.step)
+    take = trace.mark("records", finished.take)
+
+    def settle() -> None:
+        finished.take(flight.settle())
+
     top, step = saved.best_score(), start
     trace.begin(start, program.steps)
     console.begin(start, program.steps)
     while step < program.steps:
-        trace.step(step + 1, state, record, watch.settle)
+        trace.step(step + 1, state, record, settle)
         count = program.dispatched(step)
         state, metrics = dispatch(state, step, count)
         step += count
-        wait(metrics)
-        judge(step, metrics, count)  # an earlier step, which flight has waited for
-        if record.due:
-            watch.settle(1)  # before its record is written, which waits for it too
-        note(step, metrics, count)  # reads the steps before these, while they run
+        take(wait(metrics))  # of updates before these, which run meanwhile
         console.advance(step)
         saved.poll()
         score = None
         if program.evaluates(step):
-            watch.settle()
+            settle()
             with record.paused():
                 score = _look(program, state, step, record, console)
         improved = score is not None and (top is None or score > top)
         stop = votes.cast(request.signum or 0)  # what any process has been asked
         if program.saves(step) or improved or stop:
-            watch.settle()  # raises on a bad update: nothing after one is ever saved
+            settle()  # raises on a bad update: nothing after one is ever saved
             record.flush()  # with the guard off, raises on a loss that is not finite
             save(step, state, score)
             top = score if improved else top
         if stop and step < program.steps:
             saved.wait()
             raise Stopped(f"stopped after step {step} of {program.steps}", stop)
-    trace.end(state, record, watch.settle)
+    trace.end(state, record, settle)
+    settle()
     console.end()
     saved.wait()
     return state
+
+
+class Finished:
+    """Takes the metrics of finished updates in their order: judged first, then recorded."""
+
+    def __init__(self, start: int, watch: Watch, record: recorder.Recorder) -> None:
+        self._step, self._watch, self._record = start, watch, record
+
+    def take(self, dispatches: Sequence[Sequence[Metrics]]) -> None:
+        """What ``InFlight`` tells.
+
+        Raises:
+          RunError: an update was bad.
+        """
+        for rows in dispatches:
+            for metrics in rows:
+                self._step += 1
+                self._watch.judge(self._step, metrics)
+            self._record.step(self._step, rows)
 
 
 @profile.mark("evaluation")
@@ -199,13 +219,13 @@ def evaluate(program: Program, state: State, split: str, console: Console) -> di
     """Metrics of ``state`` over every example of ``split`` (``"valid"`` or ``"test"``), each counted once."""
     part = program.evals[split]
     flight = InFlight(program.experiment.max_in_flight)
-    metrics = []
+    found = []
     with console.task(f"evaluate {split}", part.batches) as advance:
         for number in range(part.batches):
-            metrics.append(part.step(state, part.loader.batch(number)))
-            flight.add(metrics[-1])
+            found += flight.add(part.step(state, part.loader.batch(number)))
             advance(number + 1)
-    return recorder.fetch(metrics)
+        found += flight.settle()
+    return recorder.merged(itertools.chain.from_iterable(found))
 
 
 def _result(

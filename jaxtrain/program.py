@@ -17,6 +17,7 @@ from jaxtrain.data.loader import EPOCH, EXAMPLE_ID, Check, Loader, Resident
 from jaxtrain.errors import InputError
 from jaxtrain.experiment import Experiment
 from jaxtrain.models import as_model, compute_in
+from jaxtrain.packed import Packed, packed
 from jaxtrain.step import make_eval_step, make_init, scan_steps
 from jaxtrain.types import Batch, Metrics, Model, Names, State
 
@@ -28,7 +29,7 @@ class Split:
     loader: Loader
     batches: int
     examples: int
-    step: Callable[[State, Any], Metrics]
+    step: Callable[[State, Any], Packed]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +61,8 @@ class Program:
     key: jax.Array
     init: Callable[[], State]
     like: State
-    train_step: Callable[[State, Any, jax.Array], tuple[State, Metrics]]
-    train_steps: Callable[[State, Any, jax.Array, Any], tuple[State, Metrics]]
+    train_step: Callable[[State, Any, jax.Array], tuple[State, Packed]]
+    train_steps: Callable[[State, Any, jax.Array, Any], tuple[State, Packed]]
     train: Loader
     order: Order
     evals: dict[str, Split]
@@ -301,15 +302,15 @@ def _train_functions(
     like: State,
     key: jax.Array,
     options: dict[str, str],
-) -> tuple[Callable[..., tuple[State, Metrics]], Callable[..., tuple[State, Metrics]]]:
+) -> tuple[Callable[..., tuple[State, Packed]], Callable[..., tuple[State, Packed]]]:
     """``step`` compiled, alone and scanned; the buffers of their first argument are reused for the result."""
     whole, state = sharding.replicated(mesh), _shardings(like)
     batches, shared = train.many
     one, several = (
         sharding.compile(fn, args=(state, *args), out=(state, whole), donate=(0,), options=options)
         for fn, args in (
-            (step, (train.shardings, whole)),
-            (scan_steps(step), (batches, whole, shared)),
+            (packed(step), (train.shardings, whole)),
+            (scan_steps(packed(step)), (batches, whole, shared)),
         )
     )
     preflight.trace(one, like, train.batch(0), key, what="the train step")
@@ -323,10 +324,15 @@ def _eval_function(
     mesh: Mesh,
     like: State,
     metrics_fn: Callable[[Any, Batch], Metrics] | None,
-) -> Callable[[State, Any], Metrics]:
+) -> Callable[[State, Any], Packed]:
     prepare = compose(lambda batch, _: loader.fetch(batch), *exp.preprocess)
+    evaluated = make_eval_step(model, exp.loss, prepare, metrics_fn)
+
+    def eval_step(state: State, batch: Any) -> Packed:
+        return Packed.of(evaluated(state, batch))
+
     step = sharding.compile(
-        make_eval_step(model, exp.loss, prepare, metrics_fn),
+        eval_step,
         args=(_shardings(like), loader.shardings),
         out=sharding.replicated(mesh),
     )

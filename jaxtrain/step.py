@@ -153,8 +153,8 @@ def make_train_step(
 
 
 def scan_steps(
-    train_step: Callable[[State, Batch, jax.Array], tuple[State, Metrics]],
-) -> Callable[..., tuple[State, Metrics]]:
+    train_step: Callable[[State, Batch, jax.Array], tuple[State, Any]],
+) -> Callable[..., tuple[State, Any]]:
     """Pure ``(state, batches, key, shared={}) -> (state, metrics)``: several updates as one program.
 
     For steps so short that starting each of them costs more than computing it. On CPUs convolutions run
@@ -182,8 +182,8 @@ def scan_steps(
 
     def train_steps(
         state: State, batches: Batch, key: jax.Array, shared: Batch | None = None
-    ) -> tuple[State, Metrics]:
-        def update(state: State, batch: Batch) -> tuple[State, Metrics]:
+    ) -> tuple[State, Any]:
+        def update(state: State, batch: Batch) -> tuple[State, Any]:
             return train_step(state, {**(shared or {}), **batch}, key)
 
         return jax.lax.scan(update, state, batches)

@@ -1,15 +1,13 @@
-"""The host's side of the guard: reads the figures of finished steps, and ends a run that goes wrong."""
+"""The host's side of the guard: judges the figures of finished updates, and ends a run that goes wrong."""
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxtrain import guard
@@ -26,7 +24,7 @@ FILE = "bad_batch.json"
 
 
 class Watch:
-    """Reads ``metrics["guard"]`` of steps that are finished, so that nothing waits for it.
+    """Judges ``metrics["guard"]`` of every update, on the host.
 
     Args:
       program: what is run; ``experiment.guard`` and ``experiment.spike`` say what is a fault.
@@ -36,41 +34,18 @@ class Watch:
 
     def __init__(self, program: Program, folder: Path | None, note: Callable[[str], None]) -> None:
         self._program, self._folder, self._note = program, folder, note
-        self._queue: collections.deque[tuple[int, int, jax.Array]] = collections.deque()
-        self._copies = jax.default_backend() != "cpu"
         self._row, self._told = 0, False  # skipped one after another; has a skip been shown?
         self._average, self._seen = 0.0, 0
 
-    def add(self, step: int, metrics: Metrics, count: int = 1) -> None:
-        """Take the figures of update ``step`` out of its metrics, and judge those of finished updates.
-
-        Args:
-          step: the update, the last of ``count``.
-          metrics: of the update; with a leading axis where they are of several.
-          count: updates that were dispatched at once.
+    def judge(self, step: int, metrics: Metrics) -> None:
+        """Take the figures of update ``step`` out of its metrics, and judge it.
 
         Raises:
-          RunError: an update was bad; ``bad_batch.json`` tells which examples it was of.
+          RunError: the update was bad; ``bad_batch.json`` tells which examples it was of.
         """
-        for values in jax.tree.leaves(metrics.pop(guard.NAME, None)):
-            if self._copies:
-                with jax.transfer_guard_device_to_host("allow"):
-                    values.copy_to_host_async()
-            self._queue.append((step, count, values))
-        self.settle(self._program.experiment.max_in_flight)
-
-    def settle(self, most: int = 0) -> None:
-        """Judge all updates but the last ``most`` dispatches, waiting for them; as before a state is saved.
-
-        Raises:
-          RunError: as ``add``.
-        """
-        while len(self._queue) > most:
-            last, count, values = self._queue.popleft()
-            with jax.transfer_guard_device_to_host("allow"):
-                rows = np.asarray(values).reshape(count, -1)
-            for step, row in enumerate(rows, start=last - count + 1):
-                self._judge(step, guard.Figures(row).figures())
+        figures = metrics.pop(guard.NAME, None)
+        if figures is not None:
+            self._judge(step, figures.figures())
 
     def _judge(self, step: int, figures: Mapping[str, float]) -> None:
         wrong = guard.faults(figures)

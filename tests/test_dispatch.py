@@ -118,16 +118,16 @@ def test_a_bad_update_among_several_is_the_one_that_is_named(tmp_path, mesh1):
     assert [r["step"] for r in records(tmp_path / "skip") if r.get("train/skipped")] == [9]
 
 
-def stacked(values):
-    return {"loss": Mean(np.float32(values), np.ones(len(values), np.float32))}
+def losses(*values):
+    return [{"loss": Mean(np.float64(value), np.float64(1))} for value in values]
 
 
 def test_records_are_of_the_same_updates_however_many_are_dispatched(tmp_path):
     with recorder.open(tmp_path, Plain(), start=0, log_every=3, examples=8) as record:
-        record.step(4, stacked([1, 2, 3, 4]), 4)
-        record.step(8, stacked([5, 6, 7, 8]), 4)  # writes what is of 1..3 and keeps 4
+        record.step(4, losses(1, 2, 3, 4))  # writes what is of 1..3 and keeps 4
         assert [(r["step"], r["train/loss"]) for r in records(tmp_path)] == [(3, 2.0)]
-        record.step(9, {"loss": Mean(np.float32(9), np.float32(1))})
+        record.step(8, losses(5, 6, 7, 8))
+        record.step(9, losses(9))
     assert [(r["step"], r["train/loss"]) for r in records(tmp_path)] == [(3, 2.0), (6, 5.0), (9, 8.0)]
 
 
@@ -190,9 +190,9 @@ def test_the_choice_is_part_of_the_run(monkeypatch, tmp_path, capsys):
     seen = []
     real = recorder.Recorder.step
 
-    def step(self, number, metrics, count=1):
-        seen.append(count)
-        return real(self, number, metrics, count)
+    def step(self, number, rows):
+        seen.append(len(rows))
+        return real(self, number, rows)
 
     monkeypatch.setattr(recorder.Recorder, "step", step)
     words = ["--experiment", TINY, "--workdir", folder]

@@ -150,7 +150,7 @@ def test_a_step_is_that_of_the_cpu():
         for device in (jax.devices()[0], jax.devices("cpu")[0]):
             program = assemble(DIGITS, sharding.make_mesh([device]))
             state, metrics = program.train_step(program.init(), program.train.batch(0), program.key)
-            after.append((jax.device_get(state.params), recorder.fetch([metrics])))
+            after.append((jax.device_get(state.params), recorder.merged(metrics.rows())))
     (gpu, gpu_metrics), (cpu, cpu_metrics) = after
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gpu, cpu)
     assert gpu_metrics["loss"] == pytest.approx(cpu_metrics["loss"], rel=1e-4)

@@ -21,6 +21,7 @@ from jaxtrain.gradients import evaluate_loss
 from jaxtrain.loop import fit
 from jaxtrain.metrics import Mean
 from jaxtrain.optim import EMA, LossScale
+from jaxtrain.packed import packed
 from jaxtrain.program import assemble
 from jaxtrain.recorder.console import Plain
 from jaxtrain.step import make_init, make_train_step
@@ -167,7 +168,7 @@ def test_off_adds_nothing_to_the_compiled_program(mesh1):
     by_hand = make_train_step(exp.model, exp.loss, exp.optimizer.build(off.steps), prepare, after)
     states = jax.tree.map(lambda x: x.sharding, off.like)
     step = sharding.compile(
-        by_hand, args=(states, off.train.shardings, whole), out=(states, whole), donate=(0,)
+        packed(by_hand), args=(states, off.train.shardings, whole), out=(states, whole), donate=(0,)
     )
     assert text(off) == text(dataclasses.replace(off, train_step=step))
     assert "is_finite" in text(stop) and "is_finite" not in text(off)
@@ -273,37 +274,33 @@ def watch(tmp_path=None, **fields):
 
 
 def figures(loss=1.0):
-    return {"guard": guard.Figures(jnp.array([loss, 1, 1, 0]))}
+    return {"guard": guard.Figures(np.array([loss, 1, 1, 0]))}
 
 
 def test_a_spike_ends_the_run_once_there_is_an_average(tmp_path):
-    seen = watch(tmp_path, spike=3.0, max_in_flight=0)
+    seen = watch(tmp_path, spike=3.0)
     for step in range(WINDOW):
-        seen.add(step, figures(9.0 if step == 1 else 1.0))  # too early to tell
-    seen.add(WINDOW, figures(3.0))
+        seen.judge(step, figures(9.0 if step == 1 else 1.0))  # too early to tell
+    seen.judge(WINDOW, figures(3.0))
     with pytest.raises(RunError, match=r"loss 9 at step 51 is above spike=3 times its average of 1\.1"):
-        seen.add(WINDOW + 1, figures(9.0))
+        seen.judge(WINDOW + 1, figures(9.0))
     found = json.loads((tmp_path / FILE).read_text())
     assert found["figures"]["average_loss"] == pytest.approx(1.2, abs=0.1) and found["examples"] == [0, 1, 2]
 
 
-def test_the_watch_reads_only_what_is_finished_until_it_is_asked(tmp_path):
-    seen, metrics = watch(tmp_path / "absent"), figures(jnp.nan)
-    seen.add(1, metrics)
-    assert metrics == {}  # taken out: the recorder reads the rest
-    seen.add(2, figures())
-    with pytest.raises(RunError, match=r"at step 1:.*could not be written to .*absent"):
-        seen.add(3, figures())
-    late = watch()
-    late.add(1, figures())
-    late.add(2, figures(jnp.inf))
-    late.settle(1)
+def test_a_bad_update_ends_the_run_and_is_told_of(tmp_path):
+    seen, metrics = watch(tmp_path / "absent"), figures()
+    seen.judge(1, metrics)
+    assert metrics == {}  # taken out: the recorder has no use for them
+    seen.judge(2, {})
+    with pytest.raises(RunError, match=r"at step 3:.*could not be written to .*absent"):
+        seen.judge(3, figures(np.nan))
     with pytest.raises(RunError, match=r"loss is inf at step 2:.*examples are not recorded"):
-        late.settle()
+        watch().judge(2, figures(np.inf))
 
 
 def test_figures_of_several_steps_merge():
-    good, bad = figures()["guard"], figures(jnp.inf)["guard"]
+    good, bad = figures()["guard"], figures(np.inf)["guard"]
     assert good.merge(good).compute() == 0 and good.merge(bad).compute() == 1
     assert guard.Total(2).merge(guard.Total(3)).compute() == 5
 

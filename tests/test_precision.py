@@ -18,6 +18,7 @@ from jaxtrain.losses import MSE, CrossEntropy
 from jaxtrain.metrics import Mean
 from jaxtrain.models import CNN, MLP, as_model, compute_in
 from jaxtrain.optim import EMA, LossScale
+from jaxtrain.packed import Packed
 from jaxtrain.step import make_eval_step, make_init, make_train_step
 from jaxtrain.types import Model, State
 
@@ -163,6 +164,10 @@ def test_loss_that_is_reported_is_not_the_scaled_one() -> None:
     assert metrics["loss"].compute() == pytest.approx(float(batch["x"].sum(1).mean()), rel=1e-4)
 
 
+def merged(*metrics: Any) -> dict[str, Any]:
+    return recorder.merged(Packed.of(each).rows()[0] for each in metrics)
+
+
 def test_overflow_skips_the_update_and_nothing_but_the_position_moves() -> None:
     config = LossScale(initial=2.0**15, period=2)
     start, step = scaled(compute_in(LINE, "float16"), total, config)
@@ -175,11 +180,11 @@ def test_overflow_skips_the_update_and_nothing_but_the_position_moves() -> None:
     assert after.extra["seen"] == before.extra["seen"] == 1 and after.step == before.step + 1 == 2
     assert (float(after.extra["loss_scale"]["scale"]), int(after.extra["loss_scale"]["good"])) == (2.0**14, 0)
     assert metrics["skipped"].compute() == 1 and math.isfinite(metrics["loss"].compute())
-    values = recorder.fetch([metrics])
+    values = merged(metrics)
     assert values["grad_norm"] == 0 and values["loss_scale"] == 2.0**15
     later, taken = step(after, lines(), KEY)
     assert later.extra["seen"] == 2 and (later.params["w"] != after.params["w"]).all()
-    both = recorder.fetch([metrics, taken])
+    both = merged(metrics, taken)
     assert both["grad_norm"] == taken["grad_norm"].compute() > 0 and both["skipped"] == 0.5
 
 

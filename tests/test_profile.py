@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_loop import stopping
 from tiny import EXPERIMENT
 
 from jaxtrain import models, profile, recorder, run
@@ -261,15 +261,8 @@ def test_which_updates_are_traced(updates, each, start, begins, covers, tmp_path
 
 
 def test_a_run_that_stops_within_and_goes_on_within(program, tmp_path, console, capsys, monkeypatch):
-    real = recorder.Recorder.step
-
-    def stopping(self, number, metrics, count=1):
-        if number == 9:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(self, number, metrics, count)
-
     with monkeypatch.context() as patch:
-        patch.setattr(recorder.Recorder, "step", stopping)
+        stopping(9, patch)
         with pytest.raises(Stopped):
             fit(program, tmp_path, console, updates=(7, 14))
     assert "the run ended within it; the trace is in" in capsys.readouterr().out
@@ -345,24 +338,24 @@ def test_a_finished_run_says_that_there_is_nothing_to_profile(tmp_path, capsys):
 # Step times
 
 
-def test_step_times_are_of_full_queues_by_update(monkeypatch):
+def test_step_times_are_those_between_completions_by_update(monkeypatch):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    found = pace.Pace(queued=2)
+    found = pace.Pace()
 
     def turns(*seconds, updates=1):
         for length in seconds:
             clock.now += length
             found.tick(updates)
 
-    turns(0.001, 0.001, 7.0)  # two fill the queue; the third is the first completion
+    turns(7.0)  # compiled
     turns(0.010, 0.010)
     turns(0.080, updates=4)
     assert found.lap() == pytest.approx({"step_ms_p50": 20, "step_ms_p99": 20})
     turns(0.010)
     assert found.lap() == {}  # within a second
     found.pause()
-    turns(5.0, 0.001, 7.0, 0.010, 0.010)
+    turns(5.0, 0.010, 0.010)
     assert found.lap() == pytest.approx({"step_ms_p50": 10, "step_ms_p99": 10})
     turns(0.010, 0.010)
     assert found.whole() == pytest.approx({"step_ms_p50": 10, "step_ms_p99": 20}, rel=0.01)

@@ -20,6 +20,7 @@ from jaxtrain import checkpoint, scaling
 from jaxtrain.commands import bench as commands
 from jaxtrain.errors import InputError
 from jaxtrain.experiment import Experiment, find
+from jaxtrain.packed import Packed
 from jaxtrain.program import Program
 from jaxtrain.recorder import Console, make_console
 from jaxtrain.scaling import Lane, Measured, efficiency, layouts, measure, record, speedup, turns
@@ -147,10 +148,11 @@ def test_a_lane_trains_as_the_run_does_and_compiles_once(experiment, mesh8):
 
 
 def test_a_round_bounds_its_queue_and_waits_at_its_end(experiment, mesh1, monkeypatch):
-    lane, waited = Lane(experiment, mesh1), []
+    lane, waited, read = Lane(experiment, mesh1), [], []
     monkeypatch.setattr(jax, "block_until_ready", waited.append)
+    monkeypatch.setattr(Packed, "rows", read.append)
     lane.round(5)
-    assert len(waited) == 5 - experiment.max_in_flight + 1
+    assert len(read) == 5 - experiment.max_in_flight and len(waited) == 1
     assert waited[-1][0] is lane.state
 
 

@@ -207,7 +207,7 @@ def test_one_step_of_sgd_in_float32_is_that_of_one_device(text):
     for on in (sharding.make_mesh(jax.devices()[:1]), mesh(text)):
         program = assemble(exp, on)
         state, metrics = program.train_step(program.init(), program.train.batch(0), program.key)
-        results.append((jax.device_get(state.params), recorder.fetch([metrics])))
+        results.append((jax.device_get(state.params), recorder.merged(metrics.rows())))
     (one, one_metrics), (split, split_metrics) = results
     for ours, theirs in zip(jax.tree.leaves(split), jax.tree.leaves(one), strict=True):
         assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)

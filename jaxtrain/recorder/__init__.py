@@ -1,6 +1,6 @@
-"""Metric sinks: console, JSONL and TensorBoard. The only reader of device metrics, one step late."""
+"""Metric sinks: console, JSONL and TensorBoard."""
 
 from jaxtrain.recorder.console import Console, describe, make_console
-from jaxtrain.recorder.recorder import Recorder, fetch, open
+from jaxtrain.recorder.recorder import Recorder, merged, open
 
-__all__ = ["Console", "Recorder", "describe", "fetch", "make_console", "open"]
+__all__ = ["Console", "Recorder", "describe", "make_console", "merged", "open"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import platform
+import re
 import struct
 import time
 from collections.abc import Iterator, Mapping
@@ -43,18 +45,18 @@ class Files:
             _event(self._events, step=start + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """One line, and one event for each number.
+        """One line, and one event with all numbers.
 
         Raises:
           RunError: no space, or the folder is gone.
         """
-        from tensorboardX.summary import scalar
+        from tensorboardX.proto.summary_pb2 import Summary
 
+        values = [Summary.Value(tag=_tag(name), simple_value=value) for name, value in numbers.items()]
         with self._told():
             self._jsonl.write(json.dumps({"step": step, **numbers}) + "\n")
             self._jsonl.flush()
-            for name, value in numbers.items():
-                _event(self._events, step=step, summary=scalar(name, value))
+            _event(self._events, step=step, summary=Summary(value=values))
             self._events.flush()
 
     def close(self) -> None:
@@ -72,6 +74,12 @@ class Files:
                 f"the records in {self._workdir} cannot be written ({error.strerror or error}): free some "
                 "space or bring the folder back, then go on with the same command; checkpoints are kept"
             ) from error
+
+
+@functools.lru_cache(maxsize=1024)
+def _tag(name: str) -> str:
+    """``name`` with the characters that TensorBoard takes."""
+    return re.sub(r"[^-/\w.]", "_", name).lstrip("/")
 
 
 def _event(file: BinaryIO, **fields: Any) -> None:

@@ -13,20 +13,14 @@ EVERY = 1.0  # seconds between percentiles, which with their events cost as much
 
 
 class Pace:
-    """Times between the loop's turns, which are those between completions of updates.
+    """Times between completions of updates, as the loop sees them.
 
-    Before a turn is counted the loop has waited for the one ``queued`` turns earlier, so turns follow each
-    other as updates are completed where the device is what takes the time, and at the host's own pace where
-    that is. Nothing waits for the sake of these times. A turn that computes several updates counts as so many
-    of equal length.
-
-    Args:
-      queued: turns that the device may be behind (``max_in_flight``): so many fill its queue after a pause,
-        and are no completions.
+    Updates follow each other as they are completed where the device is what takes the time, and at the host's
+    own pace where that is. Nothing waits for the sake of these times. A dispatch of several updates counts as
+    so many of equal length.
     """
 
-    def __init__(self, queued: int = 2) -> None:
-        self._queued = self._filling = queued
+    def __init__(self) -> None:
         self._before: float | None = None
         self._times: list[float] = []
         self._counts: list[int] = []
@@ -34,10 +28,7 @@ class Pace:
         self._told = -math.inf
 
     def tick(self, updates: int = 1) -> None:
-        """A turn of ``updates`` was counted now."""
-        if self._filling:
-            self._filling -= 1
-            return
+        """A dispatch of ``updates`` was found to be completed now."""
         now = time.perf_counter()
         if self._before is not None:
             self._times.append((now - self._before) / updates)
@@ -45,8 +36,8 @@ class Pace:
         self._before = now
 
     def pause(self) -> None:
-        """What comes before the next turn is no training."""
-        self._before, self._filling = None, self._queued
+        """What comes before the next completion is no training."""
+        self._before = None
 
     def lap(self) -> dict[str, float]:
         """Percentiles since they were last told, milliseconds; nothing within a second of that."""

@@ -1,16 +1,13 @@
-"""The recorder: takes the metrics of every step, reads them one step late, writes them everywhere."""
+"""The recorder: takes the metrics of every finished update, merges them and writes them everywhere."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import jax
-import numpy as np
 
 from jaxtrain import metrics as merging
 from jaxtrain.errors import RunError
@@ -23,33 +20,11 @@ Position = Callable[[int], dict[str, float]]
 Rates = Callable[[float], Mapping[str, float]]
 
 
-def fetch(batches: Sequence[Metrics]) -> dict[str, Any]:
-    """Merge the metrics of several steps on the host and finish them: ``{"loss": 1.2, ...}``.
-
-    Waits for the device. Nothing else in a run reads a metric's value, but ``watch`` the guard's.
-    """
-    return _merged(_read(batches))
-
-
-def _read(batches: Sequence[Metrics]) -> list[Metrics]:
-    """The same on the host, in float64 where they are no integers."""
-    leaves, tree = jax.tree.flatten(list(batches))
-    with jax.transfer_guard_device_to_host("allow"):
-        if jax.default_backend() != "cpu":  # start every copy before waiting for the first
-            for leaf in leaves:
-                leaf.copy_to_host_async()
-        # Not jax.device_get, which for 300 scalars on a CPU takes eight times as long.
-        arrays = [np.asarray(leaf) for leaf in leaves]
-    # float32 counts up to 2^24 only: add in float64.
-    arrays = [a.astype(np.float64) if np.issubdtype(a.dtype, np.floating) else a for a in arrays]
-    return list(jax.tree.unflatten(tree, arrays))
-
-
-def _merged(hosts: Sequence[Metrics]) -> dict[str, Any]:
-    """Metrics of several steps, merged and finished."""
+def merged(rows: Iterable[Metrics]) -> dict[str, Any]:
+    """Metrics of several updates or batches on the host, merged and finished: ``{"loss": 1.2, ...}``."""
     total: dict[str, Any] | None = None
-    for host in hosts:
-        total = merging.merge(total, host)
+    for row in rows:
+        total = merging.merge(total, row)
     return {name: metric.compute() for name, metric in (total or {}).items()}
 
 
@@ -63,7 +38,6 @@ def open(
     examples: int,
     position: Position = lambda step: {},
     guarded: bool = False,
-    queued: int = 2,
     rates: Rates = lambda seconds: {},
 ) -> Iterator[Recorder]:
     """A recorder that continues the run's files at step ``start``.
@@ -77,10 +51,9 @@ def open(
       position: ``step -> numbers`` to write beside the metrics of that step (epoch, learning rate).
       guarded: bad updates were left out of the metrics (``guard="skip"``), so that one which is not finite is
         that of no update at all: it is not written, and no error.
-      queued: dispatches that the device may be behind (``max_in_flight``), for the step times.
       rates: ``seconds of an update -> numbers`` to write beside the examples a second.
     """
-    recorder = Recorder(workdir, console, start, log_every, examples, position, guarded, queued, rates)
+    recorder = Recorder(workdir, console, start, log_every, examples, position, guarded, rates)
     try:
         yield recorder
         recorder.flush()
@@ -100,19 +73,17 @@ class Recorder:
         examples: int,
         position: Position,
         guarded: bool = False,
-        queued: int = 2,
         rates: Rates = lambda seconds: {},
     ) -> None:
         self._console, self._log_every, self._examples = console, log_every, examples
         self._position, self._guarded, self._rates = position, guarded, rates
         self._files = None if workdir is None else Files(workdir, start)
-        self._window: list[tuple[int, int, Metrics]] = []  # the last update, how many, theirs
-        self._ready: list[tuple[int, Metrics]] = []  # read, and not yet written
-        self._due = False
+        self._window: list[Metrics] = []  # not yet written, and the last update of them
+        self._last = start
         self._clock: float | None = None
         self._ticked = 0  # steps since the clock started
         self._steps, self._seconds = 0, 0.0
-        self.pace = Pace(queued)
+        self.pace = Pace()
 
     def speed(self) -> dict[str, float | None]:
         """Of training by this process so far, without compilation, evaluation and saving.
@@ -121,57 +92,39 @@ class Recorder:
         """
         return {"examples_per_second": None, **self._speed(self._steps, self._seconds)}
 
-    @property
-    def due(self) -> bool:
-        """Will the next ``step`` read those before it?"""
-        return self._due
-
-    def step(self, step: int, metrics: Metrics, count: int = 1) -> None:
-        """Take the metrics of update ``step`` (from 1) without waiting for them.
+    def step(self, step: int, rows: Sequence[Metrics]) -> None:
+        """Take the metrics of finished updates, on the host; those of one dispatch.
 
         Args:
-          step: the update, the last of ``count``.
-          metrics: of the update; with a leading axis where they are of several.
-          count: updates that were dispatched at once.
-        """
-        if self._due:
-            self._write(whole=True)
-        self.pace.tick(count)
-        if self._clock is None:  # the first step compiled before it returned
-            self._clock, self._ticked = time.perf_counter(), -count
-        self._window.append((step, count, metrics))
-        self._ticked += count
-        self._due = step // self._log_every > (step - count) // self._log_every
-
-    def flush(self) -> None:
-        """Read and write the steps taken so far.
+          step: the last of them, from 1.
+          rows: of each update.
 
         Raises:
           RunError: the loss or the gradient is not finite.
         """
-        self._write(whole=False)
+        self.pace.tick(len(rows))
+        if self._clock is None:  # the first step compiled before it returned
+            self._clock, self._ticked = time.perf_counter(), -len(rows)
+        self._ticked += len(rows)
+        speed: dict[str, float] | None = None  # one for all that end in a dispatch
+        for self._last, metrics in enumerate(rows, start=step - len(rows) + 1):
+            self._window.append(metrics)
+            if self._last % self._log_every == 0:
+                speed = self._lap() if speed is None else speed
+                self._write(speed)
 
-    def _write(self, whole: bool) -> None:
-        """A record for every ``log_every`` steps; of those that are left too, unless only ``whole`` ones."""
-        self._due = False
-        hosts = _read([metrics for _, _, metrics in self._window])
-        for (last, count, _), host in zip(self._window, hosts, strict=True):
-            self._ready += [(last, host)] if count == 1 else _apart(last, count, host)
+    def flush(self) -> None:
+        """Write a record of the updates taken since the last.
+
+        Raises:
+          RunError: the loss or the gradient is not finite.
+        """
+        if self._window:
+            self._write(self._lap())
+
+    def _write(self, speed: Mapping[str, float]) -> None:
+        values, step = merged(self._window), self._last
         self._window = []
-        ends = [k for k, (step, _) in enumerate(self._ready, start=1) if step % self._log_every == 0]
-        if not whole and self._ready and len(self._ready) not in ends:
-            ends.append(len(self._ready))
-        told: dict[str, float] = {}
-        start = 0
-        if ends:
-            told = {**self._lap(), **self.pace.lap()}
-        for end in ends:
-            self._record(self._ready[start:end], told)
-            start = end
-        self._ready = self._ready[start:]
-
-    def _record(self, taken: Sequence[tuple[int, Metrics]], speed: Mapping[str, float]) -> None:
-        values, step = _merged([metrics for _, metrics in taken]), taken[-1][0]
         if self._guarded:
             values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         for name in ("loss", "grad_norm"):
@@ -211,16 +164,9 @@ class Recorder:
         if found:
             self._steps += steps
             self._seconds += seconds
-        return found
+        return {**found, **self.pace.lap()}
 
     def _speed(self, steps: int, seconds: float) -> dict[str, float]:
         if steps <= 0 or seconds <= 0:
             return {}
         return {"examples_per_second": steps * self._examples / seconds, **self._rates(seconds / steps)}
-
-
-def _apart(last: int, count: int, host: Metrics) -> list[tuple[int, Metrics]]:
-    """The metrics of ``count`` updates, ``last`` the last of them, each by itself."""
-    leaves, tree = jax.tree.flatten(host)
-    rows = zip(*leaves, strict=True)
-    return [(last - count + 1 + k, jax.tree.unflatten(tree, row)) for k, row in enumerate(rows)]
