@@ -4,7 +4,8 @@ One fixed batch of normalised float32 images, no augmentation, the same paramete
 loss, optimizer and batch on every side: 128 for ``cifar_small_cnn`` and ``cifar_lenet``, 256 for
 ``cifar_cnn``. PyTorch runs eagerly with contiguous and with channels-last images, of which the faster
 counts, and by ``torch.compile`` where that works. Without torch that part is skipped. The stock side is the
-same model with stock convolutions.
+same model with stock convolutions. ``a device a core`` is the library's program with the batch split over as
+many CPU devices as there are cores, as ``--simulate-devices`` makes them.
 
 On a machine that others use, threads wait for each other. ``--cpu-time`` counts the process's CPU seconds
 instead, which means something on one core only: ``taskset -c 1 python -m ... --cpu-time``.
@@ -28,9 +29,10 @@ import optax
 from flax import linen as nn
 
 from benchmarks import common
-from jaxtrain import losses, models, optim
+from jaxtrain import losses, models, optim, sharding
 from jaxtrain.step import make_init, make_train_step
 
+SPLIT = "a device a core"
 CNN_DECAY, CNN_SMOOTHING = 5e-4, 0.1  # experiments/cifar_cnn.py
 NETS: dict[str, dict[str, Any]] = {
     "cifar_small_cnn": {"model": models.ConvNet((32, 64)), "batch": 128, "steps": 4},
@@ -58,16 +60,20 @@ def optimizer(name: str) -> optax.GradientTransformation:
 
 
 class Jax:
-    """Compiled steps on one fixed batch, with jaxtrain's convolutions or stock ones."""
+    """Compiled steps on one fixed batch, with jaxtrain's convolutions or stock ones, on the first devices."""
 
-    def __init__(self, name: str, batch: dict[str, Any], plain: bool = False) -> None:
+    def __init__(self, name: str, batch: dict[str, Any], plain: bool = False, devices: int = 1) -> None:
         self.model, tx = NETS[name]["model"], optimizer(name)
         loss = losses.CrossEntropy(smoothing=CNN_SMOOTHING if name == "cifar_cnn" else 0.0)
-        self.batch, self.key = jax.device_put(batch), jax.random.key(1)
+        mesh = sharding.make_mesh(jax.devices()[:devices])
+        whole, split = sharding.replicated(mesh), sharding.batch_split(mesh)
+        self.batch, self.key = jax.device_put(batch, split), jax.device_put(jax.random.key(1), whole)
         where = f"jaxtrain.models.{'cnn' if name == 'cifar_cnn' else 'convnet'}.conv"
         with mock.patch(where, stock) if plain else mock.patch.object(self, "model", self.model):
-            self.state = jax.jit(make_init(self.model, tx))(jax.random.key(0), self.batch)
-            step = jax.jit(make_train_step(self.model, loss, tx), donate_argnums=0)
+            init = sharding.compile(make_init(self.model, tx), args=(None, split), out=whole)
+            self.state = init(jax.random.key(0), self.batch)
+            update = make_train_step(self.model, loss, tx)
+            step = sharding.compile(update, args=(whole, split, whole), out=whole, donate=(0,))
             self.step = step.lower(self.state, self.batch, self.key).compile()
             self.logits = np.asarray(self._apply())
 
@@ -138,6 +144,8 @@ def measure(
     batch = {"image": (raw["image"] / 127.5 - 1).astype(np.float32), "label": raw["label"]}
     ours = Jax(name, batch)
     sides: dict[str, Any] = {"jaxtrain": ours, "stock flax": Jax(name, batch, plain=True)}
+    if (cores := len(jax.devices())) > 1:
+        sides[SPLIT] = Jax(name, batch, devices=cores)
     logits = {side: value.logits for side, value in sides.items()}
     try:
         sides |= (found := peers(name, ours.params(), batch, eager, skipped))
@@ -161,6 +169,10 @@ def measure(
         best = min(rivals, key=lambda side: statistics.median(times[side]))
         label = f"{name}: examples/s over PyTorch eager, {best.removeprefix('torch ')}"
         results.append(common.speedup(label, times[best], times["jaxtrain"], ">= 1.0"))
+        if SPLIT in times:
+            results.append(common.speedup(f"{label}, {SPLIT}", times[best], times[SPLIT]))
+    if SPLIT in times:
+        results.append(common.speedup(f"{name}: examples/s, {SPLIT}", times["jaxtrain"], times[SPLIT]))
     if "torch.compile" in times:
         label = f"{name}: examples/s over torch.compile, channels_last"
         results.append(common.speedup(label, times["torch.compile"], times["jaxtrain"]))
@@ -183,6 +195,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.cpu_time and len(os.sched_getaffinity(0)) > 1:
         parser.error("--cpu-time needs one core: taskset -c 1 python -m benchmarks.convolution --cpu-time")
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
     clock = time.process_time if args.cpu_time else time.perf_counter
     results: list[dict[str, Any]] = []
     figures: dict[str, Any] = {"seconds": "CPU" if args.cpu_time else "wall"}
