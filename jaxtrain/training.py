@@ -8,25 +8,39 @@ import dataclasses
 import shlex
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain import cli, devices, flags, loading, redact
+from jaxtrain import (
+    checkpoint,
+    cli,
+    devices,
+    flags,
+    loading,
+    plan,
+    preflight,
+    profile,
+    redact,
+    sharding,
+    workdir,
+)
+from jaxtrain.data import Order, Subset, holdout
+from jaxtrain.dispatch import decide
 from jaxtrain.errors import InputError, RunError
 from jaxtrain.experiment import Experiment
-from jaxtrain.recorder import Console
+from jaxtrain.loop import fit
+from jaxtrain.program import Program, assemble
+from jaxtrain.recorder import Console, describe, make_console
 from jaxtrain.sharding import processes
 from jaxtrain.stop import Stopped
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, or go on, as the arguments of ``run`` say; returns the exit code."""
-    from jaxtrain import preflight, profile
-    from jaxtrain.recorder import make_console
-
     for flag in ("grace", "hang_after"):
         seconds = getattr(args, flag)
         if seconds is not None and not 0 < seconds < float("inf"):
@@ -59,11 +73,6 @@ def _fit(
     args: argparse.Namespace,
     console: Console,
 ) -> int:
-    from jaxtrain import checkpoint, plan, profile, sharding, workdir
-    from jaxtrain.dispatch import decide
-    from jaxtrain.loop import fit
-    from jaxtrain.program import assemble
-
     began = time.perf_counter()
     record: dict[str, Any] = {
         "origin": origin,
@@ -88,38 +97,8 @@ def _fit(
     for note in (*program.notes, *(notes if found is None else ())):
         console.note(note)
     if found is None:
-        processes.first(lambda: plan.check_disk(program, folder))
-        plan.check_memory(program)
-        if source and begun is None:  # so that what cannot begin leaves no folder
-            checkpoint.check_init_from(source[0], source[1], program.like)
-        with plan.explained(program, name, folder, console):
-            choice = decide(program, begun, args.deterministic)
-        program = dataclasses.replace(program, per_dispatch=choice.count)
-        record |= program.choices | choice.record()
-        if choice.count > 1:
-            console.note(f"{choice.count} updates a dispatch: {choice.why}")
-        processes.first(lambda: workdir.claim(folder, name, experiment, record, args.extend))
-        try:
-            with contextlib.ExitStack() as held:
-                processes.first(lambda: held.enter_context(workdir.locked(folder)))
-                found = fit(
-                    program,
-                    folder,
-                    console,
-                    name,
-                    began,
-                    resume=args.resume,
-                    init_from=source,
-                    grace=args.grace,
-                    hang_after=args.hang_after,
-                    strict=args.strict,
-                    updates=updates,
-                )
-        except Stopped as stopped:
-            raise Stopped(f"{stopped}; go on with: {_again(args, folder)}", stopped.signum) from None
-        finally:
-            console.end()
-            program.close()
+        program = _ready(program, name, folder, args, console, record, source, begun)
+        found = _trained(program, name, folder, args, console, began, source, updates)
     else:
         console.note(f"this run is finished{_where(folder)}; --new starts another, --extend a longer one")
         if updates:
@@ -128,9 +107,65 @@ def _fit(
     return 0
 
 
-def _folder(name: str, experiment: Experiment, args: argparse.Namespace) -> Path:
-    from jaxtrain import workdir
+def _ready(
+    program: Program,
+    name: str,
+    folder: Path,
+    args: argparse.Namespace,
+    console: Console,
+    record: dict[str, Any],
+    source: Sequence[Any] | None,
+    begun: dict[str, Any] | None,
+) -> Program:
+    """``program`` with its choices made, once all that can be checked was; ``folder`` is its own then."""
+    processes.first(lambda: plan.check_disk(program, folder))
+    plan.check_memory(program)
+    if source and begun is None:  # so that what cannot begin leaves no folder
+        checkpoint.check_init_from(source[0], source[1], program.like)
+    with plan.explained(program, name, folder, console):
+        choice = decide(program, begun, args.deterministic)
+    if choice.count > 1:
+        console.note(f"{choice.count} updates a dispatch: {choice.why}")
+    record = record | program.choices | choice.record()
+    processes.first(lambda: workdir.claim(folder, name, program.experiment, record, args.extend))
+    return dataclasses.replace(program, per_dispatch=choice.count)
 
+
+def _trained(
+    program: Program,
+    name: str,
+    folder: Path,
+    args: argparse.Namespace,
+    console: Console,
+    began: float,
+    source: Sequence[Any] | None,
+    updates: tuple[int, int] | None,
+) -> dict[str, Any]:
+    """The result of ``loop.fit``, for which the folder is locked."""
+    try:
+        with contextlib.ExitStack() as held:
+            processes.first(lambda: held.enter_context(workdir.locked(folder)))
+            return fit(
+                program,
+                folder,
+                console,
+                name,
+                began,
+                resume=args.resume,
+                init_from=source,
+                grace=args.grace,
+                hang_after=args.hang_after,
+                strict=args.strict,
+                updates=updates,
+            )
+    except Stopped as stopped:
+        raise Stopped(f"{stopped}; go on with: {_again(args, folder)}", stopped.signum) from None
+    finally:
+        console.end()
+        program.close()
+
+
+def _folder(name: str, experiment: Experiment, args: argparse.Namespace) -> Path:
     if args.extend and not args.workdir:
         raise InputError("--extend goes on with a run of another length: name it with --workdir")
     suffix = "" if args.overfit is None else f"-overfit{args.overfit}"
@@ -140,17 +175,11 @@ def _folder(name: str, experiment: Experiment, args: argparse.Namespace) -> Path
 
 def _begun(folder: Path) -> dict[str, Any] | None:
     """The record of the run in ``folder``, None where none has begun."""
-    from jaxtrain import workdir
-
     return workdir.load(folder) if (folder / "config.json").exists() else None
 
 
 def _smoke(name: str, experiment: Experiment, mesh: Mesh, console: Console) -> int:
     """Two steps, an evaluation, a save; then the same again, which must restore and change nothing."""
-    from jaxtrain.data import Order, Subset, holdout
-    from jaxtrain.loop import fit
-    from jaxtrain.program import assemble
-
     if processes.count() > 1:
         raise InputError("--smoke is for one process: leave --processes out, or use --simulate-devices")
     batch, n = experiment.batch, len(experiment.train)
@@ -185,8 +214,6 @@ def _smoke(name: str, experiment: Experiment, mesh: Mesh, console: Console) -> i
 
 
 def _summary(name: str, found: dict[str, Any], folder: Path, console: Console) -> None:
-    from jaxtrain.recorder import describe
-
     rows = {"test, last step": describe(found["test"], None)}
     if "best" in found:
         best = found["best"]
@@ -218,8 +245,6 @@ def _speed(found: dict[str, Any]) -> str:
 
 
 def _batch(experiment: Experiment, mesh: Mesh) -> str:
-    from jaxtrain import sharding
-
     each = experiment.batch // sharding.batch_parts(mesh)
     parts = f", in {experiment.accumulate} parts" if experiment.accumulate > 1 else ""
     return f"{experiment.batch} ({each} a device{parts})"
@@ -227,7 +252,6 @@ def _batch(experiment: Experiment, mesh: Mesh) -> str:
 
 def _where(folder: Path) -> str:
     """The mesh that a run was begun on, where its record tells."""
-    from jaxtrain import sharding, workdir
 
     sizes = workdir.load(folder).get("mesh")
     return f" (it began on {sharding.mesh_text(sizes)})" if isinstance(sizes, dict) else ""
@@ -235,7 +259,6 @@ def _where(folder: Path) -> str:
 
 def _bits(args: argparse.Namespace, now: dict[str, Any], folder: Path) -> list[str]:
     """What ``--deterministic`` has done, and whether the run began in other circumstances."""
-    from jaxtrain import workdir
 
     begun = (folder / "config.json").exists()
     notes = list(devices.other_bits(workdir.load(folder).get("bits") if begun else None, now))

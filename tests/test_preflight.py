@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT
 from jax.sharding import Mesh
 
-from jaxtrain import blame, checkpoint, preflight, run
+from jaxtrain import blame, checkpoint, preflight, run, training
 from jaxtrain import program as programs
 from jaxtrain.data import Arrays, Normalise
 from jaxtrain.data.prepare import prepare
@@ -121,7 +121,7 @@ def out_of_memory(patch: pytest.MonkeyPatch) -> None:
         step.trace = program.train_step.trace  # what is computed is told before it is
         return dataclasses.replace(program, train_step=step)
 
-    patch.setattr(programs, "assemble", assemble)
+    patch.setattr(training, "assemble", assemble)
 
 
 def saved(**changes) -> Callable[[pytest.MonkeyPatch], None]:

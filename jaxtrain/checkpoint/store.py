@@ -204,7 +204,7 @@ class Checkpoints:
             if processes.is_first():
                 (folder / folders.SAVING).touch()
             if self._compiled is not None:
-                self._compiled.result()
+                self._compiled.exception()  # waits; an error is left to the call
             write = background.writing(folder / "state", paths)
         except Exception as error:
             raise self._failed(step, size, error) from error
