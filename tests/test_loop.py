@@ -179,6 +179,13 @@ def test_in_flight_waits_for_the_step_before_the_last_ones():
     assert flight.settle() == [[3], [4]] and flight.settle() == []
 
 
+def test_in_flight_reads_where_nothing_else_may(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    flight = InFlight(0)
+    with jax.transfer_guard_device_to_host("disallow"):
+        assert flight.add(Packed.of({"seen": jnp.ones(())})) == [[{"seen": 1.0}]]
+
+
 def test_the_loop_reads_each_metric_once_and_behind_later_updates(tmp_path, console, monkeypatch, mesh1):
     program = assemble(change(eval_every=None, epochs=1, save_every=100, max_in_flight=3), mesh1)
     dispatched, reads = [], []
