@@ -25,9 +25,16 @@ CIFAR10 = (50_000, 32, 32, 3)
 def arguments(about: str, rounds: int) -> argparse.ArgumentParser:
     """A parser with what every benchmark takes."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=rounds, help="how often each side is timed")
+    parser.add_argument("--rounds", type=_positive, default=rounds, help="how often each side is timed")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON there")
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1")
+    return number
 
 
 def interleaved(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

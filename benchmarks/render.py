@@ -8,6 +8,7 @@ Needs no package.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -118,8 +119,10 @@ def number(value: float) -> str:
 
 def main() -> None:
     """Write the page, or look whether it is as it should be."""
-    made = page()
-    if "--check" not in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 where the page is another")
+    args, made = parser.parse_args(), page()
+    if not args.check:
         PAGE.write_text(made)
     elif not PAGE.exists() or PAGE.read_text() != made:
         sys.exit(f"{PAGE.relative_to(ROOT)} is not what the results say: python -m benchmarks.render")

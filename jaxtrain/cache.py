@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,12 +39,27 @@ def own(folder: Path) -> bool:
     return not about.st_mode & 0o022 and about.st_uid in (0, os.getuid())
 
 
+def off() -> bool:
+    """Is nothing to be kept (``JAXTRAIN_CACHE=off``)?
+
+    Raises:
+      InputError: the variable says something else.
+    """
+    value = os.environ.get("JAXTRAIN_CACHE", "")
+    if value.lower() not in ("", "off"):
+        raise InputError(
+            f"JAXTRAIN_CACHE is {value}: set it to off, or leave it out "
+            "(a folder is named by JAX_COMPILATION_CACHE_DIR)"
+        )
+    return value != ""
+
+
 def folder(name: str) -> Path | None:
     """``home(name)``, made for this user alone; None where there is to be none, or cannot be.
 
     ``JAXTRAIN_CACHE=off`` keeps nothing of jaxtrain's own.
     """
-    if os.environ.get("JAXTRAIN_CACHE") == "off":
+    if off():
         return None
     try:
         return home(name) if own(home()) and own(home(name)) else None
@@ -63,20 +79,22 @@ def compiled(warn: Callable[[str], None]) -> None:
       warn: takes a line that whoever runs this should read.
 
     Raises:
-      InputError: ``JAX_COMPILATION_CACHE_DIR`` cannot be made.
+      InputError: ``JAX_COMPILATION_CACHE_DIR`` cannot be made, or ``JAXTRAIN_CACHE`` is no setting.
     """
     import jax  # here: what is kept is looked up by --list too, which does not wait for JAX
 
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
-    if not named and os.environ.get("JAXTRAIN_CACHE") == "off":
+    if off() and not named:
         return
     if "://" in named or not getattr(jax.config, "jax_enable_compilation_cache", True):
         return
     try:
         folder = Path(named) if named else home("compiled", cpu())
-        if not (named or own(home())) or not own(folder):
-            where = "JAX_COMPILATION_CACHE_DIR" if named else str(folder)
-            warn(f"WARNING: others can write to {where}, and what is in it is run: chmod 700 {folder}")
+        open_to_others = [each for each in ((folder,) if named else (home(), folder)) if not own(each)]
+        if open_to_others:
+            where = "JAX_COMPILATION_CACHE_DIR" if named else str(open_to_others[0])
+            fix = f"chmod 700 {shlex.join(map(str, open_to_others))}"
+            warn(f"WARNING: others can write to {where}, and what is in it is run: {fix}")
             if not named:
                 return
     except (OSError, RuntimeError) as error:

@@ -61,18 +61,17 @@ class InFlight:
                     vector.copy_to_host_async()
         self._queue.append(metrics)
         alive()
-        return self._read(self._most)
+        return list(self._read(self._most))
 
-    def settle(self) -> list[list[Metrics]]:
-        """Wait for all; the rest of what ``add`` returns."""
+    def settle(self) -> Iterator[list[Metrics]]:
+        """The rest of what ``add`` returns, each of which is waited for when it is asked for."""
         return self._read(0)
 
-    def _read(self, most: int) -> list[list[Metrics]]:
-        found = []
+    def _read(self, most: int) -> Iterator[list[Metrics]]:
         while len(self._queue) > most:
             with jax.transfer_guard_device_to_host("allow") if self._far else contextlib.nullcontext():
-                found.append(self._queue.popleft().rows())
-        return found
+                rows = self._queue.popleft().rows()
+            yield rows
 
 
 class Dispatch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def fit(
     about: dict[str, Any] = {"experiment": name, "hash": config_hash(experiment), "jaxtrain": __version__}
     about |= {"jax": jax.__version__, "run": processes.first(lambda: workdir.run_name(folder))}
     writes = processes.is_first()
-    everywhere, queued = program.key.sharding.device_set, experiment.max_in_flight
+    everywhere = program.key.sharding.device_set
     mine = [device for device in jax.local_devices() if device in everywhere]
     with (
         plan.explained(program, name, folder, console),
@@ -71,7 +71,7 @@ def fit(
         watchdog(hang_after, folder / f"hang-{processes.index()}.txt"),
         checkpoint.open(folder, experiment.keep, about, console.note) as saved,
         profile.metered(mine, len(mine) / len(everywhere)) as meter,
-        profile.traced(updates, folder, console, len(mine), queued, program.per_dispatch) as trace,
+        profile.traced(updates, folder, console, len(mine)) as trace,
     ):
         speed = plan.throughput(program)
         with ahead(program):  # compiles the step meanwhile
@@ -155,8 +155,8 @@ def _train(
     trace.begin(start, program.steps)
     console.begin(start, program.steps)
     while step < program.steps:
-        trace.step(step + 1, state, record, settle)
         count = program.dispatched(step)
+        trace.step(step + 1, count, state, record, settle)
         state, metrics = dispatch(state, step, count)
         step += count
         take(wait(metrics))  # of updates before these, which run meanwhile
@@ -190,7 +190,7 @@ class Finished:
     def __init__(self, start: int, watch: Watch, record: recorder.Recorder) -> None:
         self._step, self._watch, self._record = start, watch, record
 
-    def take(self, dispatches: Sequence[Sequence[Metrics]]) -> None:
+    def take(self, dispatches: Iterable[Sequence[Metrics]]) -> None:
         """What ``InFlight`` tells.
 
         Raises:

@@ -136,6 +136,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", metavar="PARTS", help=f"some of {','.join(PARTS)}")
     parser.add_argument("--allow-cpu", action="store_true", help="try this script out, shortened, on a CPU")
     args = parser.parse_args()
+    if not args.minutes >= 1:
+        parser.error(f"--minutes {args.minutes:g}: at least 1")
     if args.data is not None and not args.data.exists():
         parser.error(f"--data {args.data} does not exist")
     args.names = list(PARTS) if args.only is None else args.only.split(",")
@@ -184,7 +186,8 @@ def main() -> int:
         session.cpu = device["platform"] not in ("gpu", "cuda")
         if session.cpu and not args.allow_cpu:
             lacks = "JAX does not use the NVIDIA GPU (install jax[cuda12] or jax[cuda13])"
-            print(f"{lacks if card else 'no NVIDIA GPU here'}: nothing was measured")
+            why = lacks if card else "no NVIDIA GPU here"
+            print(f"{why}: nothing was measured; skipped: {', '.join(args.names)}")
             return 0
         session.memory = device["memory"] or 0
         if session.cpu:  # where compiling takes most of the time, and no figure counts

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 from jaxtrain import cache
+from jaxtrain.errors import InputError
 
 SCRIPT = """
 import jax
@@ -43,7 +44,8 @@ def test_programs_are_kept_in_a_private_folder_and_found_again(tmp_path):
     again = start(XDG_CACHE_HOME=str(tmp_path))
     assert "hits 0" not in again and str(folder) in again
     (tmp_path / "jaxtrain").chmod(0o777)  # others could put their own folder in its place
-    assert "WARNING: others can write to" in start(XDG_CACHE_HOME=str(tmp_path))
+    told = start(XDG_CACHE_HOME=str(tmp_path))
+    assert "WARNING: others can write to" in told and f"chmod 700 {tmp_path / 'jaxtrain'}\n" in told
 
 
 def test_what_the_user_sets_counts(tmp_path):
@@ -86,3 +88,12 @@ def test_trimming_what_is_not_there_is_no_error(folder, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / folder)
     cache.trim(tmp_path, cap=0)
     assert list(tmp_path.iterdir()) == []  # the link itself is gone
+
+
+def test_a_setting_that_means_nothing_is_refused(monkeypatch):
+    for value, off in (("off", True), ("OFF", True), ("", False)):
+        monkeypatch.setenv("JAXTRAIN_CACHE", value)
+        assert cache.off() is off
+    monkeypatch.setenv("JAXTRAIN_CACHE", "/somewhere")
+    with pytest.raises(InputError, match="JAXTRAIN_CACHE is /somewhere: set it to off, or leave it out"):
+        cache.off()

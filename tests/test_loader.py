@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from tiny import EXPERIMENT
 
-from jaxtrain import dispatch, sharding
+from jaxtrain import sharding
 from jaxtrain.data import Arrays, Order, Sequential, Subset, Synthetic, in_memory
 from jaxtrain.data.loader import Resident, Streamed
 from jaxtrain.errors import InputError, RunError
 from jaxtrain.loop import fit
 from jaxtrain.models import MLP
+from jaxtrain.packed import Packed
 from jaxtrain.program import assemble
 from jaxtrain.recorder import make_console
 
@@ -270,22 +271,22 @@ def test_a_streamed_batch_is_put_while_the_steps_before_it_are_computed(
     tmp_path: Any, mesh1: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    put, wait = Streamed.batch, jax.block_until_ready
+    put, wait = Streamed.batch, Packed.rows
 
     def batch(self: Streamed, step: int) -> Any:
         events.append("put")
         return put(self, step)
 
-    def ready(tree: Any) -> Any:
+    def rows(self: Packed) -> Any:
         events.append("wait")
-        return wait(tree)
+        return wait(self)
 
     exp = dataclasses.replace(
         EXPERIMENT, model=MLP(widths=(), classes=4), after=(), augment=(), feed="stream"
     )
     program = assemble(dataclasses.replace(exp, eval_every=None, steps_per_dispatch=1), mesh1)
     monkeypatch.setattr(Streamed, "batch", batch)
-    monkeypatch.setattr(dispatch.jax, "block_until_ready", ready)
+    monkeypatch.setattr(Packed, "rows", rows)
     fit(program, tmp_path, make_console())
     assert program.steps == 13 and exp.max_in_flight == 2
     assert events[: 2 + 2 * 11] == ["put", "put", *["put", "wait"] * 11]

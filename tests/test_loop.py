@@ -176,7 +176,9 @@ def test_in_flight_waits_for_the_step_before_the_last_ones():
     read, flight = [], InFlight(2)
     told = [flight.add(Dispatched(step, read)) for step in range(5)]
     assert read == [0, 1, 2] and told == [[], [], [[0]], [[1]], [[2]]]
-    assert flight.settle() == [[3], [4]] and flight.settle() == []
+    rest = flight.settle()
+    assert next(rest) == [3] and read == [0, 1, 2, 3]  # one by one: the times between them are told
+    assert list(rest) == [[4]] and list(flight.settle()) == []
 
 
 def test_in_flight_reads_where_nothing_else_may(monkeypatch):

@@ -218,7 +218,7 @@ def test_a_device_that_works_is_not_idle(tmp_path, console):
     trace = profile.Trace((5, 8), tmp_path, console, 1)
     trace.begin(0, 9)
     for step in range(1, 10):
-        trace.step(step, x, record, lambda: None)
+        trace.step(step, 1, x, record, lambda: None)
         x = trace.mark("waiting for the device", lambda x: jax.block_until_ready(work(x)))(x)
     busy = profile.idle(tmp_path)
     assert busy < 0.5  # the machine may be busy with something else
@@ -226,15 +226,18 @@ def test_a_device_that_works_is_not_idle(tmp_path, console):
 
 
 @pytest.mark.parametrize(
-    ("updates", "each", "start", "begins", "covers"),
+    ("updates", "each", "start", "begins", "covers", "note"),
     [
-        ((5, 6), 1, 0, 2, (5, 6)),  # three earlier ones fill the queue
-        ((3, 4), 1, 0, 3, (3, 4)),  # too few before: the first compiles
-        ((1, 20), 1, 7, 8, (8, 10)),  # goes on within the range, and ends in it
-        ((6, 7), 2, 0, 5, (5, 8)),  # two updates a call
+        ((5, 6), 1, 0, 2, (5, 6), ""),
+        ((3, 4), 1, 0, 1, (3, 4), ""),  # too few before
+        ((1, 20), 1, 7, 8, (8, 10), "update 8 is the first here of such"),  # goes on within, and ends in it
+        ((6, 7), 2, 0, 3, (5, 8), ""),  # two updates a call
+        ((2, 3), 2, 0, 1, (1, 4), "updates 1 to 2 are the first here of such"),
     ],
 )
-def test_which_updates_are_traced(updates, each, start, begins, covers, tmp_path, console, monkeypatch):
+def test_which_updates_are_traced(
+    updates, each, start, begins, covers, note, tmp_path, console, monkeypatch, capsys
+):
     began, state, order = [], jnp.ones(2), []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: began.append(step))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
@@ -247,15 +250,18 @@ def test_which_updates_are_traced(updates, each, start, begins, covers, tmp_path
 
     monkeypatch.setattr(tracing.Trace, "_close", lambda self, text="": told.update(vars(self), text=text))
     record = SimpleNamespace(paused=paused)
-    with profile.traced(updates, tmp_path, console, 1, queued=2, per_dispatch=each) as trace:
+    with profile.traced(updates, tmp_path, console, 1) as trace:
         trace.begin(start, 10)
         for step in range(start + 1, 11, each):
-            trace.step(step, state, record, lambda: order.append("guard"))
+            trace.step(step, each, state, record, lambda: order.append("guard"))
             if told:
                 break
         else:
             trace.end(state, record, lambda: order.append("guard"))
-        assert order == ["guard", "record"] * 2  # a bad update is the guard's to tell
+        # A bad update is the guard's to tell; nothing is queued where the window begins.
+        assert order == ["guard", "record", "guard", "guard", "record"]
+        out = capsys.readouterr().out
+        assert note in out and ("first here" in out) == bool(note)
         assert (told["_first"], told["_last"]) == covers and began[0] == begins and told["text"] == ""
         trace._begin = None
 
@@ -270,7 +276,7 @@ def test_a_run_that_stops_within_and_goes_on_within(program, tmp_path, console, 
     fit(program, tmp_path, console, updates=(7, 14))
     out = capsys.readouterr().out
     assert "--profile 7:14: this run computes 10 to 25, so 10 to 14 of it" in out
-    assert "update 10 is the first here, so its compilation is in the profile" in out
+    assert "update 10 is the first here of such, so compilation is in the profile" in out
     assert where(tmp_path / "profile/updates-10-14")["updates"] == [10, 14]
     fit(program, tmp_path, console, updates=(7, 14))
     assert (
@@ -293,7 +299,7 @@ def test_each_of_several_processes_writes_its_own(tmp_path, console, monkeypatch
     monkeypatch.setattr(processes, "index", lambda: 1)
     trace = profile.Trace((1, 2), tmp_path, console, 1)
     trace.begin(0, 9)
-    trace.step(1, jnp.ones(2), SimpleNamespace(paused=contextlib.nullcontext), lambda: None)
+    trace.step(1, 1, jnp.ones(2), SimpleNamespace(paused=contextlib.nullcontext), lambda: None)
     trace._leave(2)
     assert folders == [tmp_path / "profile/updates-1-2/process-1"]
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxtrain import cli
+from jaxtrain import cache, cli
 from jaxtrain.commands import SUMMARIES
 
 PACKAGES = (
@@ -104,6 +104,8 @@ def _devices(problems: list[str]) -> dict[str, str]:
 
 
 def _storage(problems: list[str]) -> dict[str, str]:
+    import jax
+
     from jaxtrain.data.folders import default_data_dir
 
     rows = {}
@@ -121,8 +123,9 @@ def _storage(problems: list[str]) -> dict[str, str]:
     data = folders["data folder"]
     prepared = sorted(p.name for p in data.iterdir() if p.is_dir()) if data.is_dir() else []
     rows["data sets"] = ", ".join(prepared) or "none (python -m jaxtrain prepare cifar10)"
-    rows["compile cache"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or (
-        "off (set JAX_COMPILATION_CACHE_DIR to a folder to keep compiled programs)"
+    cache.compiled(problems.append)
+    rows["compile cache"] = getattr(jax.config, "jax_compilation_cache_dir", None) or (
+        "off (a run keeps compiled programs unless JAXTRAIN_CACHE=off)"
     )
     return rows
 

@@ -98,4 +98,5 @@ def _process() -> dict[str, float]:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except (OSError, ValueError, IndexError):  # not Linux, where ru_maxrss has another unit too
         return {}
-    return {"process_rss_bytes": float(pages * resource.getpagesize()), "process_rss_peak_bytes": peak}
+    rss = float(pages * resource.getpagesize())  # the kernel counts the two at different times
+    return {"process_rss_bytes": rss, "process_rss_peak_bytes": max(peak, rss)}

@@ -24,6 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 FILE = "where.json"
 FOLDER = "profile"
 TOP = 10
+LEAD = 3  # updates that are traced before the window, or the profiler's own beginnings would be in it
 
 
 def window(text: str | None, steps: int | None = None) -> tuple[int, int] | None:
@@ -45,7 +46,7 @@ def window(text: str | None, steps: int | None = None) -> tuple[int, int] | None
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise InputError(
             f"--profile {text}: give the first and the last update to profile as START:STOP, "
-            "with 1 <= START <= STOP"
+            "with 1 <= START <= STOP, below 10^18"
         )
     first, last = int(match[1]), int(match[2])
     if steps is not None and first > steps:
@@ -67,18 +68,15 @@ def mark(phase: str) -> Callable[[F], F]:
 class Trace:
     """Takes a trace of the updates ``first`` to ``last``, and tells where their time went.
 
-    The window is as full at its end as at its beginning, so that neither looks idle: tracing begins some
-    updates early, and the window ends with the loop's turn for ``last``; or, where too few updates come
-    before it, the window begins and ends with nothing queued. In either case the trace is ended only when all
-    queued updates are finished. Its figures are of this process's devices.
+    The window begins and ends with nothing queued, so that what was computed in it is what it is said to be
+    of; that the device waits for the first dispatch is part of it. Tracing begins some updates early. The
+    figures are of this process's devices.
 
     Args:
       updates: the first and the last, numbered from 1 in the whole run; None takes no trace.
       folder: the run's; the trace goes to ``profile`` in it.
       console: where it is told.
       devices: how many of this process's devices the run uses.
-      queued: updates that the loop queues (``max_in_flight``).
-      per_dispatch: updates that one call of the loop computes.
     """
 
     def __init__(
@@ -87,15 +85,14 @@ class Trace:
         folder: Path,
         console: Console,
         devices: int,
-        queued: int = 2,
-        per_dispatch: int = 1,
     ) -> None:
         self._updates, self._console, self._devices = updates, console, devices
-        self._lead, self._each = (queued + 1) * per_dispatch, per_dispatch
         self._folder = folder / FOLDER
         self._begin: int | None = None  # the first update to be traced
         self._first = self._last = self._at = 0
-        self._full = self._running = False
+        self._asked = (0, 0)
+        self._running = False
+        self._known: set[int] = set()  # numbers of updates a call computed so far
         self._marks: list[jax.profiler.TraceAnnotation] = []  # that are open: the window's, and the update's
 
     def mark(self, phase: str, function: F) -> F:
@@ -121,35 +118,40 @@ class Trace:
             self._console.note(
                 f"{asked}: this run computes {start + 1} to {steps}, so {first} to {last} of it"
             )
-        if first == start + 1:
-            self._console.note(
-                f"{asked}: update {first} is the first here, so its compilation is in the profile"
-            )
-        self._full = first - (start + 1) > self._lead  # of which the first compiles
-        self._begin = first - self._lead if self._full else first
-        self._first, self._last = first, last
+        self._begin = max(first - LEAD, start + 1)
+        self._first, self._last = self._asked = first, last
 
-    def step(self, step: int, state: Any, record: Recorder, settle: Callable[[], None]) -> None:
-        """The loop's turn for update ``step`` (the first, where one call computes several) begins.
+    def step(self, step: int, count: int, state: Any, record: Recorder, settle: Callable[[], None]) -> None:
+        """The loop's turn for ``count`` updates begins.
 
         Args:
-          step: from 1.
+          step: the first of them, from 1.
+          count: updates that one call computes.
           state: the state so far; waited for where a trace begins or ends.
           record: does not count the time for that.
-          settle: judges all updates so far (``Watch.settle``), before their record is written.
+          settle: waits for all updates so far and judges them, before their record is written.
         """
-        if self._begin is None or step + self._each <= self._begin:
+        if self._begin is None:
+            return
+        if step + count <= self._begin:
+            self._known.add(count)
             return
         if step > self._last:
-            self._last = step - 1  # a call may compute updates beyond the range
+            self._last = step - 1  # a call may have computed updates beyond the range
             self.end(state, record, settle)
             return
-        self._at = step + self._each - 1
+        self._at = step + count - 1
         if not self._running and not self._open(state, record, settle):
             return
-        if step + self._each > self._first and not self._marks:
+        if self._at >= self._first and not self._marks:
+            settle()
+            jax.block_until_ready(state)
             self._enter(jax.profiler.TraceAnnotation(xplane.WINDOW))
             self._first = step
+        if self._marks and count not in self._known:
+            what = f"update {step} is" if count == 1 else f"updates {step} to {self._at} are"
+            self._console.note(f"--profile: {what} the first here of such, so compilation is in the profile")
+        self._known.add(count)
         if len(self._marks) == 2:
             self._leave(1)
         if self._marks:
@@ -159,8 +161,6 @@ class Trace:
         """No update of the range follows: wait for those that are queued, end the trace and tell of it."""
         if not self._running:
             return
-        if self._full:
-            self._leave(2)
         with jax.profiler.TraceAnnotation(xplane.MARK + "waiting for the device"):
             jax.block_until_ready(state)
         self._leave(2)
@@ -222,6 +222,8 @@ class Trace:
             self._console.note(f"--profile: {error}; the run goes on")
             return
         alive()
+        if told == "" and (self._first, self._last) != self._asked:
+            told = "updates that one call computes are profiled together; "
         title = f"where the time went, updates {self._first} to {self._last} ({found.seconds:.3f} s)"
         self._console.summary(title, table(found, updates))
         self._console.note(
@@ -240,11 +242,9 @@ def traced(
     folder: Path,
     console: Console,
     devices: int,
-    queued: int = 2,
-    per_dispatch: int = 1,
 ) -> Iterator[Trace]:
     """A ``Trace`` that is ended however the block is left, but by an interrupt."""
-    trace = Trace(updates, folder, console, devices, queued, per_dispatch)
+    trace = Trace(updates, folder, console, devices)
     try:
         yield trace
     except Exception:
