@@ -27,6 +27,8 @@ the command of a section. What each benchmark compares, and how, is said at the 
 
 - A ratio is taken round by round, with both sides interleaved in one process (A B B A), and is the median
   over the `n` rounds, with quartiles. Of speeds, above 1 means that the side named first is faster.
+- `huge pages asked for`: by the whole process, as a run does on a CPU (`jaxtrain/pages.py`), so PyTorch's
+  sides and the loops written by hand have them, too. Where nothing is said of them there were none.
 - `load` is the machine's load average before the benchmark. Well above 0, others were using it: their work is
   part of the spread, and of the median where they used the cores that a side needed.
 - Figures are of the device and the versions that stand beside them. What no section has was not measured;
@@ -70,6 +72,7 @@ def where(record: Mapping[str, Any]) -> str:
     words = [record.get("date"), record.get("device")]
     words += [f"{record['cores']} cores"] if "cores" in record else []
     words += [f"{name} {version}" for name, version in versions.items()]
+    words += [f"huge pages {record['huge_pages']}"] if "huge_pages" in record else []
     words += [f"load {record['load_before']:.1f}"] if "load_before" in record else []
     words += [str(record["note"])] if "note" in record else []
     return ", ".join(word for word in words if word)

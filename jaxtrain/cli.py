@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from jaxtrain import redact
+from jaxtrain import pages, redact
 from jaxtrain.errors import InputError, RunError
 from jaxtrain.stop import Stopped, Twice
 
@@ -36,6 +36,8 @@ def main(
     setattr(parser, "error", functools.partial(_refuse, parser))  # noqa: B010 - mypy minds a method
     with redact.streams():
         args = parser.parse_args(argv)
+        if compiles(args):
+            pages.ask()
         with contextlib.nullcontext() if args.debug else _hushed():
             return _ended(run, parser, args, compiles(args))
 

@@ -26,6 +26,8 @@ os.environ["XDG_CACHE_HOME"] = f"{CACHE.name}-of-the-user"  # nothing of the tes
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # commands need not start again for it
+
 # What a test runs is small and what it compiles is not. (XLA's still shorter ways, without fusion emitters,
 # are not exact: 20 steps of a GPT in float64 on two meshes then differ by 5e-8.)
 os.environ.setdefault(

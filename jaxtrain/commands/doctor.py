@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxtrain import cache, cli
+from jaxtrain import cache, cli, pages
 from jaxtrain.commands import SUMMARIES
 
 PACKAGES = (
@@ -95,6 +95,7 @@ def _devices(problems: list[str]) -> dict[str, str]:
     if driver:
         rows["power"] = nvml.described(devices)
     rows["host memory"] = f"{_host_memory() / 2**30:.1f} GiB"
+    rows["huge pages"] = pages.told()
     if driver and devices[0].platform == "cpu":
         problems.append(
             "an NVIDIA driver is here and JAX runs on the CPU: pip install 'jaxtrain[cuda12]' "

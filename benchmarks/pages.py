@@ -1,0 +1,106 @@
+"""What huge pages bring to runs on a CPU (``jaxtrain.pages``).
+
+The same run of each network over resident data, crop and flip, batch 128, in processes with huge pages and
+without, one after the other (A B B A). Every round is a process of each, compiled programs kept. Timed is
+what a run tells: examples a second, without compilation and evaluation.
+
+  python -m benchmarks.pages [--nets NAME ...] [--rounds N] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks import common
+from benchmarks.sides import cases, lenet
+from jaxtrain import cache, data, loop, models, pages, sharding
+from jaxtrain.experiment import Experiment
+from jaxtrain.program import assemble
+from jaxtrain.recorder.console import Plain
+
+NETS: dict[str, tuple[Any, int]] = {  # and its updates
+    "cifar_small_cnn": (models.ConvNet((32, 64)), 40),
+    "cifar_lenet": (lenet(), 150),
+    "cifar_cnn": (models.CNN((32, 96, 192), convs=2), 12),
+}
+SIDES = {"small": "0", "huge": "1"}
+
+
+def run(name: str) -> dict[str, Any]:
+    """One run in this process."""
+    model, updates = NETS[name]
+    base = cases()["cnn"].experiment
+    fields = {**vars(base), "model": model, "epochs": updates * base.batch / len(base.train)}
+    fields |= {"steps_per_dispatch": 1, "log_every": updates}
+    fields["test"] = data.Arrays({k: v[: base.batch] for k, v in base.train.fields.items()})
+    program = assemble(Experiment(**fields), sharding.make_mesh(jax.devices()[:1]))
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        found = loop.fit(program, Path(folder), Plain())
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    figures = {"page_faults": used.ru_minflt, "peak_memory_mb": used.ru_maxrss / 1024}
+    return {"seconds": 1 / found["examples_per_second"], "loss": found["test"]["loss"], **figures}
+
+
+def started(name: str, side: str) -> dict[str, Any]:
+    """``run(name)`` in a process that has such pages."""
+    environment = {**os.environ, pages.VARIABLE: f"{pages.TUNABLE}={SIDES[side]}"}
+    words = [sys.executable, "-m", "benchmarks.pages", "--run", name]
+    done = subprocess.run(words, env=environment, check=True, capture_output=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(name: str, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Results and figures of one network."""
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+
+    def side(which: str) -> float:
+        runs[which].append(started(name, which))
+        seconds: float = runs[which][-1]["seconds"]
+        return seconds
+
+    times = common.interleaved({which: lambda which=which: side(which) for which in SIDES}, rounds)
+    losses = {one["loss"] for found in runs.values() for one in found}
+    if len(losses) > 1:
+        raise SystemExit(f"these were not the same runs: their losses are {losses}")
+    figures = {
+        f"{key}: {which}": common.medians({key: [one[key] for one in found[1:]]})[key]
+        for which, found in runs.items()
+        for key in ("page_faults", "peak_memory_mb")
+    }
+    figures |= {f"examples_per_second: {side}": 1 / s for side, s in common.medians(times).items()}
+    return [common.speedup(f"{name}: examples/s with huge pages", times["small"], times["huge"])], figures
+
+
+def main() -> None:
+    """All networks, one JSON object."""
+    parser = common.arguments(__doc__, rounds=5)
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
+    parser.add_argument("--run", choices=NETS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    cache.compiled(print)
+    if args.run:
+        print(json.dumps(run(args.run)))
+        return
+    if pages.told() != "asked for":
+        raise SystemExit(f"benchmarks.pages: huge pages are {pages.told()}: nothing to compare")
+    results, figures = [], {}
+    for name in args.nets:
+        found, figures[name] = measure(name, args.rounds)
+        results += found
+    common.finish(args, "pages", results, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Huge pages: which commands start once more to get them, and that nobody notices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxtrain import pages
+
+GLIBC = "glibc 2.36"
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """``started(*words, mode=..., libc=...)``: what ``ask`` starts for ``python *words``, or None."""
+
+    def start(
+        *words, mode="always [madvise] never", libc=GLIBC, gpu=False, package="jaxtrain", **environment
+    ):
+        found = []
+        for name in (pages.VARIABLE, pages.AGAIN, "JAX_PLATFORMS"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        (tmp_path / "enabled").write_text(f"{mode}\n")
+        monkeypatch.setattr(pages, "GIVEN", tmp_path / "enabled")
+        monkeypatch.setattr(pages, "NVIDIA", tmp_path if gpu else tmp_path / "none")
+        monkeypatch.setattr(os, "confstr", lambda name: libc)
+        monkeypatch.setattr(os, "execve", lambda *call: found.append(call))
+        monkeypatch.setattr(sys, "orig_argv", ["python", *words])
+        pages.ask(package)
+        return found[0] if found else None
+
+    return start
+
+
+RUN = ("-X", "dev", "-m", "jaxtrain.run", "--experiment", "a b")
+
+
+@pytest.mark.parametrize("words", [RUN, ("-m", "jaxtrain", "verify"), ("/usr/bin/jaxtrain", "run")])
+def test_a_command_starts_again_with_its_own_words(started, words):
+    path, arguments, environment = started(*words)
+    assert (path, arguments[1:]) == (sys.executable, list(words))
+    assert environment["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    assert environment["PATH"] == os.environ["PATH"]
+
+
+def test_other_tunables_stay(started):
+    environment = started(*RUN, GLIBC_TUNABLES="glibc.malloc.arena_max=2")[2]
+    assert environment["GLIBC_TUNABLES"] == "glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1"
+
+
+def test_no_process_starts_twice(started):
+    # Where files have capabilities the system takes the tunable out again: this must not go on for ever.
+    assert started(*RUN, **{pages.AGAIN: str(os.getpid())}) is None
+    assert pages.AGAIN not in os.environ  # no process started from here is taken for this one
+    assert started(*RUN, **{pages.AGAIN: "1"}) is not None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train.py", "-m", "x"),
+        ("/usr/bin/pytest", "-m", "not gpu"),
+        ("-m", "pytest", "-k", "jaxtrain"),
+        ("-m", "cProfile", "-m", "jaxtrain.run"),
+        ("-m", "jaxtrainer"),
+        ("-c", "from jaxtrain import run; run.main([])"),
+        ("-",),
+        (),
+    ],
+)
+def test_a_program_that_calls_jaxtrain_is_left_alone(started, words):
+    assert started(*words) is None
+
+
+def test_benchmarks_name_their_package(started):
+    assert started("-m", "benchmarks.loop") is None
+    assert started("-m", "benchmarks.loop", package="benchmarks") is not None
+
+
+@pytest.mark.parametrize(
+    ("system", "told"),
+    [
+        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, "asked for"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, "as GLIBC_TUNABLES says"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.check=0:glibc.malloc.hugetlb=2"}, "as GLIBC_TUNABLES says"),
+        ({"mode": "[always] madvise never"}, "given without asking"),
+        ({"mode": "always madvise [never]"}, "switched off by the system"),
+        ({"libc": "glibc 2.34"}, "glibc 2.34 does not ask for them"),
+        ({"libc": None}, "the C library does not ask for them"),
+        ({"gpu": True}, "left to the system, because of the GPU"),
+    ],
+)
+def test_nothing_is_started_where_it_is_no_use(started, system, told):
+    assert started(*RUN, **system) is None
+    assert pages.told() == told
+
+
+def test_a_machine_without_the_setting_has_none(started, monkeypatch):
+    started(*RUN)
+    monkeypatch.setattr(pages, "GIVEN", Path("/nowhere"))
+    assert pages.told() == "none on this system"
+
+
+def test_jax_may_be_kept_from_the_gpu(started):
+    assert started(*RUN, gpu=True, JAX_PLATFORMS="cpu") is not None
+
+
+def test_a_system_that_starts_nothing_goes_on(started, monkeypatch):
+    started(*RUN)
+
+    def refused(*call):
+        raise OSError("no more memory")
+
+    monkeypatch.setattr(os, "execve", refused)
+    pages.ask()
+
+
+@pytest.mark.skipif(pages.told() not in ("not asked for", "asked for"), reason=f"here: {pages.told()}")
+def test_a_process_keeps_its_id_input_and_exit_code(tmp_path):
+    # Started again, the command finds the tunable; the file it runs first says which process it is.
+    (tmp_path / "told.py").write_text(
+        "import os, sys\nprint(os.getpid(), os.environ.get('GLIBC_TUNABLES'), sys.stdin.read())\n"
+        "raise SystemExit(7)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != pages.VARIABLE}
+    words = [sys.executable, "-m", "jaxtrain.run", "--experiment", str(tmp_path / "told.py")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
+        out, _ = process.communicate("typed")
+    assert out == f"{process.pid} glibc.malloc.hugetlb=1 typed\n"
+    assert process.returncode == 7
