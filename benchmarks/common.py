@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxtrain import pages
 
-PACKAGES = ("jaxtrain", "jax", "jaxlib", "flax", "optax", "grain", "numpy", "torch")
+PACKAGES = ("jaxtrain", "jax", "jaxlib", "flax", "optax", "grain", "numpy", "keras", "tensorflow", "torch")
 CIFAR10 = (50_000, 32, 32, 3)
 
 

@@ -7,6 +7,8 @@ import contextlib
 import functools
 import logging
 import os
+import select
+import signal
 import sys
 import traceback
 import warnings
@@ -30,7 +32,8 @@ def main(
 
     Nothing of JAX is imported here before ``run``, except where it ``compiles`` something.
 
-    0 done, 1 a bug (with its traceback), 2 bad input, 3 the run failed, 130 / 143 stopped by a signal.
+    0 done, 1 a bug (with its traceback), 2 bad input, 3 the run failed, 130 / 143 stopped by a signal, 141
+    nobody reads the output any more.
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     setattr(parser, "error", functools.partial(_refuse, parser))  # noqa: B010 - mypy minds a method
@@ -53,6 +56,8 @@ def _ended(
         if compiles:
             from jaxtrain import cache
 
+            with _imports():
+                import jax  # noqa: F401
             cache.compiled(warn)
         return run(args)
     except (InputError, RunError, Stopped) as error:
@@ -68,6 +73,10 @@ def _ended(
         return interrupt.exit_code if isinstance(interrupt, Twice) else 130
     except Exception as error:
         processes = _processes()
+        if isinstance(error, BrokenPipeError) and processes.count() == 1 and _unread():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is buffered
+            print(f"{parser.prog}: nobody reads the output any more", file=sys.stderr)
+            return 128 + signal.SIGPIPE
         if processes.count() == 1:
             traceback.print_exc()  # here, and not by Python later: a secret in it is masked
             return 1
@@ -77,6 +86,23 @@ def _ended(
         if lost is not None:
             print(f"{parser.prog}: {lost}", file=sys.stderr)
         return 1 if lost is None else lost.exit_code
+
+
+def _unread() -> bool:
+    """Has whoever read the output gone, as ``head`` does when it has seen enough?"""
+    poll = select.poll()
+    poll.register(1, 0)  # errors are told unasked
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+@contextlib.contextmanager
+def _imports() -> Iterator[None]:
+    """An interrupt waits for the end of this block: within JAX's import it would be a crash."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

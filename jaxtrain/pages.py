@@ -11,6 +11,7 @@ https://www.gnu.org/software/libc/manual/html_node/Memory-Allocation-Tunables.ht
 from __future__ import annotations
 
 import contextlib
+import getopt
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 VARIABLE, TUNABLE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
 AGAIN = "JAXTRAIN_STARTED_AGAIN"  # the id of a process that was, so that none is twice
 LEAST = (2, 35)  # the first glibc that has the tunable
+PYTHON = "bBc:dEhiIm:OPqRsSuvVW:xX:?"  # the options of the interpreter
 NOT_YET = "not asked for"
 GIVEN = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 NVIDIA = Path("/dev/nvidiactl")
@@ -35,8 +37,9 @@ def ask(package: str = "jaxtrain") -> None:
     again = os.environ.pop(AGAIN, "") == str(os.getpid())
     if again or not _is_command(package) or told() != NOT_YET:
         return
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by whoever started this
+            stream.flush()
     asked = ":".join(filter(None, (os.environ.get(VARIABLE), f"{TUNABLE}=1")))
     environment = {**os.environ, VARIABLE: asked, AGAIN: str(os.getpid())}
     with contextlib.suppress(OSError):  # slower, then
@@ -65,7 +68,13 @@ def told() -> str:
 
 def _is_command(package: str) -> bool:
     """Is this process one of the commands, and not a program, a debugger say, that calls one?"""
-    words = sys.orig_argv[1:]
-    if "-m" in words:
-        return words[words.index("-m") :][1].partition(".")[0] == package
-    return bool(words) and Path(words[0]).name == package
+    words = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv[1:])]  # without the command's own
+    try:
+        options, rest = getopt.getopt(words, PYTHON)
+    except getopt.GetoptError:
+        return False
+    for option, value in options:
+        if option in ("-c", "-m"):
+            return option == "-m" and value.partition(".")[0] == package
+    beside = Path(sys.executable).parent / package  # as pip installs it
+    return len(rest) == 1 and Path(rest[0]).resolve() == beside.resolve()

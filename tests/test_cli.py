@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import tiny
 from tiny import EXPERIMENT
 
 from jaxtrain import __main__ as verbs
@@ -428,3 +429,28 @@ def test_a_second_signal_ends_at_once(signum, code):
     _, error = process.communicate()
     assert process.returncode == code and "interrupted at once" in error
     assert error.count("\n") == 1
+
+
+def test_a_reader_that_leaves_ends_the_command_in_one_line(tmp_path):
+    words = [sys.executable, "-m", "jaxtrain", "plan", "--experiment", tiny.__file__]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(words, check=False, stdout=write, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(write)
+    assert done.stderr == "jaxtrain plan: nobody reads the output any more\n"
+    assert done.returncode == 141
+
+
+def test_an_interrupt_waits_for_the_end_of_an_import():
+    code = """
+import os, signal
+from jaxtrain import cli
+try:
+    with cli._imports():
+        os.kill(os.getpid(), signal.SIGINT)
+        print("imported")
+    print("never here")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "imported\ninterrupted\n"

@@ -31,22 +31,44 @@ def started(monkeypatch, tmp_path):
         monkeypatch.setattr(pages, "NVIDIA", tmp_path if gpu else tmp_path / "none")
         monkeypatch.setattr(os, "confstr", lambda name: libc)
         monkeypatch.setattr(os, "execve", lambda *call: found.append(call))
-        monkeypatch.setattr(sys, "orig_argv", ["python", *words])
+        own = words[words.index("--") + 1 :] if "--" in words else ()  # the command's own arguments
+        monkeypatch.setattr(sys, "argv", ["x", *own])
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+        monkeypatch.setattr(sys, "orig_argv", ["python", *(word for word in words if word != "--")])
         pages.ask(package)
         return found[0] if found else None
 
     return start
 
 
-RUN = ("-X", "dev", "-m", "jaxtrain.run", "--experiment", "a b")
+RUN = ("-X", "dev", "-m", "jaxtrain.run", "--", "--experiment", "a b")
 
 
-@pytest.mark.parametrize("words", [RUN, ("-m", "jaxtrain", "verify"), ("/usr/bin/jaxtrain", "run")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        RUN,
+        ("-m", "jaxtrain", "--", "verify", "-m"),
+        ("-mjaxtrain.run", "--", "--list"),
+        ("-Wdefault", "-Im", "jaxtrain", "--", "doctor"),
+    ],
+)
 def test_a_command_starts_again_with_its_own_words(started, words):
     path, arguments, environment = started(*words)
-    assert (path, arguments[1:]) == (sys.executable, list(words))
+    assert (path, arguments[1:]) == (sys.executable, [word for word in words if word != "--"])
     assert environment["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
     assert environment["PATH"] == os.environ["PATH"]
+
+
+def test_the_installed_command_starts_again(started, tmp_path):
+    assert started(str(tmp_path / "jaxtrain"), "--", "run") is not None
+    assert started(str(tmp_path / "elsewhere" / "jaxtrain"), "--", "run") is None
+
+
+def test_streams_may_be_closed(started, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert started(*RUN) is not None
 
 
 def test_other_tunables_stay(started):
@@ -64,13 +86,16 @@ def test_no_process_starts_twice(started):
 @pytest.mark.parametrize(
     "words",
     [
-        ("train.py", "-m", "x"),
-        ("/usr/bin/pytest", "-m", "not gpu"),
-        ("-m", "pytest", "-k", "jaxtrain"),
+        ("train.py", "--", "-m"),
+        ("train.py", "--", "-m", "jaxtrain"),
+        ("-", "--", "-m", "jaxtrain"),
+        ("/usr/bin/pytest", "--", "-m", "not gpu"),
+        ("/usr/bin/coverage", "run", "-m", "jaxtrain.run", "--", "--list"),
+        ("-m", "pytest", "--", "-k", "jaxtrain"),
         ("-m", "cProfile", "-m", "jaxtrain.run"),
         ("-m", "jaxtrainer"),
-        ("-c", "from jaxtrain import run; run.main([])"),
-        ("-",),
+        ("-c", "from jaxtrain import run; run.main([])", "--", "-m", "jaxtrain"),
+        ("--help-all",),
         (),
     ],
 )
