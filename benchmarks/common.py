@@ -20,7 +20,10 @@ import numpy as np
 
 from jaxtrain import pages
 
-PACKAGES = ("jaxtrain", "jax", "jaxlib", "flax", "optax", "grain", "numpy", "keras", "tensorflow", "torch")
+PACKAGES = (
+    *("jaxtrain", "jax", "jaxlib", "flax", "optax", "grain", "numpy"),
+    *("keras", "tensorflow", "tensorflow-cpu", "torch"),
+)
 CIFAR10 = (50_000, 32, 32, 3)
 
 
