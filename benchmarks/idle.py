@@ -13,30 +13,18 @@ import os
 import tempfile
 from pathlib import Path
 
-import jax
-
 from benchmarks import common
-from benchmarks.sides import cases
-from jaxtrain import data, loop, profile, sharding
-from jaxtrain.experiment import Experiment
-from jaxtrain.program import Program, assemble
+from benchmarks.sides import short
+from jaxtrain import loop, profile
 from jaxtrain.recorder.console import Plain
 
 STEPS, UPDATES = 60, (20, 59)
 
 
-def program() -> Program:
-    """The ``cnn`` of ``benchmarks.loop``, for a few updates."""
-    base = cases()["cnn"].experiment
-    fields = {**vars(base), "epochs": STEPS * base.batch / len(base.train), "steps_per_dispatch": 1}
-    fields["test"] = data.Arrays({k: v[: base.batch] for k, v in base.train.fields.items()})
-    return assemble(Experiment(**fields), sharding.make_mesh(jax.devices()[:1]))
-
-
 def main() -> None:
     """One JSON object."""
     args = common.arguments(__doc__, rounds=5).parse_args()
-    ready, shares = program(), []
+    ready, shares = short(STEPS), []
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as null:
             with contextlib.redirect_stdout(null):

@@ -20,31 +20,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from benchmarks import common
-from benchmarks.sides import cases, lenet
-from jaxtrain import cache, data, loop, models, pages, sharding
-from jaxtrain.experiment import Experiment
-from jaxtrain.program import assemble
+from benchmarks.convolution import NETS
+from benchmarks.sides import short
+from jaxtrain import cache, loop, pages
 from jaxtrain.recorder.console import Plain
 
-NETS: dict[str, tuple[Any, int]] = {  # and its updates
-    "cifar_small_cnn": (models.ConvNet((32, 64)), 40),
-    "cifar_lenet": (lenet(), 150),
-    "cifar_cnn": (models.CNN((32, 96, 192), convs=2), 12),
-}
+UPDATES = {"cifar_small_cnn": 40, "cifar_lenet": 150, "cifar_cnn": 12}
 SIDES = {"small": "0", "huge": "1"}
 
 
 def run(name: str) -> dict[str, Any]:
     """One run in this process."""
-    model, updates = NETS[name]
-    base = cases()["cnn"].experiment
-    fields = {**vars(base), "model": model, "epochs": updates * base.batch / len(base.train)}
-    fields |= {"steps_per_dispatch": 1, "log_every": updates}
-    fields["test"] = data.Arrays({k: v[: base.batch] for k, v in base.train.fields.items()})
-    program = assemble(Experiment(**fields), sharding.make_mesh(jax.devices()[:1]))
+    program = short(UPDATES[name], model=NETS[name]["model"], log_every=UPDATES[name])
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         found = loop.fit(program, Path(folder), Plain())
     used = resource.getrusage(resource.RUSAGE_SELF)
@@ -86,8 +74,8 @@ def measure(name: str, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any
 def main() -> None:
     """All networks, one JSON object."""
     parser = common.arguments(__doc__, rounds=5)
-    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
-    parser.add_argument("--run", choices=NETS, help=argparse.SUPPRESS)
+    parser.add_argument("--nets", nargs="+", choices=UPDATES, default=list(UPDATES))
+    parser.add_argument("--run", choices=UPDATES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     cache.compiled(print)
     if args.run:

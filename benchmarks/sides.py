@@ -78,6 +78,15 @@ def lenet() -> models.ConvNet:
     return models.ConvNet(widths=(6, 16), kernel=5, padding="VALID", hidden=(120, 84), classes=10)
 
 
+def short(updates: int, **settings: Any) -> Program:
+    """The case ``cnn``, with other ``settings``, as a whole run of so few updates on the first device."""
+    base = cases()["cnn"].experiment
+    few = data.Arrays({name: array[: base.batch] for name, array in base.train.fields.items()})
+    fields = {**vars(base), "test": few, "epochs": updates * base.batch / len(base.train)}
+    exp = Experiment(**{**fields, "steps_per_dispatch": 1, **settings})
+    return assemble(exp, sharding.make_mesh(jax.devices()[:1]))
+
+
 def unsaved(exp: Experiment) -> Program:
     """``exp`` on the first device, neither saved nor evaluated by the loop."""
     program = assemble(exp, sharding.make_mesh(jax.devices()[:1]))

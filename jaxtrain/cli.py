@@ -39,10 +39,10 @@ def main(
     setattr(parser, "error", functools.partial(_refuse, parser))  # noqa: B010 - mypy minds a method
     with redact.streams():
         args = parser.parse_args(argv)
-        if compiles(args):
+        if needs_jax := compiles(args):
             pages.ask()
         with contextlib.nullcontext() if args.debug else _hushed():
-            return _ended(run, parser, args, compiles(args))
+            return _ended(run, parser, args, needs_jax)
 
 
 def _ended(

@@ -441,16 +441,14 @@ def test_a_reader_that_leaves_ends_the_command_in_one_line(tmp_path):
     assert done.returncode == 141
 
 
-def test_an_interrupt_waits_for_the_end_of_an_import():
-    code = """
-import os, signal
-from jaxtrain import cli
-try:
-    with cli._imports():
-        os.kill(os.getpid(), signal.SIGINT)
-        print("imported")
-    print("never here")
-except KeyboardInterrupt:
-    print("interrupted")
-"""
-    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "imported\ninterrupted\n"
+def test_an_interrupt_waits_until_jax_is_imported(tmp_path):
+    (tmp_path / "jax.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nprint('imported')\n"
+    )
+    code = "import argparse; from jaxtrain import cli; parser = argparse.ArgumentParser(prog='it')\n"
+    code += "print(cli.main(lambda args: print('never here'), parser, []))"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(cli.__file__).parents[1]}"}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, check=True, env=environment, capture_output=True, text=True)
+    assert done.stdout == "imported\n130\n"
+    assert done.stderr == "it: interrupted at once; the last checkpoint is kept\n"

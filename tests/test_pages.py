@@ -139,11 +139,15 @@ def test_jax_may_be_kept_from_the_gpu(started):
 def test_a_system_that_starts_nothing_goes_on(started, monkeypatch):
     started(*RUN)
 
+    asked = []
+
     def refused(*call):
+        asked.append(call)
         raise OSError("no more memory")
 
     monkeypatch.setattr(os, "execve", refused)
     pages.ask()
+    assert len(asked) == 1
 
 
 @pytest.mark.skipif(pages.told() not in ("not asked for", "asked for"), reason=f"here: {pages.told()}")
