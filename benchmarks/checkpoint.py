@@ -28,9 +28,9 @@ import numpy as np
 
 from benchmarks import common
 from jaxtrain import checkpoint, data, losses, models, optim, sharding
+from jaxtrain.core.types import State, leaf_paths
 from jaxtrain.experiment import Experiment
 from jaxtrain.program import Program, assemble
-from jaxtrain.types import State, leaf_paths
 
 WIDTH, BATCH = 1024, 16
 SIZES = "1,8,32"  # hidden layers: 12.6 MB each with AdamW's two moments

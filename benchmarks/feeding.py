@@ -3,8 +3,8 @@
 Every side draws uint8 batches in a fresh random order, pads each image by 4, cuts a random 32×32 window and
 mirrors half of them:
 
-  resident       ``jaxtrain.data.loader.Resident``: row numbers travel, gather and augmentation are compiled
-  streamed       ``jaxtrain.data.loader.Streamed``: gathered by threads on the host, augmented when compiled
+  resident       ``program.loader.Resident``: row numbers travel, gather and augmentation are compiled
+  streamed       ``program.loader.Streamed``: gathered by threads on the host, augmented when compiled
   torch, K workers    ``DataLoader`` over a Dataset of single examples, with 0 and 2 workers
   grain, K threads    ``MapDataset`` of single examples, shuffled, mapped and batched, with 0 and 16 threads
                       and with 2 worker processes
@@ -30,7 +30,7 @@ import numpy as np
 
 from benchmarks import common
 from jaxtrain import data, sharding
-from jaxtrain.data.loader import Loader, Resident, Streamed, _parse_absl_flags
+from jaxtrain.program.loader import Loader, Resident, Streamed, _parse_absl_flags
 
 PAD = 4
 BATCHES = 60  # of each jaxtrain side at once

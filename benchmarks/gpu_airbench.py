@@ -21,14 +21,15 @@ import numpy as np
 from benchmarks import common
 from benchmarks import gpu_workloads as workloads
 from benchmarks.gpu_measure import left
-from jaxtrain import dispatch, loop, sharding, splits, update
+from jaxtrain import sharding
+from jaxtrain.core.types import State
 from jaxtrain.data import compose
-from jaxtrain.data.loader import Resident
 from jaxtrain.experiment import Experiment
-from jaxtrain.program import Program, assemble
-from jaxtrain.recorder.console import Plain
+from jaxtrain.monitor.console import Plain
+from jaxtrain.program import Program, assemble, splits, update
+from jaxtrain.program.loader import Resident
 from jaxtrain.step import make_init
-from jaxtrain.types import State
+from jaxtrain.train import autotune, dispatch, loop
 
 SEEDS = 5
 PUBLISHED = {
@@ -122,7 +123,7 @@ def airbench(folder: str, tiny: bool) -> Iterator[dict[str, Any]]:
         for precision in ("bfloat16", "float32")
     }
     program = recipes["float32"].program
-    chosen = dispatch.decide(program, None, deterministic=False)
+    chosen = autotune.decide(program, None, deterministic=False)
     figures: dict[str, Any] = {
         "steps": program.steps,
         "batch": exp.batch,

@@ -42,7 +42,8 @@ def device() -> dict[str, Any]:
 
 def first_step(name: str, count: str) -> dict[str, Any]:
     """Seconds since the process was started until a step is finished, and the pace of ``count`` more."""
-    from jaxtrain import loading, sharding
+    from jaxtrain import sharding
+    from jaxtrain.cli import experiments
     from jaxtrain.program import assemble
 
     compiling: list[float] = []
@@ -52,7 +53,7 @@ def first_step(name: str, count: str) -> dict[str, Any]:
             compiling.append(seconds)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    _, _, experiment = loading.load(name, [])
+    _, _, experiment = experiments.load(name, [])
     program = assemble(experiment, sharding.make_mesh())
     state = program.init()
     times = [time.time()]
@@ -75,11 +76,13 @@ def first_step(name: str, count: str) -> dict[str, Any]:
 
 def compare(one: str, other: str) -> dict[str, Any]:
     """The arrays in which the last checkpoints of two finished runs differ, in any bit."""
-    from jaxtrain import checkpoint, loading, sharding, workdir
+    from jaxtrain import checkpoint, sharding
+    from jaxtrain.cli import experiments
     from jaxtrain.program import assemble
+    from jaxtrain.train import run_folder
 
     states = []
-    _, experiment = loading.recorded(workdir.load(Path(one)), Path(one))
+    _, experiment = experiments.recorded(run_folder.load(Path(one)), Path(one))
     program = assemble(experiment, sharding.make_mesh())
     for folder in (one, other):
         with checkpoint.open(Path(folder)) as saved:

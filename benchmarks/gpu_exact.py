@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import gpu_workloads as workloads
-from jaxtrain import checkpoint, devices, loop, models, sharding
-from jaxtrain.errors import RunError
+from jaxtrain import checkpoint, models, sharding
+from jaxtrain.cli import devices
+from jaxtrain.core.errors import RunError
+from jaxtrain.core.signals import Stopped
+from jaxtrain.monitor.console import Plain
 from jaxtrain.program import Program, assemble
-from jaxtrain.recorder.console import Plain
-from jaxtrain.stop import Stopped
+from jaxtrain.train import loop
 
 STEPS, AT = 40, 10
 

@@ -21,11 +21,12 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks import gpu_workloads as workloads
-from jaxtrain import checkpoint, peak, sharding
-from jaxtrain.dispatch import InFlight
+from jaxtrain import checkpoint, sharding
+from jaxtrain.core.types import State
 from jaxtrain.models.attention import attend, refusal
+from jaxtrain.monitor import peak_flops
 from jaxtrain.program import Program, assemble
-from jaxtrain.types import State
+from jaxtrain.train.dispatch import InFlight
 
 Figures = Iterator[dict[str, Any]]
 LAP = 0.15  # seconds of one side of a round: well above what the clock and the start of a program take
@@ -57,11 +58,11 @@ def peaks(tiny: bool) -> Figures:
     """Square matrix products in bfloat16 and float32 (TF32 where the device has it), beside the table."""
     device = jax.devices()[0]
     results: list[dict[str, Any]] = []
-    figures: dict[str, Any] = {"device": peak.name(device)}
+    figures: dict[str, Any] = {"device": peak_flops.name(device)}
     for precision in ("bfloat16", "float32"):
         sizes = (256, 512) if tiny else ()
-        again = [peak.measure(device, precision, rounds=3, sizes=sizes).flops for _ in range(3)]
-        table = peak.tabled(device.device_kind, precision)
+        again = [peak_flops.measure(device, precision, rounds=3, sizes=sizes).flops for _ in range(3)]
+        table = peak_flops.tabled(device.device_kind, precision)
         results.append(common.result(f"{precision}: matrix products", [x / 1e12 for x in again], "TFLOP/s"))
         figures[precision] = {
             "measured_flops": statistics.median(again),

@@ -35,7 +35,7 @@ def tests(session: Session) -> dict[str, Any]:
         raise Skipped("these need a GPU")
     if why := missing("pytest"):
         raise Skipped(why)
-    files = sorted(p for p in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in p.read_text())
+    files = sorted(p for p in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in p.read_text())
     where = ["--rootdir", ROOT, "-c", ROOT / "pyproject.toml", *files]
     env = {"JAXTRAIN_TEST_GPU": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     # Versions of JAX that warn of what is to come are measured all the same; -vv names every test.

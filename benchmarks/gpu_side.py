@@ -24,14 +24,14 @@ def jaxtrain_side(name: str, batch: int, tiny: bool) -> tuple[dict[str, Any], di
 
     from benchmarks import gpu_workloads as workloads
     from benchmarks.gpu_measure import Steps, mesh
-    from jaxtrain import plan
-    from jaxtrain.plan.throughput import update_flops
+    from jaxtrain.plan import measure
     from jaxtrain.program import assemble
+    from jaxtrain.program.throughput import update_flops
 
     began = time.perf_counter()
     exp = workloads.gpt(batch, tiny) if name == "gpt" else workloads.resnet50(batch, tiny)
     program = assemble(exp, mesh())
-    planned = plan.measure(program, count=False)  # compiles, while nothing else is on the device
+    planned = measure(program, count=False)  # compiles, while nothing else is on the device
     steps = Steps(program)
     steps(2)
     device = jax.devices()[0]

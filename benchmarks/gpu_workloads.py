@@ -14,16 +14,17 @@ import numpy as np
 
 from benchmarks import common
 from jaxtrain import data, losses, models, optim
-from jaxtrain.data.archives import load_members
-from jaxtrain.data.formats import ORIGINALS
+from jaxtrain.data.prepare.archives import load_members
+from jaxtrain.data.prepare.originals import ORIGINALS
 from jaxtrain.experiment import Experiment, find
+from jaxtrain.models import attention
 
 AT_ONCE = 28  # updates of a scanned dispatch of airbench: 476 are 17 of them
 ENDLESS = 10**6  # updates of a schedule whose end is never reached
 NORMALISE = data.Normalise(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 
 
-def gpt(batch: int, tiny: bool = False, attention: models.attention.Attention = "auto") -> Experiment:
+def gpt(batch: int, tiny: bool = False, attention: attention.Attention = "auto") -> Experiment:
     """GPT-2 small (Radford et al. 2019): 124 M parameters, context 1,024, vocabulary rounded up to 50,304."""
     sizes: dict[str, Any] = {"vocab": 50_304, "context": 1024, "width": 768, "depth": 12, "heads": 12}
     if tiny:

@@ -30,9 +30,9 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.sharding import experiment, images, text
-from jaxtrain import models, optim, plan, sharding
+from jaxtrain import models, optim, sharding
 from jaxtrain.experiment import Experiment
-from jaxtrain.program import assemble
+from jaxtrain.program import assemble, flops, memory
 
 LEAST = 0.02  # seconds that a side is timed for, if it takes a step or more
 MOST = 0.15  # by how much an exponent may be above that of the arithmetic
@@ -90,10 +90,10 @@ class Point:
 
     def __init__(self, exp: Experiment, devices: int) -> None:
         self._program = program = assemble(exp, sharding.make_mesh(jax.devices()[:devices]))
-        self.flops = plan.model_flops(program)
-        compiled = program.train_step.lower(*plan.call_like(program)).compile()  # type: ignore[attr-defined]
+        self.flops = flops.model_flops(program)
+        compiled = program.train_step.lower(*memory.call_like(program)).compile()  # type: ignore[attr-defined]
         found = compiled.memory_analysis()
-        parts = plan.held(program).items()  # exact; XLA's arguments hold the data set too
+        parts = memory.held(program).items()  # exact; XLA's arguments hold the data set too
         self.memory = found.temp_size_in_bytes + sum(
             one.bytes for part, arrays in parts if part != "data" for one in arrays
         )

@@ -24,16 +24,17 @@ import optax
 
 from benchmarks import common
 from benchmarks.sides import TOTAL, Unsaved
-from jaxtrain import checkpoint, data, loop, losses, models, optim, recorder, sharding
+from jaxtrain import checkpoint, data, losses, models, monitor, optim, sharding
+from jaxtrain.core.signals import Request
+from jaxtrain.core.types import Batch, Metrics, State
 from jaxtrain.experiment import Experiment
 from jaxtrain.metrics import Mean
+from jaxtrain.monitor.console import Plain
 from jaxtrain.program import assemble
-from jaxtrain.recompile import OneCompile
-from jaxtrain.recorder.console import Plain
 from jaxtrain.step import make_train_step
-from jaxtrain.stop import Request
-from jaxtrain.types import Batch, Metrics, State
-from jaxtrain.watch import Watch
+from jaxtrain.train import loop
+from jaxtrain.train.bad_updates import Watch
+from jaxtrain.train.recompile import OneCompile
 
 CHUNK = 10  # steps timed at once, with one record
 
@@ -82,7 +83,7 @@ class Side:
         self._null, self._console, self._at = null, Plain(), 0
         self._saved = stack.enter_context(checkpoint.open(folder))
         self._record = stack.enter_context(
-            recorder.open(folder, self._console, start=0, log_every=CHUNK, examples=exp.batch)
+            monitor.open(folder, self._console, start=0, log_every=CHUNK, examples=exp.batch)
         )
         self._state = program.init()
 

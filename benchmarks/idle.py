@@ -1,7 +1,7 @@
 """How much of the time the device works on nothing in a run over resident data.
 
 A run of a small convolutional network (batch 128, crop and flip, a record every 50 updates) is profiled as
-``--profile 20:59`` does; ``jaxtrain.profile.idle`` tells the share (docs/profiling.md). Every round is a run.
+``--profile 20:59`` does; ``jaxtrain.monitor.idle`` tells the share (docs/profiling.md). Every round is a run.
 
   python -m benchmarks.idle [--rounds N] [--out FILE]
 """
@@ -15,8 +15,9 @@ from pathlib import Path
 
 from benchmarks import common
 from benchmarks.sides import short
-from jaxtrain import loop, profile
-from jaxtrain.recorder.console import Plain
+from jaxtrain import monitor
+from jaxtrain.monitor.console import Plain
+from jaxtrain.train import loop
 
 STEPS, UPDATES = 60, (20, 59)
 
@@ -29,7 +30,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as null:
             with contextlib.redirect_stdout(null):
                 loop.fit(ready, Path(folder), Plain(), updates=UPDATES)
-            shares.append(100 * profile.idle(Path(folder) / "profile"))
+            shares.append(100 * monitor.idle(Path(folder) / "profile"))
     results = [common.result("device idle in a run over resident data", shares, "%", "<= 3")]
     common.finish(args, "idle", results, {"updates": list(UPDATES), "batch": ready.experiment.batch})
 

@@ -17,7 +17,7 @@ from benchmarks import common
 IMPORTS = {
     "jaxtrain": "import jaxtrain",
     "parts": "from jaxtrain import data, losses, metrics, models, optim, step",
-    "loop": "import jaxtrain.loop",
+    "loop": "import jaxtrain.train.loop",
     "libraries": "import jax, flax, optax",
 }
 TIMED = """
@@ -52,7 +52,7 @@ def main() -> None:
     results = [
         common.speedup("time of import jaxtrain over jax, flax, optax", times["jaxtrain"], base, "< 1.2"),
         common.speedup("time of jaxtrain's importable parts over jax, flax, optax", times["parts"], base),
-        common.speedup("time of import jaxtrain.loop over jax, flax, optax", times["loop"], base),
+        common.speedup("time of import jaxtrain.train.loop over jax, flax, optax", times["loop"], base),
         common.result("wall time of python -m jaxtrain.run --list", times["--list"], "s"),
     ]
     figures = {"seconds": common.medians(times), "code": IMPORTS}

@@ -1,8 +1,8 @@
-"""What ``jaxtrain.loop.fit`` costs a step, over a loop written by hand.
+"""What ``train.loop.fit`` costs a step, over a loop written by hand.
 
 Loops over the same model, the same resident data, the same augmentation and the same order:
 
-  fit      the loop of ``jaxtrain.loop.fit`` as it is: JSONL and TensorBoard records every 50 steps, bounded
+  fit      the loop of ``train.loop.fit`` as it is: JSONL and TensorBoard records every 50 steps, bounded
            queue, checkpoint polling, plain console (to /dev/null). Evaluations and saves are left out.
   no log, log 1    the same without records, and with one of every step
   queue K  the same with ``max_in_flight=K``
@@ -29,7 +29,8 @@ from benchmarks import common
 from benchmarks.sides import TOTAL, Case, Fit, Hand, Library, cases, rows_from, unsaved
 from jaxtrain import sharding
 from jaxtrain.program import Program
-from jaxtrain.watch import Watch
+from jaxtrain.sharding import compile
+from jaxtrain.train.bad_updates import Watch
 
 WINDOWS = 20  # records written for the breakdown
 QUEUES = (1, 2, 3, 4, 8)
@@ -128,7 +129,7 @@ def _dispatch(program: Program, state: Any) -> dict[str, tuple[Callable[[], Any]
         return state.step + 1
 
     whole = sharding.replicated(sharding.make_mesh(jax.devices()[:1]))
-    given = sharding.compile(nothing, args=(whole, program.train.shardings, whole), out=whole)
+    given = compile(nothing, args=(whole, program.train.shardings, whole), out=whole)
     plain, batch = jax.jit(nothing), program.train.batch(0)
     return {
         "call of an empty step, shardings given": (lambda: given(state, batch, program.key), 1),

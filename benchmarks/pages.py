@@ -1,4 +1,4 @@
-"""What huge pages bring to runs on a CPU (``jaxtrain.pages``).
+"""What huge pages bring to runs on a CPU (``jaxtrain.cli.huge_pages``).
 
 The same run of each network over resident data, crop and flip, batch 128, in processes with huge pages and
 without, one after the other (A B B A). Every round is a process of each, compiled programs kept. Timed is
@@ -23,8 +23,10 @@ from typing import Any
 from benchmarks import common
 from benchmarks.convolution import NETS
 from benchmarks.sides import short
-from jaxtrain import cache, loop, pages
-from jaxtrain.recorder.console import Plain
+from jaxtrain.cli import huge_pages
+from jaxtrain.core import cache
+from jaxtrain.monitor.console import Plain
+from jaxtrain.train import loop
 
 UPDATES = {"cifar_small_cnn": 40, "cifar_lenet": 150, "cifar_cnn": 12}
 SIDES = {"small": "0", "huge": "1"}
@@ -42,7 +44,7 @@ def run(name: str) -> dict[str, Any]:
 
 def started(name: str, side: str) -> dict[str, Any]:
     """``run(name)`` in a process that has such pages."""
-    environment = {**os.environ, pages.VARIABLE: f"{pages.TUNABLE}={SIDES[side]}"}
+    environment = {**os.environ, huge_pages.VARIABLE: f"{huge_pages.TUNABLE}={SIDES[side]}"}
     words = [sys.executable, "-m", "benchmarks.pages", "--run", name]
     done = subprocess.run(words, env=environment, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -81,8 +83,8 @@ def main() -> None:
     if args.run:
         print(json.dumps(run(args.run)))
         return
-    if pages.told() != "asked for":
-        raise SystemExit(f"benchmarks.pages: huge pages are {pages.told()}: nothing to compare")
+    if huge_pages.told() != "asked for":
+        raise SystemExit(f"benchmarks.pages: huge pages are {huge_pages.told()}: nothing to compare")
     results, figures = [], {}
     for name in args.nets:
         found, figures[name] = measure(name, args.rounds)

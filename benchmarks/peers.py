@@ -1,6 +1,6 @@
 """Training steps a second beside what people would use instead: same model, data, precision and optimizer.
 
-  jaxtrain     the loop of ``jaxtrain.loop.fit`` with its records, and with ``steps_per_dispatch="auto"``
+  jaxtrain     the loop of ``train.loop.fit`` with its records, and with ``steps_per_dispatch="auto"``
   hand         a loop written by hand around a step written by hand, with flax, optax and ``jax.jit``
   stock flax   the loop of Flax's documentation, with its layers: ``TrainState``, batches by ``device_put``
   keras        Keras 3 on JAX, ``model.fit``
@@ -29,7 +29,8 @@ import optax
 
 from benchmarks import common, stock
 from benchmarks.sides import Case, Fit, Hand, experiment, lenet, unsaved
-from jaxtrain import data, dispatch, models, optim
+from jaxtrain import data, models, optim
+from jaxtrain.train import autotune
 
 UPDATES = 3  # whose losses must agree
 TURN = 0.4  # seconds
@@ -75,7 +76,7 @@ class Sides:
 def sides_of(name: str, case: Case, stack: contextlib.ExitStack) -> Sides:
     """All that is installed."""
     exp, program = case.experiment, unsaved(case.experiment)
-    first, together = program.init(), dispatch.choose(program).count
+    first, together = program.init(), autotune.choose(program).count
     own = {"mlp": stock.StockMLP((64,)), "lenet": stock.StockLeNet(), "cifar": stock.StockCNN()}
     model = own.get(name.partition("_")[0], exp.model)
     sides: dict[str, Any] = {

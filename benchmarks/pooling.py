@@ -110,7 +110,7 @@ def main() -> None:
         sides |= torch_trainers(jaxtrain.params(), batch)
     except ImportError as error:
         skipped["torch"] = f"not installed ({error}): pip install torch"
-    want = jaxtrain.logits()
+    want = jaxtrain.core.chunked_logits()
     differences = {name: float(abs(side.logits() - want).max()) for name, side in sides.items()}
     if max(differences.values()) > 1e-3:
         raise SystemExit(f"these are not the same network: logits differ by {differences}")

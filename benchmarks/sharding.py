@@ -31,11 +31,13 @@ import numpy as np
 import optax
 
 from benchmarks import common
-from jaxtrain import data, devices, losses, models, optim, sharding
+from jaxtrain import data, losses, models, optim, sharding
+from jaxtrain.cli import devices
 from jaxtrain.experiment import Experiment
 from jaxtrain.plan.collectives import collectives
 from jaxtrain.program import Program
-from jaxtrain.scaling import Lane
+from jaxtrain.sharding import compile
+from jaxtrain.train.scaling import Lane
 
 DEVICES = 8
 ONE, ALL = "data=1", f"data={DEVICES}"
@@ -182,8 +184,8 @@ def parts(lanes: Mapping[str, Lane]) -> dict[str, Callable[[], float]]:
     size = sum(x.size for x in jax.tree.leaves(lanes[ALL].program.like.params))
     rows = jax.device_put(np.ones((DEVICES, size), np.float32), split)
     small = jax.device_put(np.zeros((), np.float32), whole)
-    reduce = sharding.compile(lambda x: x.sum(0), args=(split,), out=whole)
-    nothing = sharding.compile(lambda x: x + 1, args=(whole,), out=whole)
+    reduce = compile(lambda x: x.sum(0), args=(split,), out=whole)
+    nothing = compile(lambda x: x + 1, args=(whole,), out=whole)
 
     def repeated(fn: Callable[[Any], Any], x: Any) -> Callable[[], float]:
         return common.each(lambda: [jax.block_until_ready(fn(x)) for _ in range(REPEATS)], REPEATS)
@@ -205,7 +207,7 @@ def updates(program: Program) -> Callable[[], float]:
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    fn = sharding.compile(update, args=(whole,) * 3, out=(whole, whole), donate=(0, 1))
+    fn = compile(update, args=(whole,) * 3, out=(whole, whole), donate=(0, 1))
     state, grads = program.init(), program.init().params
     held = [state.params, state.opt_state]
 

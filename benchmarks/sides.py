@@ -20,12 +20,13 @@ import numpy as np
 import optax
 
 from benchmarks import common
-from jaxtrain import checkpoint, data, loop, losses, models, optim, recorder, sharding
+from jaxtrain import checkpoint, data, losses, models, monitor, optim, sharding
+from jaxtrain.core.signals import Request
 from jaxtrain.data.order import permutation
 from jaxtrain.experiment import Experiment
+from jaxtrain.monitor.console import Plain
 from jaxtrain.program import Program, assemble
-from jaxtrain.recorder.console import Plain
-from jaxtrain.stop import Request
+from jaxtrain.train import loop
 
 TOTAL = 10**6  # steps of the schedule: never reached
 
@@ -94,7 +95,7 @@ def unsaved(exp: Experiment) -> Program:
 
 
 class Fit:
-    """What ``jaxtrain.loop.fit`` does between its beginning and its end, with all its records.
+    """What ``jaxtrain.train.loop.fit`` does between its beginning and its end, with all its records.
 
     Args:
       program: from ``unsaved``; its compiled functions may be shared with other sides.
@@ -112,7 +113,7 @@ class Fit:
         self.null = stack.enter_context(Path(os.devnull).open("w"))  # noqa: SIM115 - the stack closes it
         self.console, self._request = Plain(), Request()
         self.saved = stack.enter_context(checkpoint.open(folder))
-        opened = recorder.open(
+        opened = monitor.open(
             folder,
             self.console,
             start=0,

@@ -1,6 +1,6 @@
 """JPEG files through Grain's worker processes onto the device, against the workers alone.
 
-  streamed   ``jaxtrain.data.loader.Streamed`` with 2 workers: files read, decoded, cropped at random to
+  streamed   ``jaxtrain.program.loader.Streamed`` with 2 workers: files read, decoded, cropped at random to
              224×224 and flipped by ``data.RandomCrops``, checked for a new batch and put on the device
   workers    the same workers' batches, taken and thrown away
 
@@ -23,7 +23,7 @@ import jax
 
 from benchmarks import common, photographs
 from jaxtrain import data, sharding
-from jaxtrain.data.loader import Streamed
+from jaxtrain.program.loader import Streamed
 
 WORKERS = 2
 FIRST, BATCHES = 6, 16  # taken before and while the clock runs: more than lie ready in buffers

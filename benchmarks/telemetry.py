@@ -14,18 +14,18 @@ import jax
 
 from benchmarks import common
 from benchmarks.sides import cases
-from jaxtrain import profile, sharding
+from jaxtrain import monitor, sharding
+from jaxtrain.monitor.step_times import Pace
 from jaxtrain.program import assemble
-from jaxtrain.recorder.pace import Pace
 
 STEPS = 200  # of one side of a round, while traced or not
 
 
 def calls() -> dict[str, tuple[Callable[[], Any], int]]:
     """What is timed by itself, and how many calls are timed at once."""
-    pace, meter = Pace(), profile.Meter(jax.local_devices()[:1])
+    pace, meter = Pace(), monitor.Meter(jax.local_devices()[:1])
     nothing: Any = None
-    function = profile.mark("a mark")(lambda: None)
+    function = monitor.mark("a mark")(lambda: None)
     meter.record(0)
 
     def lap() -> None:
@@ -35,7 +35,7 @@ def calls() -> dict[str, tuple[Callable[[], Any], int]]:
 
     return {
         "update, no trace asked for (Trace.step)": (
-            lambda: profile.OFF.step(5, nothing, nothing, nothing),
+            lambda: monitor.OFF.step(5, nothing, nothing, nothing),
             5000,
         ),
         "update, its time (Pace.tick)": (pace.tick, 5000),

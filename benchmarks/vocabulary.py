@@ -16,9 +16,9 @@ import jax
 import numpy as np
 
 from benchmarks import common
-from jaxtrain.gradients import gradient_of
 from jaxtrain.losses import CrossEntropy
 from jaxtrain.models import GPT, compute_in
+from jaxtrain.step.gradients import gradient_of
 
 VOCABULARIES = (256, 8_192, 50_304)
 BATCH, LENGTH, WIDTH, CHUNK = 8, 128, 128, 16

@@ -1,4 +1,4 @@
-"""``python -m jaxtrain VERB ...``: hands the rest of the line to one file in ``commands/``."""
+"""``python -m jaxtrain VERB ...``: hands the rest of the line to one file in ``cli/``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import importlib
 import sys
 
-from jaxtrain.commands import SUMMARIES
+from jaxtrain.cli import SUMMARIES
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,16 +22,16 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(SUMMARIES)}"
         sys.stderr.write(f"jaxtrain: no verb is called {verb}: {hint}\n")
         return 2
-    module = "jaxtrain.run" if verb == "run" else f"jaxtrain.commands.{verb}"
+    module = "jaxtrain.run" if verb == "run" else f"jaxtrain.cli.{verb}"
     code: int = importlib.import_module(module).main(argv[1:])
     return code
 
 
 def script() -> None:
     """The command ``jaxtrain``."""
-    from jaxtrain import cli  # here: --help needs none of it
+    from jaxtrain.cli import command_line  # here: --help needs none of it
 
-    cli.leave(main())
+    command_line.leave(main())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Any function of that form trains; these are frozen dataclasses so that they can stand in a config.
 A loss may have ``check(outputs, batch, ids)``, which looks at raw host data before anything is compiled, and
-``outside(outputs, batch)``, which counts bad labels inside the step, after augmentation (``jaxtrain.guard``).
+``outside(outputs, batch)``, which counts bad labels inside the step, after augmentation (``step.guard``).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.errors import InputError
-from jaxtrain.logits import ChunkedLogits
+from jaxtrain.core.chunked_logits import ChunkedLogits
+from jaxtrain.core.errors import InputError
+from jaxtrain.core.types import Batch, Metrics
 from jaxtrain.metrics import Mean, MeanIoU, RootMean
-from jaxtrain.types import Batch, Metrics
 
 
 @dataclasses.dataclass(frozen=True)

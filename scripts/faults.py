@@ -160,7 +160,7 @@ def kills(bench: Bench) -> Iterator[Case]:
 
 def damage(bench: Bench) -> Iterator[Case]:
     """Flip a bit, zero a block or cut off the end, all over the files of a checkpoint, and restore it."""
-    from jaxtrain.errors import InputError, RunError
+    from jaxtrain.core.errors import InputError, RunError
 
     chance, whole = random.Random(0), large(bench.fresh())
     truth, newest = arrays(whole), whole / "checkpoints" / f"{STEPS:06d}"
@@ -195,7 +195,7 @@ def large(run: Path) -> Path:
     import numpy as np
 
     from jaxtrain import checkpoint
-    from jaxtrain.types import State
+    from jaxtrain.core.types import State
 
     rng = np.random.default_rng(0)
     params = {f"kernel{i}": rng.normal(size=(512, 512)).astype(np.float32) for i in range(4)}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Collection, Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,20 @@ os.environ["NO_COLOR"] = "1"
 if not GPU:
     os.environ["JAX_PLATFORMS"] = "cpu"
 
-# Many tests build the same program, some in processes of their own: compile it once a session.
-CACHE = tempfile.TemporaryDirectory(prefix="jaxtrain-test-cache-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
-os.environ["XDG_CACHE_HOME"] = f"{CACHE.name}-of-the-user"  # nothing of the tests in the tester's own
+ROOT = Path(__file__).resolve().parent.parent
+
+# Many tests build the same program, in xdist workers, in processes of their own and in the next session:
+# compile it once. JAX's keys hold its version and its flags; the folder is by version so that old ones can go.
+CACHE = (
+    ROOT / ".cache" / "tests" / f"jax-{version('jax')}-python-{'.'.join(platform.python_version_tuple()[:2])}"
+)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# JAX writes an entry without a lock: who reads it half written compiles for itself, and says so.
+os.environ.setdefault("PYTHONWARNINGS", "ignore:Error reading persistent compilation cache")
+USER_CACHE = tempfile.TemporaryDirectory(prefix="jaxtrain-test-cache-")
+os.environ["XDG_CACHE_HOME"] = USER_CACHE.name  # the tests use nothing of the tester's own
 
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # commands need not start again for it
 
@@ -47,7 +57,6 @@ if not GPU:
     jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-ROOT = Path(__file__).resolve().parent.parent
 LONGEST = (
     "test_contracts",
     "test_install",

@@ -7,21 +7,21 @@ import jax
 import numpy as np
 import parallel_cases as cases
 
-from jaxtrain import devices
-from jaxtrain.sharding import processes
+from jaxtrain.cli import devices
+from jaxtrain.sharding import multihost
 
 
 def main() -> None:
     jax.config.update("jax_enable_x64", True)
     port, index, folder, *wanted = sys.argv[1:]
     devices.simulate(4)
-    processes.start(f"127.0.0.1:{port}", 2, int(index), warn=print)
+    multihost.start(f"127.0.0.1:{port}", 2, int(index), warn=print)
     for case in wanted:
         name, mesh = case.split("/")
         arrays, ids = cases.train(cases.make(name, mesh))
-        if processes.is_first():
+        if multihost.is_first():
             np.savez(Path(folder) / f"{case.replace('/', '-')}.npz", ids=ids, **arrays)
-    processes.barrier("end")
+    multihost.barrier("end")
 
 
 if __name__ == "__main__":

@@ -14,14 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain import data, devices, losses, models, optim, sharding
+from jaxtrain import data, losses, models, optim, sharding
+from jaxtrain.cli import devices
+from jaxtrain.core.types import Model, leaf_paths
 from jaxtrain.experiment import Experiment
-from jaxtrain.loop import evaluate
 from jaxtrain.metrics import ConfusionMatrix
+from jaxtrain.monitor.console import Plain
 from jaxtrain.program import Program, assemble
-from jaxtrain.recorder.console import Plain
-from jaxtrain.sharding import processes
-from jaxtrain.types import Model, leaf_paths
+from jaxtrain.sharding import multihost
+from jaxtrain.train.loop import evaluate
 
 BATCH = 16
 SIZES = (1, BATCH - 1, BATCH, BATCH + 1)
@@ -169,18 +170,18 @@ def check(kind: str, n: int, values: dict[str, Any], params: Any) -> None:
 def main() -> None:
     port, index, folder = sys.argv[1:]
     devices.simulate(4)
-    processes.start(f"127.0.0.1:{port}", 2, int(index), warn=print)
+    multihost.start(f"127.0.0.1:{port}", 2, int(index), warn=print)
     mesh = sharding.make_mesh(jax.devices())
     states: dict[str, Any] = {}
     for kind, n, feed in TOGETHER:
         program = make(kind, n, mesh, feed)
         states[kind] = states[kind] if kind in states else program.init()
         values, params = found(program, states[kind])
-        if processes.is_first():
+        if multihost.is_first():
             parts = {"values": values, "params": params}
             flat = {f"{part}/{name}": value for part, tree in parts.items() for name, value in tree.items()}
             np.savez(Path(folder) / f"{kind}-{n}-{feed}.npz", **flat)
-    processes.barrier("end")
+    multihost.barrier("end")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxtrain.data import formats
+from jaxtrain.data.prepare import originals
 
 
 def real_data(name: str) -> Path:
@@ -36,7 +36,7 @@ def tiny_files(name: str, records: int = 6) -> dict[str, bytes]:
         return (np.arange(records, dtype=np.uint8) * 3 % classes)[:, None]
 
     files = {}
-    for member in formats.ORIGINALS[name].members:
+    for member in originals.ORIGINALS[name].members:
         if member.name.endswith("names.txt"):
             count = 20 if "coarse" in member.name else 100
             data = "\n".join(f"{member.name[0]}{i}" for i in range(count)).encode() + b"\n\n"
@@ -56,11 +56,11 @@ def tiny_files(name: str, records: int = 6) -> dict[str, bytes]:
 def know(monkeypatch: pytest.MonkeyPatch, name: str, files: dict[str, bytes]) -> None:
     """Puts the sizes and checksums of made-up ``files`` in the place of the real ones."""
     members = tuple(
-        formats.Member(key, len(data), hashlib.md5(data, usedforsecurity=False).hexdigest())
+        originals.Member(key, len(data), hashlib.md5(data, usedforsecurity=False).hexdigest())
         for key, data in files.items()
     )
-    original = dataclasses.replace(formats.ORIGINALS[name], members=members)
-    monkeypatch.setitem(formats.ORIGINALS, name, original)
+    original = dataclasses.replace(originals.ORIGINALS[name], members=members)
+    monkeypatch.setitem(originals.ORIGINALS, name, original)
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:

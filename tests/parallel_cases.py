@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain import data, losses, models, optim, sharding
+from jaxtrain.core.types import Model, leaf_paths
 from jaxtrain.experiment import Experiment
 from jaxtrain.models import as_model
 from jaxtrain.program import Program, assemble
 from jaxtrain.sharding import rules
-from jaxtrain.types import Model, leaf_paths
 
 MESHES = ("data=8", "fsdp=8", "data=2,fsdp=4", "data=4,model=2", "data=2,fsdp=2,model=2")
 FIRST = {

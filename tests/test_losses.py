@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from jaxtrain import losses
-from jaxtrain.errors import InputError
+from jaxtrain.core.errors import InputError
 from jaxtrain.losses import MSE, CrossEntropy, Forecast
 
 RNG = np.random.default_rng(0)

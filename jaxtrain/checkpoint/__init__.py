@@ -4,9 +4,10 @@
 committed. Nothing else imports orbax.
 """
 
-from jaxtrain.checkpoint.initial import arrays, check_init_from, init_from
-from jaxtrain.checkpoint.manifest import Damaged, Saved, write_json
+from jaxtrain.checkpoint.manifest import Damaged, Saved
 from jaxtrain.checkpoint.store import Checkpoints, open, space
+from jaxtrain.checkpoint.warm_start import arrays, check_init_from, init_from
+from jaxtrain.core.files import write_json
 
 __all__ = [
     "Checkpoints",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxtrain.checkpoint import manifest
 from jaxtrain.checkpoint.manifest import Saved
-from jaxtrain.errors import InputError
+from jaxtrain.core.errors import InputError
 
 SAVING = ".saving"
 """A file in a step's folder from before its save begins until its manifest is written."""

@@ -12,7 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.errors import InputError, RunError
+from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.files import write_json
 
 FORMAT = 2
 READABLE = (1, 2)
@@ -146,16 +147,6 @@ def best(steps: list[Saved]) -> Saved | None:
     """The one with the highest score, the earliest of equals."""
     scored = [(s.score, -s.step, s) for s in steps if s.score is not None]
     return max(scored, key=lambda one: one[:2])[2] if scored else None
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write so that ``path`` is either whole or absent, also after a power cut."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w") as file:
-        file.write(json.dumps(data, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def _expected_seal(manifest: dict[str, Any]) -> str | None:

@@ -12,14 +12,13 @@ from typing import Any
 
 import jax
 
-from jaxtrain import fingerprint
-from jaxtrain.checkpoint import background
+from jaxtrain.checkpoint import async_save, fingerprint
 from jaxtrain.checkpoint import folder as folders
 from jaxtrain.checkpoint import manifest as manifests
 from jaxtrain.checkpoint.manifest import Damaged, Saved
-from jaxtrain.errors import InputError, RunError
-from jaxtrain.sharding import processes
-from jaxtrain.types import State, leaf_paths
+from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.types import State, leaf_paths
+from jaxtrain.sharding import multihost
 
 
 @contextlib.contextmanager
@@ -92,7 +91,7 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Remove what a killed process left, unfinished saves and half-deleted steps, and tell of it."""
-        for line in processes.first(lambda: folders.clean(self._folder)):
+        for line in multihost.first(lambda: folders.clean(self._folder)):
             self._note(line)
 
     def restore_or(self, init: Callable[[], State], like: State, resume: str = "newest") -> tuple[State, int]:
@@ -113,7 +112,7 @@ class Checkpoints:
         newest = self.latest()
         if newest is None:
             state, paths = init(), leaf_paths(like)
-            if processes.count() == 1 and not background.copies(paths):  # which the first save would wait for
+            if multihost.count() == 1 and not async_save.copies(paths):  # which the first save would wait for
                 self._compiled = self._writer.submit(fingerprint.prepare, paths)
             return state, 0
         self._check_run(newest)
@@ -128,7 +127,7 @@ class Checkpoints:
 
     def check(self, saved: Saved) -> None:
         """Raise Damaged unless every file of ``saved`` is what was saved."""
-        damage = processes.first(lambda: manifests.find_damage(saved))
+        damage = multihost.first(lambda: manifests.find_damage(saved))
         if damage is not None:
             raise self._damaged(saved, damage)
 
@@ -173,7 +172,7 @@ class Checkpoints:
             )
         for step, damage in sorted(bad.items()):
             path = folders.step_folder(self._folder, step)
-            now = processes.first(functools.partial(folders.set_aside, path))
+            now = multihost.first(functools.partial(folders.set_aside, path))
             self._note(f"WARNING: checkpoint {path} is damaged and has been renamed to {now}: {damage}")
         return state
 
@@ -185,7 +184,7 @@ class Checkpoints:
         """
         self.wait()
         folder = folders.step_folder(self._folder, step)
-        if processes.agree((folder / "manifest.json").exists(), "checkpoint"):
+        if multihost.agree((folder / "manifest.json").exists(), "checkpoint"):
             return
         paths, _ = _flatten(state)
         manifest = {
@@ -201,11 +200,11 @@ class Checkpoints:
                 if path.is_symlink():
                     raise OSError(f"{path} is a link, which is not followed")
             folder.mkdir(parents=True, exist_ok=True)
-            if processes.is_first():
+            if multihost.is_first():
                 (folder / folders.SAVING).touch()
             if self._compiled is not None:
                 self._compiled.exception()  # waits; an error is left to the call
-            write = background.writing(folder / "state", paths)
+            write = async_save.writing(folder / "state", paths)
         except Exception as error:
             raise self._failed(step, size, error) from error
         self._pending = step, size, self._writer.submit(self._finish, write, folder, manifest)
@@ -225,7 +224,7 @@ class Checkpoints:
             future.result()
         except Exception as error:
             raise self._failed(step, size, error) from error
-        processes.barrier("checkpoint")
+        multihost.barrier("checkpoint")
 
     def close(self, wait: bool = True) -> None:
         """Let go of the writer thread, without waiting for what it does if ``wait`` is false."""
@@ -233,7 +232,7 @@ class Checkpoints:
 
     def _finish(self, write: Callable[[], Any], folder: Path, manifest: dict[str, Any]) -> None:
         prints = write()  # in every process: Orbax commits when all have written
-        if not processes.is_first():
+        if not multihost.is_first():
             return
         manifests.write(folder, {**manifest, "fingerprints": fingerprint.finish(manifest["tree"], prints)})
         (folder / folders.SAVING).unlink()
@@ -245,7 +244,7 @@ class Checkpoints:
 
     def _agreed(self, look: Callable[[], list[tuple[Saved, str | None]]]) -> list[tuple[Saved, str | None]]:
         """What process 0 finds, in every process: checkpoints, and what is damaged of each."""
-        found = processes.first(
+        found = multihost.first(
             lambda: [(s.step, s.folder.name, s.manifest, s.damage, more) for s, more in look()]
         )
         return [
@@ -260,7 +259,7 @@ class Checkpoints:
 
     def _failed(self, step: int, size: int, error: Exception) -> RunError:
         unfinished = folders.step_folder(self._folder, step)
-        if processes.is_first() and folders.is_unfinished(unfinished):
+        if multihost.is_first() and folders.is_unfinished(unfinished):
             with contextlib.suppress(OSError):  # what was written of it would keep the space
                 folders.remove(unfinished)
         kept = [saved for saved in folders.listed(self._folder) if saved.damage is None]
@@ -273,7 +272,7 @@ class Checkpoints:
         )
 
     def _note(self, line: str) -> None:
-        if processes.is_first():
+        if multihost.is_first():
             self._tell(line)
 
 

@@ -1,7 +1,7 @@
 """Augmentations and preprocessing: frozen dataclasses that are pure functions of (image, key).
 
 They run on the device, compiled into the step. ``compose`` turns a tuple of them into the ``prepare`` that
-``jaxtrain.step`` takes; any callable of the same form may stand among them.
+``jaxtrain.step.factories`` takes; any callable of the same form may stand among them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.errors import InputError
-from jaxtrain.types import Batch, Prepare
+from jaxtrain.core.errors import InputError
+from jaxtrain.core.types import Batch, Prepare
 
 
 @dataclasses.dataclass(frozen=True)

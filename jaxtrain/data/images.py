@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.data.randaugment import Draws, HostStage
 from jaxtrain.data.tfds import TFDS
-from jaxtrain.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

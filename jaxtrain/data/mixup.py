@@ -7,8 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.errors import InputError
-from jaxtrain.types import Batch
+from jaxtrain.core.errors import InputError
+from jaxtrain.core.types import Batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxtrain.errors import InputError
+from jaxtrain.core.errors import InputError
 
 Remainder = Literal["wrap", "drop"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxtrain.errors import InputError
+from jaxtrain.core.errors import InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from jaxtrain.data.folders import default_data_dir
+from jaxtrain.core.errors import InputError
+from jaxtrain.data.data_dir import default_data_dir
 from jaxtrain.data.order import permutation
 from jaxtrain.data.tfds import TFDS
-from jaxtrain.errors import InputError
 
 SPLITS = ("train", "test")
 

@@ -12,9 +12,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from jaxtrain.data.folders import not_prepared, parse_name
-from jaxtrain.data.plain import plain_file
-from jaxtrain.errors import InputError
+from jaxtrain.core.errors import InputError
+from jaxtrain.data.data_dir import not_prepared, parse_name
+from jaxtrain.data.prepare.tables import plain_file
 
 SPLITS = ("train", "validation", "test")
 

@@ -9,8 +9,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxtrain.data import decoded
-from jaxtrain.errors import InputError
+from jaxtrain.core.errors import InputError
+from jaxtrain.data import decoded_cache
 
 
 @runtime_checkable
@@ -159,7 +159,7 @@ def in_memory(source: Source, limit: int) -> Arrays | None:
     identity = getattr(source, "identity", None)
     if identity is None:
         return Arrays(source.gather(np.arange(len(source))))
-    return Arrays(decoded.arrays(identity(), lambda: source.gather(np.arange(len(source)))))
+    return Arrays(decoded_cache.arrays(identity(), lambda: source.gather(np.arange(len(source)))))
 
 
 @functools.cache

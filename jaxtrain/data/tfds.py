@@ -19,10 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain.data.folders import check_features, file_formats, find_folder, folders, not_prepared, parse_name
-from jaxtrain.data.formats import ORIGINALS
-from jaxtrain.data.records import first_bad, place
-from jaxtrain.errors import InputError, RunError
+from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.data.data_dir import (
+    check_features,
+    file_formats,
+    find_folder,
+    folders,
+    not_prepared,
+    parse_name,
+)
+from jaxtrain.data.prepare.originals import ORIGINALS
+from jaxtrain.data.record_place import first_bad, place
 
 # Enough records to repay handing a chunk to a thread, few enough to keep all threads busy.
 _CHUNK = 512

@@ -8,8 +8,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxtrain.experiment.config import config_hash, config_text, first_difference, override
     from jaxtrain.experiment.definition import Experiment
+    from jaxtrain.experiment.overrides import config_hash, config_text, first_difference, override
     from jaxtrain.experiment.registry import Entry, discover, find
 
 __all__ = [
@@ -29,4 +29,4 @@ _HOMES = {"Experiment": "definition", "Entry": "registry", "discover": "registry
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'config')}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'overrides')}"), name)

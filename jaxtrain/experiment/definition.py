@@ -7,12 +7,12 @@ import typing
 from collections.abc import Callable
 from typing import Any, Literal
 
+from jaxtrain.core.errors import InputError
 from jaxtrain.data import Source
 from jaxtrain.data.order import Remainder
-from jaxtrain.errors import InputError
-from jaxtrain.guard import Policy
 from jaxtrain.models import Precision, Remat, check_precision, check_remat
 from jaxtrain.sharding import Rule
+from jaxtrain.step.guard import Policy
 
 
 def _operational(default: Any) -> Any:

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from jaxtrain import userfile
-from jaxtrain.errors import InputError
+from jaxtrain.core import user_modules
+from jaxtrain.core.errors import InputError
 
 if TYPE_CHECKING:
     from jaxtrain.experiment.definition import Experiment
@@ -44,7 +44,7 @@ class Entry:
         from jaxtrain.experiment.definition import Experiment  # here: --list and names need no JAX
 
         if self.point is None:
-            module: Any = userfile.load(self.origin)
+            module: Any = user_modules.load(self.origin)
         else:
             try:
                 module = self.point.load()

@@ -1,12 +1,12 @@
 """Models: Flax Linen modules, and the adapter that makes any of them a pure ``Model`` pair."""
 
+from jaxtrain.models.adapter import as_model
 from jaxtrain.models.airbench import Airbench, TestTimeViews, Whiten
 from jaxtrain.models.cnn import CNN
-from jaxtrain.models.convnet import ConvNet
-from jaxtrain.models.factors import Factors
 from jaxtrain.models.gpt import GPT
 from jaxtrain.models.layers import max_pool
-from jaxtrain.models.linen import as_model
+from jaxtrain.models.lenet import ConvNet
+from jaxtrain.models.matrix_factorization import Factors
 from jaxtrain.models.mlp import MLP
 from jaxtrain.models.precision import Precision, check_precision, compute_in
 from jaxtrain.models.recurrent import GRUForecaster, LSTMClassifier

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxtrain.errors import InputError
+from jaxtrain.core.errors import InputError
+from jaxtrain.core.types import Batch, Names
 from jaxtrain.models.layers import CONV_AXES, check_image, check_rates, max_pool
-from jaxtrain.types import Batch, Names
 
 WHITEN = "whiten"
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.errors import InputError
+from jaxtrain.core.errors import InputError
 
 Attention = Literal["auto", "xla", "cudnn"]
 """``auto`` takes cuDNN's kernel where there is one for the shapes, ``xla`` never does, ``cudnn`` insists."""

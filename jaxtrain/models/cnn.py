@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 from flax import linen as nn
 
-from jaxtrain.errors import InputError
-from jaxtrain.models.conv import conv
+from jaxtrain.core.errors import InputError
+from jaxtrain.models.cpu_conv import conv
 from jaxtrain.models.layers import (
     ACTIVATIONS,
     CONV_AXES,

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxtrain.errors import InputError
-from jaxtrain.logits import ChunkedLogits
+from jaxtrain.core.chunked_logits import ChunkedLogits
+from jaxtrain.core.errors import InputError
+from jaxtrain.core.types import Names
 from jaxtrain.models.attention import Attention
 from jaxtrain.models.layers import check_rates
 from jaxtrain.models.remat import Remat, remat_block
 from jaxtrain.models.transformer import BLOCK_AXES, Block, check_heads
-from jaxtrain.types import Names
 
 STD = 0.02
 
@@ -45,7 +45,7 @@ class GPT(nn.Module):
 
     Call with ``tokens: int or uint8 [batch, length]`` in [0, vocab), ``length <= context``; gives logits
     ``[batch, length, vocab]``, where those at position t are of token t + 1 and see no later token; with
-    ``head_chunk`` as ``jaxtrain.logits.ChunkedLogits``.
+    ``head_chunk`` as ``jaxtrain.core.chunked_logits.ChunkedLogits``.
 
     Raises:
       InputError: a sequence that is too long, tokens that are no integers, or sizes that do not fit.
@@ -118,8 +118,8 @@ class GPT(nn.Module):
         >>> GPT(vocab=65).check({"tokens": np.array([[3, 70]])}, np.array([12]))
         Traceback (most recent call last):
             ...
-        jaxtrain.errors.InputError: token 70 of example 12 is outside the vocabulary of 65, 0..64 (1 such):
-        set model.vocab=71 or more, or fix the tokens
+        jaxtrain.core.errors.InputError: token 70 of example 12 is outside the vocabulary of 65, 0..64 (1
+        such): set model.vocab=71 or more, or fix the tokens
         """
         if "tokens" not in batch:
             return

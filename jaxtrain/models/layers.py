@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxtrain.errors import InputError
-from jaxtrain.types import Names
+from jaxtrain.core.errors import InputError
+from jaxtrain.core.types import Names
 
 Activation = Literal["relu", "gelu", "silu", "tanh"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 from flax import linen as nn
 
-from jaxtrain.errors import InputError
+from jaxtrain.core.errors import InputError
+from jaxtrain.core.types import Names
 from jaxtrain.models.layers import ACTIVATIONS, Activation, check_rates, dense_axes
-from jaxtrain.types import Names
 
 
 class MLP(nn.Module):

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.errors import InputError
-from jaxtrain.models.linen import as_model
-from jaxtrain.types import Batch, Model
+from jaxtrain.core.errors import InputError
+from jaxtrain.core.types import Batch, Model
+from jaxtrain.models.adapter import as_model
 
 Precision = Literal["float32", "bfloat16", "float16"]
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxtrain.errors import InputError
+from jaxtrain.core.errors import InputError
+from jaxtrain.core.types import Batch
 from jaxtrain.models.layers import check_rates
-from jaxtrain.types import Batch
 
 
 class LSTMClassifier(nn.Module):

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import jax
 from flax import linen as nn
 
-from jaxtrain.errors import InputError
-from jaxtrain.models import conv
-from jaxtrain.types import Batch, Model
+from jaxtrain.core.errors import InputError
+from jaxtrain.core.types import Batch, Model
+from jaxtrain.models import cpu_conv
 
 Remat = Literal["none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
 """``none``, or the name of one of JAX's own policies (``jax.checkpoint_policies``), which says what is kept:
@@ -77,5 +77,5 @@ def remat_model(model: Model, remat: Remat) -> Model:
 def _policy(remat: Remat) -> Any:
     policy = getattr(jax.checkpoint_policies, remat)
     if remat == "dots_saveable":  # a narrow convolution is a primitive of our own, which JAX does not know
-        return jax.checkpoint_policies.save_from_both_policies(policy, conv.saveable)
+        return jax.checkpoint_policies.save_from_both_policies(policy, cpu_conv.saveable)
     return policy

@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 from flax import linen as nn
 
-from jaxtrain.errors import InputError
+from jaxtrain.core.errors import InputError
 from jaxtrain.models.layers import CONV_AXES, check_image, check_rates
 from jaxtrain.models.remat import Remat, remat_block
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.errors import InputError
-from jaxtrain.logits import whole
-from jaxtrain.models.linen import as_model
+from jaxtrain.core.chunked_logits import whole
+from jaxtrain.core.errors import InputError
+from jaxtrain.models.adapter import as_model
 
 
 def generate(

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxtrain.errors import InputError
+from jaxtrain.core.errors import InputError
+from jaxtrain.core.types import Names
 from jaxtrain.models.attention import Attention, attend
-from jaxtrain.types import Names
 
 BLOCK_AXES: dict[str, Names] = {
     "qkv/kernel$": ("embed", None, "heads", None),

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxtrain.errors import InputError
+from jaxtrain.core.errors import InputError
+from jaxtrain.core.types import Names
 from jaxtrain.models.layers import CONV_AXES, check_image, check_rates, max_pool
 from jaxtrain.models.remat import Remat, remat_block
-from jaxtrain.types import Names
 
 
 class UNet(nn.Module):

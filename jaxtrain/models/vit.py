@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxtrain.errors import InputError
+from jaxtrain.core.errors import InputError
+from jaxtrain.core.types import Names
 from jaxtrain.models.attention import Attention
 from jaxtrain.models.layers import check_image, check_rates
 from jaxtrain.models.remat import Remat, remat_block
 from jaxtrain.models.transformer import BLOCK_AXES, Block, check_heads
-from jaxtrain.types import Names
 
 
 class ViT(nn.Module):

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.errors import InputError
-from jaxtrain.types import State
+from jaxtrain.core.errors import InputError
+from jaxtrain.core.types import State
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtrain.errors import InputError
+from jaxtrain.core.errors import InputError
 
 SHOWN = 4  # paths in an error, to show what paths look like
 

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.errors import InputError
+from jaxtrain.core.errors import InputError
+from jaxtrain.core.types import Metrics, State
 from jaxtrain.metrics import Mean
-from jaxtrain.types import Metrics, State
 
 NAME = "loss_scale"  # in State.extra
 LARGEST = 2.0**126  # where no gradient ever overflows, as when all are zero, float32 would

@@ -7,7 +7,7 @@ from typing import Any
 
 import optax
 
-from jaxtrain.errors import InputError
+from jaxtrain.core.errors import InputError
 from jaxtrain.optim.groups import Group, grouped, matches
 from jaxtrain.optim.schedules import Rate, Schedule, rate
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import optax
 
-from jaxtrain.errors import InputError
+from jaxtrain.core.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

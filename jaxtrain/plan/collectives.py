@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from jaxtrain.errors import InputError, RunError
+from jaxtrain.core.errors import InputError, RunError
 
 # These number replicas, of which a jitted program has one, unless they say use_global_device_ids=true.
 OF_REPLICAS = ("all-reduce", "all-gather", "reduce-scatter")

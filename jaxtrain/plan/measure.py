@@ -9,15 +9,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxtrain import splits
+from jaxtrain.core.errors import RunError
 from jaxtrain.data import Arrays, Source, Subset, holdout
-from jaxtrain.errors import RunError
 from jaxtrain.experiment import Experiment
 from jaxtrain.plan.collectives import Collective, collectives
-from jaxtrain.plan.limits import Limit
-from jaxtrain.plan.memory import Held, batch_like, held, mesh_of, stored
-from jaxtrain.plan.throughput import update_flops
-from jaxtrain.program import Program
+from jaxtrain.program import Program, splits
+from jaxtrain.program.device_limits import Limit
+from jaxtrain.program.memory import Held, batch_like, held, mesh_of, stored
+from jaxtrain.program.throughput import update_flops
 
 LARGEST = 10
 

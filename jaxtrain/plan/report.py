@@ -7,24 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxtrain import sharding
-from jaxtrain.plan.limits import Limit, size_text
 from jaxtrain.plan.measure import Plan
-from jaxtrain.plan.memory import Held
 from jaxtrain.plan.nearest import Nearest
 from jaxtrain.plan.search import Searched
 from jaxtrain.plan.variants import Tried, Variant
-
-WIDTH = 99
-NAMES = {
-    "params": "parameters",
-    "optimizer": "optimizer state",
-    "other_state": "other state",
-    "batch": "batch",
-    "batches_ahead": "batches sent ahead",
-    "data": "data kept there",
-    "temporaries": "temporaries",
-    "outputs": "outputs",
-}
+from jaxtrain.program.device_limits import Limit, size_text
+from jaxtrain.program.memory import Held
+from jaxtrain.program.memory_text import memory_text, table
 
 
 def as_text(plan: Plan) -> str:
@@ -36,18 +25,6 @@ def as_text(plan: Plan) -> str:
         held_text(plan.largest),
     ]
     return "\n\n".join(blocks)
-
-
-def memory_text(sizes: dict[str, int], remarks: dict[str, str]) -> str:
-    """A line a part, with its share of the total; ``remarks`` say what a line is."""
-    total = sum(sizes.values())
-    rows = [
-        (NAMES[part], size_text(size), f"{100 * size / max(total, 1):.0f} %", remarks.get(part, ""))
-        for part, size in sizes.items()
-        if size or part in ("params", "optimizer", "temporaries")
-    ]
-    rows.append(("total", size_text(total), "", remarks.get("total", "")))
-    return table("memory of each device", rows, "<>><")
 
 
 def held_text(arrays: Sequence[Held]) -> str:
@@ -154,40 +131,6 @@ def search_json(searched: Searched, given: Variant, limit: Limit | None) -> dict
     ]
     impossible = [_tried_json(one, given) for one in searched.impossible]
     return {"search": {"found": found, "impossible": impossible, "left_out": searched.left_out}}
-
-
-def table(title: str, rows: Sequence[Sequence[str]], align: str) -> str:
-    """Rows under a title, aligned; the first column gives way where a line would be too long.
-
-    >>> print(table("sizes", [("a", "5 B"), ("bc", "12 MB")], "<>"))
-    sizes
-      a     5 B
-      bc  12 MB
-    """
-    widths = [max((len(row[i]) for row in rows), default=0) for i in range(len(align))]
-    others = sum(width + 2 for width in widths[1:])
-    last = align[-1] == "<" and len(align) > 1
-    if last:  # the end of a line is cut, not its beginning
-        widths[-1] = min(widths[-1], WIDTH - 2 - sum(width + 2 for width in widths[:-1]))
-    else:
-        widths[0] = min(widths[0], WIDTH - 2 - others)
-    lines = [title]
-    for row in rows:
-        cells = [
-            f"{_cut(text, width, end=last and i == len(align) - 1):{how}{width}}"
-            for i, (text, width, how) in enumerate(zip(row, widths, align, strict=True))
-        ]
-        lines.append(f"  {'  '.join(cells)}".rstrip())
-    return "\n".join(lines)
-
-
-def _cut(text: str, width: int, end: bool) -> str:
-    """``text`` with ``…`` for what is too long, at its end or in its middle."""
-    if len(text) <= width:
-        return text
-    head = width - 1 if end else width // 3
-    tail = width - 1 - head
-    return f"{text[:head]}…{text[len(text) - tail :]}"
 
 
 def _remarks(plan: Plan) -> dict[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 
 from jaxtrain import sharding
-from jaxtrain.errors import InputError, RunError
+from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.experiment import Experiment
 from jaxtrain.models import Remat
 from jaxtrain.plan.measure import Plan, measure

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxtrain.types import Batch, Model
+from jaxtrain.core.types import Batch, Model
 
 
 def gathered(model: Model, shardings: Any, again: bool = False) -> Model:

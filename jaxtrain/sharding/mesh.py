@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain.errors import InputError
+from jaxtrain.core.errors import InputError
+from jaxtrain.sharding import multihost
 
 AXES = ("data", "fsdp", "model")
 """``data`` splits the batch; ``fsdp`` the batch, and parameters with all that belongs to them; ``model``
@@ -160,3 +161,11 @@ def _check_axis(axis: str, text: str) -> None:
         near = difflib.get_close_matches(axis, AXES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(AXES)}"
         raise InputError(f"--mesh {text}: no axis is called {axis!r}: {hint}")
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """``4 × cpu (data=2,fsdp=2), 2 processes``."""
+    text = f"{mesh.size} × {mesh.devices.flat[0].device_kind}"
+    if mesh.shape["data"] < mesh.size:
+        text += f" ({mesh_text(mesh.shape)})"
+    return text + (f", {multihost.count()} processes" if multihost.count() > 1 else "")

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from jaxtrain import __version__
-from jaxtrain.errors import InputError, RunError
+from jaxtrain.core.errors import InputError, RunError
 
 LINE = 2048  # bytes; no line of ours is longer
 GRACE = 5.0  # seconds, for what takes a moment on a machine that is there

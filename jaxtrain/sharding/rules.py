@@ -18,9 +18,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain.errors import InputError
+from jaxtrain.core.errors import InputError
+from jaxtrain.core.types import NOT_MODEL_STATE, Names, State, leaf_paths
 from jaxtrain.sharding.mesh import AXES, mesh_text
-from jaxtrain.types import NOT_MODEL_STATE, Names, State, leaf_paths
 
 LOGICAL: Mapping[str, str | None] = {
     "vocab": "model",  # tokens, users, items: rows of an embedding and outputs of a head on them

@@ -1,0 +1,205 @@
+"""``python -m jaxtrain doctor``: what this machine has, and what to do about what it lacks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxtrain.cli import SUMMARIES, command_line, huge_pages
+from jaxtrain.core import cache
+
+PACKAGES = (
+    "jaxtrain",
+    "jax",
+    "jaxlib",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "chex",
+    "grain",
+    "tensorflow-datasets",
+    "tensorflow",
+    "tensorflow-cpu",
+    "numpy",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns 0 when nothing is wrong and 3 when something is."""
+    parser = argparse.ArgumentParser(prog="jaxtrain doctor", description=SUMMARIES["doctor"])
+    parser.add_argument(
+        "--peak",
+        nargs="*",
+        metavar="PRECISION",
+        help="instead measure how fast the device multiplies matrices, in float32, bfloat16 or float16 "
+        "(default: the first two), and keep the figures: runs tell their MFU by them where the device is in "
+        "no table, as no CPU is",
+    )
+    return command_line.main(_run, parser, argv)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from jaxtrain.monitor import make_console
+
+    console = make_console()
+    if args.peak is not None:
+        console.summary("peak of matrix products", _peaks(args.peak or ["float32", "bfloat16"]))
+        return 0
+    problems: list[str] = []
+    console.summary("versions", _versions())
+    console.summary("devices", _devices(problems))
+    console.summary("storage", _storage(problems))
+    console.summary("one step", _step(problems))
+    if problems:
+        console.note("\n".join(["", "what to do", *(f"  - {problem}" for problem in problems)]))
+        return 3
+    console.note("\nno problem found")
+    return 0
+
+
+def _versions() -> dict[str, str]:
+    rows = {"python": f"{platform.python_version()} on {platform.system()} {platform.machine()}"}
+    for package in PACKAGES:
+        try:
+            rows[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return rows
+
+
+def _devices(problems: list[str]) -> dict[str, str]:
+    driver = _driver()
+    rows = {"NVIDIA driver": driver or "none", "CPU cores": str(os.cpu_count())}
+    try:
+        import jax
+
+        from jaxtrain.monitor import nvml
+
+        devices = jax.local_devices()
+    except RuntimeError as error:
+        problems.append(f"JAX starts no backend ({error}): reinstall jax, or set JAX_PLATFORMS=cpu")
+        return rows
+    for device in devices:
+        stats = device.memory_stats() or {}
+        memory = f", {stats['bytes_limit'] / 2**30:.1f} GiB" if "bytes_limit" in stats else ""
+        rows[str(device)] = f"{device.device_kind}{memory}"
+    if driver:
+        rows["power"] = nvml.described(devices)
+    rows["host memory"] = f"{_host_memory() / 2**30:.1f} GiB"
+    rows["huge pages"] = huge_pages.told()
+    if driver and devices[0].platform == "cpu":
+        problems.append(
+            "an NVIDIA driver is here and JAX runs on the CPU: pip install 'jaxtrain[cuda12]' "
+            "(or [cuda13] for a driver of CUDA 13)"
+        )
+    return rows
+
+
+def _storage(problems: list[str]) -> dict[str, str]:
+    import jax
+
+    from jaxtrain.data.data_dir import default_data_dir
+
+    rows = {}
+    folders = {"working folder": Path.cwd(), "data folder": Path(default_data_dir())}
+    for name, folder in folders.items():
+        base = folder
+        while not base.exists():
+            base = base.parent
+        free = shutil.disk_usage(base).free / 2**30
+        rows[name] = f"{folder} ({free:.1f} GiB free)"
+        if not os.access(base, os.W_OK):
+            problems.append(f"{base} cannot be written: change its owner, or work elsewhere")
+        if free < 1:
+            problems.append(f"{base} has {free:.2f} GiB free: checkpoints and data need more")
+    data = folders["data folder"]
+    prepared = sorted(p.name for p in data.iterdir() if p.is_dir()) if data.is_dir() else []
+    rows["data sets"] = ", ".join(prepared) or "none (python -m jaxtrain prepare cifar10)"
+    cache.compiled(problems.append)
+    rows["compile cache"] = getattr(jax.config, "jax_compilation_cache_dir", None) or (
+        "off (a run keeps compiled programs unless JAXTRAIN_CACHE=off)"
+    )
+    return rows
+
+
+def _step(problems: list[str]) -> dict[str, str]:
+    """One real training step of a small network on every device: compiled, run and timed."""
+    import jax
+    import numpy as np
+
+    from jaxtrain import data, losses, models, optim, sharding
+    from jaxtrain.experiment import Experiment
+    from jaxtrain.program import assemble
+
+    mesh = sharding.make_mesh()
+    source = data.Synthetic(n=16 * mesh.devices.size, shape=(8, 8, 1))
+    experiment = Experiment(
+        model=models.CNN(widths=(8,), convs=1),
+        train=source,
+        test=source,
+        loss=losses.CrossEntropy(),
+        optimizer=optim.SGD(lr=0.1),
+        preprocess=(data.Normalise(),),
+        batch=8 * mesh.devices.size,
+        epochs=1,
+    )
+    began = time.perf_counter()
+    program = assemble(experiment, mesh)
+    state = program.init()
+    times = []
+    for number in range(2):
+        state, metrics = program.train_step(state, program.train.batch(number), program.key)
+        loss = jax.device_get(metrics["loss"]).compute()
+        times.append(time.perf_counter())
+    if not np.isfinite(loss):
+        problems.append(f"the test step gave a loss of {loss}: the device or its driver is at fault")
+    return {
+        "first step": f"{times[0] - began:.2f} s with compilation",
+        "second step": f"{1e3 * (times[1] - times[0]):.1f} ms",
+        "loss": f"{loss:.4f}",
+    }
+
+
+def _peaks(precisions: Sequence[str]) -> dict[str, str]:
+    """Measured on the first device here, and kept."""
+    import jax
+
+    from jaxtrain.core.errors import InputError
+    from jaxtrain.monitor import peak_flops
+
+    for precision in precisions:
+        if precision not in peak_flops.PRECISIONS:
+            raise InputError(f"--peak {precision}: it must be one of {', '.join(peak_flops.PRECISIONS)}")
+    device, rows = jax.local_devices()[0], {}
+    for precision in dict.fromkeys(precisions):
+        found, table = peak_flops.measure(device, precision), peak_flops.tabled(device.device_kind, precision)
+        path = peak_flops.store(device, precision, found)
+        rows[precision] = f"{found.flops / 1e12:.3g} TFLOP/s" + (
+            ", in no table"
+            if table is None
+            else f", {100 * found.flops / table.flops:.0f} % of the table's {table.flops / 1e12:.4g}, "
+            "which counts for MFU"
+        )
+    return {"device": peak_flops.name(device), **rows, "kept in": str(path)}
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().partition("\n")[0] or None
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

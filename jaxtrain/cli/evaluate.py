@@ -1,0 +1,90 @@
+"""``python -m jaxtrain evaluate --workdir RUN``: exact test figures of a run's checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxtrain.cli import SUMMARIES, command_line, devices, experiments, flags
+from jaxtrain.core.errors import InputError
+from jaxtrain.sharding import multihost
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="jaxtrain evaluate", description=SUMMARIES["evaluate"])
+    parser.add_argument("--workdir", required=True, metavar="RUN", help="the folder of a run")
+    command_line.add_checkpoint(parser)
+    parser.add_argument("--split", default="test", choices=("test", "valid"))
+    flags.add(parser, many_processes=True)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    return command_line.main(_run, parser, argv)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from jaxtrain import checkpoint
+    from jaxtrain.monitor import make_console
+    from jaxtrain.program import assemble
+    from jaxtrain.train import run_folder
+    from jaxtrain.train.loop import evaluate
+
+    folder = command_line.run_folder(args.workdir)
+    record = run_folder.load(folder)
+    name, experiment = experiments.recorded(record, folder, args.experiment)
+    mesh = devices.make(args, command_line.warn)
+    console = make_console(quiet=not multihost.is_first())
+    experiments.ensure_prepared(experiment, console)
+    program = assemble(experiment, mesh, _confusion)
+    if args.split not in program.evals:
+        raise InputError(f"{name} has no {args.split} split: it has {', '.join(program.evals)}")
+    with checkpoint.open(
+        folder, tell=command_line.warn, older="take an older one with --checkpoint {step}"
+    ) as saved:
+        chosen = command_line.choose_checkpoint(saved, args.checkpoint, folder)
+        state = saved.restore(chosen, program.like)
+    try:
+        values = evaluate(program, state, args.split, console)
+    finally:
+        program.close()
+    confusion = values.pop("confusion", None)
+    found = {
+        "step": chosen.step,
+        "split": args.split,
+        "examples": program.evals[args.split].examples,
+    }
+    if args.json:
+        tables = {k: np.asarray(v).tolist() for k, v in (confusion or {}).items() if k != "accuracy"}
+        console.note(json.dumps({"name": name, **found, **values, **tables}))
+    else:
+        _tables(name, found, values, confusion, experiments.class_names(experiment), console)
+    return 0
+
+
+def _confusion(outputs: Any, batch: Any) -> dict[str, Any]:
+    """A confusion matrix where the outputs are class scores for a label, or for a map of labels."""
+    from jaxtrain.metrics import ConfusionMatrix
+
+    if "label" not in batch or batch["label"].ndim not in (1, 3) or outputs.ndim != batch["label"].ndim + 1:
+        return {}
+    return {"confusion": ConfusionMatrix.of(outputs, batch["label"], batch.get("mask"))}
+
+
+def _tables(name: str, found: dict[str, Any], values: Any, confusion: Any, names: Any, console: Any) -> None:
+    from jaxtrain.monitor import describe
+
+    title = f"{name}, step {found['step']}, {found['split']}, {found['examples']:,} examples"
+    rows = {key: describe({key: value}, None).removeprefix(f"{key} ") for key, value in values.items()}
+    console.summary(title, rows)
+    if confusion is None:
+        return
+    rows = {"class": "precision  recall      F1"}
+    for number, figures in enumerate(
+        zip(confusion["precision"], confusion["recall"], confusion["f1"], strict=True)
+    ):
+        label = names[number] if names else str(number)
+        rows[label] = "  ".join(f"{100 * x:7.2f} %" for x in figures)
+    console.summary("by class", rows)

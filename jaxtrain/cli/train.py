@@ -1,0 +1,109 @@
+"""What ``python -m jaxtrain.run`` does with its arguments: everything a user typed, turned into a session."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+from jaxtrain import monitor
+from jaxtrain.cli import command_line, devices, experiments, flags
+from jaxtrain.core import redact
+from jaxtrain.core.errors import InputError
+from jaxtrain.experiment import Experiment
+from jaxtrain.monitor import make_console
+from jaxtrain.sharding import multihost
+from jaxtrain.train import capacity, environment, session
+from jaxtrain.train.run_folder import RunFolder, default_folder
+from jaxtrain.train.session import Session
+from jaxtrain.train.smoke import smoke_test
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, or resume, as the arguments say; returns the exit code."""
+    _check_flags(args)
+    name, origin, experiment = experiments.load(args.experiment, args.set)
+    mesh = devices.make(args, command_line.warn)
+    console = make_console(quiet=not multihost.is_first())
+    if not args.smoke:  # before data is fetched or read
+        multihost.first(lambda: capacity.check_folder(Path(args.workdir or "runs")), "folder")
+    experiments.ensure_prepared(experiment, console)
+    if args.smoke:
+        smoke_test(name, experiment, mesh, console)
+        return 0
+    if args.overfit is not None:
+        experiment = experiments.overfit(experiment, args.overfit)
+    folder = _folder(name, experiment, args)
+    if args.deterministic:
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        what = f"nothing to set on a CPU, {environment.cores()} cores"
+        console.note(f"deterministic: {what if on_cpu else environment.DETERMINISTIC_FLAG}")
+    record = {
+        "origin": origin,
+        "file": environment.file_digest(origin),
+        "overrides": [redact.setting(pair) for pair in args.set],
+        "overfit": args.overfit,
+    }
+    how = Session(
+        name=name,
+        folder=folder,
+        mesh=mesh,
+        console=console,
+        record=record,
+        deterministic=args.deterministic,
+        extend=args.extend,
+        resume=args.resume,
+        init_from=args.init_from,
+        init_map=args.init_map,
+        grace=args.grace,
+        hang_after=args.hang_after,
+        strict=args.strict,
+        profile=args.profile,
+        resume_command=_resume_command(args, folder.path),
+    )
+    session.run(how, experiment)
+    return 0
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """What can be refused before anything is loaded."""
+    for flag in ("grace", "hang_after"):
+        seconds = getattr(args, flag)
+        if seconds is not None and not 0 < seconds < float("inf"):
+            raise InputError(f"--{flag.replace('_', '-')} {seconds:g}: give seconds above 0")
+    monitor.window(args.profile)
+    if args.smoke and (args.init_from or args.init_map):
+        raise InputError("--smoke tries the experiment alone: leave --init-from and --init-map out")
+    if args.smoke and args.profile:
+        raise InputError("--smoke tries the experiment alone: leave --profile out")
+    if args.extend and not args.workdir and not args.smoke:
+        raise InputError("--extend resumes a run of another length: name it with --workdir")
+
+
+def _folder(name: str, experiment: Experiment, args: argparse.Namespace) -> RunFolder:
+    suffix = "" if args.overfit is None else f"-overfit{args.overfit}"
+    if args.workdir:
+        folder = RunFolder(command_line.run_folder(args.workdir))
+    else:
+        folder = RunFolder(default_folder(name + suffix, experiment))
+    return RunFolder(folder.next_free()) if args.new else folder
+
+
+def _resume_command(args: argparse.Namespace, folder: Path) -> str:
+    """The command that resumes this run, or what to do where several processes train it."""
+    if multihost.count() > 1:
+        return f"the same command in each of the {multihost.count()} processes, with --workdir {folder}"
+    return resume_command(args, folder)
+
+
+def resume_command(args: argparse.Namespace, folder: Path) -> str:
+    """The command line that resumes the run in ``folder``, without secrets."""
+    words = ["python", "-m", "jaxtrain.run", "--experiment", args.experiment]
+    for setting in args.set:
+        words += ["--set", redact.setting(setting)]
+    if args.overfit is not None:
+        words += ["--overfit", str(args.overfit)]
+    words += flags.words(args)
+    words += [] if args.profile is None else ["--profile", args.profile]
+    words += [flag for flag, on in (("--extend", args.extend), ("--strict", args.strict)) if on]
+    return shlex.join([*words, "--workdir", str(folder)])

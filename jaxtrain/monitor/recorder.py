@@ -1,0 +1,172 @@
+"""The recorder: takes the metrics of every finished update, merges them and writes them everywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtrain import metrics as merging
+from jaxtrain.core.errors import RunError
+from jaxtrain.core.types import Metrics
+from jaxtrain.monitor.console import Console
+from jaxtrain.monitor.files import Files
+from jaxtrain.monitor.step_times import Pace
+
+Position = Callable[[int], dict[str, float]]
+Rates = Callable[[float], Mapping[str, float]]
+
+
+def merged(rows: Iterable[Metrics]) -> dict[str, Any]:
+    """Metrics of several updates or batches on the host, merged and finished: ``{"loss": 1.2, ...}``."""
+    total: dict[str, Any] | None = None
+    for row in rows:
+        total = merging.merge(total, row)
+    return {name: metric.compute() for name, metric in (total or {}).items()}
+
+
+@contextlib.contextmanager
+def open(
+    workdir: Path | None,
+    console: Console,
+    *,
+    start: int,
+    log_every: int,
+    examples: int,
+    position: Position = lambda step: {},
+    guarded: bool = False,
+    rates: Rates = lambda seconds: {},
+) -> Iterator[Recorder]:
+    """A recorder that continues the run's files at step ``start``.
+
+    Args:
+      workdir: the run's folder; None writes no files (another process does).
+      console: where a person is watching.
+      start: the step the run goes on from; later lines of an interrupted run are dropped.
+      log_every: steps between records.
+      examples: global batch size.
+      position: ``step -> numbers`` to write beside the metrics of that step (epoch, learning rate).
+      guarded: bad updates were left out of the metrics (``guard="skip"``), so that one which is not finite is
+        that of no update at all: it is not written, and no error.
+      rates: ``seconds of an update -> numbers`` to write beside the examples a second.
+    """
+    recorder = Recorder(workdir, console, start, log_every, examples, position, guarded, rates)
+    try:
+        yield recorder
+        recorder.flush()
+    finally:
+        recorder.close()
+
+
+class Recorder:
+    """Collects metrics and writes one record every ``log_every`` steps. Made by ``open``."""
+
+    def __init__(
+        self,
+        workdir: Path | None,
+        console: Console,
+        start: int,
+        log_every: int,
+        examples: int,
+        position: Position,
+        guarded: bool = False,
+        rates: Rates = lambda seconds: {},
+    ) -> None:
+        self._console, self._log_every, self._examples = console, log_every, examples
+        self._position, self._guarded, self._rates = position, guarded, rates
+        self._files = None if workdir is None else Files(workdir, start)
+        self._window: list[Metrics] = []  # not yet written, and the last update of them
+        self._last = start
+        self._clock: float | None = None
+        self._ticked = 0  # steps since the clock started
+        self._steps, self._seconds = 0, 0.0
+        self.pace = Pace()
+
+    def speed(self) -> dict[str, float | None]:
+        """Of training by this process so far, without compilation, evaluation and saving.
+
+        ``examples_per_second``, None where nothing was timed, and the ``rates``.
+        """
+        return {"examples_per_second": None, **self._speed(self._steps, self._seconds)}
+
+    def step(self, step: int, rows: Sequence[Metrics]) -> None:
+        """Take the metrics of finished updates, on the host; those of one dispatch.
+
+        Args:
+          step: the last of them, from 1.
+          rows: of each update.
+
+        Raises:
+          RunError: the loss or the gradient is not finite.
+        """
+        self.pace.tick(len(rows))
+        if self._clock is None:  # the first step compiled before it returned
+            self._clock, self._ticked = time.perf_counter(), -len(rows)
+        self._ticked += len(rows)
+        speed: dict[str, float] | None = None  # one for all that end in a dispatch
+        for self._last, metrics in enumerate(rows, start=step - len(rows) + 1):
+            self._window.append(metrics)
+            if self._last % self._log_every == 0:
+                speed = self._lap() if speed is None else speed
+                self._write(speed)
+
+    def flush(self) -> None:
+        """Write a record of the updates taken since the last.
+
+        Raises:
+          RunError: the loss or the gradient is not finite.
+        """
+        if self._window:
+            self._write(self._lap())
+
+    def _write(self, speed: Mapping[str, float]) -> None:
+        values, step = merged(self._window), self._last
+        self._window = []
+        if self._guarded:
+            values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values.get(name, 0.0)):
+                raise RunError(
+                    f"{name} is {values[name]} by step {step}: lower the learning rate, clip "
+                    "gradients (--set optimizer.clip=1), or look at the data; earlier checkpoints are kept"
+                )
+        record = self._position(step) | {f"train/{name}": value for name, value in values.items()}
+        self.scalars(step, {**record, **speed})
+        self._console.train(step, values, speed.get("examples_per_second"))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write finished numbers for ``step`` to the files; anything but numbers is left out."""
+        if self._files is not None:
+            self._files.write(step, {k: float(v) for k, v in values.items() if isinstance(v, int | float)})
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in this block does not count as training."""
+        self.flush()
+        yield
+        self._clock, self._ticked = time.perf_counter(), 0
+        self.pace.pause()
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._files is not None:
+            self._files.close()
+
+    def _lap(self) -> dict[str, float]:
+        """The speed since the last record, nothing before anything was timed."""
+        now = time.perf_counter()
+        seconds, steps = now - (self._clock or now), self._ticked
+        self._clock, self._ticked = now, 0
+        found = self._speed(steps, seconds)
+        if found:
+            self._steps += steps
+            self._seconds += seconds
+        return {**found, **self.pace.lap()}
+
+    def _speed(self, steps: int, seconds: float) -> dict[str, float]:
+        if steps <= 0 or seconds <= 0:
+            return {}
+        return {"examples_per_second": steps * self._examples / seconds, **self._rates(seconds / steps)}

@@ -1,0 +1,67 @@
+"""Memory of a run as text for a person, in tables at most ``WIDTH`` columns wide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtrain.program.device_limits import size_text
+
+WIDTH = 99
+
+
+NAMES = {
+    "params": "parameters",
+    "optimizer": "optimizer state",
+    "other_state": "other state",
+    "batch": "batch",
+    "batches_ahead": "batches sent ahead",
+    "data": "data kept there",
+    "temporaries": "temporaries",
+    "outputs": "outputs",
+}
+
+
+def memory_text(sizes: dict[str, int], remarks: dict[str, str]) -> str:
+    """A line a part, with its share of the total; ``remarks`` say what a line is."""
+    total = sum(sizes.values())
+    rows = [
+        (NAMES[part], size_text(size), f"{100 * size / max(total, 1):.0f} %", remarks.get(part, ""))
+        for part, size in sizes.items()
+        if size or part in ("params", "optimizer", "temporaries")
+    ]
+    rows.append(("total", size_text(total), "", remarks.get("total", "")))
+    return table("memory of each device", rows, "<>><")
+
+
+def table(title: str, rows: Sequence[Sequence[str]], align: str) -> str:
+    """Rows under a title, aligned; the first column gives way where a line would be too long.
+
+    >>> print(table("sizes", [("a", "5 B"), ("bc", "12 MB")], "<>"))
+    sizes
+      a     5 B
+      bc  12 MB
+    """
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(len(align))]
+    others = sum(width + 2 for width in widths[1:])
+    last = align[-1] == "<" and len(align) > 1
+    if last:  # the end of a line is cut, not its beginning
+        widths[-1] = min(widths[-1], WIDTH - 2 - sum(width + 2 for width in widths[:-1]))
+    else:
+        widths[0] = min(widths[0], WIDTH - 2 - others)
+    lines = [title]
+    for row in rows:
+        cells = [
+            f"{_cut(text, width, end=last and i == len(align) - 1):{how}{width}}"
+            for i, (text, width, how) in enumerate(zip(row, widths, align, strict=True))
+        ]
+        lines.append(f"  {'  '.join(cells)}".rstrip())
+    return "\n".join(lines)
+
+
+def _cut(text: str, width: int, end: bool) -> str:
+    """``text`` with ``…`` for what is too long, at its end or in its middle."""
+    if len(text) <= width:
+        return text
+    head = width - 1 if end else width // 3
+    tail = width - 1 - head
+    return f"{text[:head]}…{text[len(text) - tail :]}"

@@ -1,0 +1,93 @@
+"""Which examples made an update bad, and in which field: told once, when the guard ends a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtrain.data import compose
+from jaxtrain.program import Program
+from jaxtrain.program.check_values import listed, not_finite
+from jaxtrain.program.loader import EPOCH, EXAMPLE_ID
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What is wrong with one field of a batch.
+
+    Attributes:
+      field: its name.
+      examples: ids of the examples, int ``[k]``, places in ``experiment.train``.
+      what: ``holds NaN or infinity``, or ``is 7, 9``.
+      stage: is it the work of ``augment`` or ``preprocess``, and not in what the source gives?
+    """
+
+    field: str
+    examples: np.ndarray
+    what: str
+    stage: bool
+
+    @property
+    def text(self) -> str:
+        """For a line."""
+        where = " after augment and preprocess, and not in the source" if self.stage else ""
+        return f"field {self.field!r} of {listed(self.examples)} {self.what}{where}"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        made_by = "augment or preprocess" if self.stage else "the source"
+        return {"examples": self.examples.tolist(), "what": self.what, "made_by": made_by}
+
+
+def find(program: Program, step: int) -> list[Finding]:
+    """Fields of update ``step`` with NaN, infinity or a label that is no class; empty where all are well.
+
+    The batch is gathered again, and its stages are applied as ``step.make_train_step`` does. Each process
+    looks at the whole batch.
+
+    Args:
+      program: the run.
+      step: the update, from 1.
+    """
+    places, raw = program.examples(step), program.raw(step)
+    found = _wrong(program, raw, places, stage=False)
+    if found:
+        return found
+    return _wrong(program, _prepared(program, raw, step), places, stage=True)
+
+
+def _prepared(program: Program, raw: dict[str, Any], step: int) -> dict[str, np.ndarray]:
+    exp = program.experiment
+    prepare = compose(lambda batch, _: batch, *exp.augment, *exp.preprocess)
+    with jax.transfer_guard("allow"):
+        data = jax.random.key_data(program.key).addressable_data(0)  # of a key that all processes hold
+        key = jax.random.wrap_key_data(jnp.asarray(np.asarray(data)), impl=jax.random.key_impl(program.key))
+        key, _ = jax.random.split(jax.random.fold_in(key, step - 1))
+        batch: dict[str, np.ndarray] = jax.device_get(jax.jit(prepare)(raw, key))
+    return batch
+
+
+def _wrong(program: Program, batch: dict[str, Any], places: np.ndarray, stage: bool) -> list[Finding]:
+    rest = {name: array for name, array in batch.items() if name not in (EXAMPLE_ID, EPOCH)}
+    found = [
+        Finding(name, places[rows], "holds NaN or infinity", stage) for name, rows in not_finite(rest).items()
+    ]
+    loss = program.experiment.loss
+    shapes = jax.tree.leaves(program.outputs, is_leaf=lambda x: hasattr(x, "shape"))  # ChunkedLogits is one
+    if hasattr(loss, "outside") and len(shapes) == 1:
+        for name in (getattr(loss, "label", "label"), "label_mixed"):
+            label = rest.get(name)
+            if label is None or not np.issubdtype(label.dtype, np.integer):
+                continue
+            bad = (label < 0) | (label >= shapes[0].shape[-1])
+            rows = np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1))
+            if len(rows):
+                values = ", ".join(map(str, np.unique(label[bad])[:5]))
+                what = f"is {values}, no class of 0..{shapes[0].shape[-1] - 1},"
+                found.append(Finding(name, places[rows], what.rstrip(",") if not stage else what, stage))
+    return found

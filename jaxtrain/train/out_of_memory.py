@@ -1,0 +1,131 @@
+"""What is said when a device has no memory left: what the run needs, what lies there, and what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from jaxtrain import sharding
+from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.types import leaf_paths
+from jaxtrain.experiment import find
+from jaxtrain.monitor import Console
+from jaxtrain.program import Program
+from jaxtrain.program.device_limits import size_text
+from jaxtrain.program.memory import bytes_per_device, held, mesh_of
+from jaxtrain.program.memory_text import memory_text, table
+from jaxtrain.sharding import rules
+from jaxtrain.train import run_folder
+from jaxtrain.train.capacity import smaller
+
+LARGEST = 10
+
+
+@contextlib.contextmanager
+def explained(program: Program, name: str, folder: Path, console: Console) -> Iterator[None]:
+    """Turns an error of JAX for want of device memory into a RunError that says what to do.
+
+    Before it is raised the console shows what the run needs between two steps, and the largest arrays that
+    are there. Nothing is placed on a device for that, and whatever goes wrong in it is left out.
+
+    Args:
+      program: the run.
+      name: its experiment, for the advice.
+      folder: the run's folder, whose record tells the settings.
+      console: where a person is watching.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        console.end()
+        for text in (_needed, _live):
+            with contextlib.suppress(Exception):
+                console.note("\n" + text(program))
+        command = f"python -m jaxtrain plan --experiment {name}"
+        with contextlib.suppress(Exception):
+            command = _command(program, name, folder)
+        advice = [f"--set {setting}" for setting in smaller(program)]
+        tries = f"try {' or '.join(advice)}, or " if advice else ""
+        raise RunError(
+            f"a device has no memory left{_asked(error)}: {tries}see what fits with: {command}"
+        ) from error
+
+
+def _asked(error: Exception) -> str:
+    """How much it wanted, where the error says so in bytes."""
+    found = re.search(r"allocat\w* (\d+)( ?bytes|B)|\((\d+)B\)", str(error))
+    return f", which was asked for {size_text(int(found[1] or found[3]))} more" if found else ""
+
+
+def live_arrays(like: Any) -> list[tuple[str, int, str, int]]:
+    """What lies on the devices, by kind of array: (where from, how many, array, bytes on each device).
+
+    An array is taken for one of the state if it has its shape, type and sharding, else it is ``other``; the
+    kinds of most bytes come first.
+
+    Args:
+      like: the state's shapes, dtypes and shardings.
+    """
+    paths = leaf_paths(like)
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    for array in jax.live_arrays():
+        if not array.is_deleted():
+            found = [path for path, leaf in paths.items() if _alike(array, leaf)]
+            more = f" and {len(found) - 1} like it" if len(found) > 1 else ""
+            where = f"{found[0]}{more}" if found else "other"
+            split = rules.spec_text(array.sharding) if isinstance(array.sharding, NamedSharding) else ""
+            text = f"{array.dtype.name}[{','.join(map(str, array.shape))}] {split}".strip()
+            kinds.setdefault((where, text), []).append(bytes_per_device(array))
+    rows = [(where, len(sizes), text, sum(sizes)) for (where, text), sizes in kinds.items()]
+    return sorted(rows, key=lambda row: -row[3])
+
+
+def _alike(array: Any, leaf: Any) -> bool:
+    same = array.shape == leaf.shape and array.dtype == leaf.dtype
+    return same and array.sharding.is_equivalent_to(leaf.sharding, len(leaf.shape))
+
+
+def _needed(program: Program) -> str:
+    exact = {part: sum(one.bytes for one in arrays) for part, arrays in held(program).items()}
+    return memory_text(exact, {"total": "and the temporaries of a step, which plan tells"})
+
+
+def _live(program: Program) -> str:
+    rows = live_arrays(program.like)
+    lines = [(where, f"{n} ×", text, size_text(size)) for where, n, text, size in rows[:LARGEST]]
+    total = size_text(sum(size for *_, size in rows))
+    lines.append(("all", f"{sum(n for _, n, *_ in rows)} ×", "", total))
+    return table("arrays on each device now", lines, "<><>")
+
+
+def _command(program: Program, name: str, folder: Path) -> str:
+    """``plan`` for the run's settings and mesh."""
+    words, mesh = ["python", "-m", "jaxtrain", "plan"], mesh_of(program)
+    settings: list[str] = []
+    with contextlib.suppress(InputError, RunError, OSError):
+        record = run_folder.load(folder)
+        name, settings = _named(record["name"], record["origin"]), record["overrides"]
+    words += ["--experiment", name]
+    for setting in settings:
+        words += ["--set", setting]
+    words += ["--devices", str(mesh.size)]
+    if mesh.shape["data"] < mesh.size:
+        words += ["--mesh", sharding.mesh_text(mesh.shape)]
+    return shlex.join(words)
+
+
+def _named(name: str, origin: str) -> str:
+    """What ``--experiment`` takes: the name, or the file that is not found by it."""
+    with contextlib.suppress(InputError):
+        if find(name).origin == origin:
+            return name
+    return origin

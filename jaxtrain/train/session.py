@@ -1,0 +1,253 @@
+"""One run from an experiment to its result: the folder claimed, the checks made, then ``loop.fit``."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxtrain import checkpoint, monitor, sharding
+from jaxtrain.core.signals import GRACE, Stopped
+from jaxtrain.experiment import Experiment
+from jaxtrain.monitor import Console, describe, make_console
+from jaxtrain.program import Program, assemble
+from jaxtrain.sharding import multihost
+from jaxtrain.train import capacity, environment, loop, out_of_memory
+from jaxtrain.train.autotune import decide
+from jaxtrain.train.run_folder import RunFolder, default_folder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Session:
+    """How one run is carried out. What it computes is the experiment's.
+
+    Attributes:
+      name: the experiment's name.
+      folder: the run's folder.
+      mesh: its devices.
+      console: shows progress to a person.
+      record: JSON kept beside the config, such as where the experiment came from.
+      deterministic: nothing that is measured may decide anything.
+      extend: allow more epochs although the schedule depends on their number.
+      resume: which checkpoint to resume from: ``"newest"`` or ``"last-good"``.
+      init_from: another run, ``RUN`` or ``RUN:STEP``, whose parameters this one starts from.
+      init_map: ``OLD=NEW`` names of its parameters.
+      grace: seconds from a signal to the end of the process, at most.
+      hang_after: end the process when no step finishes for so many seconds; None never does.
+      strict: a second compilation of the train step is an error.
+      profile: ``START:STOP`` updates to trace.
+      resume_command: what to type to resume the run, for the line that is shown when a signal stops it.
+    """
+
+    name: str
+    folder: RunFolder
+    mesh: Mesh
+    console: Console
+    record: dict[str, Any] = dataclasses.field(default_factory=dict)
+    deterministic: bool = False
+    extend: bool = False
+    resume: str = "newest"
+    init_from: str | None = None
+    init_map: Sequence[str] = ()
+    grace: float = GRACE
+    hang_after: float | None = None
+    strict: bool = False
+    profile: str | None = None
+    resume_command: str = "the same call"
+
+    def claim(self, experiment: Experiment, record: dict[str, Any]) -> None:
+        """Make the folder this run's, or check that it is."""
+        self.folder.claim(self.name, experiment, record, self.extend)
+
+
+def fit(
+    experiment: Experiment,
+    *,
+    folder: str | Path | None = None,
+    mesh: Mesh | None = None,
+    name: str = "experiment",
+    extend: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train ``experiment``, evaluate it and return its result; resumes where ``folder`` holds the run.
+
+    Does what ``python -m jaxtrain.run`` does: checks, checkpoints, metrics files, progress bar, summary. The
+    same call again resumes an interrupted run, and returns the result of a finished one.
+
+    Args:
+      experiment: what to run.
+      folder: where the run is kept; None is ``runs/NAME/HASH-seedS``.
+      mesh: the devices (``jaxtrain.sharding.make_mesh``); None is data parallelism over all of them.
+      name: the experiment's name, for the folder and the records.
+      extend: allow more epochs than the run began with although the schedule depends on their number.
+      console: where progress is shown; None is a progress bar on a terminal or in a notebook, else lines.
+
+    Returns:
+      What ``result.json`` holds: ``steps``, ``seconds``, ``examples_per_second``, ``test`` with the metrics
+      of the last step, ``best`` where a validation set chose one, ``folder``.
+
+    Raises:
+      InputError: a setting, the data or the folder is wrong; the message is one line.
+      RunError: the run failed (NaN, disk, data).
+      Stopped: SIGINT or SIGTERM; the state is saved.
+
+    >>> import tempfile, jaxtrain
+    >>> from jaxtrain import data, losses, models, optim
+    >>> digits = jaxtrain.Experiment(
+    ...     model=models.MLP(widths=(32,), classes=10), train=data.Digits("train"), test=data.Digits("test"),
+    ...     loss=losses.CrossEntropy(), optimizer=optim.Adam(lr=1e-3), batch=128, epochs=1,
+    ... )
+    >>> result = jaxtrain.fit(digits, folder=tempfile.mkdtemp())  # doctest: +ELLIPSIS
+    experiment in ...
+    >>> result["steps"]
+    12
+    """
+    mesh = sharding.make_mesh(jax.devices()) if mesh is None else mesh
+    session = Session(
+        name=name,
+        folder=RunFolder(default_folder(name, experiment) if folder is None else folder),
+        mesh=mesh,
+        console=make_console(quiet=not multihost.is_first()) if console is None else console,
+        extend=extend,
+    )
+    return run(session, experiment)
+
+
+def run(session: Session, experiment: Experiment) -> dict[str, Any]:
+    """Train ``experiment`` as ``session`` says; returns its result, which the console has shown.
+
+    Raises:
+      InputError, RunError, Stopped: as ``fit``.
+    """
+    began, mesh, folder, console = time.perf_counter(), session.mesh, session.folder, session.console
+    capacity.check_folder(folder.path)
+    record = {
+        "origin": session.name,
+        **session.record,
+        "devices": [device.device_kind for device in mesh.devices.flat],
+        "mesh": dict(mesh.shape),
+        "bits": environment.bitwise_settings(mesh, session.deterministic),
+    }
+    existing = folder.record()
+    notes = environment.changes(existing, record) if existing else []
+    source = folder.init_from(session.init_from, session.init_map)
+    record |= {"init_from": source} if source else {}
+    sharding.check_batch(experiment.batch, mesh, accumulate=experiment.accumulate)
+    if existing is not None:  # another run is refused before any data is opened
+        session.claim(experiment, record)
+    program = assemble(experiment, mesh)
+    updates = monitor.window(session.profile, program.steps)
+    result = folder.result(program.steps)
+    console.note(
+        f"{session.name} in {folder} on {sharding.describe_mesh(mesh)}, batch {_batch_text(experiment, mesh)}"
+    )
+    for note in (*program.notes, *(notes if result is None else ())):
+        console.note(note)
+    if result is None:
+        program = _prepare(session, program, record, source, existing)
+        result = _train(session, program, source, updates, began)
+    else:
+        console.note(
+            f"this run is finished{_mesh_note(existing)}; --new starts another, --extend a longer one"
+        )
+        if updates:
+            console.note(f"--profile {session.profile}: nothing to profile, no update is left")
+    _show_summary(session, result)
+    return result
+
+
+def _prepare(
+    session: Session,
+    program: Program,
+    record: dict[str, Any],
+    source: Sequence[Any] | None,
+    existing: dict[str, Any] | None,
+) -> Program:
+    """Check everything that can be checked, measure what is to be measured, then claim the folder."""
+    folder, console = session.folder, session.console
+    multihost.first(lambda: capacity.check_disk(program, folder.path), "disk")
+    capacity.check_memory(program)
+    if source and existing is None:  # a run that cannot begin leaves no folder
+        checkpoint.check_init_from(source[0], source[1], program.like)
+    with out_of_memory.explained(program, session.name, folder.path, console):
+        choice = decide(program, existing, session.deterministic)
+    if choice.count > 1:
+        console.note(f"{choice.count} updates a dispatch: {choice.why}")
+    session.claim(program.experiment, record | program.choices | choice.record())
+    return dataclasses.replace(program, per_dispatch=choice.count)
+
+
+def _train(
+    session: Session,
+    program: Program,
+    source: Sequence[Any] | None,
+    updates: tuple[int, int] | None,
+    began: float,
+) -> dict[str, Any]:
+    """The result of ``loop.fit``, with the folder locked."""
+    try:
+        with session.folder.locked():
+            return loop.fit(
+                program,
+                session.folder.path,
+                session.console,
+                session.name,
+                began,
+                resume=session.resume,
+                init_from=source,
+                grace=session.grace,
+                hang_after=session.hang_after,
+                strict=session.strict,
+                updates=updates,
+            )
+    except Stopped as stopped:
+        raise Stopped(f"{stopped}; resume with: {session.resume_command}", stopped.signum) from None
+    finally:
+        session.console.end()
+        program.close()
+
+
+def _show_summary(session: Session, result: dict[str, Any]) -> None:
+    rows = {"test, last step": describe(result["test"], None)}
+    if "best" in result:
+        best = result["best"]
+        rows["best on valid"] = f"step {best['step']}, score {best['valid']:.4f}"
+        rows["test, best step"] = describe(best["test"], None)
+    since = f" (from step {result['resumed_from']})" if result["resumed_from"] else ""
+    rows |= {
+        "steps": f"{result['steps']:,}",
+        "wall time": f"{result['seconds']:.1f} s{since}",
+        "speed": _speed_text(result) or "not measured",
+        "folder": str(session.folder),
+    }
+    session.console.summary(session.name, rows)
+
+
+def _speed_text(result: dict[str, Any]) -> str:
+    """``1,234 examples/s, 56,789 tokens/s, MFU 41.2 % (peak from the table)``, as far as it is known."""
+    parts = [
+        f"{result[f'{unit}_per_second']:,.0f} {unit}/s"
+        for unit in ("examples", "tokens")
+        if result.get(f"{unit}_per_second")
+    ]
+    if parts and result.get("mfu"):
+        peak = f"{result['peak_flops'] / 1e12:.3g} TFLOP/s ({result['peak_by']})"
+        parts.append(f"MFU {100 * result['mfu']:.1f} % of {peak}")
+    return ", ".join(parts)
+
+
+def _batch_text(experiment: Experiment, mesh: Mesh) -> str:
+    each = experiment.batch // sharding.batch_parts(mesh)
+    parts = f", in {experiment.accumulate} parts" if experiment.accumulate > 1 else ""
+    return f"{experiment.batch} ({each} a device{parts})"
+
+
+def _mesh_note(record: dict[str, Any] | None) -> str:
+    """The mesh that a finished run began on, where its record has one."""
+    sizes = (record or {}).get("mesh")
+    return f" (it began on {sharding.mesh_text(sizes)})" if isinstance(sizes, dict) else ""

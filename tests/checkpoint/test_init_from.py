@@ -1,0 +1,142 @@
+"""A run that begins with another's parameters: by path, renamed where asked, nothing left out in silence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtrain import checkpoint, run, sharding
+from jaxtrain.core.errors import InputError
+from jaxtrain.core.types import State, leaf_paths
+
+TINY = Path(__file__).parents[1] / "tiny.py"
+
+
+def make_state(value, names=("body", "head"), classes=4, ema=False) -> State:
+    whole = sharding.replicated(sharding.make_mesh(jax.devices()[:1]))
+    params = {name: {"kernel": jnp.full((3, classes if name == "head" else 5), value)} for name in names}
+    extra = {"batch_stats": {"body": jnp.full(5, value)}}
+    if ema:
+        extra["ema"] = jax.tree.map(lambda x: x + 100, {"params": params, **extra})
+    return jax.device_put(State(jnp.int32(value), params, extra, {"trace": jnp.full(3, value)}), whole)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    with checkpoint.open(folder, keep=3) as saved:
+        saved.save(1, make_state(1.0), 0.5)
+        saved.save(2, make_state(2.0), 0.1)
+        saved.save(3, make_state(3.0, ema=True), 0.2)
+    return str(folder)
+
+
+def values(state: State) -> dict[str, float]:
+    return {path: float(np.ravel(leaf)[0]) for path, leaf in leaf_paths(state).items()}
+
+
+def test_the_best_or_the_named_step_and_nothing_of_the_optimizer(source):
+    told = []
+    state = checkpoint.init_from(source, [], make_state(0.0), told.append)
+    want = {
+        "step": 0,
+        "params/body/kernel": 1,
+        "params/head/kernel": 1,
+        "extra/batch_stats/body": 1,
+        "opt_state/trace": 0,
+    }
+    assert values(state) == want and "3 arrays of" in told[0] and told[0].endswith("0 new")
+    assert values(checkpoint.init_from(f"{source}:2", [], make_state(0.0)))["params/body/kernel"] == 2
+
+
+def test_averages_are_read_and_begun(source):
+    """What evaluation uses there; and an average here begins with what its parameters begin with."""
+    state = checkpoint.init_from(f"{source}:3", [], make_state(0.0, ema=True))
+    found = values(state)
+    assert {found.pop("step"), found.pop("opt_state/trace")} == {0} and set(found.values()) == {103}
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
+    assert len(set(pointers)) == len(pointers)  # else the train step could not be given them to reuse
+
+
+def test_a_checkpoint_is_read_without_its_experiment(source):
+    state = make_state(2.0)
+    found = checkpoint.arrays(f"{source}:2")
+    assert found.keys() == leaf_paths(state).keys()
+    for path, leaf in leaf_paths(state).items():
+        assert found[path].dtype == leaf.dtype
+        np.testing.assert_array_equal(found[path], leaf)
+    assert checkpoint.arrays(Path(source)).keys() == found.keys()  # the best step
+    with pytest.raises(InputError, match="step 7 is not kept there; give one of 1, 2, 3"):
+        checkpoint.arrays(f"{source}:7")
+
+
+def test_renamed_and_fresh_parts(source):
+    fresh = make_state(0.0, names=("trunk", "head"), classes=9)
+    found = values(checkpoint.init_from(f"{source}:2", ["body=trunk", "head="], fresh))
+    assert found["params/trunk/kernel"] == 2 and found["params/head/kernel"] == 0
+
+
+@pytest.mark.parametrize(
+    ("step", "renames", "other", "message"),
+    [
+        (
+            "",
+            [],
+            {"classes": 9},
+            r"head/kernel is float32\[3, 4\] there .* float32\[3, 9\] here.*--init-map head=",
+        ),
+        ("", [], {"names": ("body", "tail")}, r"params/tail/kernel is absent there.*--init-map tail="),
+        ("", ["hed="], {}, "no parameter here is under hed"),
+        ("", ["head"], {}, "--init-map head: give OLD=NEW"),
+        (":9", [], {}, "step 9 is not kept there; give one of 1, 2, 3"),
+        ("/gone", [], {}, "there is no checkpoint in it"),
+    ],
+)
+def test_what_does_not_fit_is_refused(step, renames, other, message, source):
+    with pytest.raises(InputError, match=message) as error:
+        checkpoint.init_from(source + step, renames, make_state(0.0, **other))
+    assert "\n" not in str(error.value)
+
+
+def test_damage_is_found_here_too(source, monkeypatch):
+    from orbax.checkpoint import v1 as ocp
+
+    real = ocp.load
+    monkeypatch.setattr(ocp, "load", lambda *args: jax.tree.map(lambda x: x.at[0].set(9), real(*args)))
+    with pytest.raises(checkpoint.Damaged, match="000001 is damaged: the array"):
+        checkpoint.init_from(source, [], make_state(0.0))
+
+
+MLP = """
+import dataclasses
+from jaxtrain import models
+from tiny import EXPERIMENT
+
+EXPERIMENT = dataclasses.replace(EXPERIMENT, model=models.MLP(widths=(8,), classes=4), augment=(), after=())
+"""
+
+
+def test_a_run_records_what_it_began_with_and_reads_it_once(tmp_path, capsys):
+    file, first, second = tmp_path / "mlp.py", tmp_path / "first", tmp_path / "second"
+    file.write_text(MLP)
+    words = ["--experiment", str(file), "--workdir"]
+    assert run.main([*words, str(first)]) == 0
+    file.write_text(MLP.replace("augment=(),", "augment=(), seed=1,"))
+    assert run.main([*words, str(second), "--init-from", str(tmp_path / "gone")]) == 2
+    assert "--init-from" in capsys.readouterr().err and not second.exists()
+    again = [*words, str(second), "--init-from", f"{first}:13"]
+    assert run.main(again) == 0
+    out = capsys.readouterr().out
+    assert f"4 arrays of {first / 'checkpoints' / '000013'} to begin with, 0 new" in out
+    assert json.loads((second / "config.json").read_text())["init_from"] == [f"{first}:13", []]
+    (second / "result.json").unlink()
+    (first / "checkpoints").rename(first / "moved")  # it is not needed any more
+    assert run.main([*words, str(second)]) == 0 and run.main(again) == 0
+    capsys.readouterr()
+    assert run.main([*again, "--init-map", "head="]) == 2
+    assert f"holds a run that began with {first}:13" in capsys.readouterr().err

@@ -1,0 +1,175 @@
+"""A wheel carries the experiments; an editable install sees an edited one at once; README is true."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+DOCS = (ROOT / "docs" / "parallelism.md").read_text()
+BLOCK = re.compile(r"^ *```(\w+)([^\n]*)\n(.*?)^ *```", re.M | re.S)
+BLOCKS = [block for page in (README, DOCS) for block in BLOCK.findall(page)]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """A copy of the files that git knows, or would add."""
+    copy = tmp_path_factory.mktemp("tree") / "jaxtrain"
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for name in files:
+        if (ROOT / name).exists():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    return copy
+
+
+def clean_venv(folder: Path) -> Path:
+    """A new environment that sees our dependencies, and not our editable install of jaxtrain."""
+    venv.create(folder, symlinks=True)
+    python = folder / "bin" / "python"
+    site = subprocess.check_output(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+    ).strip()
+    # A folder named in a .pth is searched, and the .pth files in it (ours is one) are not read.
+    Path(site, "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+def install(python: Path, *args) -> None:
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--no-build-isolation", *args], check=True)
+
+
+def listed(python: Path, cwd: Path) -> str:
+    done = subprocess.run(
+        [python, "-m", "jaxtrain.run", "--list"], cwd=cwd, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def test_a_wheel_installed_elsewhere_finds_the_shipped_experiments(tree, tmp_path):
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, tree]
+    subprocess.run(build, check=True, capture_output=True)
+    python = clean_venv(tmp_path / "venv")
+    install(python, next(tmp_path.glob("*.whl")))
+    where = [python, "-c", "import jaxtrain; print(jaxtrain.__file__, jaxtrain.__version__)"]
+    assert str(tmp_path / "venv") in subprocess.check_output(where, text=True, cwd=tmp_path)
+    shipped = {path.stem for path in (ROOT / "experiments").glob("[!_]*.py")}
+    out = listed(python, tmp_path)
+    assert shipped <= set(re.findall(r"^\w+", out, re.M))
+    smoke = [
+        python,
+        "-m",
+        "jaxtrain.run",
+        "--experiment",
+        "digits_cnn",
+        "--smoke",
+        "--set",
+        "model.widths=8,16",
+    ]
+    assert b"passed" in subprocess.check_output(smoke, cwd=tmp_path)
+
+
+def test_an_editable_install_sees_an_edited_experiment_at_once(tree, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(tree, copy)
+    python = clean_venv(tmp_path / "venv")
+    install(python, "-e", copy)
+    path = copy / "experiments" / "digits_cnn.py"
+    path.write_text('"""Edited just now.\n' + path.read_text().partition("\n")[2])
+    assert "Edited just now." in listed(python, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("header", "extra"),
+    [
+        ("| NVIDIA-SMI 580.1  Driver Version: 580.1   CUDA Version: 13.0 |", "cuda13"),
+        ("| NVIDIA-SMI 550.9  Driver Version: 550.9   CUDA Version: 12.4 |", "cuda12"),
+        ("| NVIDIA-SMI 470.1  Driver Version: 470.1   CUDA Version: 11.4 |", ""),
+        ("NVIDIA-SMI has failed because it could not communicate with the driver.", ""),
+        (None, ""),
+    ],
+)
+def test_setup_picks_the_cuda_build_of_the_driver(header, extra, tmp_path):
+    if header is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{header}'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    path = f"{tmp_path}:/usr/bin:/bin"
+    found = subprocess.run(
+        ["bash", "-c", ". scripts/setup; cuda_extra"],
+        cwd=ROOT,
+        env={"PATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == extra
+
+
+def runnable(language: str) -> list[str]:
+    """The blocks that are run, each once however often it is shown."""
+    return list(dict.fromkeys(t for name, info, t in BLOCKS if name == language and "no-run" not in info))
+
+
+def test_readme_shows_the_two_commands_and_every_verb():
+    commands = "\n".join(text for name, _, text in BLOCKS if name == "bash")
+    assert "scripts/run --experiment digits_cnn" in commands and "scripts/test" in commands
+    from jaxtrain.cli import SUMMARIES
+
+    for verb in SUMMARIES.keys() - {"run"}:
+        assert f"jaxtrain {verb}" in README
+
+
+def test_commands_that_readme_only_shows_name_what_exists():
+    """Blocks marked no-run need a network, real data or an hour; their scripts and verbs must be there."""
+    from jaxtrain.cli import SUMMARIES
+
+    shown = [text for name, info, text in BLOCKS if name == "bash" and "no-run" in info]
+    for line in "\n".join(shown).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words and words[0].startswith("scripts/"):
+            assert (ROOT / words[0]).exists(), line
+        if words[:3] == ["python", "-m", "jaxtrain"]:
+            assert words[3] in SUMMARIES, line
+        if "--experiment" in words:
+            assert (ROOT / "experiments" / f"{words[words.index('--experiment') + 1]}.py").exists(), line
+
+
+@pytest.mark.parametrize("page", ["README", pytest.param("parallelism", marks=pytest.mark.full)])
+def test_commands_run_as_written(page, tree, tmp_path):
+    """In a copy of the tree, with an environment that is ready; ``scripts/test`` itself is left out."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tree, copy)
+    install(clean_venv(copy / ".venv"), "-e", copy)
+    subprocess.run(["bash", "-c", '. scripts/setup; touch "$(stamp)-base"'], cwd=copy, check=True)
+    env = {**os.environ, "PATH": f"{copy}/.venv/bin:{os.environ['PATH']}", "JAX_NUM_CPU_DEVICES": "1"}
+    in_readme = [text for _, _, text in BLOCK.findall(README)]
+    texts = [text for text in runnable("bash") if (text in in_readme) == (page == "README")]
+    blocks = [re.sub(r"^scripts/test\b.*$", "", text, flags=re.M) for text in texts]
+    assert any(block.strip() for block in blocks)
+    for block in blocks:
+        done = subprocess.run(
+            ["bash", "-euc", block], cwd=copy, env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("text", runnable("python"))
+def test_readme_examples_run_as_written(text, python, tmp_path):
+    path = tmp_path / "example.py"
+    path.write_text(text)
+    done = python("-W", "error", path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip(), "an example shows something"

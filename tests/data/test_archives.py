@@ -1,0 +1,148 @@
+"""Archives that are traps: members that lead out, links, devices, and bombs."""
+
+from __future__ import annotations
+
+import bz2
+import io
+import stat
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from jaxtrain.core.errors import InputError
+from jaxtrain.data.prepare import archives, download
+
+
+def tar_of(path: Path, *members: tuple[tarfile.TarInfo, bytes], mode: str = "w:gz") -> Path:
+    with tarfile.open(path, mode) as archive:
+        for info, data in members:
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+@pytest.mark.parametrize(
+    ("info", "why"),
+    [
+        (member("../x"), "leads out"),
+        (member("a/../../x"), "leads out"),
+        (member("/etc/x"), "leads out"),
+        (member("a\\..\\x"), "leads out"),
+        (member("x", tarfile.SYMTYPE, "/etc/passwd"), "link or a device"),
+        (member("x", tarfile.LNKTYPE, "a"), "link or a device"),
+        (member("x", tarfile.CHRTYPE), "link or a device"),
+        (member("x", tarfile.FIFOTYPE), "link or a device"),
+    ],
+)
+def test_members_of_a_tar_that_are_traps_are_refused(info, why, tmp_path):
+    path = tar_of(tmp_path / "a.tar.gz", (member("a"), b"1"), (info, b""))
+    with pytest.raises(InputError, match=why) as error:
+        list(archives.entries(path))
+    assert str(error.value).startswith(f"{path}: ") and "fetch it again" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "link"])
+def test_members_of_a_zip_that_are_traps_are_refused(name, tmp_path):
+    path = tmp_path / "a.zip"
+    info = zipfile.ZipInfo(name)
+    info.external_attr = (stat.S_IFLNK if name == "link" else stat.S_IFREG) << 16
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(info, "x")
+    with pytest.raises(InputError, match=r"leads out|is a link"):
+        list(archives.entries(path))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Limits that a test reaches at once, with the proportions of the real ones."""
+    monkeypatch.setattr(archives, "_SLACK", 1 << 16)
+    monkeypatch.setattr(archives, "_LARGEST", 1 << 17)
+
+
+BOMB = bytes(1 << 22)
+
+
+@pytest.mark.parametrize("kind", ["w:gz", "w:bz2", "w:xz", "zip"])
+def test_bombs_are_refused_by_what_they_expand_to(kind, tmp_path, small):
+    path = tmp_path / "bomb"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a", BOMB)
+    else:
+        tar_of(path, (member("a"), BOMB), (member("b"), b"1"), mode=kind)
+    with pytest.raises(InputError, match=r"bomb: 'all of it' expands to over 20 times"):
+        for entry in archives.entries(path):
+            assert entry.path.name == "a"  # its bytes are passed over, as those of files nobody wants
+
+
+def test_a_bomb_in_an_archive_in_an_archive_is_refused(tmp_path, small):
+    inner = tar_of(tmp_path / "inner", (member("a"), BOMB)).read_bytes()
+    path = tar_of(tmp_path / "outer.tar", (member("inner.tar"), inner), mode="w")
+    with pytest.raises(InputError, match=r"outer.tar: inner.tar: 'all of it' expands"):
+        for entry in archives.entries(path):
+            list(entry.entries())
+
+
+def test_a_bomb_in_the_name_of_a_member_is_refused(tmp_path, small):
+    """tarfile reads a long name into memory, however long it is."""
+    path = tar_of(tmp_path / "a.tar.gz", (member("x" * (1 << 22)), b""))
+    with pytest.raises(InputError, match="expands to over"):
+        list(archives.entries(path))
+
+
+def test_a_zip_that_lies_about_sizes_gives_no_more_than_it_claims(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a", BOMB)
+    data, size = path.read_bytes(), len(BOMB).to_bytes(4, "little")
+    assert data.count(size) == 2
+    path.write_bytes(data.replace(size, (10).to_bytes(4, "little")))
+    with pytest.raises(InputError, match="not a whole"):
+        for entry in archives.entries(path):
+            entry.read()
+
+
+def test_one_file_is_read_no_further_than_any_original_is_long(tmp_path, small):
+    noise = np.random.default_rng(0).bytes(1 << 18)
+    path = tar_of(tmp_path / "a.tar", (member("a"), noise), mode="w")
+    with pytest.raises(InputError, match=r"'a' has more than 131,072 bytes"):
+        for entry in archives.entries(path):
+            entry.read()
+
+
+def test_the_limits_leave_room_for_the_originals():
+    """Text, the most that is expanded, is packed five times or so; nothing is near 20 times and 64 MiB."""
+    text = (ROOT / "README.md").read_bytes()
+    assert len(text) / len(bz2.compress(text)) < archives._EXPANSION / 4
+    assert archives._LARGEST >= 1 << 27 and archives._SLACK >= 1 << 26
+
+
+def test_what_is_fetched_has_an_end(tmp_path, monkeypatch):
+    given = 0
+
+    class Endless(io.BytesIO):
+        headers: dict[str, str] = {}  # noqa: RUF012
+
+        def read(self, size=-1):
+            nonlocal given
+            given += 1 << 16
+            return bytes(1 << 16)
+
+    monkeypatch.setattr(download, "connect", lambda url: Endless())
+    monkeypatch.setattr(download, "_MOST", 1 << 20)
+    with (
+        pytest.raises(InputError, match=r"larger than 1,048,576 bytes"),
+        download.fetched("x", ["http://h/a.tar"], lambda *_: None),
+    ):
+        pass
+    assert given <= (1 << 20) + (1 << 16)

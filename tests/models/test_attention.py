@@ -1,0 +1,165 @@
+"""jaxtrain.models.attention: whose kernel, and what is done where cuDNN has none.
+
+Lowering for CUDA needs no GPU: ``hopper`` makes the model believe in one, and JAX in a cuDNN.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtrain.core.errors import InputError
+from jaxtrain.models import GPT, ViT, as_model, attention, compute_in
+from jaxtrain.models.attention import attend, refusal
+
+KEY = jax.random.key(0)
+NET = GPT(vocab=16, context=32, width=128, depth=2, heads=2, dropout=0.1)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(attention, "capability", lambda: (9, 0))
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_200)
+    attention._jax_refuses.cache_clear()
+    yield monkeypatch
+    attention._jax_refuses.cache_clear()
+
+
+def lowered(module: Any, precision: Any, batch: Any, remat: Any = "none", platform: str = "cuda") -> str:
+    """The program of a gradient, as XLA is given it."""
+    model = as_model(module, remat)
+    computed = compute_in(model, precision)
+    params, _ = jax.eval_shape(model.init, KEY, batch)
+
+    def loss(params: Any, batch: Any, key: Any) -> Any:
+        return computed.apply(params, {}, batch, train=True, key=key)[0].astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(loss)).trace(params, batch, KEY)
+    return str(traced.lower(lowering_platforms=(platform,)).as_text())
+
+
+TOKENS = {"tokens": jax.ShapeDtypeStruct((2, 24), jnp.uint8)}
+IMAGE = {"image": jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)}
+SCORES = re.compile(r"x24x24x\w")  # one for each pair of positions
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_on_a_gpu_takes_cudnns_kernel_forward_and_backward(hopper, precision):
+    text = lowered(NET, precision, TOKENS)
+    assert text.count("@__cudnn$fmhaSoftmax(") == text.count("@__cudnn$fmhaSoftmaxBackward(") == 2
+    assert text.count("CAUSAL") == 4 and "NO_MASK" not in text
+    assert not SCORES.search(text)
+
+
+@pytest.mark.parametrize("remat", ["nothing_saveable", "dots_saveable"])
+def test_recomputed_blocks_take_it_too_and_keep_no_scores(hopper, remat):
+    text = lowered(NET, "bfloat16", TOKENS, remat)
+    assert text.count("@__cudnn$fmhaSoftmaxBackward(") == 2 and not SCORES.search(text)
+
+
+def test_image_models_see_all_positions(hopper):
+    text = lowered(ViT(patch=4, width=128, depth=1, heads=2, classes=3), "bfloat16", IMAGE)
+    assert text.count("@__cudnn$fmha") == 2 and "NO_MASK" in text and "CAUSAL" not in text
+
+
+@pytest.mark.parametrize(
+    ("module", "precision", "found"),
+    [
+        (NET, "float32", (9, 0)),
+        (NET.clone(attention="xla"), "bfloat16", (9, 0)),
+        (NET.clone(width=24), "bfloat16", (9, 0)),  # heads of 12
+        (NET, "bfloat16", (7, 5)),
+        (NET, "bfloat16", None),
+    ],
+    ids=["float32", "asked for", "size of a head", "old GPU", "no GPU"],
+)
+def test_all_else_takes_xlas(hopper, module, precision, found):
+    hopper.setattr(attention, "capability", lambda: found)
+    text = lowered(module, precision, TOKENS)
+    assert "cudnn" not in text and SCORES.search(text)
+
+
+def test_without_the_library_it_is_xlas(monkeypatch):
+    monkeypatch.setattr(attention, "capability", lambda: (9, 0))
+    attention._jax_refuses.cache_clear()
+    assert refusal((2, 24, 2, 64), jnp.bfloat16, True) == "cuDNN is not detected"
+    assert "cudnn" not in lowered(NET, "bfloat16", TOKENS)
+    attention._jax_refuses.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "found", "reason"),
+    [
+        ((2, 24, 2, 64), jnp.float32, (9, 0), "it takes float16 and bfloat16, and this is float32"),
+        ((2, 24, 2, 64), jnp.bfloat16, None, "JAX runs on no NVIDIA GPU here"),
+        ((2, 24, 2, 64), jnp.bfloat16, (7, 5), "compute capability 8.0 or more, and a GPU here has 7.5"),
+        ((2, 24, 2, 12), jnp.bfloat16, (9, 0), "a multiple of 8, but got 12"),
+        ((2, 24, 2, 512), jnp.bfloat16, (9, 0), "a multiple of 8, but got 512"),
+    ],
+)
+def test_insisting_on_cudnn_where_it_refuses_is_one_line(hopper, shape, dtype, found, reason):
+    hopper.setattr(attention, "capability", lambda: found)
+    q = jax.ShapeDtypeStruct(shape, dtype)
+    assert reason in refusal(shape, dtype, True)
+    with pytest.raises(InputError, match=r"attention=cudnn and cuDNN refuses: .*; set model\.attention=auto"):
+        jax.eval_shape(functools.partial(attend, causal=True, attention="cudnn"), q, q, q)
+    assert jax.eval_shape(functools.partial(attend, causal=True), q, q, q).shape == shape
+
+
+def test_insisting_model_is_initialised_in_float32(hopper):
+    text = lowered(NET.clone(attention="cudnn"), "bfloat16", TOKENS)
+    assert text.count("@__cudnn$fmhaSoftmax(") == 2
+
+
+def test_unknown_kernel_is_refused():
+    q = jnp.ones((1, 4, 2, 8))
+    with pytest.raises(InputError, match="attention is 'flash': it must be one of auto, xla, cudnn"):
+        attend(q, q, q, True, "flash")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("causal", [True, False])
+def test_program_of_a_cpu_is_that_of_jaxs_own_function(dtype, causal):
+    q = jax.ShapeDtypeStruct((2, 8, 2, 16), dtype)
+
+    def text(fn: Any) -> str:
+        fn.__name__ = "same"
+        return jax.jit(jax.grad(fn)).lower(q).as_text()
+
+    ours = text(lambda q: attend(q, q, q, causal).astype(jnp.float32).sum())
+    theirs = text(lambda q: jax.nn.dot_product_attention(q, q, q, is_causal=causal).astype(jnp.float32).sum())
+    assert ours == theirs and "cudnn" not in ours
+
+
+def test_cpu_has_no_capability():
+    assert attention.capability() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("causal", [True, False])
+def test_both_kernels_agree(causal, size):
+    """In values and gradients, as far as bfloat16 goes."""
+    shape = (4, 200, 3, size)
+    rng = np.random.default_rng(0)
+    q, k, v, g = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for _ in range(4))
+    if attention.capability() is None or attention.capability() < attention.OLDEST:
+        pytest.skip("cuDNN has no kernel for this GPU")
+
+    def both(q: Any, k: Any, v: Any, kind: Any) -> Any:
+        out, pull = jax.vjp(lambda *qkv: attend(*qkv, causal, kind), q, k, v)
+        return out, *pull(g)
+
+    run = jax.jit(both, static_argnames="kind")
+    assert "cudnn" in run.lower(q, k, v, "auto").as_text()
+    found, expected = (jax.tree.map(np.float32, run(q, k, v, kind)) for kind in ("cudnn", "xla"))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.linalg.norm(ours - theirs) < 0.02 * np.linalg.norm(theirs)
