@@ -24,7 +24,7 @@ if not GPU:
 ROOT = Path(__file__).resolve().parent.parent
 
 # Many tests build the same program, in xdist workers, in processes of their own and in the next session:
-# compile it once. JAX's keys hold its version and its flags; the folder is by version so that old ones can go.
+# compile it once. Old versions' folders can be deleted.
 CACHE = (
     ROOT / ".cache" / "tests" / f"jax-{version('jax')}-python-{'.'.join(platform.python_version_tuple()[:2])}"
 )
