@@ -65,7 +65,7 @@ class Saves:
     def __init__(self, run: Program, folder: Path, saved: checkpoint.Checkpoints) -> None:
         self._program, self._folder, self._saved = run, folder, saved
         self._counted = jax.jit(_count, donate_argnums=0)
-        self.state, _ = saved.restore_or(run.init, run.like)
+        self.state, _ = saved.restore_or(run.init, run.abstract_state)
         self._step, self._batch = 0, run.train.batch(0)
         self.whole: dict[str, list[float]] = {"jaxtrain": [], "Orbax alone": []}
         self.state = self._counted(self.state)
@@ -142,7 +142,7 @@ class Saves:
 
 def measured(layers: int, folder: Path, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Results and figures for one size."""
-    with checkpoint.open(folder, keep=1) as saved:
+    with checkpoint.open(folder, max_to_keep=1) as saved:
         side = Saves(program(layers), folder, saved)
         sides: dict[str, Callable[[], float]] = {
             "memcpy": side.memcpy,

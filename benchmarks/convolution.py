@@ -30,7 +30,6 @@ from flax import linen as nn
 
 from benchmarks import common
 from jaxtrain import losses, models, optim, sharding
-from jaxtrain.sharding import compile
 from jaxtrain.step import make_init, make_train_step
 
 SPLIT = "a device a core"
@@ -71,10 +70,10 @@ class Jax:
         self.batch, self.key = jax.device_put(batch, split), jax.device_put(jax.random.key(1), whole)
         where = f"jaxtrain.models.{'cnn' if name == 'cifar_cnn' else 'convnet'}.conv"
         with mock.patch(where, stock) if plain else mock.patch.object(self, "model", self.model):
-            init = compile(make_init(self.model, tx), args=(None, split), out=whole)
+            init = sharding.compile(make_init(self.model, tx), args=(None, split), out=whole)
             self.state = init(jax.random.key(0), self.batch)
             update = make_train_step(self.model, loss, tx)
-            step = compile(update, args=(whole, split, whole), out=whole, donate=(0,))
+            step = sharding.compile(update, args=(whole, split, whole), out=whole, donate=(0,))
             self.step = step.lower(self.state, self.batch, self.key).compile()
             self.logits = np.asarray(self._apply())
 

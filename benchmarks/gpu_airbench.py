@@ -55,9 +55,11 @@ class Recipe:
         steps = self.program.steps
         start = make_init(
             exp.model, exp.optimizer.build(steps), compose(*exp.preprocess), exp.data_init,
-            update.after(exp, steps), **update.scaling(exp),
+            update.build_post_update(exp, steps), **update.loss_scaling(exp),
         )  # fmt: skip
-        self._init = jax.jit(start, out_shardings=jax.tree.map(lambda x: x.sharding, self.program.like))
+        self._init = jax.jit(
+            start, out_shardings=jax.tree.map(lambda x: x.sharding, self.program.abstract_state)
+        )
         self._sample = jax.device_put(splits.first_examples(exp, exp.train), sharding.replicated(self._mesh))
 
     def seeded(self, seed: int) -> tuple[Program, Callable[[], State]]:
@@ -77,7 +79,7 @@ class Recipe:
         ``most`` cuts the training short, for warming up; the whole evaluation follows.
         """
         program, init = self.seeded(seed)
-        program = dataclasses.replace(program, per_dispatch=count)
+        program = dataclasses.replace(program, steps_per_execution=count)
         go = dispatch.Dispatch(program, lambda line: None)
         flight = dispatch.InFlight(program.experiment.max_in_flight)
         clock = [time.perf_counter()]

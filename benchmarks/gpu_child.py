@@ -53,7 +53,7 @@ def first_step(name: str, count: str) -> dict[str, Any]:
             compiling.append(seconds)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    _, _, experiment = experiments.load(name, [])
+    _, _, experiment = experiments.load_experiment(name, [])
     program = assemble(experiment, sharding.make_mesh())
     state = program.init()
     times = [time.time()]
@@ -82,13 +82,13 @@ def compare(one: str, other: str) -> dict[str, Any]:
     from jaxtrain.train import run_folder
 
     states = []
-    _, experiment = experiments.recorded(run_folder.load(Path(one)), Path(one))
+    _, experiment = experiments.load_recorded(run_folder.load(Path(one)), Path(one))
     program = assemble(experiment, sharding.make_mesh())
     for folder in (one, other):
         with checkpoint.open(Path(folder)) as saved:
             newest = saved.latest()
             assert newest is not None and newest.step == program.steps, f"{folder} is not finished"
-            states.append(jax.tree_util.tree_leaves_with_path(saved.restore(newest, program.like)))
+            states.append(jax.tree_util.tree_leaves_with_path(saved.restore(newest, program.abstract_state)))
     different = [
         jax.tree_util.keystr(path)
         for (path, a), (_, b) in zip(*states, strict=True)

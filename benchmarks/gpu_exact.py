@@ -42,16 +42,16 @@ class Nans:
         return {**batch, "image": jnp.full(batch["image"].shape, jnp.nan)}
 
 
-def small(tiny: bool, per_dispatch: int = 1) -> Any:
+def small(tiny: bool, steps_per_execution: int = 1) -> Any:
     """``digits_cnn`` on made-up images, for 40 updates with a checkpoint at the end."""
     exp = workloads.digits(tiny)
     epochs = STEPS * exp.batch / len(exp.train)
-    return dataclasses.replace(exp, epochs=epochs, save_every=epochs, steps_per_dispatch=per_dispatch)
+    return dataclasses.replace(exp, epochs=epochs, save_every=epochs, steps_per_execution=steps_per_execution)
 
 
-def resumed(folder: Path, tiny: bool, per_dispatch: int = 1) -> dict[str, Any]:
+def resumed(folder: Path, tiny: bool, steps_per_execution: int = 1) -> dict[str, Any]:
     """Straight through, and stopped after update 10 and gone on with: the arrays that differ in any bit."""
-    program = assemble(small(tiny, per_dispatch), sharding.make_mesh(jax.devices()[:1]))
+    program = assemble(small(tiny, steps_per_execution), sharding.make_mesh(jax.devices()[:1]))
     loop.fit(program, folder / "straight", Plain())
     stopped = False
     try:
@@ -76,7 +76,7 @@ def _last(program: Program, folder: Path) -> Any:
     with checkpoint.open(folder) as saved:
         newest = saved.latest()
         assert newest is not None
-        return saved.restore(newest, program.like)
+        return saved.restore(newest, program.abstract_state)
 
 
 def poisoned(folder: Path, tiny: bool) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def poisoned(folder: Path, tiny: bool) -> dict[str, Any]:
 
 def exact(tiny: bool) -> Iterator[dict[str, Any]]:
     """Resuming with single steps and with eight at once, and NaN; all that there is after each."""
-    devices.deterministic()
+    devices.set_deterministic()
     found: dict[str, Any] = {"xla_flags": os.environ.get("XLA_FLAGS", "")}
     with tempfile.TemporaryDirectory() as folder:
         found["nan"] = poisoned(Path(folder, "nan"), tiny)

@@ -62,7 +62,7 @@ def peaks(tiny: bool) -> Figures:
     for precision in ("bfloat16", "float32"):
         sizes = (256, 512) if tiny else ()
         again = [peak_flops.measure(device, precision, rounds=3, sizes=sizes).flops for _ in range(3)]
-        table = peak_flops.tabled(device.device_kind, precision)
+        table = peak_flops.datasheet_peak(device.device_kind, precision)
         results.append(common.result(f"{precision}: matrix products", [x / 1e12 for x in again], "TFLOP/s"))
         figures[precision] = {
             "measured_flops": statistics.median(again),
@@ -198,8 +198,8 @@ def feeding(tiny: bool) -> Figures:
     """Training fed by the real loader, over the same training given one batch again and again."""
     results: list[dict[str, Any]] = []
     figures: dict[str, Any] = {}
-    for feed in ("resident", "stream"):
-        program = assemble(workloads.cifar(feed, tiny), mesh())
+    for placement in ("device", "stream"):
+        program = assemble(workloads.cifar(placement, tiny), mesh())
         try:
             # Longer laps, so that what was read ahead while the other side had its turn counts little.
             long = 4 * LAP
@@ -209,12 +209,12 @@ def feeding(tiny: bool) -> Figures:
             }
             times = rounds(sides, most=10)
         except ImportError as error:
-            figures[feed] = f"skipped: {error}"
+            figures[placement] = f"skipped: {error}"
             continue
         finally:
             program.close()
-        figures[feed] = {"batch": program.experiment.batch, "step_ms": common.medians(times, 1e3)}
-        name = f"{feed}: updates/s of cifar_cnn, fed over synthetic"
+        figures[placement] = {"batch": program.experiment.batch, "step_ms": common.medians(times, 1e3)}
+        name = f"{placement}: updates/s of cifar_cnn, fed over synthetic"
         results.append(common.speedup(name, times["synthetic"], times["fed"], ">= 0.97"))
         yield {"results": results, "figures": figures}
 
@@ -229,7 +229,10 @@ def saving(folder: str, tiny: bool) -> Figures:
     source = np.ones(size // 8)
     target = np.zeros_like(source)  # touched, so that no page is new
     times: dict[str, list[float]] = {"blocking": [], "whole": [], "memcpy": [], "device_to_host": []}
-    with tempfile.TemporaryDirectory(dir=folder) as where, checkpoint.open(Path(where), keep=1) as saved:
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as where,
+        checkpoint.open(Path(where), max_to_keep=1) as saved,
+    ):
         for number in itertools.count(1):
             state = jax.block_until_ready(_moved(state))  # arrays whose values no host has kept
             clock = [time.perf_counter()]

@@ -97,7 +97,7 @@ def mlp(tiny: bool = False) -> Experiment:
     )
 
 
-def cifar(feed: Any, tiny: bool = False) -> Experiment:
+def cifar(placement: Any, tiny: bool = False) -> Experiment:
     """The network of ``cifar_cnn`` at batch 512 in bfloat16, its data kept on the device or streamed."""
     return _endless(
         model=models.CNN(widths=(8, 8) if tiny else (32, 96, 192), convs=2, classes=10),
@@ -108,7 +108,7 @@ def cifar(feed: Any, tiny: bool = False) -> Experiment:
         preprocess=(NORMALISE,),
         batch=64 if tiny else 512,
         precision="bfloat16",
-        feed=feed,
+        placement=placement,
     )
 
 

@@ -91,9 +91,9 @@ class Point:
     def __init__(self, exp: Experiment, devices: int) -> None:
         self._program = program = assemble(exp, sharding.make_mesh(jax.devices()[:devices]))
         self.flops = flops.model_flops(program)
-        compiled = program.train_step.lower(*memory.call_like(program)).compile()  # type: ignore[attr-defined]
+        compiled = program.train_step.lower(*memory.abstract_args(program)).compile()  # type: ignore[attr-defined]
         found = compiled.memory_analysis()
-        parts = memory.held(program).items()  # exact; XLA's arguments hold the data set too
+        parts = memory.device_arrays(program).items()  # exact; XLA's arguments hold the data set too
         self.memory = found.temp_size_in_bytes + sum(
             one.bytes for part, arrays in parts if part != "data" for one in arrays
         )

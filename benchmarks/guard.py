@@ -33,7 +33,7 @@ from jaxtrain.monitor.console import Plain
 from jaxtrain.program import assemble
 from jaxtrain.step import make_train_step
 from jaxtrain.train import loop
-from jaxtrain.train.bad_updates import Watch
+from jaxtrain.train.bad_updates import BadUpdateMonitor
 from jaxtrain.train.recompile import OneCompile
 
 CHUNK = 10  # steps timed at once, with one record
@@ -99,7 +99,7 @@ class Side:
 
 def host_us(program: Unsaved, repeats: int = 4000) -> dict[str, float]:
     """Microseconds a step of what the host does for the guard and for the recompile check, device idle."""
-    watch = Watch(program, None, print)
+    watch = BadUpdateMonitor(program, None, print)
     _, found = program.train_step(program.init(), program.train.batch(0), program.key)
     (metrics,) = found.rows()
 

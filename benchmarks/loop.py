@@ -6,7 +6,7 @@ Loops over the same model, the same resident data, the same augmentation and the
            queue, checkpoint polling, plain console (to /dev/null). Evaluations and saves are left out.
   no log, log 1    the same without records, and with one of every step
   queue K  the same with ``max_in_flight=K``
-  scan K   the same with ``steps_per_dispatch=K``
+  scan K   the same with ``steps_per_execution=K``
   library  a bare ``for`` around jaxtrain's compiled step
   hand     the same, around a step written by hand with flax, optax and ``jax.jit(donate_argnums=0)``
 
@@ -29,8 +29,7 @@ from benchmarks import common
 from benchmarks.sides import TOTAL, Case, Fit, Hand, Library, cases, rows_from, unsaved
 from jaxtrain import sharding
 from jaxtrain.program import Program
-from jaxtrain.sharding import compile
-from jaxtrain.train.bad_updates import Watch
+from jaxtrain.train.bad_updates import BadUpdateMonitor
 
 WINDOWS = 20  # records written for the breakdown
 QUEUES = (1, 2, 3, 4, 8)
@@ -70,9 +69,9 @@ def compared(name: str, times: Times) -> list[dict[str, Any]]:
         label = f"{name}: steps/s, max_in_flight={side.split()[1]} over 2"
         found.append(common.speedup(label, times["queue 2"], times[side]))
     if "scan" in times:
-        label = f"{name}: steps/s, steps_per_dispatch={SCANNED} over 1"
+        label = f"{name}: steps/s, steps_per_execution={SCANNED} over 1"
         found.append(common.speedup(label, fit, times["scan"], ">= 2"))
-        label = f"{name}: added to a step by fit, steps_per_dispatch={SCANNED}"
+        label = f"{name}: added to a step by fit, steps_per_execution={SCANNED}"
         more = [1e6 * (a - b) for a, b in zip(times["scan"], hand, strict=True)]
         found.append(common.result(label, more, "µs", "< 100"))
     return found
@@ -80,7 +79,7 @@ def compared(name: str, times: Times) -> list[dict[str, Any]]:
 
 def breakdown(fit: Fit, repeats: int = 2000) -> dict[str, float]:
     """Microseconds a step of each thing that fit does on the host, one at a time on an idle device."""
-    program, record, watch = fit.program, fit.record, Watch(fit.program, None, print)
+    program, record, watch = fit.program, fit.record, BadUpdateMonitor(fit.program, None, print)
     state, metrics = program.train_step(program.init(), program.train.batch(0), program.key)
     (taken,) = metrics.rows()
     every, at = program.experiment.log_every, 0
@@ -129,7 +128,7 @@ def _dispatch(program: Program, state: Any) -> dict[str, tuple[Callable[[], Any]
         return state.step + 1
 
     whole = sharding.replicated(sharding.make_mesh(jax.devices()[:1]))
-    given = compile(nothing, args=(whole, program.train.shardings, whole), out=whole)
+    given = sharding.compile(nothing, args=(whole, program.train.shardings, whole), out=whole)
     plain, batch = jax.jit(nothing), program.train.batch(0)
     return {
         "call of an empty step, shardings given": (lambda: given(state, batch, program.key), 1),

@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", choices=UPDATES, default=list(UPDATES))
     parser.add_argument("--run", choices=UPDATES, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    cache.compiled(print)
+    cache.enable_compilation_cache(print)
     if args.run:
         print(json.dumps(run(args.run)))
         return

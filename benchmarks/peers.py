@@ -1,6 +1,6 @@
 """Training steps a second beside what people would use instead: same model, data, precision and optimizer.
 
-  jaxtrain     the loop of ``train.loop.fit`` with its records, and with ``steps_per_dispatch="auto"``
+  jaxtrain     the loop of ``train.loop.fit`` with its records, and with ``steps_per_execution="auto"``
   hand         a loop written by hand around a step written by hand, with flax, optax and ``jax.jit``
   stock flax   the loop of Flax's documentation, with its layers: ``TrainState``, batches by ``device_put``
   keras        Keras 3 on JAX, ``model.fit``

@@ -36,7 +36,6 @@ from jaxtrain.cli import devices
 from jaxtrain.experiment import Experiment
 from jaxtrain.plan.collectives import collectives
 from jaxtrain.program import Program
-from jaxtrain.sharding import compile
 from jaxtrain.train.scaling import Lane
 
 DEVICES = 8
@@ -181,11 +180,11 @@ def parts(lanes: Mapping[str, Lane]) -> dict[str, Callable[[], float]]:
     """What splitting adds to a step, one thing at a time: sides for ``interleaved``."""
     mesh = mesh_of(ALL)
     whole, split = sharding.replicated(mesh), sharding.batch_split(mesh)
-    size = sum(x.size for x in jax.tree.leaves(lanes[ALL].program.like.params))
+    size = sum(x.size for x in jax.tree.leaves(lanes[ALL].program.abstract_state.params))
     rows = jax.device_put(np.ones((DEVICES, size), np.float32), split)
     small = jax.device_put(np.zeros((), np.float32), whole)
-    reduce = compile(lambda x: x.sum(0), args=(split,), out=whole)
-    nothing = compile(lambda x: x + 1, args=(whole,), out=whole)
+    reduce = sharding.compile(lambda x: x.sum(0), args=(split,), out=whole)
+    nothing = sharding.compile(lambda x: x + 1, args=(whole,), out=whole)
 
     def repeated(fn: Callable[[Any], Any], x: Any) -> Callable[[], float]:
         return common.each(lambda: [jax.block_until_ready(fn(x)) for _ in range(REPEATS)], REPEATS)
@@ -207,7 +206,7 @@ def updates(program: Program) -> Callable[[], float]:
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    fn = compile(update, args=(whole,) * 3, out=(whole, whole), donate=(0, 1))
+    fn = sharding.compile(update, args=(whole,) * 3, out=(whole, whole), donate=(0, 1))
     state, grads = program.init(), program.init().params
     held = [state.params, state.opt_state]
 
@@ -222,7 +221,7 @@ def updates(program: Program) -> Callable[[], float]:
 def moved(lane: Lane) -> dict[str, dict[str, int]]:
     """What a step moves between the devices: how many collectives and how many bytes, by kind and axes."""
     program = lane.program
-    compiled = program.train_step.lower(program.like, program.train.batch(0), program.key).compile()
+    compiled = program.train_step.lower(program.abstract_state, program.train.batch(0), program.key).compile()
     return {
         f"{one.kind} over {','.join(one.axes)}": {"count": one.count, "bytes": one.bytes}
         for one in collectives(compiled.as_text(), lane.mesh)
@@ -232,7 +231,7 @@ def moved(lane: Lane) -> dict[str, dict[str, int]]:
 def main() -> None:
     """Every family in turn, one JSON object."""
     args = common.arguments(__doc__, rounds=12).parse_args()
-    devices.simulate(DEVICES)
+    devices.simulate_devices(DEVICES)
     results, figures = [], {}
     for name, case in cases().items():
         lanes = {mesh: Lane(case.experiment, mesh_of(mesh)) for mesh in (ONE, *case.meshes)}

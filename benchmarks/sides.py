@@ -84,7 +84,7 @@ def short(updates: int, **settings: Any) -> Program:
     base = cases()["cnn"].experiment
     few = data.Arrays({name: array[: base.batch] for name, array in base.train.fields.items()})
     fields = {**vars(base), "test": few, "epochs": updates * base.batch / len(base.train)}
-    exp = Experiment(**{**fields, "steps_per_dispatch": 1, **settings})
+    exp = Experiment(**{**fields, "steps_per_execution": 1, **settings})
     return assemble(exp, sharding.make_mesh(jax.devices()[:1]))
 
 
@@ -108,7 +108,7 @@ class Fit:
         self, program: Program, stack: contextlib.ExitStack, together: int = 1, **settings: Any
     ) -> None:
         exp = dataclasses.replace(program.experiment, **settings)
-        self.program = dataclasses.replace(program, experiment=exp, per_dispatch=together)
+        self.program = dataclasses.replace(program, experiment=exp, steps_per_execution=together)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         self.null = stack.enter_context(Path(os.devnull).open("w"))  # noqa: SIM115 - the stack closes it
         self.console, self._request = Plain(), Request()

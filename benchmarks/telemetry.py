@@ -15,7 +15,7 @@ import jax
 from benchmarks import common
 from benchmarks.sides import cases
 from jaxtrain import monitor, sharding
-from jaxtrain.monitor.step_times import Pace
+from jaxtrain.monitor.step_times import StepTimes
 from jaxtrain.program import assemble
 
 STEPS = 200  # of one side of a round, while traced or not
@@ -23,7 +23,7 @@ STEPS = 200  # of one side of a round, while traced or not
 
 def calls() -> dict[str, tuple[Callable[[], Any], int]]:
     """What is timed by itself, and how many calls are timed at once."""
-    pace, meter = Pace(), monitor.Meter(jax.local_devices()[:1])
+    pace, meter = StepTimes(), monitor.Meter(jax.local_devices()[:1])
     nothing: Any = None
     function = monitor.mark("a mark")(lambda: None)
     meter.record(0)
@@ -31,7 +31,7 @@ def calls() -> dict[str, tuple[Callable[[], Any], int]]:
     def lap() -> None:
         pace._told = -1.0
         pace._times, pace._counts = [0.01] * 50, [1] * 50
-        pace.lap()
+        pace.window()
 
     return {
         "update, no trace asked for (Trace.step)": (
@@ -41,7 +41,7 @@ def calls() -> dict[str, tuple[Callable[[], Any], int]]:
         "update, its time (Pace.tick)": (pace.tick, 5000),
         "call of a marked function, none traced": (function, 5000),
         "record within a second of the last (Meter.record)": (lambda: meter.record(100), 1000),
-        "once a second: percentiles of 50 times (Pace.lap)": (lap, 100),
+        "once a second: percentiles of 50 times (StepTimes.window)": (lap, 100),
         "once a second: memory (Meter.result)": (lambda: meter.result(100), 100),
     }
 

@@ -31,8 +31,8 @@ EXPERIMENT = Experiment(
     data_init=models.Whiten(examples=5000),
     augment=(data.AlternatingFlip(), data.Crop(pad=2, mode="reflect")),
     preprocess=(data.Normalise(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),),
-    after=(optim.Lookahead(),),
+    post_update=(optim.Lookahead(),),
     batch=1024,
     epochs=9.9,
-    remainder="drop",
+    drop_remainder=True,
 )

@@ -18,7 +18,7 @@ EXPERIMENT = Experiment(
     preprocess=(data.Normalise(mean=(0.305,), std=(0.376,), scale=16),),
     batch=128,
     epochs=30,
-    remainder="drop",
+    drop_remainder=True,
     log_every=25,
     eval_every=5,
     save_every=10,

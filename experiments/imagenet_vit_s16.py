@@ -27,6 +27,6 @@ EXPERIMENT = Experiment(
     batch=1024,
     epochs=90,
     precision="bfloat16",
-    remainder="drop",
+    drop_remainder=True,
     workers=8,
 )

@@ -31,7 +31,7 @@ def script() -> None:
     """The command ``jaxtrain``."""
     from jaxtrain.cli import command_line  # here: --help needs none of it
 
-    command_line.leave(main())
+    command_line.exit_process(main())
 
 
 if __name__ == "__main__":

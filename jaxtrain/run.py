@@ -1,9 +1,9 @@
 """``python -m jaxtrain.run --experiment NAME``: a door to ``jaxtrain.cli.run``."""
 
-from jaxtrain.cli.command_line import leave
+from jaxtrain.cli.command_line import exit_process
 from jaxtrain.cli.run import main
 
 __all__ = ["main"]
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

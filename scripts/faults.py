@@ -34,7 +34,7 @@ OFTEN = (
     "eval_every=none",
     "log_every=1",
     "save_every=0.08",
-    "keep=1",
+    "max_to_keep=1",
 )  # a save, a deletion a step
 SOME = ("epochs=8", "eval_every=none", "log_every=1", "save_every=2")
 
@@ -350,7 +350,7 @@ EXPERIMENT = Experiment(
     preprocess=(data.Normalise(),),
     batch=16,
     epochs=25,
-    feed="stream",
+    placement="stream",
 )
 '''
 

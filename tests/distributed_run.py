@@ -48,9 +48,9 @@ EXPERIMENT = Experiment(
     optimizer=optim.Adam(lr=1e-3),
     augment=(data.Crop(pad=1),),
     preprocess=(data.Normalise(),),
-    after=(optim.EMA(decay=0.9),),
+    post_update=(optim.EMA(decay=0.9),),
     batch=16,
     epochs=1,
     log_every=5,
-    feed="stream",
+    placement="stream",
 )

@@ -29,8 +29,8 @@ SIZES = (1, BATCH - 1, BATCH, BATCH + 1)
 KINDS = ("images", "sequences", "regression")
 TOGETHER = [
     *(("images", n, "stream") for n in SIZES),
-    ("images", BATCH + 1, "resident"),
-    *((kind, BATCH + 1, "resident") for kind in KINDS[1:]),
+    ("images", BATCH + 1, "device"),
+    *((kind, BATCH + 1, "device") for kind in KINDS[1:]),
 ]
 """What two processes evaluate."""
 CLASSES, TOKENS, STEPS, SMOOTHING = 4, 5, 6, 0.1
@@ -84,7 +84,7 @@ def bigram() -> Model:
     return Model(init, apply)
 
 
-def experiment(kind: str, n: int, feed: str) -> Experiment:
+def experiment(kind: str, n: int, placement: str) -> Experiment:
     """With ``n`` test examples of that kind."""
     model, loss = {
         "images": (models.MLP(widths=(8,), classes=CLASSES), losses.CrossEntropy(SMOOTHING, top=2)),
@@ -99,13 +99,13 @@ def experiment(kind: str, n: int, feed: str) -> Experiment:
         optimizer=optim.SGD(lr=0.1),
         batch=BATCH,
         epochs=1,
-        feed=feed,
+        placement=placement,
     )
 
 
-def make(kind: str, n: int, mesh: Any, feed: str) -> Program:
+def make(kind: str, n: int, mesh: Any, placement: str) -> Program:
     """It on a mesh, ready to run."""
-    return assemble(experiment(kind, n, feed), mesh, counted)
+    return assemble(experiment(kind, n, placement), mesh, counted)
 
 
 def found(program: Program, state: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -169,18 +169,18 @@ def check(kind: str, n: int, values: dict[str, Any], params: Any) -> None:
 
 def main() -> None:
     port, index, folder = sys.argv[1:]
-    devices.simulate(4)
+    devices.simulate_devices(4)
     multihost.start(f"127.0.0.1:{port}", 2, int(index), warn=print)
     mesh = sharding.make_mesh(jax.devices())
     states: dict[str, Any] = {}
-    for kind, n, feed in TOGETHER:
-        program = make(kind, n, mesh, feed)
+    for kind, n, placement in TOGETHER:
+        program = make(kind, n, mesh, placement)
         states[kind] = states[kind] if kind in states else program.init()
         values, params = found(program, states[kind])
-        if multihost.is_first():
+        if multihost.is_process_0():
             parts = {"values": values, "params": params}
             flat = {f"{part}/{name}": value for part, tree in parts.items() for name, value in tree.items()}
-            np.savez(Path(folder) / f"{kind}-{n}-{feed}.npz", **flat)
+            np.savez(Path(folder) / f"{kind}-{n}-{placement}.npz", **flat)
     multihost.barrier("end")
 
 

@@ -84,7 +84,9 @@ def experiments() -> dict[str, Experiment]:
     adam = optim.AdamW(lr=optim.Cosine(peak=1e-3, warmup=0.1))
     return {
         "mlp": _experiment(models.MLP(widths=(64, 32), classes=4, dropout=0.2), images(72)),
-        "cnn": _experiment(models.CNN(widths=(8, 16), classes=4), images(72), after=(optim.EMA(decay=0.9),)),
+        "cnn": _experiment(
+            models.CNN(widths=(8, 16), classes=4), images(72), post_update=(optim.EMA(decay=0.9),)
+        ),
         "resnet": _experiment(
             models.ResNet(stages=(1, 1), block="basic", stem="cifar", width=8, classes=4), images(72)
         ),
@@ -104,7 +106,7 @@ def train(program: Program, start: Any = None) -> tuple[dict[str, np.ndarray], n
     if start is None:
         state = program.init()
     else:
-        state = jax.device_put(start, jax.tree.map(lambda leaf: leaf.sharding, program.like))
+        state = jax.device_put(start, jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state))
     ids = []
     for step in range(program.steps):
         batch = program.train.batch(step)

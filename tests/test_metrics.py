@@ -13,7 +13,7 @@ import pytest
 
 from jaxtrain import monitor
 from jaxtrain.metrics import ConfusionMatrix, Mean, MeanIoU, RootMean, merge
-from jaxtrain.step.packing import Packed
+from jaxtrain.step.packing import PackedMetrics
 
 RNG = np.random.default_rng(0)
 RAGGED = [[4, 8], [3, 3, 5]]  # where to cut ten rows; [3, 3] leaves an empty part
@@ -162,7 +162,7 @@ def test_every_metric_is_merged_on_the_host_as_itself() -> None:
         return {**means, **counted}
 
     batches = [step(*batch) for batch in zip(logits, label.astype(np.int32), strict=True)]
-    found = monitor.merged(Packed.of(metrics).rows()[0] for metrics in batches)
+    found = monitor.merge_all(PackedMetrics.of(metrics).rows()[0] for metrics in batches)
     whole = ConfusionMatrix(reference(logits.argmax(-1), label, 4)).compute()
     assert found["mean"] == whole["accuracy"] and found["root"] == math.sqrt(whole["accuracy"])
     assert type(found["iou"]) is float and found["iou"] == whole["mean_iou"] == found["all"]["mean_iou"]

@@ -24,7 +24,7 @@ EXPERIMENT = Experiment(
     optimizer=optim.SGD(lr=optim.OneCycle(peak=0.1), momentum=0.9, nesterov=True, weight_decay=1e-4),
     augment=(data.Crop(pad=1),),
     preprocess=(data.Normalise(),),
-    after=(optim.EMA(decay=0.9),),
+    post_update=(optim.EMA(decay=0.9),),
     batch=16,
     epochs=1,
     log_every=5,

@@ -4,15 +4,15 @@
 committed. Nothing else imports orbax.
 """
 
-from jaxtrain.checkpoint.manifest import Damaged, Saved
+from jaxtrain.checkpoint.manifest import CheckpointInfo, CorruptCheckpointError
 from jaxtrain.checkpoint.store import Checkpoints, open, space
 from jaxtrain.checkpoint.warm_start import arrays, check_init_from, init_from
 from jaxtrain.core.files import write_json
 
 __all__ = [
+    "CheckpointInfo",
     "Checkpoints",
-    "Damaged",
-    "Saved",
+    "CorruptCheckpointError",
     "arrays",
     "check_init_from",
     "init_from",

@@ -12,10 +12,10 @@ from jaxtrain.checkpoint import fingerprint
 from jaxtrain.sharding import multihost
 
 
-def writing(folder: Path, arrays: dict[str, jax.Array]) -> Callable[[], jax.Array | None]:
+def start_save(folder: Path, arrays: dict[str, jax.Array]) -> Callable[[], jax.Array | None]:
     """Take the values of ``arrays`` now; returns what writes them, waits for the disk and gives fingerprints.
 
-    Where ``copies`` says so the values are copied here, and all else is left to the function that is
+    Where ``uses_copies`` says so the values are copied here, and all else is left to the function that is
     returned. Orbax by itself shares memory with the state, which JAX then copies with one thread when the
     next step would reuse it, and its own beginnings take 20 to 70 ms. On other devices it copies to the
     host, and among several processes it waits for the others: both here.
@@ -27,30 +27,30 @@ def writing(folder: Path, arrays: dict[str, jax.Array]) -> Callable[[], jax.Arra
     Returns:
       A function without arguments; its result is for ``fingerprint.finish``.
     """
-    if copies(arrays):
-        copied = _copied(arrays)
+    if uses_copies(arrays):
+        copied = _copy(arrays)
 
         def write() -> jax.Array | None:
             jax.block_until_ready(copied)  # the next step waits for it: nothing else may take its cores
-            return _waited(fingerprint.start(copied), _begun(folder, copied))
+            return _wait(fingerprint.start(copied), _start(folder, copied))
 
         return write
     prints = fingerprint.start(arrays)  # now: the next step is given the state's memory
-    wait = _begun(folder, arrays)
-    return lambda: _waited(prints, wait)
+    wait = _start(folder, arrays)
+    return lambda: _wait(prints, wait)
 
 
-def copies(arrays: dict[str, Any]) -> bool:
-    """Does ``writing`` copy such arrays? It does in the memory of CPUs, which has room, for one process.
+def uses_copies(arrays: dict[str, Any]) -> bool:
+    """Does ``start_save`` copy such arrays? It does in the memory of CPUs, which has room, for one process.
 
     Args:
       arrays: by path, or anything with their shardings.
     """
     everywhere = set().union(*(x.sharding.device_set for x in arrays.values()))
-    return multihost.count() == 1 and all(device.platform == "cpu" for device in everywhere)
+    return multihost.process_count() == 1 and all(device.platform == "cpu" for device in everywhere)
 
 
-def _copied(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _copy(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Copies that are being made; of arrays that all are replicated, one of each."""
     if all(x.is_fully_replicated for x in arrays.values()):
         arrays = {path: x.addressable_data(0) for path, x in arrays.items()}
@@ -58,7 +58,7 @@ def _copied(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return jax.device_put(arrays, {path: x.sharding for path, x in arrays.items()}, may_alias=False)
 
 
-def _begun(folder: Path, arrays: dict[str, jax.Array]) -> Callable[[], None]:
+def _start(folder: Path, arrays: dict[str, jax.Array]) -> Callable[[], None]:
     from orbax.checkpoint import v1 as ocp
 
     context = ocp.Context()
@@ -71,6 +71,6 @@ def _begun(folder: Path, arrays: dict[str, jax.Array]) -> Callable[[], None]:
         return ocp.save_async(folder, arrays, overwrite=True).result
 
 
-def _waited(prints: jax.Array | None, wait: Callable[[], None]) -> jax.Array | None:
+def _wait(prints: jax.Array | None, wait: Callable[[], None]) -> jax.Array | None:
     wait()
     return prints

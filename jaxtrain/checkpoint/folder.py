@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from jaxtrain.checkpoint import manifest
-from jaxtrain.checkpoint.manifest import Saved
+from jaxtrain.checkpoint.manifest import CheckpointInfo
 from jaxtrain.core.errors import InputError
 
 SAVING = ".saving"
@@ -19,7 +19,7 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"{step:06d}"
 
 
-def listed(folder: Path) -> list[Saved]:
+def list_checkpoints(folder: Path) -> list[CheckpointInfo]:
     """The checkpoints that this process sees, damaged ones too, oldest first; unfinished saves are none."""
     steps = [(step, p) for p in folder.glob("*") if (step := _step(p)) is not None and not is_unfinished(p)]
     return [manifest.read(path, step) for step, path in sorted(steps)]

@@ -20,12 +20,12 @@ READABLE = (1, 2)
 """Format 1 had neither checksums nor fingerprints: such a checkpoint is restored without a proof."""
 
 
-class Damaged(RunError):
+class CorruptCheckpointError(RunError):
     """A checkpoint is not what was saved."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Saved:
+class CheckpointInfo:
     """One checkpoint: its step, its folder and what its manifest says.
 
     Attributes:
@@ -46,28 +46,30 @@ class Saved:
         return self.manifest.get("score")
 
     @property
-    def proven(self) -> bool:
+    def has_checksums(self) -> bool:
         """Does the manifest hold checksums and fingerprints?"""
         return self.manifest.get("format") != 1
 
 
-def read(folder: Path, step: int) -> Saved:
+def read(folder: Path, step: int) -> CheckpointInfo:
     """The checkpoint in ``folder``; what is wrong with its manifest is told in ``damage``."""
     path = folder / "manifest.json"
     if folder.is_symlink() or path.is_symlink():
-        return Saved(step, folder, {}, f"{(folder if folder.is_symlink() else path).name} is a link")
+        return CheckpointInfo(step, folder, {}, f"{(folder if folder.is_symlink() else path).name} is a link")
     try:
         manifest = json.loads(path.read_text())
         manifest["format"], dict(manifest["tree"]), float(manifest["score"] or 0)
         if manifest["format"] in READABLE and manifest.get("seal") != _expected_seal(manifest):
-            return Saved(step, folder, {}, "its manifest.json has been changed")
+            return CheckpointInfo(step, folder, {}, "its manifest.json has been changed")
         if manifest["format"] in READABLE and manifest["step"] != step:
-            return Saved(step, folder, {}, f"it is of step {manifest['step']}, as its manifest.json says")
+            return CheckpointInfo(
+                step, folder, {}, f"it is of step {manifest['step']}, as its manifest.json says"
+            )
     except FileNotFoundError:
-        return Saved(step, folder, {}, "it has its arrays and no manifest.json")
+        return CheckpointInfo(step, folder, {}, "it has its arrays and no manifest.json")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return Saved(step, folder, {}, "its manifest.json cannot be read")
-    return Saved(step, folder, manifest)
+        return CheckpointInfo(step, folder, {}, "its manifest.json cannot be read")
+    return CheckpointInfo(step, folder, manifest)
 
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:
@@ -81,7 +83,7 @@ def write(folder: Path, manifest: dict[str, Any]) -> None:
     write_json(folder / "manifest.json", {**whole, "seal": _expected_seal(whole)})
 
 
-def find_damage(saved: Saved) -> str | None:
+def find_damage(saved: CheckpointInfo) -> str | None:
     """The first file of a checkpoint that is not as it was saved, and how; None when all are.
 
     Reads every file, about 1 GB a second. Other formats are not looked into.
@@ -117,7 +119,7 @@ def parse_spec(text: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     return tuple(int(size) for size in sizes.split(",") if size), jnp.dtype(name)
 
 
-def check_format(saved: Saved) -> None:
+def check_format(saved: CheckpointInfo) -> None:
     """Raise InputError unless this version can read the format of ``saved``."""
     known = saved.manifest.get("format")
     if known not in READABLE:
@@ -128,7 +130,7 @@ def check_format(saved: Saved) -> None:
         )
 
 
-def check_same(saved: Saved, want: dict[str, Any]) -> None:
+def check_same(saved: CheckpointInfo, want: dict[str, Any]) -> None:
     """Raise InputError unless ``saved`` has exactly the arrays of ``want``, by path, shape and dtype.
 
     Orbax casts dtypes and reshapes in silence, so the manifest decides.
@@ -143,7 +145,7 @@ def check_same(saved: Saved, want: dict[str, Any]) -> None:
             )
 
 
-def best(steps: list[Saved]) -> Saved | None:
+def best(steps: list[CheckpointInfo]) -> CheckpointInfo | None:
     """The one with the highest score, the earliest of equals."""
     scored = [(s.score, -s.step, s) for s in steps if s.score is not None]
     return max(scored, key=lambda one: one[:2])[2] if scored else None

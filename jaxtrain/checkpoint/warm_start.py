@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxtrain.checkpoint import manifest as manifests
 from jaxtrain.checkpoint import store
-from jaxtrain.checkpoint.manifest import Saved
+from jaxtrain.checkpoint.manifest import CheckpointInfo
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import NOT_MODEL_STATE, State, leaf_paths
 
@@ -42,8 +42,8 @@ def init_from(
     """
     here = leaf_paths(state)
     with _found(source, renames, here, tell) as (checkpoints, chosen, wanted):
-        likes = {name: _like(here[path]) for path, name in wanted.items()}
-        arrays = checkpoints.restore_some(chosen, likes)
+        abstract = {name: _abstract_leaf(here[path]) for path, name in wanted.items()}
+        arrays = checkpoints.restore_some(chosen, abstract)
     seen: set[str] = set()
     values = []
     for path, leaf in here.items():
@@ -56,16 +56,16 @@ def init_from(
     return jax.tree.unflatten(jax.tree.structure(state), values)
 
 
-def check_init_from(source: str, renames: Sequence[str], like: State) -> None:
+def check_init_from(source: str, renames: Sequence[str], abstract: State) -> None:
     """Raise as ``init_from`` would for a state of these shapes, which need not be there yet."""
-    with _found(source, renames, leaf_paths(like), lambda line: None) as (checkpoints, chosen, _):
+    with _found(source, renames, leaf_paths(abstract), lambda line: None) as (checkpoints, chosen, _):
         checkpoints.check(chosen)
 
 
 @contextlib.contextmanager
 def _found(
     source: str, renames: Sequence[str], here: dict[str, Any], tell: Callable[[str], None]
-) -> Iterator[tuple[store.Checkpoints, Saved, dict[str, str]]]:
+) -> Iterator[tuple[store.Checkpoints, CheckpointInfo, dict[str, str]]]:
     """The checkpoint that is meant, and the name there of each path here that is taken from it."""
     folder, step = _parse(source)
     pairs = [_pair(text) for text in renames]
@@ -97,8 +97,8 @@ def arrays(source: str | Path) -> dict[str, np.ndarray]:
         chosen = _choose(checkpoints, step, str(source))
         manifests.check_format(chosen)
         shapes = {name: manifests.parse_spec(text) for name, text in chosen.manifest["tree"].items()}
-        likes = {name: jax.ShapeDtypeStruct(*spec, sharding=place) for name, spec in shapes.items()}
-        return {name: np.asarray(leaf) for name, leaf in checkpoints.restore_some(chosen, likes).items()}
+        abstract = {name: jax.ShapeDtypeStruct(*spec, sharding=place) for name, spec in shapes.items()}
+        return {name: np.asarray(leaf) for name, leaf in checkpoints.restore_some(chosen, abstract).items()}
 
 
 def _parse(source: str) -> tuple[Path, int | None]:
@@ -115,7 +115,7 @@ def _pair(text: str) -> tuple[str, str]:
     return old.strip("/"), new.strip("/")
 
 
-def _choose(checkpoints: store.Checkpoints, step: int | None, what: str) -> Saved:
+def _choose(checkpoints: store.Checkpoints, step: int | None, what: str) -> CheckpointInfo:
     steps = checkpoints.steps()
     if not steps:
         raise InputError(f"{what}: there is no checkpoint in it; give the folder a run printed")
@@ -128,7 +128,7 @@ def _choose(checkpoints: store.Checkpoints, step: int | None, what: str) -> Save
     raise InputError(f"{what}: step {step} is not kept there; give one of {kept}")
 
 
-def _source_of(path: str, pairs: Sequence[tuple[str, str]], chosen: Saved) -> str | None:
+def _source_of(path: str, pairs: Sequence[tuple[str, str]], chosen: CheckpointInfo) -> str | None:
     """The path in the checkpoint of what begins as ``path`` here; None for what stays as it is."""
     for copy in COPIES:
         if path.startswith(copy):
@@ -157,7 +157,7 @@ def _under(name: str, prefix: str) -> bool:
 
 
 def _check(
-    chosen: Saved, here: dict[str, Any], wanted: dict[str, str], pairs: Sequence[tuple[str, str]]
+    chosen: CheckpointInfo, here: dict[str, Any], wanted: dict[str, str], pairs: Sequence[tuple[str, str]]
 ) -> None:
     manifests.check_format(chosen)
     names = [path.partition("/")[2] for path in here if path.startswith("params/")]
@@ -175,7 +175,7 @@ def _check(
             )
 
 
-def _like(leaf: Any) -> jax.ShapeDtypeStruct:
+def _abstract_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 

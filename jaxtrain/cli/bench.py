@@ -86,9 +86,9 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
     from jaxtrain.train import scaling
 
     load = os.getloadavg()[0]  # before this loads the machine itself
-    name, _, experiment = experiments.load(args.experiment, args.set)
+    name, _, experiment = experiments.load_experiment(args.experiment, args.set)
     given = scaling.layouts(experiment, counts, args.mesh, args.weak)
-    devices.simulate(args.simulate_devices)
+    devices.simulate_devices(args.simulate_devices)
     console = make_console()
     experiments.ensure_prepared(experiment, console)
     found = scaling.measure(given, steps=args.steps, rounds=args.rounds, console=console)

@@ -44,12 +44,12 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from jaxtrain.experiment import config_hash
     from jaxtrain.train import scaling
 
-    if devices.asked():
+    if devices.deterministic_requested():
         raise InputError(
             f"XLA_FLAGS has {environment.DETERMINISTIC_FLAG} already: unset it, so that there is something "
             "to compare"
         )
-    name, _, experiment = experiments.load(args.experiment, args.set)
+    name, _, experiment = experiments.load_experiment(args.experiment, args.set)
     experiments.ensure_prepared(experiment, console)
     with contextlib.ExitStack() as stack:
         console.note(f"{name}: starting two processes, with --deterministic and without")
@@ -57,7 +57,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         ready = {way: child.read() for way, child in both.items()}
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         with console.task("rounds", len(WAYS) * (args.rounds + 1)) as advance:
-            for done, (number, way) in enumerate(scaling.turns(WAYS, args.rounds + 1), start=1):
+            for done, (number, way) in enumerate(scaling.interleaved(WAYS, args.rounds + 1), start=1):
                 took = both[way].round(args.steps)
                 if number:
                     seconds[way].append(took)
@@ -115,15 +115,15 @@ def serve(args: argparse.Namespace, environment: Callable[[], dict[str, Any]]) -
     """
     out = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # what an experiment prints must not come between
-        devices.simulate(args.simulate_devices)
+        devices.simulate_devices(args.simulate_devices)
         if args.child == "on":
-            devices.deterministic()
+            devices.set_deterministic()
         import jax
 
         from jaxtrain import sharding
         from jaxtrain.train import scaling
 
-        _, _, experiment = experiments.load(args.experiment, args.set)
+        _, _, experiment = experiments.load_experiment(args.experiment, args.set)
         everything = jax.devices()
         mesh = sharding.make_mesh(everything, sharding.parse_mesh(args.mesh, len(everything)))
         lane = scaling.Lane(experiment, mesh)

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from jaxtrain.cli import huge_pages
 from jaxtrain.core import redact
 from jaxtrain.core.errors import InputError, RunError
-from jaxtrain.core.signals import Stopped, Twice
+from jaxtrain.core.signals import SecondSignal, Stopped
 
 
 def main(
@@ -38,15 +38,15 @@ def main(
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     setattr(parser, "error", functools.partial(_refuse, parser))  # noqa: B010 - mypy minds a method
-    with redact.streams():
+    with redact.redact_output():
         args = parser.parse_args(argv)
         if needs_jax := compiles(args):
             huge_pages.ask()
-        with contextlib.nullcontext() if args.debug else _hushed():
-            return _ended(run, parser, args, needs_jax)
+        with contextlib.nullcontext() if args.debug else _quiet_orbax():
+            return _exit_code(run, parser, args, needs_jax)
 
 
-def _ended(
+def _exit_code(
     run: Callable[[argparse.Namespace], int],
     parser: argparse.ArgumentParser,
     args: argparse.Namespace,
@@ -57,9 +57,9 @@ def _ended(
         if compiles:
             from jaxtrain.core import cache
 
-            with _imports():
+            with _interrupts_blocked():
                 import jax  # noqa: F401
-            cache.compiled(warn)
+            cache.enable_compilation_cache(warn)
         return run(args)
     except (InputError, RunError, Stopped) as error:
         if args.debug:
@@ -71,17 +71,19 @@ def _ended(
         # A save that was cut off leaves coroutines behind, of which Python would warn.
         warnings.simplefilter("ignore", RuntimeWarning)
         print(f"{parser.prog}: interrupted at once; the last checkpoint is kept", file=sys.stderr)
-        return interrupt.exit_code if isinstance(interrupt, Twice) else 130
+        return interrupt.exit_code if isinstance(interrupt, SecondSignal) else 130
     except Exception as error:
         multihost = _multihost()
-        if isinstance(error, BrokenPipeError) and multihost.count() == 1 and _unread():
+        if isinstance(error, BrokenPipeError) and multihost.process_count() == 1 and _output_pipe_closed():
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is buffered
             print(f"{parser.prog}: nobody reads the output any more", file=sys.stderr)
             return 128 + signal.SIGPIPE
-        if multihost.count() == 1:
+        if multihost.process_count() == 1:
             traceback.print_exc()  # here, and not by Python later: a secret in it is masked
             return 1
-        lost = multihost.lost(error)  # not our fault, then; else a bug, which the others must not wait for
+        lost = multihost.lost_process_error(
+            error
+        )  # not our fault, then; else a bug, which the others must not wait for
         if lost is None or args.debug:
             traceback.print_exc()
         if lost is not None:
@@ -89,7 +91,7 @@ def _ended(
         return 1 if lost is None else lost.exit_code
 
 
-def _unread() -> bool:
+def _output_pipe_closed() -> bool:
     """Has whoever read the output gone, as ``head`` does when it has seen enough?"""
     poll = select.poll()
     poll.register(1, 0)  # errors are told unasked
@@ -97,7 +99,7 @@ def _unread() -> bool:
 
 
 @contextlib.contextmanager
-def _imports() -> Iterator[None]:
+def _interrupts_blocked() -> Iterator[None]:
     """An interrupt waits for the end of this block: within JAX's import it would be a crash."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -107,7 +109,7 @@ def _imports() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hushed() -> Iterator[None]:
+def _quiet_orbax() -> Iterator[None]:
     """Keep what Orbax's threads print about a failed save or read to ``--debug``: it is told in one line."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels, before = [logger.level for logger in loggers], sys.unraisablehook
@@ -133,7 +135,7 @@ def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     sys.exit(2)
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """End the process with ``code``; after a signal or a failure at once, whatever threads still do.
 
     Those of a failed save print tracebacks when Python ends around them; Orbax's wait for ever for a save
@@ -142,11 +144,11 @@ def leave(code: int) -> NoReturn:
     if "jaxtrain.sharding.multihost" not in sys.modules:  # nothing was started that could be waited for
         sys.exit(code)
     multihost = _multihost()
-    if code > 128 or (code == RunError.exit_code and multihost.count() == 1):
+    if code > 128 or (code == RunError.exit_code and multihost.process_count() == 1):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    sys.exit(multihost.leave(code))
+    sys.exit(multihost.exit_process(code))
 
 
 def _multihost() -> ModuleType:
@@ -193,7 +195,7 @@ def warn(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def run_folder(text: str) -> Path:
+def workdir_path(text: str) -> Path:
     """``--workdir`` as a path.
 
     Raises:

@@ -27,7 +27,7 @@ CONTRARY: dict[str, Callable[[str], bool]] = {
 """Flags of XLA that touch the same matter, and which of their values ``--deterministic`` refuses."""
 
 
-def make(args: argparse.Namespace, warn: Callable[[str], None] = lambda line: None) -> Mesh:
+def make_mesh(args: argparse.Namespace, warn: Callable[[str], None] = lambda line: None) -> Mesh:
     """The mesh that the flags ask for. Joins the other processes first, where there are any.
 
     Args:
@@ -37,14 +37,14 @@ def make(args: argparse.Namespace, warn: Callable[[str], None] = lambda line: No
     Raises:
       InputError, RunError: a flag asks for what is not there, or another process does not come.
     """
-    simulate(args.simulate_devices)
+    simulate_devices(args.simulate_devices)
     exact = getattr(args, "deterministic", False)
     if exact:
-        deterministic()
+        set_deterministic()
     if any(getattr(args, name, None) is not None for name in PROCESS_FLAGS):
         auto = args.distributed == "auto"
         multihost.start(args.coordinator, args.processes, args.process_id, auto, warn=warn)
-    devices = first(args.devices)
+    devices = first_devices(args.devices)
     sizes = None if args.mesh is None else sharding.parse_mesh(args.mesh, len(devices))
     if exact and devices[0].platform not in ("cpu", "gpu", "cuda"):
         raise InputError(
@@ -53,7 +53,7 @@ def make(args: argparse.Namespace, warn: Callable[[str], None] = lambda line: No
     return sharding.make_mesh(devices, sizes)
 
 
-def deterministic() -> None:
+def set_deterministic() -> None:
     """Make XLA give the same bits in every process that runs the same program; before JAX looks at devices.
 
     A CPU does so anyway, on the same number of cores. A GPU is told to by an XLA flag: no operation then adds
@@ -64,7 +64,7 @@ def deterministic() -> None:
       InputError: ``XLA_FLAGS`` asks for the contrary or names a file; or JAX has started, on another backend
         than the CPU and without the flag.
     """
-    if asked() or getattr(jax.config, "jax_platforms", None) == "cpu":
+    if deterministic_requested() or getattr(jax.config, "jax_platforms", None) == "cpu":
         return
     if not in_use():
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_FLAG}".strip()
@@ -74,7 +74,7 @@ def deterministic() -> None:
         )
 
 
-def asked() -> bool:
+def deterministic_requested() -> bool:
     """Does ``XLA_FLAGS`` itself ask for deterministic operations?
 
     Raises:
@@ -99,7 +99,7 @@ def asked() -> bool:
     return DETERMINISTIC_FLAG.partition("=")[0] in found
 
 
-def simulate(count: int | None) -> None:
+def simulate_devices(count: int | None) -> None:
     """Make JAX see ``count`` CPU devices (in this process) instead of what is there; None changes nothing.
 
     The programs and their communication are those of ``count`` real devices; the speed is not.
@@ -121,7 +121,7 @@ def simulate(count: int | None) -> None:
         ) from error
 
 
-def first(count: int | None) -> list[jax.Device]:
+def first_devices(count: int | None) -> list[jax.Device]:
     """The first ``count`` devices of the run, the same number of each process; None is all of them.
 
     Raises:
@@ -139,7 +139,7 @@ def first(count: int | None) -> list[jax.Device]:
     if not 1 <= count <= len(everything):
         more = f", or try more with --simulate-devices {count}" if count > 1 else ""
         raise InputError(f"--devices {count}: give 1 to {len(everything)}, as many as there are{more}")
-    each, rest = divmod(count, multihost.count())
+    each, rest = divmod(count, multihost.process_count())
     local: dict[int, list[jax.Device]] = {}
     for device in everything:
         local.setdefault(device.process_index, []).append(device)

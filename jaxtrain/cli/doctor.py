@@ -93,7 +93,7 @@ def _devices(problems: list[str]) -> dict[str, str]:
         memory = f", {stats['bytes_limit'] / 2**30:.1f} GiB" if "bytes_limit" in stats else ""
         rows[str(device)] = f"{device.device_kind}{memory}"
     if driver:
-        rows["power"] = nvml.described(devices)
+        rows["power"] = nvml.describe_boards(devices)
     rows["host memory"] = f"{_host_memory() / 2**30:.1f} GiB"
     rows["huge pages"] = huge_pages.told()
     if driver and devices[0].platform == "cpu":
@@ -124,7 +124,7 @@ def _storage(problems: list[str]) -> dict[str, str]:
     data = folders["data folder"]
     prepared = sorted(p.name for p in data.iterdir() if p.is_dir()) if data.is_dir() else []
     rows["data sets"] = ", ".join(prepared) or "none (python -m jaxtrain prepare cifar10)"
-    cache.compiled(problems.append)
+    cache.enable_compilation_cache(problems.append)
     rows["compile cache"] = getattr(jax.config, "jax_compilation_cache_dir", None) or (
         "off (a run keeps compiled programs unless JAXTRAIN_CACHE=off)"
     )
@@ -181,8 +181,11 @@ def _peaks(precisions: Sequence[str]) -> dict[str, str]:
             raise InputError(f"--peak {precision}: it must be one of {', '.join(peak_flops.PRECISIONS)}")
     device, rows = jax.local_devices()[0], {}
     for precision in dict.fromkeys(precisions):
-        found, table = peak_flops.measure(device, precision), peak_flops.tabled(device.device_kind, precision)
-        path = peak_flops.store(device, precision, found)
+        found, table = (
+            peak_flops.measure(device, precision),
+            peak_flops.datasheet_peak(device.device_kind, precision),
+        )
+        path = peak_flops.store_peak(device, precision, found)
         rows[precision] = f"{found.flops / 1e12:.3g} TFLOP/s" + (
             ", in no table"
             if table is None

@@ -32,11 +32,11 @@ def _run(args: argparse.Namespace) -> int:
     from jaxtrain.train import run_folder
     from jaxtrain.train.loop import evaluate
 
-    folder = command_line.run_folder(args.workdir)
+    folder = command_line.workdir_path(args.workdir)
     record = run_folder.load(folder)
-    name, experiment = experiments.recorded(record, folder, args.experiment)
-    mesh = devices.make(args, command_line.warn)
-    console = make_console(quiet=not multihost.is_first())
+    name, experiment = experiments.load_recorded(record, folder, args.experiment)
+    mesh = devices.make_mesh(args, command_line.warn)
+    console = make_console(quiet=not multihost.is_process_0())
     experiments.ensure_prepared(experiment, console)
     program = assemble(experiment, mesh, _confusion)
     if args.split not in program.evals:
@@ -45,7 +45,7 @@ def _run(args: argparse.Namespace) -> int:
         folder, tell=command_line.warn, older="take an older one with --checkpoint {step}"
     ) as saved:
         chosen = command_line.choose_checkpoint(saved, args.checkpoint, folder)
-        state = saved.restore(chosen, program.like)
+        state = saved.restore(chosen, program.abstract_state)
     try:
         values = evaluate(program, state, args.split, console)
     finally:
@@ -74,10 +74,10 @@ def _confusion(outputs: Any, batch: Any) -> dict[str, Any]:
 
 
 def _tables(name: str, found: dict[str, Any], values: Any, confusion: Any, names: Any, console: Any) -> None:
-    from jaxtrain.monitor import describe
+    from jaxtrain.monitor import format_metrics
 
     title = f"{name}, step {found['step']}, {found['split']}, {found['examples']:,} examples"
-    rows = {key: describe({key: value}, None).removeprefix(f"{key} ") for key, value in values.items()}
+    rows = {key: format_metrics({key: value}, None).removeprefix(f"{key} ") for key, value in values.items()}
     console.summary(title, rows)
     if confusion is None:
         return

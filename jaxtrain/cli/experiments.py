@@ -17,17 +17,17 @@ from jaxtrain.monitor import Console
 from jaxtrain.sharding import multihost
 
 
-def load(name: str, settings: Sequence[str]) -> tuple[str, str, Experiment]:
+def load_experiment(name: str, settings: Sequence[str]) -> tuple[str, str, Experiment]:
     """Name, origin and the experiment with its overrides applied."""
     entry = find(name)
     experiment, _ = entry.load()
     config_text(experiment)  # from here on its secrets are known, and those of the settings, and masked
     for setting in settings:
-        redact.setting(setting)
+        redact.redact_setting(setting)
     return entry.name, entry.origin, override(experiment, list(settings))
 
 
-def recorded(
+def load_recorded(
     record: dict[str, Any], folder: Path, experiment_file: str | None = None
 ) -> tuple[str, Experiment]:
     """The experiment that a run's ``config.json`` tells of, loaded again and compared with the record.
@@ -50,7 +50,7 @@ def recorded(
     try:
         if experiment_file is None and all(entry.name != named for entry in discover()):
             raise InputError(f"a file is run only where it is named: add --experiment {origin}")
-        name, _, experiment = load(named, settings)
+        name, _, experiment = load_experiment(named, settings)
     except InputError as error:
         raise InputError(f"the experiment of {folder}, {origin}, cannot be loaded: {error}") from error
     if record.get("overfit") is not None:
@@ -82,7 +82,7 @@ def overfit(experiment: Experiment, n: int) -> Experiment:
         valid=None,
         holdout=0,
         augment=(),
-        remainder="wrap",
+        drop_remainder=False,
         epochs=200 * experiment.batch / n,
         eval_every=None,
         save_every=200 * experiment.batch / n,
@@ -103,7 +103,7 @@ def ensure_prepared(experiment: Experiment, console: Console) -> None:
         ready = getattr(source, "prepared", None)
         if ready is not None and not ready():
             name, folder = getattr(source, "name"), getattr(source, "data_dir")  # noqa: B009
-            if multihost.count() > 1:  # they would write over each other, or wait for one and give up
+            if multihost.process_count() > 1:  # they would write over each other, or wait for one and give up
                 raise InputError(
                     f"{name} is not prepared: run python -m jaxtrain prepare {name} on each host first"
                 )

@@ -8,7 +8,7 @@ FLAGS = ("devices", "mesh", "simulate_devices")
 
 
 def add(parser: argparse.ArgumentParser, *, many_processes: bool = False) -> None:
-    """The flags that ``devices.make`` reads; with ``many_processes`` those that join several, too."""
+    """The flags that ``devices.make_mesh`` reads; with ``many_processes`` those that join several, too."""
     group = parser.add_argument_group("devices")
     group.add_argument("--devices", type=int, metavar="N", help="use the first N devices; default: all")
     group.add_argument(
@@ -39,7 +39,7 @@ def add(parser: argparse.ArgumentParser, *, many_processes: bool = False) -> Non
     group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
 
 
-def words(args: argparse.Namespace) -> list[str]:
+def typed_flags(args: argparse.Namespace) -> list[str]:
     """The device flags as they were typed, for a command to be repeated; not those of other processes."""
     typed = []
     for name in FLAGS:

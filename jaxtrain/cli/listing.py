@@ -53,13 +53,13 @@ def show() -> int:
 
 
 def _described(entry: Entry) -> list[str]:
-    from jaxtrain.program.check_fields import describe
+    from jaxtrain.program.check_fields import describe_experiment
 
     try:
         experiment, line = entry.load()
-        return [line, *describe(experiment)]
+        return [line, *describe_experiment(experiment)]
     except InputError as error:  # one broken file must not hide the others
-        return [redact.text(f"cannot be loaded: {error}")]  # before a cell cuts it
+        return [redact.redact(f"cannot be loaded: {error}")]  # before a cell cuts it
 
 
 def _key(entry: Entry, code: str) -> str:
@@ -78,7 +78,7 @@ def _digest(value: Any) -> str:
 
 
 def _read() -> dict[str, list[str]]:
-    folder = cache.folder("listing")
+    folder = cache.private_folder("listing")
     try:
         found = json.loads((folder / FILE).read_text()) if folder else {}
         rows = {key: [str(text) for text in row] for key, row in found.items()}
@@ -89,7 +89,7 @@ def _read() -> dict[str, list[str]]:
 
 def _write(rows: dict[str, list[str]]) -> None:
     """The latest first; all or nothing, for another process may do the same."""
-    folder = cache.folder("listing")
+    folder = cache.private_folder("listing")
     if folder is None:
         return
     with contextlib.suppress(OSError):

@@ -49,14 +49,14 @@ def _plan(args: argparse.Namespace, out: TextIO) -> int:
     from jaxtrain.plan import measure, report
     from jaxtrain.program import assemble, device_limits
 
-    name, _, experiment = experiments.load(args.experiment, args.set)
+    name, _, experiment = experiments.load_experiment(args.experiment, args.set)
     if args.device_memory is not None:
         device_limits.parse_size(args.device_memory, "--device-memory")
     mesh, simulated = _mesh(args)
     limit, console = device_limits.limit_of(mesh, args.device_memory), make_console(quiet=args.json)
     experiments.ensure_prepared(experiment, console)
-    experiment, resident = plan.as_on(experiment, limit)
-    experiment = plan.opened(experiment, mesh)
+    experiment, resident = plan.for_device_memory(experiment, limit)
+    experiment = plan.with_open_data(experiment, mesh)
     program = assemble(experiment, mesh)
     try:
         found, steps = measure(program, resident), program.steps
@@ -68,8 +68,8 @@ def _plan(args: argparse.Namespace, out: TextIO) -> int:
     console.note("\n".join([on, *(f"  {note}" for note in notes)]))
     console.note(f"\n{report.as_text(found)}\n\n{report.verdict_text(found, limit)}")
 
-    variant, more = plan.given(experiment, mesh), dict[str, Any]()
-    trial = plan.trying(experiment, list(mesh.devices.flat), resident, _progress(variant))
+    variant, more = plan.variant_of(experiment, mesh), dict[str, Any]()
+    trial = plan.make_trial(experiment, list(mesh.devices.flat), resident, _progress(variant))
     if args.search:
         with console.task("compile", plan.attempts(variant)) as advance:
             searched = plan.search_all(variant, limit.bytes if limit else None, trial, advance)
@@ -94,7 +94,7 @@ def _mesh(args: argparse.Namespace) -> tuple[Mesh, bool]:
     from jax.extend.backend import clear_backends
 
     if args.simulate_devices is not None:
-        return devices.make(args), True
+        return devices.make_mesh(args), True
     wanted = args.devices
     if wanted is not None and wanted < 1:
         raise InputError(f"--devices {wanted}: give at least 1")
@@ -102,22 +102,22 @@ def _mesh(args: argparse.Namespace) -> tuple[Mesh, bool]:
     if wanted is None and sizes and "*" not in args.mesh:
         wanted = math.prod(map(int, sizes))
     if wanted is None or wanted <= len(jax.devices()):
-        return devices.make(args), False
+        return devices.make_mesh(args), False
     if wanted > devices.MOST_SIMULATED:
         raise InputError(
             f"{wanted} devices are not here, and plan simulates at most {devices.MOST_SIMULATED}: give "
             "fewer, and scale what it says"
         )
     clear_backends()
-    devices.simulate(wanted)
-    return devices.make(args), True
+    devices.simulate_devices(wanted)
+    return devices.make_mesh(args), True
 
 
 def _notes(mesh: Mesh, simulated: bool, experiment: Any, limit: Any) -> list[str]:
     if not simulated:
         return []
     lines = [f"simulated: {mesh.size} CPU devices stand for those that are meant"]
-    if experiment.feed == "auto" and limit is None:
+    if experiment.placement == "auto" and limit is None:
         lines.append(
             "data is kept on the devices or not by this machine's memory; give theirs with --device-memory"
         )

@@ -44,24 +44,24 @@ def _run(args: argparse.Namespace) -> int:
     from jaxtrain.models import generate
     from jaxtrain.monitor import make_console
     from jaxtrain.program import abstract_state
-    from jaxtrain.step.factories import evaluated
+    from jaxtrain.step.factories import eval_state
     from jaxtrain.train import run_folder
 
-    folder = command_line.run_folder(args.workdir)
+    folder = command_line.workdir_path(args.workdir)
     record = run_folder.load(folder)
-    name, experiment = experiments.recorded(record, folder, args.experiment)
+    name, experiment = experiments.load_recorded(record, folder, args.experiment)
     example = _example(name, experiment)
     context = int(getattr(experiment.model, "context", example["tokens"].shape[1]))
     _check(args)
     prompt = np.frombuffer(os.fsencode(args.prompt), np.uint8)[None, :]
     console = make_console()
     one = sharding.make_mesh(jax.local_devices()[:1])  # one text at a time has nothing to split
-    like = abstract_state(experiment, one, example)
+    abstract = abstract_state(experiment, one, example)
     with checkpoint.open(
         folder, tell=command_line.warn, older="take an older one with --checkpoint {step}"
     ) as saved:
-        state = saved.restore(command_line.choose_checkpoint(saved, args.checkpoint, folder), like)
-    params, extra = evaluated(state)
+        state = saved.restore(command_line.choose_checkpoint(saved, args.checkpoint, folder), abstract)
+    params, extra = eval_state(state)
     text = generate(
         experiment.model,
         params,

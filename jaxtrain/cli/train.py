@@ -22,11 +22,11 @@ from jaxtrain.train.smoke import smoke_test
 def run(args: argparse.Namespace) -> int:
     """Train, or resume, as the arguments say; returns the exit code."""
     _check_flags(args)
-    name, origin, experiment = experiments.load(args.experiment, args.set)
-    mesh = devices.make(args, command_line.warn)
-    console = make_console(quiet=not multihost.is_first())
+    name, origin, experiment = experiments.load_experiment(args.experiment, args.set)
+    mesh = devices.make_mesh(args, command_line.warn)
+    console = make_console(quiet=not multihost.is_process_0())
     if not args.smoke:  # before data is fetched or read
-        multihost.first(lambda: capacity.check_folder(Path(args.workdir or "runs")), "folder")
+        multihost.on_process_0(lambda: capacity.check_folder(Path(args.workdir or "runs")), "folder")
     experiments.ensure_prepared(experiment, console)
     if args.smoke:
         smoke_test(name, experiment, mesh, console)
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     record = {
         "origin": origin,
         "file": environment.file_digest(origin),
-        "overrides": [redact.setting(pair) for pair in args.set],
+        "overrides": [redact.redact_setting(pair) for pair in args.set],
         "overfit": args.overfit,
     }
     how = Session(
@@ -71,7 +71,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         seconds = getattr(args, flag)
         if seconds is not None and not 0 < seconds < float("inf"):
             raise InputError(f"--{flag.replace('_', '-')} {seconds:g}: give seconds above 0")
-    monitor.window(args.profile)
+    monitor.parse_window(args.profile)
     if args.smoke and (args.init_from or args.init_map):
         raise InputError("--smoke tries the experiment alone: leave --init-from and --init-map out")
     if args.smoke and args.profile:
@@ -83,7 +83,7 @@ def _check_flags(args: argparse.Namespace) -> None:
 def _folder(name: str, experiment: Experiment, args: argparse.Namespace) -> RunFolder:
     suffix = "" if args.overfit is None else f"-overfit{args.overfit}"
     if args.workdir:
-        folder = RunFolder(command_line.run_folder(args.workdir))
+        folder = RunFolder(command_line.workdir_path(args.workdir))
     else:
         folder = RunFolder(default_folder(name + suffix, experiment))
     return RunFolder(folder.next_free()) if args.new else folder
@@ -91,8 +91,10 @@ def _folder(name: str, experiment: Experiment, args: argparse.Namespace) -> RunF
 
 def _resume_command(args: argparse.Namespace, folder: Path) -> str:
     """The command that resumes this run, or what to do where several processes train it."""
-    if multihost.count() > 1:
-        return f"the same command in each of the {multihost.count()} processes, with --workdir {folder}"
+    if multihost.process_count() > 1:
+        return (
+            f"the same command in each of the {multihost.process_count()} processes, with --workdir {folder}"
+        )
     return resume_command(args, folder)
 
 
@@ -100,10 +102,10 @@ def resume_command(args: argparse.Namespace, folder: Path) -> str:
     """The command line that resumes the run in ``folder``, without secrets."""
     words = ["python", "-m", "jaxtrain.run", "--experiment", args.experiment]
     for setting in args.set:
-        words += ["--set", redact.setting(setting)]
+        words += ["--set", redact.redact_setting(setting)]
     if args.overfit is not None:
         words += ["--overfit", str(args.overfit)]
-    words += flags.words(args)
+    words += flags.typed_flags(args)
     words += [] if args.profile is None else ["--profile", args.profile]
     words += [flag for flag, on in (("--extend", args.extend), ("--strict", args.strict)) if on]
     return shlex.join([*words, "--workdir", str(folder)])

@@ -79,7 +79,7 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError(f"--processes {several}: --simulate-devices must be a multiple of it")
     if several > 1 and not args.simulate_devices:
         raise InputError(f"--processes {several} works on simulated devices: add --simulate-devices 8")
-    name, _, experiment = experiments.load(args.experiment, args.set)
+    name, _, experiment = experiments.load_experiment(args.experiment, args.set)
     from jaxtrain.monitor import make_console
 
     console = make_console()
@@ -112,13 +112,13 @@ def _per_dispatch(args: argparse.Namespace, experiment: Any, folder: Path) -> in
     """Updates a dispatch, as a run of ``experiment`` has them; from here on all phases have as many."""
     from jaxtrain.train.autotune import SHORTEST
 
-    count: int | Literal["auto"] = experiment.steps_per_dispatch
+    count: int | Literal["auto"] = experiment.steps_per_execution
     if count == "auto" and (args.deterministic or _epoch(experiment) * experiment.epochs < SHORTEST):
         count = 1
     if count == "auto":
         _start(args, folder, "choose")
         count = int(json.loads((folder / CHOICE).read_text()))
-    args.set = [*args.set, f"steps_per_dispatch={count}"]
+    args.set = [*args.set, f"steps_per_execution={count}"]
     return count
 
 
@@ -162,8 +162,8 @@ def _train(args: argparse.Namespace) -> int:
     from jaxtrain.train.autotune import decide
     from jaxtrain.train.loop import fit
 
-    name, _, experiment = experiments.load(args.experiment, args.set)
-    mesh = devices.make(args, command_line.warn)
+    name, _, experiment = experiments.load_experiment(args.experiment, args.set)
+    mesh = devices.make_mesh(args, command_line.warn)
     if args.phase == "choose":
         choice = decide(assemble(experiment, mesh), None, args.deterministic)
         (args.child / CHOICE).write_text(json.dumps(choice.count))
@@ -189,7 +189,7 @@ def _shortened(experiment: Any, steps: int) -> Any:
         save_every=(1 - 1e-9) * steps / 2 / epoch,
         eval_every=None,
         log_every=1,
-        keep=2,
+        max_to_keep=2,
     )
 
 
@@ -200,9 +200,9 @@ def _epoch(experiment: Any) -> float:
     n = len(experiment.train)
     if experiment.holdout:
         n = len(holdout(n, experiment.holdout)[0])
-    epoch: float = n // experiment.batch if experiment.remainder == "drop" else n / experiment.batch
+    epoch: float = n // experiment.batch if experiment.drop_remainder else n / experiment.batch
     if not epoch:
-        raise InputError(f"remainder=drop leaves no batch of {experiment.batch} in {n} examples")
+        raise InputError(f"drop_remainder=True leaves no batch of {experiment.batch} in {n} examples")
     return epoch
 
 
@@ -211,7 +211,7 @@ class _Noted:
 
     def __init__(self, loader: Any, folder: Path, phase: str, half: int) -> None:
         self._loader, self.shardings, self.many = loader, loader.shardings, loader.many
-        self._file = (folder / f"{phase}-{multihost.index()}.jsonl").open("w")
+        self._file = (folder / f"{phase}-{multihost.process_index()}.jsonl").open("w")
         self._last = half if phase == "killed" else None
         self._saved = folder / "checkpoints" / f"{half:06d}" / "manifest.json"
 
@@ -238,8 +238,8 @@ class _Noted:
         self._file.write(json.dumps({"step": step + 1, "ids": ids.tolist()}) + "\n")
         self._file.flush()
 
-    def like(self) -> Any:
-        return self._loader.like()
+    def abstract_batch(self) -> Any:
+        return self._loader.abstract_batch()
 
     def fetch(self, batch: Any) -> Any:
         return self._loader.fetch(batch)

@@ -19,7 +19,7 @@ CAP = 4 * 2**30  # bytes of compiled programs; the least recently used go first
 LEFT = 0.8  # of the cap, after some were removed
 
 
-def home(*names: str) -> Path:
+def user_folder(*names: str) -> Path:
     """A folder of this user's own: ``jaxtrain/NAMES`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``.
 
     It is not made. Raises RuntimeError where the user has no home.
@@ -28,8 +28,8 @@ def home(*names: str) -> Path:
     return Path(base if base and Path(base).is_absolute() else Path.home() / ".cache", "jaxtrain", *names)
 
 
-def own(folder: Path) -> bool:
-    """Make ``folder`` for this user alone where it is missing; False where others can write to it.
+def make_private(folder: Path) -> bool:
+    """Make ``private_folder`` for this user alone where it is missing; False where others can write to it.
 
     Raises:
       OSError: it cannot be made.
@@ -39,7 +39,7 @@ def own(folder: Path) -> bool:
     return not about.st_mode & 0o022 and about.st_uid in (0, os.getuid())
 
 
-def off() -> bool:
+def is_disabled() -> bool:
     """Is nothing to be kept (``JAXTRAIN_CACHE=off``)?
 
     Raises:
@@ -54,20 +54,20 @@ def off() -> bool:
     return value != ""
 
 
-def folder(name: str) -> Path | None:
-    """``home(name)``, made for this user alone; None where there is to be none, or cannot be.
+def private_folder(name: str) -> Path | None:
+    """``user_folder(name)``, made for this user alone; None where there is to be none, or cannot be.
 
     ``JAXTRAIN_CACHE=off`` keeps nothing of jaxtrain's own.
     """
-    if off():
+    if is_disabled():
         return None
     try:
-        return home(name) if own(home()) and own(home(name)) else None
+        return user_folder(name) if make_private(user_folder()) and make_private(user_folder(name)) else None
     except (OSError, RuntimeError):
         return None
 
 
-def compiled(warn: Callable[[str], None]) -> None:
+def enable_compilation_cache(warn: Callable[[str], None]) -> None:
     """Keep compiled programs on the disk, and find those of earlier processes there.
 
     They are in ``JAX_COMPILATION_CACHE_DIR`` or, where that is not set, in a folder of this user and this
@@ -84,13 +84,15 @@ def compiled(warn: Callable[[str], None]) -> None:
     import jax  # here: what is kept is looked up by --list too, which does not wait for JAX
 
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
-    if off() and not named:
+    if is_disabled() and not named:
         return
     if "://" in named or not getattr(jax.config, "jax_enable_compilation_cache", True):
         return
     try:
-        folder = Path(named) if named else home("compiled", cpu())
-        open_to_others = [each for each in ((folder,) if named else (home(), folder)) if not own(each)]
+        folder = Path(named) if named else user_folder("compiled", cpu_kind())
+        open_to_others = [
+            each for each in ((folder,) if named else (user_folder(), folder)) if not make_private(each)
+        ]
         if open_to_others:
             where = "JAX_COMPILATION_CACHE_DIR" if named else str(open_to_others[0])
             fix = f"chmod 700 {shlex.join(map(str, open_to_others))}"
@@ -113,7 +115,7 @@ def compiled(warn: Callable[[str], None]) -> None:
 
 
 def trim(folder: Path, cap: int = CAP) -> None:
-    """Remove the least recently used files of ``folder`` where they are more than ``cap`` bytes together."""
+    """Remove the least recently used files of ``folder`` until they are at most ``cap`` bytes together."""
     found = []
     for path in folder.iterdir():
         with contextlib.suppress(OSError):  # another process removes files too
@@ -130,7 +132,7 @@ def trim(folder: Path, cap: int = CAP) -> None:
             total -= size
 
 
-def cpu() -> str:
+def cpu_kind() -> str:
     """Eight hex digits of the kind of CPU: programs for one may hold instructions that another lacks."""
     text = platform.machine()
     with contextlib.suppress(OSError):

@@ -51,86 +51,86 @@ def is_secret(name: str) -> bool:
     return _SECRET.search(name) is not None
 
 
-def hide(name: str, values: Sequence[str]) -> str:
-    """What stands in a record for the text of a secret setting; ``text`` masks it from now on.
+def register_secret(name: str, values: Sequence[str]) -> str:
+    """What stands in a record for the text of a secret setting; ``redact`` masks it from now on.
 
     A token's or key's has 32 bits of a slow digest, so that two of them differ in a run's hash.
 
-    >>> hide("password", ["hunter2"]), hide("api_key", ["5bd91e77a0"])
+    >>> register_secret("password", ["hunter2"]), register_secret("api_key", ["5bd91e77a0"])
     ('<redacted>', '<redacted efeb2708>')
     """
     for value in values:
-        learn(value)
+        register_secrets(value)
     if _CHOSEN.search(name) or not _RANDOM.search(name):
         return MARK
     return f"<redacted {_digest(name.rpartition('.')[2], tuple(values))}>"
 
 
-def learn(value: str, shortest: int = _SHORTEST) -> None:
-    """Mask ``value`` in all that ``text`` is given from now on, also quoted for a URL or by ``repr``."""
+def register_secrets(value: str, shortest: int = _SHORTEST) -> None:
+    """Mask ``value`` in all that ``redact`` is given from now on, also quoted for a URL or by ``repr``."""
     for line in value.splitlines():
         for form in (line, urllib.parse.quote(line, safe=""), urllib.parse.unquote(line), repr(line)[1:-1]):
             if len(form.strip()) >= shortest and MARK not in form:
                 _known.add(form.strip())
 
 
-def urls(line: str) -> str:
+def redact_urls(line: str) -> str:
     """``line`` without the users and passwords of the URLs in it, and the secrets in their queries.
 
-    >>> urls("cannot fetch https://me:hunter2@host/x?page=2&token=abc")
+    >>> redact_urls("cannot fetch https://me:hunter2@host/x?page=2&token=abc")
     'cannot fetch https://<redacted>@host/x?page=2&token=<redacted>'
     """
     if "://" not in line:
         return line
     for user in _USER.findall(line):
-        learn(user.rpartition(":")[2])
+        register_secrets(user.rpartition(":")[2])
     return _QUERY.sub(rf"\1{MARK}", _USER.sub(MARK, line))
 
 
-def setting(pair: str) -> str:
+def redact_setting(pair: str) -> str:
     """An override ``path=value`` as it may be shown and recorded.
 
-    >>> setting("train.token=5bd91e77a0"), setting("batch=64")
+    >>> redact_setting("train.token=5bd91e77a0"), redact_setting("batch=64")
     ('train.token=<redacted>', 'batch=64')
     """
     path, equals, value = pair.partition("=")
     names = [name for name in path.split(".") if not name.isdigit()]
     if not equals or not names or not is_secret(names[-1]) or value.lower() in ("", "none", "null"):
-        return urls(pair)
-    learn(value.strip("'\""))
+        return redact_urls(pair)
+    register_secrets(value.strip("'\""))
     return f"{path}={MARK}"
 
 
-def text(line: str) -> str:
+def redact(line: str) -> str:
     """``line`` without any secret that is known or that looks like one."""
     for value in sorted(_known, key=len, reverse=True):
         line = line.replace(value, MARK)
-    return _BEARER.sub(rf"\1{MARK}", _QUOTED.sub(rf"\1\2{MARK}\2", urls(line)))
+    return _BEARER.sub(rf"\1{MARK}", _QUOTED.sub(rf"\1\2{MARK}\2", redact_urls(line)))
 
 
 @contextlib.contextmanager
-def streams() -> Iterator[None]:
-    """In this block what goes to ``sys.stdout`` and ``sys.stderr`` goes through ``text``."""
+def redact_output() -> Iterator[None]:
+    """In this block what goes to ``sys.stdout`` and ``sys.stderr`` goes through ``redact``."""
     for name, value in os.environ.items():
         if is_secret(name) and not os.path.exists(value):  # noqa: PTH110 - Path minds long ones
-            learn(value, _SHORTEST_IN_ENVIRONMENT)
+            register_secrets(value, _SHORTEST_IN_ENVIRONMENT)
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Masked(sys.stdout), _Masked(sys.stderr)
+    sys.stdout, sys.stderr = _RedactedStream(sys.stdout), _RedactedStream(sys.stderr)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
 
 
-class _Masked:
-    """A stream that writes everything through ``text``."""
+class _RedactedStream:
+    """A stream that writes everything through ``redact``."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, line: str) -> int:
         with _WRITING:
-            self._stream.write(text(line))
+            self._stream.write(redact(line))
         return len(line)
 
     def writelines(self, lines: Sequence[str]) -> None:

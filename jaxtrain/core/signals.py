@@ -35,7 +35,7 @@ class Stopped(Exception):
         self.exit_code = 128 + signum
 
 
-class Twice(KeyboardInterrupt):
+class SecondSignal(KeyboardInterrupt):
     """A second signal: the run ends at once, with 128 + the number of the first."""
 
     def __init__(self, signum: int) -> None:
@@ -53,8 +53,8 @@ class Request:
 def on_signals(grace: float = GRACE) -> Iterator[Request]:
     """Turn SIGINT and SIGTERM into a request, until the block is left.
 
-    A second signal raises ``Twice``, a KeyboardInterrupt. When the block is not left ``grace`` seconds after
-    the first signal, or a second after the second, the process ends with 128 + the first one's number,
+    A second signal raises ``SecondSignal``, a KeyboardInterrupt. When the block is not left ``grace`` seconds
+    after the first signal, or a second after the second, the process ends with 128 + the first one's number,
     whatever it is doing. Outside the main thread signals cannot be caught and the request never comes.
 
     Args:
@@ -67,7 +67,7 @@ def on_signals(grace: float = GRACE) -> Iterator[Request]:
 
     def handle(signum: int, frame: FrameType | None) -> None:
         if request.signum is not None:
-            raise Twice(request.signum)
+            raise SecondSignal(request.signum)
         request.signum = signum
 
     before: dict[int, Any] = {s: signal.signal(s, handle) for s in ASKING}
@@ -109,7 +109,7 @@ def _end_in_time(reader: int, grace: float) -> None:
 _moved = 0.0  # when something last moved, by the monotonic clock
 
 
-def alive() -> None:
+def heartbeat() -> None:
     """Say that something has moved: a step or a batch of an evaluation. Costs about 0.1 µs."""
     global _moved  # noqa: PLW0603 - a process has one pulse
     _moved = time.monotonic()
@@ -117,7 +117,7 @@ def alive() -> None:
 
 @contextlib.contextmanager
 def watchdog(seconds: float | None, file: Path) -> Iterator[None]:
-    """End the process with exit code 3 when ``alive`` is not called for ``seconds``, in this block.
+    """End the process with exit code 3 when ``heartbeat`` is not called for ``seconds``, in this block.
 
     Before that the stacks of all threads go to ``file``, so that one can see what it was waiting for.
 
@@ -130,7 +130,7 @@ def watchdog(seconds: float | None, file: Path) -> Iterator[None]:
         return
     left = threading.Event()
     thread = threading.Thread(target=_watch, args=(seconds, file, left), name="watchdog", daemon=True)
-    alive()
+    heartbeat()
     thread.start()
     try:
         yield

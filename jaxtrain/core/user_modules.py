@@ -42,7 +42,7 @@ def load(path: str | Path) -> ModuleType:
     return module
 
 
-class Loaded:
+class UserModule:
     """The files loaded so far; unpickling it loads them again, before whatever comes after it.
 
     A worker process that is sent an object of a class from such a file cannot import the class's module
@@ -54,8 +54,8 @@ class Loaded:
         for path in self.paths:
             load(path)
 
-    def __reduce__(self) -> tuple[type[Loaded], tuple[tuple[str, ...]]]:
-        return Loaded, (self.paths,)
+    def __reduce__(self) -> tuple[type[UserModule], tuple[tuple[str, ...]]]:
+        return UserModule, (self.paths,)
 
 
 def _loaded_paths() -> tuple[str, ...]:

@@ -37,7 +37,7 @@ def arrays(identity: str, decode: Callable[[], Fields]) -> Fields:
       identity: hexadecimal digits that stand for the files, and for what is made of them.
       decode: gives the named arrays.
     """
-    root = cache.folder("decoded")
+    root = cache.private_folder("decoded")
     if root is None:
         return decode()
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -6,13 +6,10 @@ import dataclasses
 import functools
 import math
 from fractions import Fraction
-from typing import Literal
 
 import numpy as np
 
 from jaxtrain.core.errors import InputError
-
-Remainder = Literal["wrap", "drop"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +24,8 @@ class Order:
       seed: any integer.
       n: number of examples, at least 1.
       batch: global batch size, at least 1.
-      remainder: ``"wrap"`` lets a batch run over into the next epoch; ``"drop"`` cuts every permutation to
-        whole batches, so the examples at its end are left out of that epoch.
+      drop_remainder: cut every permutation to whole batches, so that the examples at its end are left out of
+        that epoch; else a batch runs over into the next epoch.
 
     >>> order = Order(seed=0, n=5, batch=2)
     >>> sorted(np.concatenate([order.indices(k) for k in range(5)])[:5].tolist())
@@ -38,14 +35,15 @@ class Order:
     seed: int
     n: int
     batch: int
-    remainder: Remainder = "wrap"
+    drop_remainder: bool = False
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.batch < 1:
             raise InputError(f"batches of {self.batch} from {self.n} examples: both must be at least 1")
-        if self.remainder == "drop" and self.batch > self.n:
+        if self.drop_remainder and self.batch > self.n:
             raise InputError(
-                f"remainder=drop leaves no batch of {self.batch} in {self.n} examples: use a smaller batch"
+                f"drop_remainder=True leaves no batch of {self.batch} in {self.n} examples: "
+                "use a smaller batch"
             )
 
     def indices(self, step: int) -> np.ndarray:
@@ -54,7 +52,7 @@ class Order:
 
     def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Example ids of batch ``step`` and the epoch of each: int64 ``[batch]`` both."""
-        usable = self.n // self.batch * self.batch if self.remainder == "drop" else self.n
+        usable = self.n // self.batch * self.batch if self.drop_remainder else self.n
         ids, epochs, start, end = [], [], step * self.batch, (step + 1) * self.batch
         while start < end:
             epoch, offset = divmod(start, usable)
@@ -67,7 +65,7 @@ class Order:
     def steps(self, epochs: float) -> int:
         """Number of batches in ``epochs``, which may be fractional; a begun batch counts whole."""
         exact = Fraction(str(epochs))  # 0.1 means a tenth, not the double nearest to it
-        whole = self.n // self.batch if self.remainder == "drop" else Fraction(self.n, self.batch)
+        whole = self.n // self.batch if self.drop_remainder else Fraction(self.n, self.batch)
         steps = math.ceil(exact * whole)
         if steps >= 2**31:
             raise InputError(f"epochs={epochs} are more than 2^31 steps: lower it")

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.data import Source
-from jaxtrain.data.order import Remainder
 from jaxtrain.models import Precision, Remat, check_precision, check_remat
 from jaxtrain.sharding import Rule
 from jaxtrain.step.guard import Policy
@@ -37,8 +36,8 @@ class Experiment:
         number of examples; 0 holds out none.
       augment: stages for training batches only, such as ``data.Flip()``.
       preprocess: stages for every batch, after ``augment``, such as ``data.Normalise(...)``.
-      after: ``State -> State`` functions applied in order after every update, such as ``optim.EMA()``, whose
-        average is then what is evaluated.
+      post_update: ``State -> State`` functions applied in order after every update, such as ``optim.EMA()``,
+        whose average is then what is evaluated.
       accumulate: parts that ``batch`` is cut into, one after another, for the memory of one part. Same
         gradients, except that BatchNorm statistics are of each part by itself, and so is dropout.
       precision: of the model's activations; parameters stay float32. With ``"float16"`` the loss is scaled
@@ -46,7 +45,8 @@ class Experiment:
       remat: what is kept for the backward pass; all else is computed again, for less memory and up to a third
         more time: ``"none"`` keeps everything, the others are ``jax.checkpoint_policies``.
       seed: of initialisation, order, augmentation and dropout.
-      remainder: how an epoch's last examples are batched: ``"wrap"`` or ``"drop"``.
+      drop_remainder: leave out the examples after an epoch's last whole batch; else that batch runs over into
+        the next epoch.
       eval_batch: batch size of evaluation; None is ``batch``.
       eval_every: epochs between evaluations while training; None evaluates at the end only. Scored on the
         validation set where there is one, else on the test set, for looking at only.
@@ -57,16 +57,18 @@ class Experiment:
       guard: what is done about an update whose loss, gradient norm or update norm is not finite, or whose
         batch has a label that is no class: ``"stop"`` ends the run, ``"skip"`` goes on with the next batch
         until six in a row were bad, and neither applies the update. ``"off"`` does not look.
-      steps_per_dispatch: updates that are started at once, as one program (``step.scan_steps``), where no
+      steps_per_execution: updates that are started at once, as one program (``step.scan_steps``), where no
         evaluation and no checkpoint comes between them. ``"auto"`` is as many as are measured to be faster
         when the run begins, 1 for most; the number is part of the run, for it may change the last bits.
-      feed: hold the data on the device, stream it, or decide by its size.
+      placement: where training data is kept: on each ``"device"``, on the host (``"stream"``), or
+        ``"auto"``, which decides by size.
       workers: processes that read a streamed source; 0 reads in threads.
       log_every: steps between log lines.
       save_every: epochs between checkpoints.
-      keep: latest checkpoints to keep, beside the best.
+      max_to_keep: latest checkpoints to keep, beside the best.
       max_in_flight: steps that may be queued on the device, at least 1.
-      spike: a loss above ``spike`` times its average of about 50 steps ends the run; above 1, None never.
+      max_loss_spike: a loss above this many times its average of about 50 steps ends the run; above
+        1, None never.
       rules: how parameters are split over a mesh, where the built-in rules do not suit (``sharding.Rule``).
     """
 
@@ -81,36 +83,36 @@ class Experiment:
     holdout: float = 0
     augment: tuple[Any, ...] = ()
     preprocess: tuple[Any, ...] = ()
-    after: tuple[Any, ...] = ()
+    post_update: tuple[Any, ...] = ()
     accumulate: int = 1
     precision: Precision = "float32"
     remat: Remat = "none"
     seed: int = 0
-    remainder: Remainder = "wrap"
+    drop_remainder: bool = False
     eval_batch: int | None = None
     eval_every: float | None = 1.0
     select: str = "accuracy"
     data_init: Callable[..., Any] | None = None
     step_factory: Callable[..., Any] | None = None
     guard: Policy = "stop"
-    steps_per_dispatch: int | Literal["auto"] = "auto"
-    feed: Literal["auto", "resident", "stream"] = "auto"
+    steps_per_execution: int | Literal["auto"] = "auto"
+    placement: Literal["auto", "device", "stream"] = "auto"
     workers: int = _operational(0)
     log_every: int = _operational(50)
     save_every: float = _operational(1.0)
-    keep: int = _operational(2)
+    max_to_keep: int = _operational(2)
     max_in_flight: int = _operational(2)
-    spike: float | None = _operational(None)
+    max_loss_spike: float | None = _operational(None)
     rules: tuple[Rule, ...] = _operational(())
 
     def __post_init__(self) -> None:
         _check_kinds(self)
-        for name in ("batch", "accumulate", "log_every", "keep", "max_in_flight"):
+        for name in ("batch", "accumulate", "log_every", "max_to_keep", "max_in_flight"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.steps_per_dispatch != "auto" and self.steps_per_dispatch < 1:
+        if self.steps_per_execution != "auto" and self.steps_per_execution < 1:
             raise InputError(
-                f"steps_per_dispatch is {self.steps_per_dispatch}: it must be at least 1, or auto"
+                f"steps_per_execution is {self.steps_per_execution}: it must be at least 1, or auto"
             )
         check_precision(self.precision)
         check_remat(self.remat)
@@ -131,39 +133,41 @@ class Experiment:
 
 
 def _check_guard(experiment: Experiment) -> None:
-    guard, spike = experiment.guard, experiment.spike
+    guard, spike = experiment.guard, experiment.max_loss_spike
     if guard not in typing.get_args(Policy):
         raise InputError(f"guard is {guard!r}: it must be one of {', '.join(typing.get_args(Policy))}")
     if spike is None:
         return
     if isinstance(spike, bool) or not isinstance(spike, int | float) or not 1 < spike < float("inf"):
-        raise InputError(f"spike is {spike!r}: it must be a number above 1, or None")
+        raise InputError(f"max_loss_spike is {spike!r}: it must be a number above 1, or None")
     if guard == "off":
-        raise InputError("spike needs the guard, which is off: use guard=stop or skip, or spike=None")
+        raise InputError(
+            "max_loss_spike needs the guard, which is off: use guard=stop or skip, or max_loss_spike=None"
+        )
 
 
 def _check_kinds(experiment: Experiment) -> None:
     """Say in the experiment's own terms what would fail somewhere inside JAX."""
-    for name in ("batch", "accumulate", "seed", "log_every", "keep", "max_in_flight", "workers"):
+    for name in ("batch", "accumulate", "seed", "log_every", "max_to_keep", "max_in_flight", "workers"):
         if type(getattr(experiment, name)) is not int:
             raise InputError(f"{name} is {getattr(experiment, name)!r}: it must be an int")
     for name in ("epochs", "save_every", "holdout"):
         value = getattr(experiment, name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InputError(f"{name} is {value!r}: it must be a number")
-    many = experiment.steps_per_dispatch
+    many = experiment.steps_per_execution
     if many != "auto" and type(many) is not int:
-        raise InputError(f"steps_per_dispatch is {many!r}: it must be an int or 'auto'")
+        raise InputError(f"steps_per_execution is {many!r}: it must be an int or 'auto'")
     if not callable(experiment.loss):
         raise InputError(
             f"loss is {experiment.loss!r}: it must be a function (outputs, batch) -> (loss, metrics)"
         )
-    if not isinstance(experiment.after, tuple) or not all(
-        callable(stage) or hasattr(stage, "build") for stage in experiment.after
+    if not isinstance(experiment.post_update, tuple) or not all(
+        callable(stage) or hasattr(stage, "build") for stage in experiment.post_update
     ):
         raise InputError(
-            f"after is {experiment.after!r}: it must be a tuple of functions State -> State, such as "
-            "(optim.EMA(),)"
+            f"post_update is {experiment.post_update!r}: it must be a tuple of functions State -> State, "
+            "such as (optim.EMA(),)"
         )
     if not isinstance(experiment.rules, tuple) or not all(isinstance(r, Rule) for r in experiment.rules):
         raise InputError(f"rules is {experiment.rules!r}: it must be a tuple of sharding.Rule")

@@ -111,7 +111,11 @@ def _walk(path: str, value: Any, operational: bool, name: str = "") -> Iterator[
 def _shown(name: str, value: Any) -> str:
     """The text of a setting called ``name``, or what stands for a secret."""
     texts = [str(v) for v in (value if isinstance(value, tuple | list | set) else [value]) if _is_text(v)]
-    return redact.hide(name, texts) if texts and redact.is_secret(name) else redact.urls(_leaf(value))
+    return (
+        redact.register_secret(name, texts)
+        if texts and redact.is_secret(name)
+        else redact.redact_urls(_leaf(value))
+    )
 
 
 def _is_text(value: Any) -> bool:
@@ -213,7 +217,7 @@ def _parse(where: str, text: str, hint: Any, current: Any) -> Any:
         except (pydantic.ValidationError, TypeError):
             continue
     expected = " or ".join(_type_name(t) for t in plain)
-    given, name = redact.setting(f"{where}={text}"), where.rpartition(".")[2]
+    given, name = redact.redact_setting(f"{where}={text}"), where.rpartition(".")[2]
     raise InputError(f"{given}: expected {expected}, such as {_shown(name, current)}")
 
 

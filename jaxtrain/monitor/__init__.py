@@ -1,9 +1,9 @@
 """What is seen of a run: console, metrics files, step times, device telemetry and traces."""
 
-from jaxtrain.monitor.console import Console, describe, make_console
-from jaxtrain.monitor.recorder import Recorder, merged, open
-from jaxtrain.monitor.telemetry import Meter, memory, metered
-from jaxtrain.monitor.trace import OFF, Trace, idle, mark, traced, window
+from jaxtrain.monitor.console import Console, format_metrics, make_console
+from jaxtrain.monitor.recorder import Recorder, merge_all, open
+from jaxtrain.monitor.telemetry import Meter, measure_devices, memory
+from jaxtrain.monitor.trace import OFF, Trace, idle, mark, parse_window, trace_updates
 
 __all__ = [
     "OFF",
@@ -11,14 +11,14 @@ __all__ = [
     "Meter",
     "Recorder",
     "Trace",
-    "describe",
+    "format_metrics",
     "idle",
     "make_console",
     "mark",
+    "measure_devices",
     "memory",
-    "merged",
-    "metered",
+    "merge_all",
     "open",
-    "traced",
-    "window",
+    "parse_window",
+    "trace_updates",
 ]

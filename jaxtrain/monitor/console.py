@@ -56,10 +56,10 @@ def make_console(quiet: bool = False) -> Console:
     return Rich() if sys.stdout.isatty() else Plain()
 
 
-def describe(values: Mapping[str, float], speed: float | None) -> str:
+def format_metrics(values: Mapping[str, float], speed: float | None) -> str:
     """``loss 1.234  accuracy 56.7 %  1,234 examples/s``, in that order.
 
-    >>> describe({"loss": 0.5, "accuracy": 0.25, "grad_norm": 1.0}, 1234.5)
+    >>> format_metrics({"loss": 0.5, "accuracy": 0.25, "grad_norm": 1.0}, 1234.5)
     'loss 0.5000  accuracy 25.00 %  1,234 examples/s'
     """
     parts = []
@@ -86,7 +86,7 @@ class Plain:
     def train(self, step: int, values: Mapping[str, float], speed: float | None) -> None:
         pace = (time.perf_counter() - self._began) / max(1, step - self._start)
         left = time.strftime("%H:%M:%S", time.gmtime(pace * (self._steps - step)))
-        self.note(f"step {step}/{self._steps}  {describe(values, speed)}  eta {left}")
+        self.note(f"step {step}/{self._steps}  {format_metrics(values, speed)}  eta {left}")
 
     def advance(self, step: int) -> None:
         pass
@@ -137,7 +137,7 @@ class Rich:
 
     def train(self, step: int, values: Mapping[str, float], speed: float | None) -> None:
         if self._train is not None:
-            self._progress.update(self._train, completed=step, values=describe(values, speed))
+            self._progress.update(self._train, completed=step, values=format_metrics(values, speed))
 
     def advance(self, step: int) -> None:
         now = time.perf_counter()

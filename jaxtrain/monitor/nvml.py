@@ -88,7 +88,7 @@ def open(devices: Sequence[Any]) -> Boards | None:
         return None
 
 
-def described(devices: Sequence[Any]) -> str:
+def describe_boards(devices: Sequence[Any]) -> str:
     """What there is to measure the power of ``devices`` with, for ``doctor``."""
     boards = open(devices)
     if boards is None:

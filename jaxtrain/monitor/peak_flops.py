@@ -94,27 +94,27 @@ TABLE: dict[str, Row] = {
 """By the device's kind without ``NVIDIA`` or ``Tesla``. The whole name must match: a slice (MIG) does not."""
 
 
-def of(device: jax.Device, precision: str) -> Peak | None:
+def peak_flops(device: jax.Device, precision: str) -> Peak | None:
     """The peak of ``device``; None where the table has none and none was measured here.
 
     Args:
       device: one of ``jax.devices()``.
       precision: ``float32``, ``bfloat16`` or ``float16``.
 
-    >>> of(jax.devices()[0], "float64") is None
+    >>> peak_flops(jax.devices()[0], "float64") is None
     True
     """
-    return tabled(device.device_kind, precision) or _measured(device, precision)
+    return datasheet_peak(device.device_kind, precision) or _measure_once(device, precision)
 
 
-def total(devices: Iterable[jax.Device], precision: str) -> Peak | None:
+def total_peak_flops(devices: Iterable[jax.Device], precision: str) -> Peak | None:
     """Of all devices of a run together; None where one has no peak.
 
     CPU devices share the cores of their host, so however many they are they have one peak; and none where
     there are several processes, which may share them too.
     """
     devices = list(devices)
-    found = [one for one in (of(device, precision) for device in devices) if one is not None]
+    found = [one for one in (peak_flops(device, precision) for device in devices) if one is not None]
     if not found or len(found) < len(devices):
         return None
     if devices[0].platform == "cpu":
@@ -122,12 +122,12 @@ def total(devices: Iterable[jax.Device], precision: str) -> Peak | None:
     return Peak(sum(one.flops for one in found), " and ".join(sorted({one.source for one in found})))
 
 
-def tabled(kind: str, precision: str) -> Peak | None:
+def datasheet_peak(kind: str, precision: str) -> Peak | None:
     """From the table.
 
-    >>> tabled("NVIDIA A100-SXM4-80GB", "bfloat16")
+    >>> datasheet_peak("NVIDIA A100-SXM4-80GB", "bfloat16")
     Peak(flops=312000000000000.0, source='table')
-    >>> tabled("Tesla T4", "bfloat16") is None
+    >>> datasheet_peak("Tesla T4", "bfloat16") is None
     True
     """
     name = re.sub(r"^(NVIDIA|Tesla) ", "", kind)
@@ -201,13 +201,13 @@ def _products(device: jax.Device, precision: str, size: int) -> Callable[[], Any
     return work
 
 
-def store(device: jax.Device, precision: str, peak: Peak) -> Path:
+def store_peak(device: jax.Device, precision: str, peak: Peak) -> Path:
     """Keep a measured peak for this user; the file that it is in.
 
     Raises:
       RunError: the file cannot be written.
     """
-    path = stored()
+    path = stored_peak()
     everything = {**_read(path), _key(device, precision): dataclasses.asdict(peak)}
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -222,13 +222,13 @@ def store(device: jax.Device, precision: str, peak: Peak) -> Path:
     return path
 
 
-def stored() -> Path:
+def stored_peak() -> Path:
     """``peaks.json`` in the user's cache folder."""
-    return cache.home("peaks.json")
+    return cache.user_folder("peaks.json")
 
 
-def _measured(device: jax.Device, precision: str) -> Peak | None:
-    found = _read(stored()).get(_key(device, precision))
+def _measure_once(device: jax.Device, precision: str) -> Peak | None:
+    found = _read(stored_peak()).get(_key(device, precision))
     try:
         peak = Peak(float(found["flops"]), str(found["source"]))  # type: ignore[index]
     except (TypeError, KeyError, ValueError):

@@ -14,13 +14,13 @@ from jaxtrain.core.errors import RunError
 from jaxtrain.core.types import Metrics
 from jaxtrain.monitor.console import Console
 from jaxtrain.monitor.files import Files
-from jaxtrain.monitor.step_times import Pace
+from jaxtrain.monitor.step_times import StepTimes
 
 Position = Callable[[int], dict[str, float]]
 Rates = Callable[[float], Mapping[str, float]]
 
 
-def merged(rows: Iterable[Metrics]) -> dict[str, Any]:
+def merge_all(rows: Iterable[Metrics]) -> dict[str, Any]:
     """Metrics of several updates or batches on the host, merged and finished: ``{"loss": 1.2, ...}``."""
     total: dict[str, Any] | None = None
     for row in rows:
@@ -83,7 +83,7 @@ class Recorder:
         self._clock: float | None = None
         self._ticked = 0  # steps since the clock started
         self._steps, self._seconds = 0, 0.0
-        self.pace = Pace()
+        self.pace = StepTimes()
 
     def speed(self) -> dict[str, float | None]:
         """Of training by this process so far, without compilation, evaluation and saving.
@@ -123,7 +123,7 @@ class Recorder:
             self._write(self._lap())
 
     def _write(self, speed: Mapping[str, float]) -> None:
-        values, step = merged(self._window), self._last
+        values, step = merge_all(self._window), self._last
         self._window = []
         if self._guarded:
             values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
@@ -164,7 +164,7 @@ class Recorder:
         if found:
             self._steps += steps
             self._seconds += seconds
-        return {**found, **self.pace.lap()}
+        return {**found, **self.pace.window()}
 
     def _speed(self, steps: int, seconds: float) -> dict[str, float]:
         if steps <= 0 or seconds <= 0:

@@ -12,7 +12,7 @@ BINS = 2048  # the last begins at 700 s
 EVERY = 1.0  # seconds between percentiles, which with their events cost as much as a short step
 
 
-class Pace:
+class StepTimes:
     """Times between completions of updates, as the loop sees them.
 
     Updates follow each other as they are completed where the device is what takes the time, and at the host's
@@ -39,7 +39,7 @@ class Pace:
         """What comes before the next completion is no training."""
         self._before = None
 
-    def lap(self) -> dict[str, float]:
+    def window(self) -> dict[str, float]:
         """Percentiles since they were last told, milliseconds; nothing within a second of that."""
         now = time.perf_counter()
         if not self._times or now - self._told < EVERY:
@@ -49,7 +49,7 @@ class Pace:
         order = np.argsort(seconds)
         return _percentiles(seconds[order], counts[order])
 
-    def whole(self) -> dict[str, float]:
+    def overall(self) -> dict[str, float]:
         """Percentiles over all laps, milliseconds, to 1 %; nothing where nothing was timed."""
         self._taken()
         if not self._all.any():

@@ -16,7 +16,7 @@ EVERY = 1.0  # seconds between readings: they and their events cost as much as a
 
 
 class Meter:
-    """Memory, power and energy of devices. Made by ``metered``.
+    """Memory, power and energy of devices. Made by ``measure_devices``.
 
     All figures are of this process's devices: ``..._bytes`` of the one that holds most, watts and joules of
     all of them together, and joules for a million examples by the examples that these devices computed.
@@ -66,7 +66,7 @@ class Meter:
 
 
 @contextlib.contextmanager
-def metered(devices: Sequence[Any], share: float = 1.0) -> Iterator[Meter]:
+def measure_devices(devices: Sequence[Any], share: float = 1.0) -> Iterator[Meter]:
     """A ``Meter`` that lets go of NVML in the end."""
     meter = Meter(devices, share)
     try:

@@ -13,7 +13,7 @@ import jax
 
 from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.files import write_json
-from jaxtrain.core.signals import alive
+from jaxtrain.core.signals import heartbeat
 from jaxtrain.monitor import Console, Recorder, make_console, xplane
 from jaxtrain.monitor.time_shares import Shares, shares
 from jaxtrain.sharding import multihost
@@ -26,7 +26,7 @@ TOP = 10
 LEAD = 3  # updates that are traced before the window, or the profiler's own beginnings would be in it
 
 
-def window(text: str | None, steps: int | None = None) -> tuple[int, int] | None:
+def parse_window(text: str | None, steps: int | None = None) -> tuple[int, int] | None:
     """``"20:40"`` as (20, 40): the first and the last update to profile; None is none.
 
     Args:
@@ -36,7 +36,7 @@ def window(text: str | None, steps: int | None = None) -> tuple[int, int] | None
     Raises:
       InputError: it is no such range, or begins after the run's end.
 
-    >>> window("20:40")
+    >>> parse_window("20:40")
     (20, 40)
     """
     if text is None:
@@ -188,9 +188,9 @@ class Trace:
             self._marks.pop().__exit__(None, None, None)
 
     def _open(self, state: Any, record: Recorder, settle: Callable[[], None]) -> bool:
-        several = multihost.count() > 1
+        several = multihost.process_count() > 1
         name = f"updates-{self._first}-{self._last}"
-        self._folder = self._folder / name / (f"process-{multihost.index()}" if several else "")
+        self._folder = self._folder / name / (f"process-{multihost.process_index()}" if several else "")
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # it slows down every call, and so shows another program
         settle()
@@ -208,10 +208,10 @@ class Trace:
 
     def _close(self, told: str = "") -> None:
         self._running, self._begin = False, None
-        alive()
+        heartbeat()
         try:
             jax.profiler.stop_trace()
-            alive()
+            heartbeat()
             path = xplane.newest(self._folder)
             found = shares(xplane.read(path, self._devices))
             updates = self._last - self._first + 1
@@ -220,7 +220,7 @@ class Trace:
         except (OSError, RuntimeError, RunError) as error:
             self._console.note(f"--profile: {error}; the run goes on")
             return
-        alive()
+        heartbeat()
         if told == "" and (self._first, self._last) != self._asked:
             told = "updates that one call computes are profiled together; "
         title = f"where the time went, updates {self._first} to {self._last} ({found.seconds:.3f} s)"
@@ -236,7 +236,7 @@ OFF = Trace(None, Path(), make_console(quiet=True), 0)
 
 
 @contextlib.contextmanager
-def traced(
+def trace_updates(
     updates: tuple[int, int] | None,
     folder: Path,
     console: Console,

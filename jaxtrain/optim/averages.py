@@ -1,4 +1,4 @@
-"""Averages of the weights: stages that run after each update (``after=`` of ``make_train_step``)."""
+"""Averages of the weights: stages that run after each update (``post_update=`` of ``make_train_step``)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxtrain.core.types import State
 class EMA:
     """An exponential moving average of params and batch statistics, kept in ``state.extra["ema"]``.
 
-    Pass it in ``after=`` of ``make_init`` and ``make_train_step``; evaluation then uses the average.
+    Pass it in ``post_update=`` of ``make_init`` and ``make_train_step``; evaluation then uses the average.
 
     Attributes:
       decay: in [0, 1); the average is ``decay * average + (1 - decay) * params`` after every update.
@@ -84,7 +84,7 @@ class Lookahead:
 
 @dataclasses.dataclass(frozen=True)
 class LookaheadStage:
-    """``Lookahead`` for a run of ``steps`` updates: goes into ``after=``, as an ``EMA`` does."""
+    """``Lookahead`` for a run of ``steps`` updates: goes into ``post_update=``, as an ``EMA`` does."""
 
     config: Lookahead
     steps: int

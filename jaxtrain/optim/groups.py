@@ -59,7 +59,7 @@ class GroupState(NamedTuple):
     inner: Any
 
 
-def grouped(
+def apply_groups(
     inner: optax.GradientTransformation, groups: Sequence[Group], steps: int | None
 ) -> optax.GradientTransformation:
     """``inner`` with groups; ``inner`` itself where there are none.

@@ -8,7 +8,7 @@ from typing import Any
 import optax
 
 from jaxtrain.core.errors import InputError
-from jaxtrain.optim.groups import Group, grouped, matches
+from jaxtrain.optim.groups import Group, apply_groups, matches
 from jaxtrain.optim.schedules import Rate, Schedule, rate
 
 
@@ -53,7 +53,7 @@ class SGD:
             optax.trace(self.momentum, self.nesterov) if self.momentum else optax.identity(),
             optax.scale_by_learning_rate(rate(self.lr, steps)),
         )
-        return grouped(chain, self.groups, steps)
+        return apply_groups(chain, self.groups, steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Adam:
             optax.scale_by_adam(self.b1, self.b2, self.eps),
             optax.scale_by_learning_rate(rate(self.lr, steps)),
         )
-        return grouped(chain, self.groups, steps)
+        return apply_groups(chain, self.groups, steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ class AdamW:
             optax.add_decayed_weights(self.weight_decay, matches(self.decay)),
             optax.scale_by_learning_rate(rate(self.lr, steps)),
         )
-        return grouped(chain, self.groups, steps)
+        return apply_groups(chain, self.groups, steps)
 
 
 def _clip(norm: float | None) -> optax.GradientTransformation:

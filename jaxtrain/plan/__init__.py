@@ -1,25 +1,25 @@
 """What an experiment needs, compiled and not run: memory, arithmetic, communication, and what fits."""
 
 from jaxtrain.plan.collectives import Collective, collectives
-from jaxtrain.plan.measure import Plan, as_on, measure, opened
+from jaxtrain.plan.measure import Plan, for_device_memory, measure, with_open_data
 from jaxtrain.plan.nearest import Nearest, find_nearest
-from jaxtrain.plan.search import Searched, attempts, search_all
-from jaxtrain.plan.variants import Tried, Variant, given, trying
+from jaxtrain.plan.search import SearchResult, attempts, search_all
+from jaxtrain.plan.variants import Trial, Variant, make_trial, variant_of
 
 __all__ = [
     "Collective",
     "Nearest",
     "Plan",
-    "Searched",
-    "Tried",
+    "SearchResult",
+    "Trial",
     "Variant",
-    "as_on",
     "attempts",
     "collectives",
     "find_nearest",
-    "given",
+    "for_device_memory",
+    "make_trial",
     "measure",
-    "opened",
     "search_all",
-    "trying",
+    "variant_of",
+    "with_open_data",
 ]

@@ -15,7 +15,7 @@ from jaxtrain.experiment import Experiment
 from jaxtrain.plan.collectives import Collective, collectives
 from jaxtrain.program import Program, splits
 from jaxtrain.program.device_limits import Limit
-from jaxtrain.program.memory import Held, batch_like, held, mesh_of, stored
+from jaxtrain.program.memory import DeviceArray, abstract_batch, bytes_stored, device_arrays, mesh_of
 from jaxtrain.program.throughput import update_flops
 
 LARGEST = 10
@@ -53,7 +53,7 @@ class Plan:
     bytes: dict[str, int]
     flops: float | None
     collectives: tuple[Collective, ...]
-    largest: tuple[Held, ...]
+    largest: tuple[DeviceArray, ...]
     notes: tuple[str, ...]
 
     @property
@@ -72,14 +72,14 @@ def measure(program: Program, resident: Mapping[str, bool] | None = None, *, cou
 
     Args:
       program: of ``jaxtrain.program.assemble``, on devices that may be simulated.
-      resident: whether each split is kept on the devices, as ``as_on`` gives it; None is as in ``program``.
+      resident: whether each split is kept on the devices (``for_device_memory``); None is as in ``program``.
       count: also count floating-point operations, which may trace and lower the step once more.
 
     Raises:
       RunError: XLA does not compile it.
     """
     exp, mesh = program.experiment, mesh_of(program)
-    arrays = held(program, resident)
+    arrays = device_arrays(program, resident)
     sizes = {part: sum(one.bytes for one in there) for part, there in arrays.items()}
     compiled = _compile(program, mesh)
     stats = compiled.memory_analysis()
@@ -97,7 +97,7 @@ def measure(program: Program, resident: Mapping[str, bool] | None = None, *, cou
         remat=exp.remat,
         precision=exp.precision,
         resident=tuple(name for name in ("train", "valid", "test") if name in _splits(arrays["data"])),
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(program.like.params)),
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params)),
         bytes={part: sizes[part] for part in PARTS},
         flops=update_flops(program) if count else None,
         collectives=collectives(compiled.as_text(), mesh),
@@ -118,25 +118,27 @@ PARTS = (
 )
 
 
-def as_on(experiment: Experiment, limit: Limit | None) -> tuple[Experiment, dict[str, bool] | None]:
+def for_device_memory(
+    experiment: Experiment, limit: Limit | None
+) -> tuple[Experiment, dict[str, bool] | None]:
     """``experiment`` as devices of that memory would run it, and whether they would keep each split.
 
-    With ``feed="auto"`` the size of a device decides about that, and the devices here may be others.
+    With ``placement="auto"`` the size of a device decides about that, and the devices here may be others.
 
     Args:
       experiment: what is to be run.
       limit: the memory; None leaves the decision to the devices that are here.
     """
-    if experiment.feed != "auto" or limit is None:
+    if experiment.placement != "auto" or limit is None:
         return experiment, None
     try:
         resident = {name: _kept(source, limit) for name, source in _sources(experiment).items()}
     except Exception:  # of a user's own source; opening it says what is wrong
         return experiment, None
-    return dataclasses.replace(experiment, feed="resident" if resident["train"] else "stream"), resident
+    return dataclasses.replace(experiment, placement="device" if resident["train"] else "stream"), resident
 
 
-def opened(experiment: Experiment, mesh: Mesh) -> Experiment:
+def with_open_data(experiment: Experiment, mesh: Mesh) -> Experiment:
     """``experiment`` with its data read, for more than one plan of it."""
     sources = splits.open_sources(experiment, mesh)
     return dataclasses.replace(
@@ -148,7 +150,9 @@ def _kept(source: Source, limit: Limit) -> bool:
     """As ``splits`` decides it."""
     if hasattr(source, "draw"):
         return False
-    return isinstance(source, Arrays) or stored(source, len(source)) <= limit.bytes // splits.RESIDENT_PART
+    return (
+        isinstance(source, Arrays) or bytes_stored(source, len(source)) <= limit.bytes // splits.RESIDENT_PART
+    )
 
 
 def _sources(exp: Experiment) -> dict[str, Source]:
@@ -162,7 +166,7 @@ def _sources(exp: Experiment) -> dict[str, Source]:
 def _compile(program: Program, mesh: Mesh) -> Any:
     """The very step of a run; on a CPU without what LLVM does, which takes long and changes no figure."""
     lowered = program.train_step.lower(  # type: ignore[attr-defined]
-        program.like, batch_like(program), program.key
+        program.abstract_state, abstract_batch(program), program.key
     )
     quick = {"xla_backend_optimization_level": "0"} if mesh.devices.flat[0].platform == "cpu" else None
     try:
@@ -172,7 +176,7 @@ def _compile(program: Program, mesh: Mesh) -> Any:
         raise RunError(f"XLA does not compile the train step: {line[:300]} (--debug shows where)") from error
 
 
-def _splits(arrays: list[Held]) -> set[str]:
+def _splits(arrays: list[DeviceArray]) -> set[str]:
     return {one.path.split("/")[1] for one in arrays}
 
 

@@ -7,7 +7,7 @@ import typing
 
 from jaxtrain.models import Remat
 from jaxtrain.plan.measure import Plan
-from jaxtrain.plan.variants import Tried, Try, Variant
+from jaxtrain.plan.variants import Trial, Try, Variant
 
 MOST = 24  # variants that are compiled
 GAIN = 0.98  # more of what lowered the memory by less than this is not tried
@@ -22,11 +22,11 @@ class Nearest:
       tried: everything that was compiled, in that order.
     """
 
-    fits: Tried | None
-    tried: tuple[Tried, ...]
+    fits: Trial | None
+    tried: tuple[Trial, ...]
 
     @property
-    def smallest(self) -> Tried | None:
+    def smallest(self) -> Trial | None:
         """The one that needs least; None when nothing could be compiled."""
         known = [(one.plan.total, number) for number, one in enumerate(self.tried) if one.plan]
         return self.tried[min(known)[1]] if known else None
@@ -96,7 +96,7 @@ class _Search:
     """What has been tried so far."""
 
     def __init__(self, limit: int, trial: Try) -> None:
-        self.limit, self.tried = limit, list[Tried]()
+        self.limit, self.tried = limit, list[Trial]()
         self._trial = trial
 
     def one(self, variant: Variant) -> Plan | None:

@@ -9,10 +9,10 @@ from typing import Any
 from jaxtrain import sharding
 from jaxtrain.plan.measure import Plan
 from jaxtrain.plan.nearest import Nearest
-from jaxtrain.plan.search import Searched
-from jaxtrain.plan.variants import Tried, Variant
+from jaxtrain.plan.search import SearchResult
+from jaxtrain.plan.variants import Trial, Variant
 from jaxtrain.program.device_limits import Limit, size_text
-from jaxtrain.program.memory import Held
+from jaxtrain.program.memory import DeviceArray
 from jaxtrain.program.memory_text import memory_text, table
 
 
@@ -27,7 +27,7 @@ def as_text(plan: Plan) -> str:
     return "\n\n".join(blocks)
 
 
-def held_text(arrays: Sequence[Held]) -> str:
+def held_text(arrays: Sequence[DeviceArray]) -> str:
     """The largest arrays, a line each."""
     rows = [
         (one.path, one.array, one.sharding or "whole", size_text(one.bytes)) for one in arrays if one.bytes
@@ -65,13 +65,13 @@ def nearest_text(nearest: Nearest, given: Variant) -> str:
     else:
         lines = [
             "nothing else was tried, because what is there between two steps (parameters, optimizer, data)",
-            "  is too much by itself: use more devices with fsdp, a smaller model, or --set feed=stream",
+            "  is too much by itself: use more devices with fsdp, a smaller model, or --set placement=stream",
         ]
     rows = [(" ".join(one.variant.flags(given)), _total(one)) for one in nearest.tried]
     return "\n".join(lines) + ("\n\n" + table("tried", rows, "<>") if len(rows) > 1 else "")
 
 
-def search_text(searched: Searched, limit: Limit | None) -> str:
+def search_text(searched: SearchResult, limit: Limit | None) -> str:
     """A line for each variant, and for each mesh that is impossible."""
     rows = [("mesh", "batch", "remat", "fits", "total", "temporaries", "sent a step")]
     for one in searched.found:
@@ -122,7 +122,7 @@ def nearest_json(nearest: Nearest, given: Variant) -> dict[str, Any]:
     }
 
 
-def search_json(searched: Searched, given: Variant, limit: Limit | None) -> dict[str, Any]:
+def search_json(searched: SearchResult, given: Variant, limit: Limit | None) -> dict[str, Any]:
     """What was found, what is impossible and how many were left out."""
     found = [
         _tried_json(one, given) | ({} if limit is None else {"fits": one.plan.total <= limit.bytes})
@@ -162,7 +162,7 @@ def _moved(plan: Plan) -> str:
     return table("sent between devices in a step, along the mesh axes", rows, "<<>>")
 
 
-def _total(one: Tried) -> str:
+def _total(one: Trial) -> str:
     return size_text(one.plan.total) if one.plan else f"not possible: {one.reason}"
 
 
@@ -173,7 +173,7 @@ def _flops(count: float) -> str:
     return f"{count:,.0f} FLOP"
 
 
-def _tried_json(one: Tried, given: Variant) -> dict[str, Any]:
+def _tried_json(one: Trial, given: Variant) -> dict[str, Any]:
     mesh = dict(zip(sharding.AXES, one.variant.mesh, strict=True))
     what = dataclasses.asdict(one.variant) | {"mesh": mesh, "flags": list(one.variant.flags(given))}
     if one.plan is None:

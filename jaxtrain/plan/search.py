@@ -7,13 +7,13 @@ import itertools
 from collections.abc import Callable, Iterator
 
 from jaxtrain.models import Remat
-from jaxtrain.plan.variants import Tried, Try, Variant
+from jaxtrain.plan.variants import Trial, Try, Variant
 
 MOST = 60  # variants that are compiled: all of eight devices
 
 
 @dataclasses.dataclass(frozen=True)
-class Searched:
+class SearchResult:
     """What came of it.
 
     Attributes:
@@ -22,8 +22,8 @@ class Searched:
       left_out: how many there would have been beyond ``MOST``.
     """
 
-    found: tuple[Tried, ...]
-    impossible: tuple[Tried, ...]
+    found: tuple[Trial, ...]
+    impossible: tuple[Trial, ...]
     left_out: int
 
 
@@ -32,7 +32,7 @@ def search_all(
     limit: int | None,
     trial: Try,
     advance: Callable[[int], None] = lambda done: None,
-) -> Searched:
+) -> SearchResult:
     """Compile meshes × batches × recomputation, one by one.
 
     Args:
@@ -42,7 +42,7 @@ def search_all(
       advance: hears how many of ``attempts(variant)`` are done.
     """
     everything = list(variants(variant))
-    tried, refused = list[Tried](), set[tuple[int, ...]]()
+    tried, refused = list[Trial](), set[tuple[int, ...]]()
     for number, one in enumerate(everything[:MOST]):
         if one.mesh not in refused:
             tried.append(trial(one))
@@ -50,11 +50,11 @@ def search_all(
                 refused.add(one.mesh)  # and so with another batch or recomputation
         advance(number + 1)
 
-    def rank(one: Tried) -> tuple[bool, int]:
+    def rank(one: Trial) -> tuple[bool, int]:
         total = one.plan.total if one.plan else 0
         return limit is not None and total > limit, total
 
-    return Searched(
+    return SearchResult(
         tuple(sorted((one for one in tried if one.plan), key=rank)),
         tuple(one for one in tried if not one.plan),
         len(everything[MOST:]),

@@ -41,7 +41,7 @@ class Variant:
         return math.prod(size for axis, size in zip(sharding.AXES, self.mesh, strict=True) if axis != "model")
 
     def flags(self, given: Variant) -> tuple[str, ...]:
-        """What to add to the command that asked for ``given``.
+        """What to add to the command that asked for ``variant_of``.
 
         >>> given = Variant((8, 1, 1), 64, 1, "none")
         >>> " ".join(Variant((1, 8, 1), 64, 4, "none").flags(given))
@@ -55,7 +55,7 @@ class Variant:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tried:
+class Trial:
     """A variant and what it needs, or why it cannot be (``plan`` is None)."""
 
     variant: Variant
@@ -63,20 +63,20 @@ class Tried:
     reason: str = ""
 
 
-Try = Callable[[Variant], Tried]
+Try = Callable[[Variant], Trial]
 
 
-def given(experiment: Experiment, mesh: jax.sharding.Mesh) -> Variant:
+def variant_of(experiment: Experiment, mesh: jax.sharding.Mesh) -> Variant:
     """The variant that ``experiment`` on ``mesh`` is."""
     sizes = tuple(mesh.shape[axis] for axis in sharding.AXES)
     return Variant(sizes, experiment.batch, experiment.accumulate, experiment.remat)
 
 
-def trying(
+def make_trial(
     experiment: Experiment,
     devices: Sequence[jax.Device],
     resident: Mapping[str, bool] | None,
-    told: Callable[[Tried], None] = lambda tried: None,
+    told: Callable[[Trial], None] = lambda tried: None,
 ) -> Try:
     """A function that compiles a variant of ``experiment``.
 
@@ -87,7 +87,7 @@ def trying(
       told: hears of each result.
     """
 
-    def one(variant: Variant) -> Tried:
+    def one(variant: Variant) -> Trial:
         try:
             changed = dataclasses.replace(
                 experiment, batch=variant.batch, accumulate=variant.accumulate, remat=variant.remat
@@ -95,11 +95,11 @@ def trying(
             mesh = sharding.make_mesh(devices, dict(zip(sharding.AXES, variant.mesh, strict=True)))
             program = assemble(changed, mesh)
             try:
-                tried = Tried(variant, measure(program, resident, count=False))
+                tried = Trial(variant, measure(program, resident, count=False))
             finally:
                 program.close()
         except (InputError, RunError) as error:
-            tried = Tried(variant, None, str(error))
+            tried = Trial(variant, None, str(error))
         told(tried)
         return tried
 

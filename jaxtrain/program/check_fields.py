@@ -74,7 +74,7 @@ def trace(fn: Callable[..., Any], *args: Any, what: str) -> Any:
         ) from error
 
 
-def notes(experiment: Experiment, mesh: Mesh, state: State, whole: Sequence[str]) -> tuple[str, ...]:
+def mesh_notes(experiment: Experiment, mesh: Mesh, state: State, whole: Sequence[str]) -> tuple[str, ...]:
     """What changes with the mesh or is not as one may think, a line each.
 
     Args:
@@ -123,7 +123,7 @@ def _check_kind(what: str, array: np.ndarray) -> None:
             )
 
 
-def describe(experiment: Experiment) -> tuple[str, str, str]:
+def describe_experiment(experiment: Experiment) -> tuple[str, str, str]:
     """Data set, model and number of parameters, without reading data or starting a backend."""
     source, model = experiment.train, experiment.model
     data = getattr(source, "name", type(source).__name__.lower())

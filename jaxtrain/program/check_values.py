@@ -38,10 +38,10 @@ def check_values(check: Check, exp: Experiment, sources: Mapping[str, Source]) -
         whole = isinstance(source, Arrays)
         ids = np.arange(len(source)) if whole else np.zeros(1, np.int64)
         fields = source.fields if isinstance(source, Arrays) else source.gather(ids)
-        named(name, check)(fields, ids)
+        with_split_name(name, check)(fields, ids)
         try:
             if whole:
-                named(name, check_finite(exp))(fields, ids)
+                with_split_name(name, check_finite(exp))(fields, ids)
         except InputError as error:
             if exp.guard == "stop":
                 raise
@@ -51,7 +51,7 @@ def check_values(check: Check, exp: Experiment, sources: Mapping[str, Source]) -
 
 def check_first(name: str, exp: Experiment) -> Check | None:
     """What a loader that streams split ``name`` asks of its first batch; None where nothing is asked."""
-    return named(name, check_finite(exp)) if exp.guard == "stop" else None
+    return with_split_name(name, check_finite(exp)) if exp.guard == "stop" else None
 
 
 def check_finite(exp: Experiment) -> Check:
@@ -59,10 +59,10 @@ def check_finite(exp: Experiment) -> Check:
 
     def check(batch: Batch, ids: np.ndarray) -> None:
         for field, rows in not_finite(batch).items():
-            if _filled(exp, batch, rows[:TRIED]):
+            if _filled_by_preprocess(exp, batch, rows[:TRIED]):
                 continue
             raise InputError(
-                f"field {field!r} of {listed(ids[rows])} holds NaN or infinity: fill the gaps in the "
+                f"field {field!r} of {format_ids(ids[rows])} holds NaN or infinity: fill the gaps in the "
                 "source or by a stage of preprocess, leave these examples out (data.Subset), or --set "
                 "guard=skip to pass over batches whose loss is NaN"
             )
@@ -95,10 +95,10 @@ def not_finite(batch: Batch) -> dict[str, np.ndarray]:
     return found
 
 
-def listed(ids: np.ndarray) -> str:
+def format_ids(ids: np.ndarray) -> str:
     """Example ids for a line.
 
-    >>> listed(np.array([7])), listed(np.arange(100, 2000))
+    >>> format_ids(np.array([7])), format_ids(np.arange(100, 2000))
     ('example 7', '1,900 examples (100, 101, 102, 103, 104, ...)')
     """
     if len(ids) == 1:
@@ -157,7 +157,7 @@ def image_notes(exp: Experiment, source: Source) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def named(name: str, check: Check) -> Check:
+def with_split_name(name: str, check: Check) -> Check:
     """``check`` whose errors begin with the split."""
 
     def look(batch: Batch, ids: np.ndarray) -> None:
@@ -169,7 +169,7 @@ def named(name: str, check: Check) -> Check:
     return look
 
 
-def _filled(exp: Experiment, batch: Batch, rows: np.ndarray) -> bool:
+def _filled_by_preprocess(exp: Experiment, batch: Batch, rows: np.ndarray) -> bool:
     """Does ``preprocess`` leave no NaN in these rows? Compiles it, which only data with NaN needs."""
     prepare: Callable[[Any], Any] = jax.jit(lambda raw: compose(*exp.preprocess)(raw, None))
     try:

@@ -12,7 +12,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from jaxtrain.program import Program, assemble
-from jaxtrain.program.memory import call_like, mesh_of
+from jaxtrain.program.memory import abstract_args, mesh_of
 
 
 def model_flops(program: Program) -> float:
@@ -28,7 +28,7 @@ def model_flops(program: Program) -> float:
         program = assemble(dataclasses.replace(exp, remat="none"), mesh_of(program))
     try:
         # The first call of the step finds this trace, and takes as much less.
-        traced = program.train_step.trace(*call_like(program))  # type: ignore[attr-defined]
+        traced = program.train_step.trace(*abstract_args(program))  # type: ignore[attr-defined]
         return flops_of(traced)
     finally:
         if program.experiment is not exp:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxtrain import sharding
 from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.types import Batch
-from jaxtrain.core.user_modules import Loaded
+from jaxtrain.core.user_modules import UserModule
 from jaxtrain.data.order import Order, Sequential
 from jaxtrain.data.sources import Arrays, Source
 from jaxtrain.sharding import multihost
@@ -52,7 +52,7 @@ class Loader(Protocol):
         Either part, or both together, are a dict as ``batch`` gives it (``step.scan_steps``).
         """
 
-    def like(self) -> Any:
+    def abstract_batch(self) -> Any:
         """What stands for ``batch(step)`` in tracing and compiling ahead: shapes, or a batch."""
 
     def fetch(self, batch: Any) -> Batch:
@@ -85,19 +85,21 @@ class Resident:
         else:
             rows, mask = self._order.rows(step)
             sent = {"rows": rows.astype(np.int32), "mask": mask}
-        if multihost.count() > 1:  # one process may leave it to the step to send its NumPy arrays
+        if multihost.process_count() > 1:  # one process may leave it to the step to send its NumPy arrays
             sent = {name: array[self._rows] for name, array in sent.items()}
-            sent = multihost.put(sent, self.shardings["rows"], self._order.batch)
+            sent = multihost.put_local_rows(sent, self.shardings["rows"], self._order.batch)
         return {"data": self._data, **sent}
 
     def batches(self, step: int, count: int) -> tuple[Any, Any]:
         assert isinstance(self._order, Order)  # evaluation goes batch by batch
         rows = np.stack([self._places(self._order, step + k) for k in range(count)])
-        if multihost.count() > 1:
-            rows = multihost.put(rows[:, self._rows], self.many[0]["rows"], self._order.batch, axis=1)
+        if multihost.process_count() > 1:
+            rows = multihost.put_local_rows(
+                rows[:, self._rows], self.many[0]["rows"], self._order.batch, axis=1
+            )
         return {"rows": rows}, {"data": self._data}
 
-    def like(self) -> Any:
+    def abstract_batch(self) -> Any:
         return self.batch(0)
 
     def _places(self, order: Order, step: int) -> np.ndarray:
@@ -157,7 +159,7 @@ class Streamed:
         self._like: Any = None
 
     def batch(self, step: int) -> Any:
-        batch = multihost.put(self._taken(step), self.shardings, self._batches.order.batch)
+        batch = multihost.put_local_rows(self._taken(step), self.shardings, self._batches.order.batch)
         if self._like is None:
             self._like = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch
@@ -167,9 +169,9 @@ class Streamed:
     def batches(self, step: int, count: int) -> tuple[Any, Any]:
         taken = [self._taken(step + k) for k in range(count)]
         fields = {name: np.stack([batch[name] for batch in taken]) for name in taken[0]}
-        return multihost.put(fields, self.many[0], self._batches.order.batch, axis=1), {}
+        return multihost.put_local_rows(fields, self.many[0], self._batches.order.batch, axis=1), {}
 
-    def like(self) -> Any:
+    def abstract_batch(self) -> Any:
         if self._like is None:
             self.batch(0)
         return self._like
@@ -255,10 +257,10 @@ class _Batches:
         return {**fields, EXAMPLE_ID: ids.astype(np.int32), EPOCH: epochs.astype(np.int32)}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (Loaded(), self.source, self.order, self.rows)
+        return _restored, (UserModule(), self.source, self.order, self.rows)
 
 
-def _restored(_: Loaded, source: Source, order: Order | Sequential, rows: np.ndarray) -> _Batches:
+def _restored(_: UserModule, source: Source, order: Order | Sequential, rows: np.ndarray) -> _Batches:
     return _Batches(source, order, rows)
 
 

@@ -20,7 +20,7 @@ from jaxtrain.sharding import rules
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
+class DeviceArray:
     """One array, of which each device holds all or a part.
 
     Attributes:
@@ -44,7 +44,9 @@ class Held:
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
 
 
-def held(program: Program, resident: Mapping[str, bool] | None = None) -> dict[str, list[Held]]:
+def device_arrays(
+    program: Program, resident: Mapping[str, bool] | None = None
+) -> dict[str, list[DeviceArray]]:
     """The arrays of a run by part: ``params``, ``optimizer``, ``other_state``, ``batch``, ``data``.
 
     ``other_state`` is the step, the statistics and the averages; ``data`` is what is kept on every device.
@@ -54,7 +56,7 @@ def held(program: Program, resident: Mapping[str, bool] | None = None) -> dict[s
       program: the run.
       resident: whether a split is kept on the devices, where that is not to be as in ``program``.
     """
-    state, batch = program.like, batch_like(program)
+    state, batch = program.abstract_state, abstract_batch(program)
     parts = {
         "params": {"params": state.params},
         "optimizer": {"opt_state": state.opt_state},
@@ -77,33 +79,33 @@ def bytes_per_device(x: Any) -> int:
     return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
-def batch_like(program: Program) -> dict[str, Any]:
+def abstract_batch(program: Program) -> dict[str, Any]:
     """Shapes, dtypes and shardings of what the train step takes as its batch; nothing is placed."""
-    shapes = jax.eval_shape(lambda batch: batch, program.train.like())
+    shapes = jax.eval_shape(lambda batch: batch, program.train.abstract_batch())
     where = jax.tree.broadcast(program.train.shardings, shapes)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
 
-def call_like(program: Program) -> tuple[Any, Any, jax.Array]:
+def abstract_args(program: Program) -> tuple[Any, Any, jax.Array]:
     """Arguments of ``program.train_step`` as the loop gives them, for tracing and compiling it ahead.
 
     What is sent with the call has no sharding: with one it would be another trace.
     """
-    return program.like, program.train.like(), program.key
+    return program.abstract_state, program.train.abstract_batch(), program.key
 
 
 def mesh_of(program: Program) -> Mesh:
     """The devices that ``program`` was made for."""
-    mesh: Mesh = program.like.step.sharding.mesh  # type: ignore[attr-defined]
+    mesh: Mesh = program.abstract_state.step.sharding.mesh  # type: ignore[attr-defined]
     return mesh
 
 
-def stored(source: Source, n: int) -> int:
+def bytes_stored(source: Source, n: int) -> int:
     """Bytes on a device that keeps ``n`` examples of ``source``."""
     return n * sum(math.prod(x.shape) * x.dtype.itemsize for x in _example(source).values())
 
 
-def example_like(source: Source, n: int) -> dict[str, Any]:
+def abstract_examples(source: Source, n: int) -> dict[str, Any]:
     """Shapes of ``n`` raw examples of ``source`` as a training batch has them, with their ids and epochs."""
     ids = {name: jax.ShapeDtypeStruct((1,), np.int32) for name in (EXAMPLE_ID, EPOCH)}
     return _rows({**_example(source), **ids}, n)
@@ -141,7 +143,7 @@ def _rows(example: Mapping[str, Any], n: int) -> dict[str, Any]:
     return {name: jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype) for name, x in example.items()}
 
 
-def _held(path: str, x: Any) -> Held:
+def _held(path: str, x: Any) -> DeviceArray:
     where = x.sharding
     split = rules.spec_text(where) if isinstance(where, NamedSharding) else ""
-    return Held(path, x.dtype.name, tuple(x.shape), split, bytes_per_device(x))
+    return DeviceArray(path, x.dtype.name, tuple(x.shape), split, bytes_per_device(x))

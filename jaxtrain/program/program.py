@@ -19,9 +19,8 @@ from jaxtrain.experiment import Experiment
 from jaxtrain.models import as_model, compute_in
 from jaxtrain.program import check_fields, check_values, splits, update
 from jaxtrain.program.loader import EPOCH, EXAMPLE_ID, Check, Loader, Resident
-from jaxtrain.sharding import compile
 from jaxtrain.step import make_eval_step, make_init, scan_steps
-from jaxtrain.step.packing import Packed, packed
+from jaxtrain.step.packing import PackedMetrics, pack_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Split:
     loader: Loader
     batches: int
     examples: int
-    step: Callable[[State, Any], Packed]
+    step: Callable[[State, Any], PackedMetrics]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Program:
       steps: updates of the whole run.
       key: the run's random key; steps fold their number into it.
       init: makes the state of step 0, sharded.
-      like: that state's shapes, dtypes and shardings.
+      abstract_state: that state's shapes, dtypes and shardings.
       train_step: compiled ``(state, batch, key) -> (state, metrics)``; the state is donated.
       train_steps: compiled ``(state, batches, key, shared) -> (state, metrics)`` for several updates at once
         (``step.scan_steps``); the state is donated.
@@ -55,16 +54,16 @@ class Program:
       epoch: batches in one pass over the training examples.
       rates: the learning rate of every update, float [steps]; None when the optimizer has none to tell.
       outputs: the shapes that the model gives for a training batch.
-      per_dispatch: updates that are dispatched at once, where ``dispatched`` finds so many (``dispatch``).
+      steps_per_execution: updates in one compiled call, where ``dispatched`` allows it.
     """
 
     experiment: Experiment
     steps: int
     key: jax.Array
     init: Callable[[], State]
-    like: State
-    train_step: Callable[[State, Any, jax.Array], tuple[State, Packed]]
-    train_steps: Callable[[State, Any, jax.Array, Any], tuple[State, Packed]]
+    abstract_state: State
+    train_step: Callable[[State, Any, jax.Array], tuple[State, PackedMetrics]]
+    train_steps: Callable[[State, Any, jax.Array, Any], tuple[State, PackedMetrics]]
     train: Loader
     order: Order
     evals: dict[str, Split]
@@ -73,7 +72,7 @@ class Program:
     epoch: float
     rates: np.ndarray | None
     outputs: Any
-    per_dispatch: int = 1
+    steps_per_execution: int = 1
 
     def evaluates(self, step: int) -> bool:
         """Is there an evaluation after update ``step``? The final one on the test set is not counted."""
@@ -87,17 +86,17 @@ class Program:
         return step == self.steps or _completes(step, step, self._period(self.experiment.save_every))
 
     def dispatched(self, step: int) -> int:
-        """How many updates are dispatched at once after update ``step``: ``per_dispatch`` or 1.
+        """How many updates are dispatched at once after update ``step``: ``steps_per_execution`` or 1.
 
         No evaluation, no checkpoint and not the end of the run is among them, except after the last: so all
         of these are where they are without dispatches of several. A function of the step alone, so a run
         that is resumed has the same dispatches.
         """
-        if self.per_dispatch == 1:
+        if self.steps_per_execution == 1:
             return 1
-        first, last = step + 1, step + self.per_dispatch - 1
+        first, last = step + 1, step + self.steps_per_execution - 1
         between = last >= self.steps or any(_completes(first, last, period) for period in self._periods())
-        return 1 if between else self.per_dispatch
+        return 1 if between else self.steps_per_execution
 
     def uninterrupted(self) -> int:
         """How many updates there are, at least, from one evaluation or checkpoint to the next."""
@@ -174,37 +173,39 @@ def assemble(
     check = check_values.value_check(model, exp.loss, outputs)
     found = check_values.check_values(check, exp, sources)
 
-    order = Order(exp.seed, len(sources["train"]), exp.batch, exp.remainder)
+    order = Order(exp.seed, len(sources["train"]), exp.batch, exp.drop_remainder)
     steps = order.steps(exp.epochs)
     train = _loader("train", sources["train"], order, exp, mesh, check)
     init_key, key = _keys(exp.seed, mesh)
-    tx, after = exp.optimizer.build(steps), update.after(exp, steps)
+    tx, post_update = exp.optimizer.build(steps), update.build_post_update(exp, steps)
     sample = splits.first_examples(exp, sources["train"])
-    start = make_init(model, tx, compose(*exp.preprocess), exp.data_init, after, **update.scaling(exp))
-    like, unsplit = _abstract(start, sample, mesh, exp, model)
-    init = compile(start, args=(whole, whole), out=_shardings(like))
-    model = _model(exp, like)
+    start = make_init(
+        model, tx, compose(*exp.preprocess), exp.data_init, post_update, **update.loss_scaling(exp)
+    )
+    abstract, unsplit = _abstract(start, sample, mesh, exp, model)
+    init = sharding.compile(start, args=(whole, whole), out=_shardings(abstract))
+    model = _model(exp, abstract)
     prepare = compose(lambda batch, _: train.fetch(batch), *exp.augment, *exp.preprocess)
-    pure = update.build(exp, mesh, model, tx, prepare, after)
+    pure = update.build_train_step(exp, mesh, model, tx, prepare, post_update)
     train_step, train_steps = _train_functions(
-        pure, train, mesh, like, key, update.compiler_options(exp, mesh)
+        pure, train, mesh, abstract, key, update.compiler_options(exp, mesh)
     )
     evals = {}
     for name in [name for name in sources if name != "train"]:
         rows = Sequential(len(sources[name]), eval_batch)
         loader = _loader(name, sources[name], rows, exp, mesh, check)
-        step = _eval_function(exp, model, loader, mesh, like, metrics_fn)
+        step = _eval_function(exp, model, loader, mesh, abstract, metrics_fn)
         evals[name] = Split(loader, len(rows), rows.n, step)
     loaders = {"train": train, **{name: split.loader for name, split in evals.items()}}
     resident = {name: isinstance(loader, Resident) for name, loader in loaders.items()}
     choices = {"steps": steps, "resident": resident}
-    epoch = order.n // order.batch if exp.remainder == "drop" else order.n / order.batch
+    epoch = order.n // order.batch if exp.drop_remainder else order.n / order.batch
     return Program(
         experiment=exp,
         steps=steps,
         key=key,
         init=lambda: init(init_key, sample),
-        like=like,
+        abstract_state=abstract,
         train_step=train_step,
         train_steps=train_steps,
         train=train,
@@ -214,12 +215,12 @@ def assemble(
         notes=(
             *found,
             *check_values.image_notes(exp, sources["train"]),
-            *check_fields.notes(exp, mesh, like, unsplit),
+            *check_fields.mesh_notes(exp, mesh, abstract, unsplit),
         ),
         epoch=epoch,
-        rates=update.rates(exp, steps),
+        rates=update.learning_rates(exp, steps),
         outputs=outputs,
-        per_dispatch=1 if exp.steps_per_dispatch == "auto" else exp.steps_per_dispatch,
+        steps_per_execution=1 if exp.steps_per_execution == "auto" else exp.steps_per_execution,
     )
 
 
@@ -234,7 +235,12 @@ def abstract_state(experiment: Experiment, mesh: Mesh, example: Batch) -> State:
     exp, steps = experiment, 1000  # how many there are changes no shape
     model, prepare = _model(exp), compose(*exp.preprocess)
     start = make_init(
-        model, exp.optimizer.build(steps), prepare, None, update.after(exp, steps), **update.scaling(exp)
+        model,
+        exp.optimizer.build(steps),
+        prepare,
+        None,
+        update.build_post_update(exp, steps),
+        **update.loss_scaling(exp),
     )
     return _abstract(start, example, mesh, exp, model)[0]
 
@@ -243,7 +249,7 @@ def _loader(
     name: str, source: Source, order: Order | Sequential, exp: Experiment, mesh: Mesh, check: Check
 ) -> Loader:
     first = check_values.check_first(name, exp)
-    return splits.make_loader(source, order, exp, mesh, check_values.named(name, check), first)
+    return splits.make_loader(source, order, exp, mesh, check_values.with_split_name(name, check), first)
 
 
 def _outputs(exp: Experiment, model: Model, source: Source) -> Any:
@@ -259,17 +265,17 @@ def _outputs(exp: Experiment, model: Model, source: Source) -> Any:
     return check_fields.trace(forward, jax.random.key(0), batch, what="the model")
 
 
-def _model(exp: Experiment, like: State | None = None) -> Model:
+def _model(exp: Experiment, abstract: State | None = None) -> Model:
     """The model as it is computed; with the state's shardings, as it is computed on their mesh."""
     model = as_model(exp.model, exp.remat)
-    if like is not None:
-        model = sharding.gathered(model, _shardings(like.params), again=exp.remat != "none")
+    if abstract is not None:
+        model = sharding.gather_params(model, _shardings(abstract.params), again=exp.remat != "none")
     return compute_in(model, exp.precision)
 
 
 def _keys(seed: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
     """Of the initialisation and of the steps. Compiled: no process can place an array on others' devices."""
-    split = compile(
+    split = sharding.compile(
         lambda: tuple(jax.random.split(jax.random.key(seed))), args=(), out=sharding.replicated(mesh)
     )
     first, second = split()
@@ -293,29 +299,29 @@ def _abstract(
     return jax.tree.map(placed, shapes, placement.shardings), placement.whole
 
 
-def _shardings(like: Any) -> Any:
-    return jax.tree.map(lambda x: x.sharding, like)
+def _shardings(abstract: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, abstract)
 
 
 def _train_functions(
     step: update.Update,
     train: Loader,
     mesh: Mesh,
-    like: State,
+    abstract: State,
     key: jax.Array,
     options: dict[str, str],
-) -> tuple[Callable[..., tuple[State, Packed]], Callable[..., tuple[State, Packed]]]:
+) -> tuple[Callable[..., tuple[State, PackedMetrics]], Callable[..., tuple[State, PackedMetrics]]]:
     """``step`` compiled, alone and scanned; the buffers of their first argument are reused for the result."""
-    whole, state = sharding.replicated(mesh), _shardings(like)
+    whole, state = sharding.replicated(mesh), _shardings(abstract)
     batches, shared = train.many
     one, several = (
-        compile(fn, args=(state, *args), out=(state, whole), donate=(0,), options=options)
+        sharding.compile(fn, args=(state, *args), out=(state, whole), donate=(0,), options=options)
         for fn, args in (
-            (packed(step), (train.shardings, whole)),
-            (scan_steps(packed(step)), (batches, whole, shared)),
+            (pack_metrics(step), (train.shardings, whole)),
+            (scan_steps(pack_metrics(step)), (batches, whole, shared)),
         )
     )
-    check_fields.trace(one, like, train.batch(0), key, what="the train step")
+    check_fields.trace(one, abstract, train.batch(0), key, what="the train step")
     return one, several
 
 
@@ -324,21 +330,21 @@ def _eval_function(
     model: Model,
     loader: Loader,
     mesh: Mesh,
-    like: State,
+    abstract: State,
     metrics_fn: Callable[[Any, Batch], Metrics] | None,
-) -> Callable[[State, Any], Packed]:
+) -> Callable[[State, Any], PackedMetrics]:
     prepare = compose(lambda batch, _: loader.fetch(batch), *exp.preprocess)
     evaluated = make_eval_step(model, exp.loss, prepare, metrics_fn)
 
-    def eval_step(state: State, batch: Any) -> Packed:
-        return Packed.of(evaluated(state, batch))
+    def eval_step(state: State, batch: Any) -> PackedMetrics:
+        return PackedMetrics.of(evaluated(state, batch))
 
-    step = compile(
+    step = sharding.compile(
         eval_step,
-        args=(_shardings(like), loader.shardings),
+        args=(_shardings(abstract), loader.shardings),
         out=sharding.replicated(mesh),
     )
-    metrics = check_fields.trace(step, like, loader.batch(0), what="the evaluation")
+    metrics = check_fields.trace(step, abstract, loader.batch(0), what="the evaluation")
     if exp.select.removeprefix("-") not in metrics and (exp.valid is not None or exp.holdout):
         raise InputError(f"select={exp.select} is no metric of this loss: it gives {', '.join(metrics)}")
     return step

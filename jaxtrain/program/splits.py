@@ -21,10 +21,10 @@ RESIDENT_PART = 10  # a set of at most this part of a device's memory is kept on
 def open_sources(exp: Experiment, mesh: Mesh) -> dict[str, Source]:
     """``train``, ``test`` and perhaps ``valid``; what is small enough comes back as Arrays."""
     limit = {
-        "auto": multihost.agree(sharding.device_memory(mesh), "memory") // RESIDENT_PART,
-        "resident": sys.maxsize,
+        "auto": multihost.broadcast_from_0(sharding.device_memory(mesh), "memory") // RESIDENT_PART,
+        "device": sys.maxsize,
         "stream": 0,
-    }[exp.feed]
+    }[exp.placement]
 
     def opened(name: str, source: Source) -> Source:
         if len(source) < 1:
@@ -62,12 +62,12 @@ def make_loader(
     Raises:
       InputError: it is to be resident and larger than a device's memory.
     """
-    if isinstance(source, Arrays) and exp.feed != "stream":
+    if isinstance(source, Arrays) and exp.placement != "stream":
         size, limit = sum(array.nbytes for array in source.fields.values()), sharding.device_memory(mesh)
         if size > limit:
             raise InputError(
-                f"feed={exp.feed} would keep {size / 1e9:.2f} GB of examples on each device, which has "
-                f"{limit / 1e9:.2f} GB: use --set feed=stream"
+                f"placement={exp.placement} would keep {size / 1e9:.2f} GB of examples on each device, which "
+                f"has {limit / 1e9:.2f} GB: use --set placement=stream"
             )
         return Resident(source, order, mesh)
     return Streamed(source, order, mesh, exp.workers, check, first)

@@ -12,7 +12,7 @@ from jaxtrain.models import as_model
 from jaxtrain.monitor import peak_flops
 from jaxtrain.program import Program
 from jaxtrain.program.flops import model_flops
-from jaxtrain.program.memory import example_like, mesh_of
+from jaxtrain.program.memory import abstract_examples, mesh_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def throughput(program: Program) -> Throughput:
     formula = as_model(exp.model).flops
     flops = None if formula is None else formula(batch)
     tokens = batch.get("tokens")
-    most = peak_flops.total(mesh_of(program).devices.reshape(-1), exp.precision)
+    most = peak_flops.total_peak_flops(mesh_of(program).devices.reshape(-1), exp.precision)
     return Throughput(
         flops=model_flops(program) if flops is None else flops,
         tokens=tokens.shape[0] * tokens.shape[1] if tokens is not None and len(tokens.shape) == 2 else None,
@@ -96,5 +96,7 @@ def _prepared(program: Program) -> dict[str, Any]:
     """Shapes of the batch that the model is given."""
     exp = program.experiment
     prepare = compose(*exp.augment, *exp.preprocess)
-    found: dict[str, Any] = jax.eval_shape(prepare, example_like(exp.train, exp.batch), jax.random.key(0))
+    found: dict[str, Any] = jax.eval_shape(
+        prepare, abstract_examples(exp.train, exp.batch), jax.random.key(0)
+    )
     return found

@@ -4,7 +4,7 @@ A laptop is a mesh of one device; nothing here or above has a second path for mo
 """
 
 from jaxtrain.sharding.compile import KEEP_BARRIERS, compile
-from jaxtrain.sharding.gather import gathered
+from jaxtrain.sharding.gather import gather_params
 from jaxtrain.sharding.mesh import (
     AXES,
     batch_parts,
@@ -31,7 +31,7 @@ __all__ = [
     "compile",
     "describe_mesh",
     "device_memory",
-    "gathered",
+    "gather_params",
     "make_mesh",
     "mesh_text",
     "parse_mesh",

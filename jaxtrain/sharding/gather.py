@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtrain.core.types import Batch, Model
 
 
-def gathered(model: Model, shardings: Any, again: bool = False) -> Model:
+def gather_params(model: Model, shardings: Any, again: bool = False) -> Model:
     """``model``, whose ``apply`` takes parameters split over ``fsdp`` and works on whole ones.
 
     Stated, not left to XLA: it might move activations instead, and its partitioner gives wrong gradients

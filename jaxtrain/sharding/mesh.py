@@ -168,4 +168,4 @@ def describe_mesh(mesh: Mesh) -> str:
     text = f"{mesh.size} × {mesh.devices.flat[0].device_kind}"
     if mesh.shape["data"] < mesh.size:
         text += f" ({mesh_text(mesh.shape)})"
-    return text + (f", {multihost.count()} processes" if multihost.count() > 1 else "")
+    return text + (f", {multihost.process_count()} processes" if multihost.process_count() > 1 else "")

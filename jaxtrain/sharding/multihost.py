@@ -1,7 +1,8 @@
 """Several processes that run one program: how they start, agree, and hand their rows to their devices.
 
-Each process runs the same commands in the same order; ``agree``, ``first``, ``barrier`` and ``Votes.cast``
-are reached by all of them or by none. With one process they cost nothing and use no network.
+Each process runs the same program in the same order: every process calls ``broadcast_from_0``,
+``on_process_0``, ``barrier`` and ``Votes.any_process``, or none does. With one process they cost nothing
+and use no network.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from jaxtrain.sharding.initialize import start
 
 __all__ = [
     "Votes",
-    "agree",
     "barrier",
-    "count",
-    "first",
-    "index",
-    "is_first",
-    "leave",
+    "broadcast_from_0",
+    "exit_process",
+    "is_process_0",
     "local_rows",
-    "lost",
-    "put",
+    "lost_process_error",
+    "on_process_0",
+    "process_count",
+    "process_index",
+    "put_local_rows",
     "put_replicated",
     "start",
 ]
@@ -43,30 +44,30 @@ __all__ = [
 T = TypeVar("T")
 
 BLOCK = 4096  # bytes that one broadcast carries; one program is compiled for it
-LAST = 1.0  # seconds that the first process outlives an error, for the others to tell theirs
-LATE = 2  # calls until a vote is read
+LAST_WORDS_SECONDS = 1.0  # seconds that the first process outlives an error, for the others to tell theirs
+VOTE_DELAY = 2  # calls until a vote is read
 
 
-def index() -> int:
+def process_index() -> int:
     """Which process this is, from 0."""
     return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
-def count() -> int:
+def process_count() -> int:
     """How many processes run this program; starts no backend where there is one.
 
-    >>> count()
+    >>> process_count()
     1
     """
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
-def is_first() -> bool:
+def is_process_0() -> bool:
     """Is this process 0, which writes and prints for all?"""
-    return index() == 0
+    return process_index() == 0
 
 
-def agree(value: T, what: str) -> T:
+def broadcast_from_0(value: T, what: str) -> T:
     """``value`` of process 0, in every process; with one process ``value`` itself.
 
     Args:
@@ -76,13 +77,13 @@ def agree(value: T, what: str) -> T:
     Raises:
       RunError: the processes are not at the same place, or one has ended.
 
-    >>> agree({"step": 3}, "step")
+    >>> broadcast_from_0({"step": 3}, "step")
     {'step': 3}
     """
-    return first(lambda: value, what)
+    return on_process_0(lambda: value, what)
 
 
-def first(work: Callable[[], T], what: str | None = None) -> T:
+def on_process_0(work: Callable[[], T], what: str | None = None) -> T:
     """The result of ``work()``, which only process 0 does; an error there is raised in every process.
 
     Args:
@@ -93,26 +94,26 @@ def first(work: Callable[[], T], what: str | None = None) -> T:
       InputError, RunError: as ``work`` raises them, with its text; RunError in the other processes for
         anything else that it raises, and where the processes are not at the same place.
     """
-    if count() == 1:
+    if process_count() == 1:
         return work()
     if what is None:
         caller = sys._getframe(1)
         what = f"{caller.f_globals.get('__name__')}:{caller.f_lineno}"
     failure: Exception | None = None
     text = b""
-    if is_first():
+    if is_process_0():
         try:
             text = json.dumps({"what": what, "value": work()}).encode()
         except Exception as error:  # the others wait for an answer, whatever it is
             failure = error
-            text = json.dumps({"what": what, **_told(error)}).encode()
+            text = json.dumps({"what": what, **_error_as_json(error)}).encode()
     answer = json.loads(_broadcast(text))
     if failure is not None:
         raise failure
     if answer["what"] != what:
         raise RunError(
-            f"process {index()} is at {what!r} and process 0 at {answer['what']!r}: the processes do not run "
-            "the same program"
+            f"process {process_index()} is at {what!r} and process 0 at {answer['what']!r}: the processes "
+            "do not run the same program"
         )
     if "error" in answer:
         raise (InputError if answer["input"] else RunError)(answer["error"])
@@ -121,14 +122,14 @@ def first(work: Callable[[], T], what: str | None = None) -> T:
 
 
 def barrier(name: str) -> None:
-    """Return when every process is here. Raises RunError as ``agree``."""
-    agree(name, f"barrier {name}")
+    """Return when every process is here. Raises RunError as ``broadcast_from_0``."""
+    broadcast_from_0(name, f"barrier {name}")
 
 
 class Votes:
     """What any process wants all to do, such as to stop, agreed without waiting for the devices.
 
-    >>> Votes().cast(15)
+    >>> Votes().any_process(15)
     15
     """
 
@@ -136,7 +137,7 @@ class Votes:
         self._ballots: dict[int, jax.Array] = {}
         self._queue: collections.deque[jax.Array] = collections.deque()
 
-    def cast(self, flag: int) -> int:
+    def any_process(self, flag: int) -> int:
         """Give this process's flag; returns the highest that was given two calls ago, 0 before that.
 
         All processes get the same answer from the same call. One process gets its flag at once.
@@ -147,14 +148,14 @@ class Votes:
         Raises:
           RunError: another process has ended.
         """
-        if count() == 1:
+        if process_count() == 1:
             return flag
-        split, highest = _everywhere()
-        with _others():
+        split, highest = _all_devices_max()
+        with _translate_lost_process():
             if flag not in self._ballots:
-                self._ballots[flag] = _own(np.full((1,), flag, np.int32), split)
+                self._ballots[flag] = _own_row(np.full((1,), flag, np.int32), split)
             self._queue.append(highest(self._ballots[flag]))
-            if len(self._queue) <= LATE:
+            if len(self._queue) <= VOTE_DELAY:
                 return 0
             return int(np.asarray(self._queue.popleft()))
 
@@ -175,7 +176,7 @@ def local_rows(sharding: NamedSharding, n: int, axis: int = 0) -> np.ndarray:
     return rows
 
 
-def put(tree: Any, shardings: Any, n: int, axis: int = 0) -> Any:
+def put_local_rows(tree: Any, shardings: Any, n: int, axis: int = 0) -> Any:
     """Global arrays [n, ...] from this process's rows of them.
 
     Args:
@@ -187,7 +188,7 @@ def put(tree: Any, shardings: Any, n: int, axis: int = 0) -> Any:
     Raises:
       ValueError: an array with another number of rows.
     """
-    if count() == 1:
+    if process_count() == 1:
         return jax.device_put(tree, shardings)
     wide = jax.tree.broadcast(shardings, tree)
     return jax.tree.map(lambda x, sharding: _put(x, sharding, n, axis), tree, wide)
@@ -202,7 +203,7 @@ def put_replicated(tree: Any, sharding: NamedSharding) -> Any:
       tree: whole arrays, random keys among them.
       sharding: where they go, usually ``replicated``.
     """
-    if count() == 1:
+    if process_count() == 1:
         return jax.device_put(tree, sharding)
 
     def one(x: Any) -> jax.Array:
@@ -215,25 +216,26 @@ def put_replicated(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(one, tree)
 
 
-def lost(error: BaseException) -> RunError | None:
+def lost_process_error(error: BaseException) -> RunError | None:
     """What to say of an error of JAX that comes from another process having ended; None for any other."""
     text = str(error)  # raw text of Gloo or NCCL: it says how it was noticed, and not what has happened
     of_others = any(word in text for word in ("Gloo", "NCCL", "coordination service", "CoordinationService"))
-    if count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError) or not of_others:
+    if process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError) or not of_others:
         return None
     return RunError(
-        f"process {index()}: another process of this run has ended or cannot be reached: see its own message"
+        f"process {process_index()}: another process of this run has ended or cannot be reached: see its "
+        "own message"
     )
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """End this process with ``code``; one of several ends at once if it failed.
 
     At the end of a process JAX waits minutes for the others to end too, and they may be waiting for this one.
     The first waits a moment: without it JAX aborts the others, who have their own line to say.
     """
-    if code and count() > 1:
-        time.sleep(LAST if is_first() else 0)
+    if code and process_count() > 1:
+        time.sleep(LAST_WORDS_SECONDS if is_process_0() else 0)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -253,7 +255,7 @@ def _put(x: Any, sharding: NamedSharding, n: int, axis: int) -> jax.Array:
     return jax.make_array_from_callback((*x.shape[:axis], n, *x.shape[axis + 1 :]), sharding, part)
 
 
-def _told(error: Exception) -> dict[str, Any]:
+def _error_as_json(error: Exception) -> dict[str, Any]:
     """An error of process 0, for the others."""
     if isinstance(error, InputError | RunError):
         return {"error": str(error), "input": isinstance(error, InputError)}
@@ -261,12 +263,12 @@ def _told(error: Exception) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _others() -> Iterator[None]:
+def _translate_lost_process() -> Iterator[None]:
     """Errors of JAX that come from another process having ended, as RunError."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        told = lost(error)
+        told = lost_process_error(error)
         if told is None:
             raise
         raise told from error
@@ -274,33 +276,33 @@ def _others() -> Iterator[None]:
 
 def _broadcast(data: bytes) -> bytes:
     """``data`` of process 0, in every process; what the others give must be empty."""
-    with _others():
-        head = _share((len(data).to_bytes(8, "big") + data[: BLOCK - 8]).ljust(BLOCK, b"\0"))
+    with _translate_lost_process():
+        head = _all_max((len(data).to_bytes(8, "big") + data[: BLOCK - 8]).ljust(BLOCK, b"\0"))
         size, rest = int.from_bytes(head[:8], "big"), b""
         if size > BLOCK - 8:  # in powers of two, so that few lengths are compiled
             padded = 1 << (size - BLOCK + 8 - 1).bit_length()
-            rest = _share(data[BLOCK - 8 :].ljust(padded, b"\0"))
+            rest = _all_max(data[BLOCK - 8 :].ljust(padded, b"\0"))
     return (head[8:] + rest)[:size]
 
 
-def _share(row: bytes) -> bytes:
+def _all_max(row: bytes) -> bytes:
     """The bytewise highest of all processes' rows, which have one length."""
-    split, highest = _everywhere()
-    own = _own(np.frombuffer(row, np.uint8)[None], split)
+    split, highest = _all_devices_max()
+    own = _own_row(np.frombuffer(row, np.uint8)[None], split)
     return np.asarray(highest(own)).tobytes()
 
 
-def _own(row: np.ndarray, split: NamedSharding) -> jax.Array:
+def _own_row(row: np.ndarray, split: NamedSharding) -> jax.Array:
     """An array [devices, ...] that holds ``row`` for each device of this process."""
     shape = (jax.device_count(), *row.shape[1:])
     return jax.make_array_from_callback(shape, split, lambda index: row)
 
 
 @functools.cache
-def _everywhere() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
+def _all_devices_max() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
     """A row for each device of every process, and the highest over these rows, on all of them.
 
-    ``multihost_utils`` has the like, for the same number of devices in each process.
+    ``multihost_utils`` has such functions, for the same number of devices in each process.
     """
     mesh = Mesh(np.array(jax.devices()), ("all",))
     split, whole = NamedSharding(mesh, PartitionSpec("all")), NamedSharding(mesh, PartitionSpec())

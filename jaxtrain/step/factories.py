@@ -31,10 +31,10 @@ from jaxtrain.core.types import Batch, Metrics, Prepare, State, split_extra
 from jaxtrain.metrics import Mean
 from jaxtrain.models import as_model
 from jaxtrain.optim import LossScale
-from jaxtrain.step.gradients import LossFn, accumulated, evaluate_loss, gradient_of
-from jaxtrain.step.guard import Policy, guarded, watched
+from jaxtrain.step.gradients import LossFn, accumulate_gradients, evaluate_loss, gradient_of
+from jaxtrain.step.guard import Policy, count_bad_labels, guard_step
 
-After = Callable[[State], State]
+PostUpdate = Callable[[State], State]
 
 
 def identity(batch: Batch, key: jax.Array | None) -> Batch:
@@ -47,7 +47,7 @@ def make_init(
     tx: optax.GradientTransformation,
     prepare: Prepare = identity,
     data_init: Callable[[Any, Batch], Any] | None = None,
-    after: Sequence[After] = (),
+    post_update: Sequence[PostUpdate] = (),
     loss_scale: LossScale | None = None,
 ) -> Callable[[jax.Array, Batch], State]:
     """Pure ``(key, batch) -> State`` at step 0.
@@ -57,7 +57,7 @@ def make_init(
       tx: any optax transformation.
       prepare: what is done to the batch before the model sees it.
       data_init: ``(params, prepared batch) -> params`` for initialisation from data (whitening).
-      after: the functions given to the train step; one with an ``init`` method adds its own state.
+      post_update: the functions given to the train step; one with an ``init`` method adds its own state.
       loss_scale: the one given to the train step; adds its own state too.
     """
     pair = as_model(model)
@@ -80,7 +80,7 @@ def make_init(
         if loss_scale is not None:
             extra = {**extra, "loss_scale": loss_scale.init()}
         state = State(jnp.zeros((), jnp.int32), params, extra, tx.init(params))
-        for change in after:
+        for change in post_update:
             if hasattr(change, "init"):
                 state = change.init(state)
         return state
@@ -93,7 +93,7 @@ def make_train_step(
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
     prepare: Prepare = identity,
-    after: Sequence[After] = (),
+    post_update: Sequence[PostUpdate] = (),
     accumulate: int = 1,
     loss_scale: LossScale | None = None,
     unroll: bool = False,
@@ -109,7 +109,7 @@ def make_train_step(
       loss_fn: ``(outputs, batch) -> (scalar, metrics)``; metrics are mergeable (``Mean.of``).
       tx: any optax transformation.
       prepare: ``(batch, key) -> batch``, compiled with the step: cast, normalise, augment.
-      after: pure ``State -> State`` functions applied in order after the update (EMA, Lookahead, masks).
+      post_update: pure ``State -> State`` functions, applied in order (EMA, Lookahead, masks).
       accumulate: microbatches that the prepared batch is cut into, one after another, for the memory of one.
         The gradient is that of the whole batch for a loss that is a mean over examples; what a model takes
         over a batch (BatchNorm) or draws (dropout) is of each microbatch.
@@ -128,9 +128,9 @@ def make_train_step(
     """
     if accumulate < 1:
         raise InputError(f"accumulate is {accumulate}: it must be at least 1")
-    gradient = gradient_of(as_model(model), loss_fn if guard == "off" else watched(loss_fn))
+    gradient = gradient_of(as_model(model), loss_fn if guard == "off" else count_bad_labels(loss_fn))
     if accumulate > 1:
-        gradient = accumulated(gradient, accumulate, unroll)
+        gradient = accumulate_gradients(gradient, accumulate, unroll)
 
     def train_step(state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
         prepare_key, model_key = jax.random.split(jax.random.fold_in(key, state.step))
@@ -145,11 +145,11 @@ def make_train_step(
         if loss_scale is not None:
             state, scaling = loss_scale.guard(old, state, grads, norm)
             metrics |= scaling
-        for change in after:
+        for change in post_update:
             state = change(state)
         return state, metrics
 
-    return guarded(train_step, guard)
+    return guard_step(train_step, guard)
 
 
 def scan_steps(
@@ -209,7 +209,7 @@ def make_eval_step(
 
     def eval_step(state: State, batch: Batch) -> Metrics:
         batch = prepare(batch, None)
-        params, extra = evaluated(state)
+        params, extra = eval_state(state)
         outputs, _ = pair.apply(params, split_extra(extra)[0], batch, train=False, key=None)
         _, metrics = evaluate_loss(loss_fn, outputs, batch)
         return {**metrics, **(metrics_fn(whole(outputs), batch) if metrics_fn else {})}
@@ -217,7 +217,7 @@ def make_eval_step(
     return eval_step
 
 
-def evaluated(state: State) -> tuple[Any, dict[str, Any]]:
+def eval_state(state: State) -> tuple[Any, dict[str, Any]]:
     """The params and statistics that evaluation uses: the averaged ones where the state holds them."""
     if "ema" not in state.extra:
         return state.params, state.extra

@@ -61,7 +61,7 @@ def gradient_of(model: Model, loss_fn: LossFn) -> GradientFn:
     return gradient
 
 
-def accumulated(gradient: GradientFn, parts: int, unroll: bool = False) -> GradientFn:
+def accumulate_gradients(gradient: GradientFn, parts: int, unroll: bool = False) -> GradientFn:
     """``gradient`` over ``parts`` microbatches, one after another: the memory of one, the result of all.
 
     Each counts by its share of the examples, which is the count of ``metrics["loss"]`` where the loss reports

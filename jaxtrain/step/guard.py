@@ -12,7 +12,7 @@ class. The loop hears of it from ``metrics["guard"]`` (``jaxtrain.train.bad_upda
 >>> state = make_init(model, tx)(jax.random.key(0), batch)
 >>> step = jax.jit(make_train_step(model, CrossEntropy(), tx, guard="stop"))
 >>> after, metrics = step(state, batch, jax.random.key(1))
->>> faults(metrics["guard"].figures())
+>>> bad_figures(metrics["guard"].figures())
 ['1 label is no class of the model', 'loss is nan']
 >>> all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(state.params)))
 True
@@ -34,9 +34,9 @@ from jaxtrain.core.types import Batch, Metrics, State
 from jaxtrain.metrics import Mean
 
 Policy = Literal["stop", "skip", "off"]
-NAME = "guard"  # of the figures among a step's metrics
-OUTSIDE = "labels_out_of_range"
-FIGURES = ("loss", "grad_norm", "update_norm", OUTSIDE)
+GUARD = "guard"  # of the figures among a step's metrics
+BAD_LABELS = "labels_out_of_range"
+FIGURES = ("loss", "grad_norm", "update_norm", BAD_LABELS)
 
 Step = Callable[[State, Batch, jax.Array], tuple[State, Metrics]]
 
@@ -58,7 +58,7 @@ class Figures:
 
     def compute(self) -> float:
         """1 for a bad update, 0 for a good one."""
-        return float(bool(faults(self.figures())))
+        return float(bool(bad_figures(self.figures())))
 
 
 @jax.tree_util.register_dataclass
@@ -77,7 +77,7 @@ class Total:
         return float(self.total)
 
 
-class Watched:
+class CountBadLabels:
     """A loss that also counts the labels which are no classes, where ``loss.outside`` can tell."""
 
     def __init__(self, loss_fn: Any) -> None:
@@ -86,18 +86,18 @@ class Watched:
     def __call__(self, outputs: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
         """As the loss, with the metric ``labels_out_of_range`` beside its own."""
         loss, metrics = self._loss_fn(outputs, batch)
-        return loss, {**metrics, OUTSIDE: Total(self._loss_fn.outside(outputs, batch))}
+        return loss, {**metrics, BAD_LABELS: Total(self._loss_fn.outside(outputs, batch))}
 
     def __getattr__(self, name: str) -> Any:  # a step factory may want to know the loss's settings
         return getattr(self._loss_fn, name)
 
 
-def watched(loss_fn: Any) -> Any:
+def count_bad_labels(loss_fn: Any) -> Any:
     """``loss_fn``, counting labels out of range if it has ``outside(outputs, batch) -> int []``."""
-    return Watched(loss_fn) if hasattr(loss_fn, "outside") else loss_fn
+    return CountBadLabels(loss_fn) if hasattr(loss_fn, "outside") else loss_fn
 
 
-def guarded(train_step: Step, policy: Policy) -> Step:
+def guard_step(train_step: Step, policy: Policy) -> Step:
     """``train_step``, whose bad updates leave the state as it was, except for ``state.step``.
 
     ``state.step`` is the position in the data, and goes on. The figures are added to the metrics as
@@ -109,7 +109,7 @@ def guarded(train_step: Step, policy: Policy) -> Step:
 
     Args:
       train_step: pure ``(state, batch, key) -> (state, metrics)``; its metrics ``loss`` and ``grad_norm``,
-        where it has them, are two of the figures. With a loss from ``watched`` the labels are the fourth.
+        where it has them, are two of the figures. ``count_bad_labels`` adds a fourth, the labels.
       policy: with ``"skip"`` the metrics of a bad update count for nothing, and ``skipped`` (0 or 1) is
         reported; with ``"off"`` the step is returned as it is.
     """
@@ -118,8 +118,8 @@ def guarded(train_step: Step, policy: Policy) -> Step:
 
     def step(state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
         new, metrics = jax.lax.optimization_barrier(train_step(state, batch, key))
-        outside = metrics.get(OUTSIDE)
-        metrics = {name: metric for name, metric in metrics.items() if name != OUTSIDE}
+        outside = metrics.get(BAD_LABELS)
+        metrics = {name: metric for name, metric in metrics.items() if name != BAD_LABELS}
         values = jnp.stack(
             [
                 _figure(metrics.get("loss")),
@@ -132,18 +132,18 @@ def guarded(train_step: Step, policy: Policy) -> Step:
         kept = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, state)
         if policy == "skip":
             metrics = _counted(metrics, good)
-        return kept.replace(step=new.step), {**metrics, NAME: Figures(values)}
+        return kept.replace(step=new.step), {**metrics, GUARD: Figures(values)}
 
     return step
 
 
-def faults(figures: Mapping[str, float]) -> list[str]:
+def bad_figures(figures: Mapping[str, float]) -> list[str]:
     """What is wrong with an update, in words, the likeliest cause first; empty for a good one.
 
-    >>> faults({"loss": 0.3, "grad_norm": float("inf"), "update_norm": 0.1, "labels_out_of_range": 0.0})
+    >>> bad_figures({"loss": 0.3, "grad_norm": float("inf"), "update_norm": 0.1, "labels_out_of_range": 0.0})
     ['grad_norm is inf']
     """
-    outside = figures[OUTSIDE]
+    outside = figures[BAD_LABELS]
     labels = (
         [f"{outside:.0f} label{'s are' if outside > 1 else ' is'} no class of the model"] if outside else []
     )

@@ -26,7 +26,7 @@ class _Layout(NamedTuple):
 
 
 @jax.tree_util.register_pytree_node_class
-class Packed(Mapping[str, Any]):
+class PackedMetrics(Mapping[str, Any]):
     """The metrics of an update, or with a leading axis those of several; made by ``Packed.of``.
 
     As a mapping it gives single metrics as they were packed.
@@ -60,7 +60,7 @@ class Packed(Mapping[str, Any]):
 
     def rows(self) -> list[Metrics]:
         """The metrics of each update on the host, float64 and int64; waits for them."""
-        vectors = [_widened(np.asarray(vector)) for vector in self.vectors]
+        vectors = [_widen(np.asarray(vector)) for vector in self.vectors]
         if vectors[0].ndim == 1:
             return [self._unpacked(vectors)]
         return [self._unpacked(rows) for rows in zip(*vectors, strict=True)]
@@ -97,18 +97,18 @@ class Packed(Mapping[str, Any]):
         return cls(tuple(vectors), layout)
 
 
-def packed(train_step: Callable[..., tuple[Any, Metrics]]) -> Callable[..., tuple[Any, Packed]]:
+def pack_metrics(train_step: Callable[..., tuple[Any, Metrics]]) -> Callable[..., tuple[Any, PackedMetrics]]:
     """``train_step``, whose metrics are packed."""
 
     @functools.wraps(train_step)
-    def step(*args: Any) -> tuple[Any, Packed]:
+    def step(*args: Any) -> tuple[Any, PackedMetrics]:
         state, metrics = train_step(*args)
-        return state, Packed.of(metrics)
+        return state, PackedMetrics.of(metrics)
 
     return step
 
 
-def _widened(array: np.ndarray) -> np.ndarray:
+def _widen(array: np.ndarray) -> np.ndarray:
     """For adding up: float32 counts up to 2^24 only, int32 to 2^31."""
     kind = array.dtype.kind  # V is bfloat16
     return array.astype(np.float64) if kind in "fV" else array.astype(np.int64) if kind in "iub" else array

@@ -12,7 +12,7 @@ import jax
 
 from jaxtrain.program import Program
 from jaxtrain.sharding import multihost
-from jaxtrain.step.packing import Packed
+from jaxtrain.step.packing import PackedMetrics
 from jaxtrain.train.dispatch import InFlight
 
 SHORTEST = 5_000  # updates of a run that are worth a second compilation: up to 0.2 ms are won at each
@@ -44,7 +44,7 @@ class Choice:
     def record(self) -> dict[str, Any]:
         """For ``config.json``."""
         measured = {"dispatch_seconds": self.seconds} if self.seconds else {}
-        return {"steps_per_dispatch": self.count, "steps_per_dispatch_why": self.why, **measured}
+        return {"steps_per_execution": self.count, "steps_per_execution_why": self.why, **measured}
 
 
 def decide(program: Program, begun: Mapping[str, Any] | None, deterministic: bool) -> Choice:
@@ -55,9 +55,11 @@ def decide(program: Program, begun: Mapping[str, Any] | None, deterministic: boo
       begun: the record of the run (``config.json``) where it has begun: then nothing is decided again.
       deterministic: what is measured may not decide anything.
     """
-    asked = program.experiment.steps_per_dispatch
+    asked = program.experiment.steps_per_execution
     if begun is not None:
-        return Choice(begun.get("steps_per_dispatch", 1), begun.get("steps_per_dispatch_why", "as it began"))
+        return Choice(
+            begun.get("steps_per_execution", 1), begun.get("steps_per_execution_why", "as it began")
+        )
     if asked != "auto":
         return Choice(asked, "as set")
     return Choice(1, "--deterministic") if deterministic else choose(program)
@@ -73,20 +75,22 @@ def choose(program: Program) -> Choice:
         return Choice(1, f"a run of fewer than {SHORTEST:,} updates")
     trial = _Trial(program)
     trial.seconds(1, FEW)  # compiles
-    one = multihost.agree(trial.seconds(1, FEW), "seconds of an update")
+    one = multihost.broadcast_from_0(trial.seconds(1, FEW), "seconds of an update")
     if one >= LONGEST:
         return Choice(1, f"{1e3 * one:.1f} ms an update", {1: one})
     count = _even(program.uninterrupted(), MANY)
     if count == 1:
         return Choice(1, "an evaluation or a checkpoint after every update", {1: one})
     trial.seconds(count)
-    several = multihost.agree(trial.seconds(count), "seconds of several")
+    several = multihost.broadcast_from_0(trial.seconds(count), "seconds of several")
     times = {1: [one], count: [several]}
     if several < 2 * one:  # convolutions on a CPU are slower still, and need no second look
         for number in range(ROUNDS):
             for each in (1, count) if number % 2 else (count, 1):
                 times[each].append(trial.seconds(each))
-    found = multihost.agree([statistics.median(times[1]), statistics.median(times[count])], "medians")
+    found = multihost.broadcast_from_0(
+        [statistics.median(times[1]), statistics.median(times[count])], "medians"
+    )
     told = f"{1e6 * found[0]:.0f} µs an update one by one, {1e6 * found[1]:.0f} µs {count} at once"
     return Choice(count if found[0] > GAIN * found[1] else 1, told, dict(zip((1, count), found, strict=True)))
 
@@ -118,7 +122,7 @@ class _Trial:
         jax.block_until_ready(self._state)
         return (time.perf_counter() - began) / updates
 
-    def _dispatch(self, count: int) -> Packed:
+    def _dispatch(self, count: int) -> PackedMetrics:
         program = self._program
         if count == 1:
             self._state, metrics = program.train_step(self._state, self._batch, program.key)

@@ -11,12 +11,12 @@ import numpy as np
 
 from jaxtrain.data import compose
 from jaxtrain.program import Program
-from jaxtrain.program.check_values import listed, not_finite
+from jaxtrain.program.check_values import format_ids, not_finite
 from jaxtrain.program.loader import EPOCH, EXAMPLE_ID
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class BadField:
     """What is wrong with one field of a batch.
 
     Attributes:
@@ -35,7 +35,7 @@ class Finding:
     def text(self) -> str:
         """For a line."""
         where = " after augment and preprocess, and not in the source" if self.stage else ""
-        return f"field {self.field!r} of {listed(self.examples)} {self.what}{where}"
+        return f"field {self.field!r} of {format_ids(self.examples)} {self.what}{where}"
 
     @property
     def record(self) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class Finding:
         return {"examples": self.examples.tolist(), "what": self.what, "made_by": made_by}
 
 
-def find(program: Program, step: int) -> list[Finding]:
+def locate(program: Program, step: int) -> list[BadField]:
     """Fields of update ``step`` with NaN, infinity or a label that is no class; empty where all are well.
 
     The batch is gathered again, and its stages are applied as ``step.make_train_step`` does. Each process
@@ -72,10 +72,11 @@ def _prepared(program: Program, raw: dict[str, Any], step: int) -> dict[str, np.
     return batch
 
 
-def _wrong(program: Program, batch: dict[str, Any], places: np.ndarray, stage: bool) -> list[Finding]:
+def _wrong(program: Program, batch: dict[str, Any], places: np.ndarray, stage: bool) -> list[BadField]:
     rest = {name: array for name, array in batch.items() if name not in (EXAMPLE_ID, EPOCH)}
     found = [
-        Finding(name, places[rows], "holds NaN or infinity", stage) for name, rows in not_finite(rest).items()
+        BadField(name, places[rows], "holds NaN or infinity", stage)
+        for name, rows in not_finite(rest).items()
     ]
     loss = program.experiment.loss
     shapes = jax.tree.leaves(program.outputs, is_leaf=lambda x: hasattr(x, "shape"))  # ChunkedLogits is one
@@ -89,5 +90,5 @@ def _wrong(program: Program, batch: dict[str, Any], places: np.ndarray, stage: b
             if len(rows):
                 values = ", ".join(map(str, np.unique(label[bad])[:5]))
                 what = f"is {values}, no class of 0..{shapes[0].shape[-1] - 1},"
-                found.append(Finding(name, places[rows], what.rstrip(",") if not stage else what, stage))
+                found.append(BadField(name, places[rows], what.rstrip(",") if not stage else what, stage))
     return found

@@ -13,7 +13,7 @@ from jaxtrain import checkpoint, sharding
 from jaxtrain.core.errors import InputError
 from jaxtrain.program import Program
 from jaxtrain.program.device_limits import limit_of, size_text
-from jaxtrain.program.memory import held, mesh_of
+from jaxtrain.program.memory import device_arrays, mesh_of
 
 SAVED = 2  # checkpoints that are there at once, at least: the last good one and the one being written
 
@@ -27,8 +27,8 @@ def check_disk(program: Program, folder: Path) -> None:
     """
     there = folder.glob("checkpoints/*/manifest.json") if folder.is_dir() else ()
     count = SAVED - min(SAVED - 1, len(list(there)))
-    one = checkpoint.space(program.like)
-    disk = nearest(folder)
+    one = checkpoint.space(program.abstract_state)
+    disk = nearest_existing(folder)
     free = shutil.disk_usage(disk).free
     if count * one > free:
         what = "two checkpoints need" if count > 1 else "one more checkpoint needs"
@@ -48,7 +48,7 @@ def check_memory(program: Program) -> None:
     limit = limit_of(mesh_of(program))
     if limit is None:
         return
-    parts = {part: sum(one.bytes for one in arrays) for part, arrays in held(program).items()}
+    parts = {part: sum(one.bytes for one in arrays) for part, arrays in device_arrays(program).items()}
     if sum(parts.values()) <= limit.bytes:
         return
     names = {"params": "parameters", "optimizer": "optimizer state", "other_state": "other state"}
@@ -59,7 +59,7 @@ def check_memory(program: Program) -> None:
     )
 
 
-def smaller(program: Program) -> list[str]:
+def smaller_settings(program: Program) -> list[str]:
     """Settings with which a step needs less memory, and that divide as they must: ``accumulate=2``."""
     exp, parts = program.experiment, sharding.batch_parts(mesh_of(program))
     rows = exp.batch // parts
@@ -72,14 +72,14 @@ def _fix(program: Program, parts: dict[str, int], limit: int) -> str:
     """What to change, for the part that is too large."""
     mesh, exp = mesh_of(program), program.experiment
     if parts["data"] and sum(parts.values()) - parts["data"] <= limit:
-        return "--set feed=stream keeps the data on the host"
+        return "--set placement=stream keeps the data on the host"
     state = sum(parts[name] for name in ("params", "optimizer", "other_state"))
     if state + parts["batch"] > limit >= state:
         each = sharding.batch_parts(mesh) * exp.accumulate
         most = (limit - state) * exp.batch // parts["batch"] // each * each
         if most:
             return f"--set batch={most} is the largest that leaves any room"
-    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.like))
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract_state))
     if whole <= limit * mesh.size and mesh.shape["fsdp"] < mesh.size:
         return f"--mesh fsdp={mesh.size} splits the state over the {mesh.size} devices"
     return (
@@ -102,7 +102,7 @@ def check_folder(folder: Path) -> None:
             raise InputError(f"{folder} is a file: give a folder")
         if (folder / "result.json").exists():
             return
-        there = nearest(folder)
+        there = nearest_existing(folder)
         where = "" if there == folder.absolute() else f" in {there}"
         with tempfile.TemporaryFile(dir=there):  # without a name, where the file system can
             pass
@@ -112,10 +112,10 @@ def check_folder(folder: Path) -> None:
         ) from error
 
 
-def nearest(folder: Path) -> Path:
+def nearest_existing(folder: Path) -> Path:
     """``folder``, or the closest of its parents that is there.
 
-    >>> nearest(Path("/nothing/of/the/kind"))
+    >>> nearest_existing(Path("/nothing/of/the/kind"))
     PosixPath('/')
     """
     folder = folder.absolute()

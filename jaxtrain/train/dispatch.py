@@ -15,11 +15,11 @@ from typing import Any
 
 import jax
 
-from jaxtrain.core.signals import alive
+from jaxtrain.core.signals import heartbeat
 from jaxtrain.core.types import Metrics, State
 from jaxtrain.program import Program, memory
 from jaxtrain.sharding import multihost
-from jaxtrain.step.packing import Packed
+from jaxtrain.step.packing import PackedMetrics
 from jaxtrain.train.recompile import OneCompile
 
 
@@ -35,10 +35,10 @@ class InFlight:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._queue: collections.deque[Packed] = collections.deque()
+        self._queue: collections.deque[PackedMetrics] = collections.deque()
         self._far = jax.default_backend() != "cpu"
 
-    def add(self, metrics: Packed) -> list[list[Metrics]]:
+    def add(self, metrics: PackedMetrics) -> list[list[Metrics]]:
         """Note what was just dispatched; returns once at most ``most`` are unfinished.
 
         Returns:
@@ -49,10 +49,10 @@ class InFlight:
                 for vector in metrics.vectors:
                     vector.copy_to_host_async()
         self._queue.append(metrics)
-        alive()
+        heartbeat()
         return list(self._read(self._most))
 
-    def settle(self) -> Iterator[list[Metrics]]:
+    def drain(self) -> Iterator[list[Metrics]]:
         """The rest of what ``add`` returns, each of which is waited for when it is asked for."""
         return self._read(0)
 
@@ -85,7 +85,7 @@ class Dispatch:
         one, several = (OneCompile(fn, 0, note, strict) for fn in (program.train_step, program.train_steps))
         self._one, self._several = mark("dispatch", one), mark("dispatch", several)
 
-    def __call__(self, state: State, step: int, count: int) -> tuple[State, Packed]:
+    def __call__(self, state: State, step: int, count: int) -> tuple[State, PackedMetrics]:
         """Dispatch the ``count`` updates after update ``step``; with several, metrics have a leading axis.
 
         Raises:
@@ -99,7 +99,7 @@ class Dispatch:
 
 
 @contextlib.contextmanager
-def ahead(program: Program) -> Iterator[None]:
+def compile_in_background(program: Program) -> Iterator[None]:
     """Compile what ``Dispatch`` will call while this block goes on; done when it is left.
 
     An error in it is left to the call. Several processes, which may compile together, do it with the call.
@@ -107,9 +107,9 @@ def ahead(program: Program) -> Iterator[None]:
 
     def compile() -> None:
         with contextlib.suppress(Exception):
-            program.train_step.lower(*memory.call_like(program)).compile()  # type: ignore[attr-defined]
+            program.train_step.lower(*memory.abstract_args(program)).compile()  # type: ignore[attr-defined]
 
-    if multihost.count() > 1:
+    if multihost.process_count() > 1:
         yield
         return
     thread = threading.Thread(target=compile, name="compile")

@@ -19,8 +19,8 @@ from jaxtrain.program import Program
 from jaxtrain.program.throughput import throughput
 from jaxtrain.sharding import multihost
 from jaxtrain.train import out_of_memory
-from jaxtrain.train.bad_updates import Watch
-from jaxtrain.train.dispatch import Dispatch, InFlight, ahead
+from jaxtrain.train.bad_updates import BadUpdateMonitor
+from jaxtrain.train.dispatch import Dispatch, InFlight, compile_in_background
 from jaxtrain.train.run_folder import RunFolder
 
 
@@ -65,20 +65,20 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {"experiment": name, "hash": config_hash(experiment), "jaxtrain": __version__}
     about |= {"jax": jax.__version__, "run": RunFolder(folder).run_id()}
-    writes = multihost.is_first()
+    writes = multihost.is_process_0()
     everywhere = program.key.sharding.device_set
     mine = [device for device in jax.local_devices() if device in everywhere]
     with (
-        out_of_memory.explained(program, name, folder, console),
+        out_of_memory.explain_out_of_memory(program, name, folder, console),
         on_signals(grace) as request,
-        watchdog(hang_after, folder / f"hang-{multihost.index()}.txt"),
-        checkpoint.open(folder, experiment.keep, about, console.note) as saved,
-        monitor.metered(mine, len(mine) / len(everywhere)) as meter,
-        monitor.traced(updates, folder, console, len(mine)) as trace,
+        watchdog(hang_after, folder / f"hang-{multihost.process_index()}.txt"),
+        checkpoint.open(folder, experiment.max_to_keep, about, console.note) as saved,
+        monitor.measure_devices(mine, len(mine) / len(everywhere)) as meter,
+        monitor.trace_updates(updates, folder, console, len(mine)) as trace,
     ):
         speed = throughput(program)
-        with ahead(program):  # compiles the step meanwhile
-            state, start = _begin(program, folder, saved, resume, init_from, console)
+        with compile_in_background(program):  # compiles the step meanwhile
+            state, start = _restore_or_init(program, folder, saved, resume, init_from, console)
 
         def told(step: int) -> dict[str, float]:
             taken = meter.record((step - start) * experiment.batch)
@@ -98,7 +98,7 @@ def fit(
             found = _result(program, state, saved, record, console)
             found |= (
                 speed.record()
-                | record.pace.whole()
+                | record.pace.overall()
                 | meter.result((program.steps - start) * experiment.batch)
             )
     found |= {"seconds": time.perf_counter() - began, "resumed_from": start, "folder": str(folder)}
@@ -106,7 +106,7 @@ def fit(
     return found
 
 
-def _begin(
+def _restore_or_init(
     program: Program,
     folder: Path,
     saved: checkpoint.Checkpoints,
@@ -123,7 +123,7 @@ def _begin(
         source, renames = init_from
         return checkpoint.init_from(source, renames, program.init(), console.note)
 
-    state, start = saved.restore_or(init, program.like, resume)
+    state, start = saved.restore_or(init, program.abstract_state, resume)
     recorded = 0 if start else RunFolder(folder).recorded_steps()
     if recorded:
         console.note(f"there are records to step {recorded} and no checkpoint: starting again from step 1")
@@ -146,20 +146,20 @@ def _train(
 ) -> State:
     """The loop. Every line of it is ordered: evaluate, then save what the evaluation chose, then stop."""
     flight, votes = InFlight(program.experiment.max_in_flight), multihost.Votes()
-    finished = Finished(start, Watch(program, folder, console.note), record)
+    finished = MetricsConsumer(start, BadUpdateMonitor(program, folder, console.note), record)
     dispatch = Dispatch(program, console.note, strict, trace.mark)
     wait, save = trace.mark("waiting for the device", flight.add), trace.mark("checkpoint", saved.save)
     take = trace.mark("records", finished.take)
 
-    def settle() -> None:
-        finished.take(flight.settle())
+    def drain() -> None:
+        finished.take(flight.drain())
 
     top, step = saved.best_score(), start
     trace.begin(start, program.steps)
     console.begin(start, program.steps)
     while step < program.steps:
         count = program.dispatched(step)
-        trace.step(step + 1, count, state, record, settle)
+        trace.step(step + 1, count, state, record, drain)
         state, metrics = dispatch(state, step, count)
         step += count
         take(wait(metrics))  # of updates before these, which run meanwhile
@@ -167,30 +167,30 @@ def _train(
         saved.poll()
         score = None
         if program.evaluates(step):
-            settle()
+            drain()
             with record.paused():
-                score = _look(program, state, step, record, console)
+                score = _evaluate_mid_run(program, state, step, record, console)
         improved = score is not None and (top is None or score > top)
-        stop = votes.cast(request.signum or 0)  # what any process has been asked
+        stop = votes.any_process(request.signum or 0)  # what any process has been asked
         if program.saves(step) or improved or stop:
-            settle()  # raises on a bad update: nothing after one is ever saved
+            drain()  # raises on a bad update: nothing after one is ever saved
             record.flush()  # with the guard off, raises on a loss that is not finite
             save(step, state, score)
             top = score if improved else top
         if stop and step < program.steps:
             saved.wait()
             raise Stopped(f"stopped after step {step} of {program.steps}", stop)
-    trace.end(state, record, settle)
-    settle()
+    trace.end(state, record, drain)
+    drain()
     console.end()
     saved.wait()
     return state
 
 
-class Finished:
+class MetricsConsumer:
     """Takes the metrics of finished updates in their order: judged first, then recorded."""
 
-    def __init__(self, start: int, watch: Watch, record: monitor.Recorder) -> None:
+    def __init__(self, start: int, watch: BadUpdateMonitor, record: monitor.Recorder) -> None:
         self._step, self._watch, self._record = start, watch, record
 
     def take(self, dispatches: Iterable[Sequence[Metrics]]) -> None:
@@ -207,14 +207,14 @@ class Finished:
 
 
 @monitor.mark("evaluation")
-def _look(
+def _evaluate_mid_run(
     program: Program, state: State, step: int, record: monitor.Recorder, console: Console
 ) -> float | None:
     """Evaluate in mid-run; the validation score, or None when only the test set was looked at."""
     split = "valid" if "valid" in program.evals else "test"
     values = evaluate(program, state, split, console)
     record.scalars(step, {f"{split}/{name}": value for name, value in values.items()})
-    console.note(f"step {step}/{program.steps}  {split}  {monitor.describe(values, None)}")
+    console.note(f"step {step}/{program.steps}  {split}  {monitor.format_metrics(values, None)}")
     return program.score(values) if split == "valid" else None
 
 
@@ -227,8 +227,8 @@ def evaluate(program: Program, state: State, split: str, console: Console) -> di
         for number in range(part.batches):
             found += flight.add(part.step(state, part.loader.batch(number)))
             advance(number + 1)
-        found += flight.settle()
-    return monitor.merged(itertools.chain.from_iterable(found))
+        found += flight.drain()
+    return monitor.merge_all(itertools.chain.from_iterable(found))
 
 
 def _result(
@@ -246,7 +246,7 @@ def _result(
     found |= record.speed()
     best = saved.best()
     if best is not None:
-        chosen = state if best.step == program.steps else saved.restore(best, program.like)
+        chosen = state if best.step == program.steps else saved.restore(best, program.abstract_state)
         test = last if chosen is state else evaluate(program, chosen, "test", console)
         found["best"] = {"step": best.step, "valid": best.score, "test": test}
     return found

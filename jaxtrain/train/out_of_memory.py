@@ -19,17 +19,17 @@ from jaxtrain.experiment import find
 from jaxtrain.monitor import Console
 from jaxtrain.program import Program
 from jaxtrain.program.device_limits import size_text
-from jaxtrain.program.memory import bytes_per_device, held, mesh_of
+from jaxtrain.program.memory import bytes_per_device, device_arrays, mesh_of
 from jaxtrain.program.memory_text import memory_text, table
 from jaxtrain.sharding import rules
 from jaxtrain.train import run_folder
-from jaxtrain.train.capacity import smaller
+from jaxtrain.train.capacity import smaller_settings
 
 LARGEST = 10
 
 
 @contextlib.contextmanager
-def explained(program: Program, name: str, folder: Path, console: Console) -> Iterator[None]:
+def explain_out_of_memory(program: Program, name: str, folder: Path, console: Console) -> Iterator[None]:
     """Turns an error of JAX for want of device memory into a RunError that says what to do.
 
     Before it is raised the console shows what the run needs between two steps, and the largest arrays that
@@ -47,39 +47,39 @@ def explained(program: Program, name: str, folder: Path, console: Console) -> It
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         console.end()
-        for text in (_needed, _live):
+        for text in (_needed_text, _live_text):
             with contextlib.suppress(Exception):
                 console.note("\n" + text(program))
         command = f"python -m jaxtrain plan --experiment {name}"
         with contextlib.suppress(Exception):
             command = _command(program, name, folder)
-        advice = [f"--set {setting}" for setting in smaller(program)]
+        advice = [f"--set {setting}" for setting in smaller_settings(program)]
         tries = f"try {' or '.join(advice)}, or " if advice else ""
         raise RunError(
-            f"a device has no memory left{_asked(error)}: {tries}see what fits with: {command}"
+            f"a device has no memory left{_requested_text(error)}: {tries}see what fits with: {command}"
         ) from error
 
 
-def _asked(error: Exception) -> str:
+def _requested_text(error: Exception) -> str:
     """How much it wanted, where the error says so in bytes."""
     found = re.search(r"allocat\w* (\d+)( ?bytes|B)|\((\d+)B\)", str(error))
     return f", which was asked for {size_text(int(found[1] or found[3]))} more" if found else ""
 
 
-def live_arrays(like: Any) -> list[tuple[str, int, str, int]]:
+def live_arrays(abstract: Any) -> list[tuple[str, int, str, int]]:
     """What lies on the devices, by kind of array: (where from, how many, array, bytes on each device).
 
     An array is taken for one of the state if it has its shape, type and sharding, else it is ``other``; the
     kinds of most bytes come first.
 
     Args:
-      like: the state's shapes, dtypes and shardings.
+      abstract: the state's shapes, dtypes and shardings.
     """
-    paths = leaf_paths(like)
+    paths = leaf_paths(abstract)
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for array in jax.live_arrays():
         if not array.is_deleted():
-            found = [path for path, leaf in paths.items() if _alike(array, leaf)]
+            found = [path for path, leaf in paths.items() if _same_kind(array, leaf)]
             more = f" and {len(found) - 1} like it" if len(found) > 1 else ""
             where = f"{found[0]}{more}" if found else "other"
             split = rules.spec_text(array.sharding) if isinstance(array.sharding, NamedSharding) else ""
@@ -89,18 +89,18 @@ def live_arrays(like: Any) -> list[tuple[str, int, str, int]]:
     return sorted(rows, key=lambda row: -row[3])
 
 
-def _alike(array: Any, leaf: Any) -> bool:
+def _same_kind(array: Any, leaf: Any) -> bool:
     same = array.shape == leaf.shape and array.dtype == leaf.dtype
     return same and array.sharding.is_equivalent_to(leaf.sharding, len(leaf.shape))
 
 
-def _needed(program: Program) -> str:
-    exact = {part: sum(one.bytes for one in arrays) for part, arrays in held(program).items()}
+def _needed_text(program: Program) -> str:
+    exact = {part: sum(one.bytes for one in arrays) for part, arrays in device_arrays(program).items()}
     return memory_text(exact, {"total": "and the temporaries of a step, which plan tells"})
 
 
-def _live(program: Program) -> str:
-    rows = live_arrays(program.like)
+def _live_text(program: Program) -> str:
+    rows = live_arrays(program.abstract_state)
     lines = [(where, f"{n} ×", text, size_text(size)) for where, n, text, size in rows[:LARGEST]]
     total = size_text(sum(size for *_, size in rows))
     lines.append(("all", f"{sum(n for _, n, *_ in rows)} ×", "", total))
@@ -113,7 +113,7 @@ def _command(program: Program, name: str, folder: Path) -> str:
     settings: list[str] = []
     with contextlib.suppress(InputError, RunError, OSError):
         record = run_folder.load(folder)
-        name, settings = _named(record["name"], record["origin"]), record["overrides"]
+        name, settings = _experiment_argument(record["name"], record["origin"]), record["overrides"]
     words += ["--experiment", name]
     for setting in settings:
         words += ["--set", setting]
@@ -123,7 +123,7 @@ def _command(program: Program, name: str, folder: Path) -> str:
     return shlex.join(words)
 
 
-def _named(name: str, origin: str) -> str:
+def _experiment_argument(name: str, origin: str) -> str:
     """What ``--experiment`` takes: the name, or the file that is not found by it."""
     with contextlib.suppress(InputError):
         if find(name).origin == origin:

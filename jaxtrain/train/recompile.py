@@ -48,7 +48,7 @@ class OneCompile:
         """
         self._number = self._number + 1 if at is None else at
         if self._before is None:  # here, while the arguments are alive: the step gives away their memory
-            self._before = described(state, batch, key)
+            self._before = abstract_signature(state, batch, key)
             result = self._step(state, batch, key, *rest)
             self._size = self._count()
             return result
@@ -56,7 +56,7 @@ class OneCompile:
         size = self._count()
         if size > self._size:
             self._size = size
-            self._tell(self._before, described(state, batch, key))
+            self._tell(self._before, abstract_signature(state, batch, key))
         return result
 
     def _tell(self, before: dict[str, str], now: dict[str, str]) -> None:
@@ -76,11 +76,11 @@ class OneCompile:
         self._note(f"{line}; {fix} (--strict makes this an error)")
 
 
-def described(state: Any, batch: Any, key: Any) -> dict[str, str]:
+def abstract_signature(state: Any, batch: Any, key: Any) -> dict[str, str]:
     """Shape, type, weak type and place of every leaf, by its path. Arrays may have been given away.
 
     >>> import numpy as np
-    >>> described(np.zeros((2, 3), np.int8), {"x": 1.0}, None)
+    >>> abstract_signature(np.zeros((2, 3), np.int8), {"x": 1.0}, None)
     {'batch/x': 'float32[] weak on the host', 'state': 'int8[2,3] on the host'}
     """
     given = {"state": state, "batch": batch, "key": key}

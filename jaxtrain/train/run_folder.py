@@ -44,7 +44,7 @@ def _on_process_0(
 
     @functools.wraps(method)
     def call(self: RunFolder, *args: P.args, **kwargs: P.kwargs) -> T:
-        return multihost.first(lambda: method(self, *args, **kwargs), method.__qualname__)
+        return multihost.on_process_0(lambda: method(self, *args, **kwargs), method.__qualname__)
 
     return call
 
@@ -130,7 +130,7 @@ class RunFolder:
           InputError: another process has the folder.
         """
         with contextlib.ExitStack() as stack:
-            multihost.first(lambda: stack.enter_context(_lock(self.path)), "lock")
+            multihost.on_process_0(lambda: stack.enter_context(_lock(self.path)), "lock")
             yield
 
     @_on_process_0
@@ -235,7 +235,6 @@ def _check_same(folder: Path, old: dict[str, str], experiment: Experiment, exten
     decides = config_text(experiment, operational=False)
     operational = config_text(experiment).keys() - decides.keys()
     before = {path: value for path, value in old.items() if path not in operational}
-    before.setdefault("steps_per_dispatch", "'auto'")  # an older version's run, which had no such setting
     longer = float(decides["epochs"]) > float(before.get("epochs", "inf"))
     if longer and (extend or not _depends_on_length(experiment)):
         before["epochs"] = decides["epochs"]
@@ -255,5 +254,5 @@ def _depends_on_length(experiment: Experiment) -> bool:
     lr = getattr(experiment.optimizer, "lr", None)
     constant = isinstance(lr, Constant) and lr.warmup == 0
     frozen = any(group.until < 1 for group in getattr(experiment.optimizer, "groups", ()))
-    built = any(hasattr(stage, "build") for stage in experiment.after)
+    built = any(hasattr(stage, "build") for stage in experiment.post_update)
     return (isinstance(lr, Schedule) and not constant) or frozen or built

@@ -136,7 +136,7 @@ def measure(given: Mapping[int, Layout], *, steps: int, rounds: int, console: Co
             lanes[n] = _ready(n, given[n], stack, console)
         times: dict[int, list[float]] = {n: [] for n in lanes}
         with console.task("rounds", len(lanes) * (rounds + 1)) as advance:
-            for done, (number, n) in enumerate(turns(list(lanes), rounds + 1), start=1):
+            for done, (number, n) in enumerate(interleaved(list(lanes), rounds + 1), start=1):
                 seconds = lanes[n].round(steps)
                 if number:
                     times[n].append(seconds)
@@ -154,10 +154,10 @@ def measure(given: Mapping[int, Layout], *, steps: int, rounds: int, console: Co
     ]
 
 
-def turns(items: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
+def interleaved(items: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
     """``(round, item)``: every item once a round, every other round backwards.
 
-    >>> [item for _, item in turns("AB", 3)]
+    >>> [item for _, item in interleaved("AB", 3)]
     ['B', 'A', 'A', 'B', 'B', 'A']
     """
     for number in range(rounds):

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtrain import checkpoint, monitor, sharding
 from jaxtrain.core.signals import GRACE, Stopped
 from jaxtrain.experiment import Experiment
-from jaxtrain.monitor import Console, describe, make_console
+from jaxtrain.monitor import Console, format_metrics, make_console
 from jaxtrain.program import Program, assemble
 from jaxtrain.sharding import multihost
 from jaxtrain.train import capacity, environment, loop, out_of_memory
@@ -112,7 +112,7 @@ def fit(
         name=name,
         folder=RunFolder(default_folder(name, experiment) if folder is None else folder),
         mesh=mesh,
-        console=make_console(quiet=not multihost.is_first()) if console is None else console,
+        console=make_console(quiet=not multihost.is_process_0()) if console is None else console,
         extend=extend,
     )
     return run(session, experiment)
@@ -141,7 +141,7 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
     if existing is not None:  # another run is refused before any data is opened
         session.claim(experiment, record)
     program = assemble(experiment, mesh)
-    updates = monitor.window(session.profile, program.steps)
+    updates = monitor.parse_window(session.profile, program.steps)
     result = folder.result(program.steps)
     console.note(
         f"{session.name} in {folder} on {sharding.describe_mesh(mesh)}, batch {_batch_text(experiment, mesh)}"
@@ -170,16 +170,16 @@ def _prepare(
 ) -> Program:
     """Check everything that can be checked, measure what is to be measured, then claim the folder."""
     folder, console = session.folder, session.console
-    multihost.first(lambda: capacity.check_disk(program, folder.path), "disk")
+    multihost.on_process_0(lambda: capacity.check_disk(program, folder.path), "disk")
     capacity.check_memory(program)
     if source and existing is None:  # a run that cannot begin leaves no folder
-        checkpoint.check_init_from(source[0], source[1], program.like)
-    with out_of_memory.explained(program, session.name, folder.path, console):
+        checkpoint.check_init_from(source[0], source[1], program.abstract_state)
+    with out_of_memory.explain_out_of_memory(program, session.name, folder.path, console):
         choice = decide(program, existing, session.deterministic)
     if choice.count > 1:
         console.note(f"{choice.count} updates a dispatch: {choice.why}")
     session.claim(program.experiment, record | program.choices | choice.record())
-    return dataclasses.replace(program, per_dispatch=choice.count)
+    return dataclasses.replace(program, steps_per_execution=choice.count)
 
 
 def _train(
@@ -213,11 +213,11 @@ def _train(
 
 
 def _show_summary(session: Session, result: dict[str, Any]) -> None:
-    rows = {"test, last step": describe(result["test"], None)}
+    rows = {"test, last step": format_metrics(result["test"], None)}
     if "best" in result:
         best = result["best"]
         rows["best on valid"] = f"step {best['step']}, score {best['valid']:.4f}"
-        rows["test, best step"] = describe(best["test"], None)
+        rows["test, best step"] = format_metrics(best["test"], None)
     since = f" (from step {result['resumed_from']})" if result["resumed_from"] else ""
     rows |= {
         "steps": f"{result['steps']:,}",

@@ -25,7 +25,7 @@ def smoke_test(name: str, experiment: Experiment, mesh: Mesh, console: Console) 
       InputError: several processes; a batch more than twice the training set.
       RunError: the restored state evaluates otherwise than the saved one.
     """
-    if multihost.count() > 1:
+    if multihost.process_count() > 1:
         raise InputError("--smoke is for one process: leave --processes out, or use --simulate-devices")
     short = _shortened(experiment)
     with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +44,9 @@ def smoke_test(name: str, experiment: Experiment, mesh: Mesh, console: Console) 
 def _shortened(experiment: Experiment) -> Experiment:
     """Two updates of ``experiment``, on its first examples."""
     batch, n = experiment.batch, len(experiment.train)
-    Order(experiment.seed, n, batch, experiment.remainder).steps(experiment.epochs)  # raises as the run would
+    Order(experiment.seed, n, batch, experiment.drop_remainder).steps(
+        experiment.epochs
+    )  # raises as the run would
     if experiment.holdout:
         holdout(n, experiment.holdout)
     if batch > 2 * n:

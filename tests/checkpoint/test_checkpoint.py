@@ -20,7 +20,6 @@ from jaxtrain.checkpoint import async_save, fingerprint, manifest, store
 from jaxtrain.core import files
 from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.types import State, leaf_paths
-from jaxtrain.sharding import compile
 
 
 def make_state(mesh, value=0.0, width=8, dtype=jnp.float32) -> State:
@@ -38,8 +37,8 @@ def like(state: State) -> State:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
-def save(folder, *steps, mesh, keep=9, scores=()):
-    with checkpoint.open(folder, keep) as saved:
+def save(folder, *steps, mesh, max_to_keep=9, scores=()):
+    with checkpoint.open(folder, max_to_keep) as saved:
         for k, step in enumerate(steps):
             saved.save(step, make_state(mesh, step), scores[k] if scores else None)
 
@@ -64,7 +63,9 @@ def test_a_save_is_not_touched_by_the_steps_that_follow_it(tmp_path, mesh1, mesh
     """The next step reuses the state's buffers while the file is still being written."""
     for number, mesh in enumerate((mesh1, mesh8)):
         whole = sharding.replicated(mesh)
-        step = compile(lambda s: jax.tree.map(lambda x: x + 1, s), args=(whole,), out=whole, donate=(0,))
+        step = sharding.compile(
+            lambda s: jax.tree.map(lambda x: x + 1, s), args=(whole,), out=whole, donate=(0,)
+        )
         state = make_state(mesh, 0, width=200_000)
         with checkpoint.open(tmp_path / str(number)) as saved:
             saved.save(1, state)
@@ -77,9 +78,9 @@ def test_a_save_is_not_touched_by_the_steps_that_follow_it(tmp_path, mesh1, mesh
 
 
 def test_keeps_the_latest_and_the_best(tmp_path, mesh1):
-    save(tmp_path, 1, 2, 3, 4, mesh=mesh1, keep=2, scores=(0.1, 0.9, 0.9, 0.2))
+    save(tmp_path, 1, 2, 3, 4, mesh=mesh1, max_to_keep=2, scores=(0.1, 0.9, 0.9, 0.2))
     assert kept(tmp_path) == [2, 3, 4]
-    save(tmp_path, 5, 6, mesh=mesh1, keep=1, scores=(0.3, 0.3))
+    save(tmp_path, 5, 6, mesh=mesh1, max_to_keep=1, scores=(0.3, 0.3))
     assert kept(tmp_path) == [2, 6]
     with checkpoint.open(tmp_path) as saved:
         assert saved.best().step == 2 and saved.best_score() == 0.9
@@ -133,7 +134,7 @@ def test_links_are_not_followed(what, tmp_path, mesh1):
     with pytest.raises(RunError, match="000002 is damaged"), checkpoint.open(tmp_path / "r") as saved:
         saved.clean()
         saved.restore_or(lambda: None, like(make_state(mesh1)))
-    with checkpoint.open(tmp_path / "r", keep=1) as saved:
+    with checkpoint.open(tmp_path / "r", max_to_keep=1) as saved:
         _, step = saved.restore_or(lambda: None, like(make_state(mesh1)), "last-good")
         assert step == 1
         saved.save(3, make_state(mesh1))
@@ -192,7 +193,10 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(damage, told, tmp_path, 
     save(tmp_path, 1, 2, mesh=mesh1)
     damage(tmp_path / "checkpoints" / "000002")
     pattern = f"000002 is damaged: {told}.*go on from an older one with --resume last-good"
-    with pytest.raises(checkpoint.Damaged, match=pattern) as error, checkpoint.open(tmp_path) as saved:
+    with (
+        pytest.raises(checkpoint.CorruptCheckpointError, match=pattern) as error,
+        checkpoint.open(tmp_path) as saved,
+    ):
         saved.clean()
         saved.restore_or(lambda: pytest.fail("started afresh"), like(make_state(mesh1)))
     assert "\n" not in str(error.value)
@@ -246,7 +250,7 @@ def test_damage_of_any_file_is_found_and_the_file_is_named(how, one_checkpoint, 
             for place in sorted({0, len(was) // 2, max(0, len(was) - 1)}) if was and how is not lose else [0]:
                 if was or how is lose:
                     how(tmp_path / "r" / name, place)
-                    with pytest.raises(checkpoint.Damaged) as error:
+                    with pytest.raises(checkpoint.CorruptCheckpointError) as error:
                         saved.restore(saved.latest(), wanted)
                     assert f"the file {Path(*name.parts[2:])} {TOLD[how]}" in str(error.value)
                     assert how is not truncate or f"{place:,} bytes and had {len(was):,}" in str(error.value)
@@ -268,7 +272,9 @@ def test_arrays_that_come_back_changed_are_found_and_named(one_checkpoint, tmp_p
 
     monkeypatch.setattr(ocp, "load", changed)
     with (
-        pytest.raises(checkpoint.Damaged, match="the array extra/batch_stats/mean is not what was saved"),
+        pytest.raises(
+            checkpoint.CorruptCheckpointError, match="the array extra/batch_stats/mean is not what was saved"
+        ),
         checkpoint.open(folder) as saved,
     ):
         saved.restore(saved.latest(), wanted)
@@ -299,12 +305,14 @@ def test_where_none_is_good_nothing_is_renamed_and_nothing_started(tmp_path, mes
     save(tmp_path, 1, 2, mesh=mesh1)
     for name in ("000001", "000002"):
         lose_arrays(tmp_path / "checkpoints" / name)
-    with pytest.raises(checkpoint.Damaged, match=r"is damaged.*start again") as error:  # noqa: SIM117
+    with pytest.raises(checkpoint.CorruptCheckpointError, match=r"is damaged.*start again") as error:  # noqa: SIM117
         with checkpoint.open(tmp_path) as saved:
             saved.restore(saved.steps()[0], like(make_state(mesh1)))
     assert "last-good" not in str(error.value)  # there is no older one
     with (
-        pytest.raises(checkpoint.Damaged, match=r"no checkpoint in \S+ is good \(step 2: the file"),
+        pytest.raises(
+            checkpoint.CorruptCheckpointError, match=r"no checkpoint in \S+ is good \(step 2: the file"
+        ),
         checkpoint.open(tmp_path) as saved,
     ):
         saved.restore_or(lambda: pytest.fail("started afresh"), like(make_state(mesh1)), "last-good")
@@ -397,7 +405,7 @@ def test_a_complete_checkpoint_survives_an_error_after_it(tmp_path, mesh1, monke
 
     monkeypatch.setattr(store.folders, "remove", fail)
     with pytest.raises(RunError, match=r"saving step 2 .*cannot delete.*step 2 is safe"):
-        save(tmp_path, 1, 2, mesh=mesh1, keep=1)
+        save(tmp_path, 1, 2, mesh=mesh1, max_to_keep=1)
     assert kept(tmp_path) == [1, 2]
 
 
@@ -436,14 +444,14 @@ def test_a_save_copies_and_waits_for_nothing_else(axes, tmp_path, monkeypatch):
     state = make_state(mesh, 5)
     state = state.replace(params=jax.device_put({"w": np.full((64, 32), 5, np.float32)}, split))
     bump = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
-    go, real, threads = threading.Event(), async_save._begun, []
+    go, real, threads = threading.Event(), async_save._start, []
 
     def slow(folder, arrays):
         threads.append(threading.current_thread())
         assert go.wait(20), "the save was waited for"
         return real(folder, arrays)
 
-    monkeypatch.setattr(async_save, "_begun", slow)
+    monkeypatch.setattr(async_save, "_start", slow)
     before = fingerprint.finish(leaf_paths(state), fingerprint.start(leaf_paths(state)))
     with checkpoint.open(tmp_path) as saved:
         saved.save(1, state)
@@ -461,23 +469,23 @@ def test_a_save_copies_and_waits_for_nothing_else(axes, tmp_path, monkeypatch):
 def test_what_is_copied_is_in_memory_of_its_own(mesh1):
     """Else JAX would copy it with one thread, in the step that is given the state."""
     arrays = leaf_paths(make_state(mesh1, 1, width=4000))
-    copied = async_save._copied(arrays)
+    copied = async_save._copy(arrays)
     places = [{x.unsafe_buffer_pointer() for x in some.values()} for some in (arrays, copied)]
     assert not places[0] & places[1]
 
 
 def test_elsewhere_orbax_takes_the_values_before_save_returns(tmp_path, mesh1, monkeypatch, compiled):
     """On accelerators, whose memory a copy would fill; the fingerprints' program is there by then."""
-    monkeypatch.setattr(async_save, "copies", lambda arrays: False)
+    monkeypatch.setattr(async_save, "uses_copies", lambda arrays: False)
     strong = jax.tree.map(np.asarray, make_state(mesh1, 3, width=11))  # as a compiled step's results are
     state = jax.device_put(strong, sharding.replicated(mesh1))
-    threads, real = [], async_save._begun
+    threads, real = [], async_save._start
 
     def begun(*args):
         threads.append(threading.current_thread())
         return real(*args)
 
-    monkeypatch.setattr(async_save, "_begun", begun)
+    monkeypatch.setattr(async_save, "_start", begun)
     with checkpoint.open(tmp_path) as saved:
         saved.restore_or(lambda: state, like(state))
         saved._compiled.result()
@@ -495,7 +503,8 @@ from jaxtrain import data, models, optim
 from tiny import EXPERIMENT
 
 EXPERIMENT = dataclasses.replace(
-    EXPERIMENT, model=models.MLP(widths=(8,), classes=4, dropout=0.1), augment=(), after=(), save_every=0.5
+    EXPERIMENT, model=models.MLP(widths=(8,), classes=4, dropout=0.1), augment=(), post_update=(),
+    save_every=0.5
 )
 """
 

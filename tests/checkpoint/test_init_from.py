@@ -29,7 +29,7 @@ def make_state(value, names=("body", "head"), classes=4, ema=False) -> State:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
-    with checkpoint.open(folder, keep=3) as saved:
+    with checkpoint.open(folder, max_to_keep=3) as saved:
         saved.save(1, make_state(1.0), 0.5)
         saved.save(2, make_state(2.0), 0.1)
         saved.save(3, make_state(3.0, ema=True), 0.2)
@@ -108,7 +108,7 @@ def test_damage_is_found_here_too(source, monkeypatch):
 
     real = ocp.load
     monkeypatch.setattr(ocp, "load", lambda *args: jax.tree.map(lambda x: x.at[0].set(9), real(*args)))
-    with pytest.raises(checkpoint.Damaged, match="000001 is damaged: the array"):
+    with pytest.raises(checkpoint.CorruptCheckpointError, match="000001 is damaged: the array"):
         checkpoint.init_from(source, [], make_state(0.0))
 
 
@@ -117,7 +117,8 @@ import dataclasses
 from jaxtrain import models
 from tiny import EXPERIMENT
 
-EXPERIMENT = dataclasses.replace(EXPERIMENT, model=models.MLP(widths=(8,), classes=4), augment=(), after=())
+EXPERIMENT = dataclasses.replace(EXPERIMENT, model=models.MLP(widths=(8,), classes=4),
+    augment=(), post_update=())
 """
 
 

@@ -268,7 +268,7 @@ def test_a_folder_that_was_refused_takes_the_mended_run(capsys: pytest.CaptureFi
 
 def test_streamed_data_is_looked_at_while_training(capsys: pytest.CaptureFixture[str]) -> None:
     """Only the first example is looked at before; a run that was cut off goes on once the file is mended."""
-    settings = (*RATINGS, "feed=stream", "model.users=30", "batch=64", "epochs=2")
+    settings = (*RATINGS, "placement=stream", "model.users=30", "batch=64", "epochs=2")
     words = command("ratings_factors", settings, "--workdir", "r", "--devices", "1")
     good = Path("u.data").read_text()  # line 13 is in the third batch
     Path("u.data").write_text(good.replace("13\t5\t3\t12\n", "31\t5\t3\t12\n"))

@@ -224,7 +224,7 @@ def test_a_damaged_record_is_exit_3(capsys):
 
 
 def test_cadence_and_devices_may_differ_on_resume_and_extend_goes_on(capsys):
-    assert train("--workdir", "r", "--set", "log_every=3", "--set", "keep=4") == 0
+    assert train("--workdir", "r", "--set", "log_every=3", "--set", "max_to_keep=4") == 0
     assert train("--workdir", "r", "--set", "epochs=2", "--extend") == 0
     out = capsys.readouterr().out
     assert "going on from step 13 of 25 steps" in out

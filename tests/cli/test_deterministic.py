@@ -72,9 +72,9 @@ def test_what_contradicts_it_is_refused(words, flags, told, small, capsys, monke
 @pytest.mark.parametrize("flags", ["--xla_gpu_deterministic_ops", "--xla_gpu_deterministic_ops=1"])
 def test_flags_that_agree_are_left_as_they_are(flags, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", f"{flags} --xla_gpu_autotune_level=0")
-    assert devices.asked()
+    assert devices.deterministic_requested()
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to='a folder' --xla_gpu_exclude_nondeterministic_ops=true")
-    assert not devices.asked()
+    assert not devices.deterministic_requested()
 
 
 SETS = """
@@ -107,10 +107,10 @@ def test_the_flag_is_set_behind_the_users_and_xla_takes_it(python):
 
 
 def test_another_backend_is_refused(monkeypatch):
-    monkeypatch.setattr(devices, "first", lambda count: [SimpleNamespace(platform="tpu")])
+    monkeypatch.setattr(devices, "first_devices", lambda count: [SimpleNamespace(platform="tpu")])
     args = argparse.Namespace(simulate_devices=None, deterministic=True, devices=None, mesh=None)
     with pytest.raises(InputError, match="what CPUs and NVIDIA GPUs need, not tpu"):
-        devices.make(args)
+        devices.make_mesh(args)
 
 
 def test_going_on_in_other_circumstances_is_told(small, capsys, monkeypatch):
@@ -147,8 +147,8 @@ def test_the_record_names_the_flag_where_it_does_something(monkeypatch, mesh1):
 def test_the_flag_is_repeated_in_the_command_that_goes_on():
     parser = argparse.ArgumentParser()
     flags.add(parser, many_processes=True)
-    assert flags.words(parser.parse_args(["--deterministic"])) == ["--deterministic"]
-    assert flags.words(parser.parse_args([])) == []
+    assert flags.typed_flags(parser.parse_args(["--deterministic"])) == ["--deterministic"]
+    assert flags.typed_flags(parser.parse_args([])) == []
 
 
 def test_bench_measures_what_it_costs(small, capsys, monkeypatch):

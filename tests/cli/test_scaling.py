@@ -22,9 +22,9 @@ from jaxtrain.core.errors import InputError
 from jaxtrain.experiment import Experiment, find
 from jaxtrain.monitor import Console, make_console
 from jaxtrain.program import Program
-from jaxtrain.step.packing import Packed
+from jaxtrain.step.packing import PackedMetrics
 from jaxtrain.train import scaling
-from jaxtrain.train.scaling import Lane, Measured, efficiency, layouts, measure, record, speedup, turns
+from jaxtrain.train.scaling import Lane, Measured, efficiency, interleaved, layouts, measure, record, speedup
 
 SMALL = """
 import numpy as np
@@ -151,7 +151,7 @@ def test_a_lane_trains_as_the_run_does_and_compiles_once(experiment, mesh8):
 def test_a_round_bounds_its_queue_and_waits_at_its_end(experiment, mesh1, monkeypatch):
     lane, waited, read = Lane(experiment, mesh1), [], []
     monkeypatch.setattr(jax, "block_until_ready", waited.append)
-    monkeypatch.setattr(Packed, "rows", lambda metrics: read.append(metrics) or [])
+    monkeypatch.setattr(PackedMetrics, "rows", lambda metrics: read.append(metrics) or [])
     lane.round(5)
     assert len(read) == 5 - experiment.max_in_flight and len(waited) == 1
     assert waited[-1][0] is lane.state
@@ -160,7 +160,7 @@ def test_a_round_bounds_its_queue_and_waits_at_its_end(experiment, mesh1, monkey
 def test_the_loader_is_closed_also_when_measuring_fails(experiment, console, monkeypatch):
     closed, real = [], Program.close
     monkeypatch.setattr(Program, "close", lambda self: (closed.append(self), real(self)))
-    given = layouts(dataclasses.replace(experiment, feed="stream"), (1, 2))
+    given = layouts(dataclasses.replace(experiment, placement="stream"), (1, 2))
     assert not measure(given, steps=1, rounds=1, console=console)[0].resident
     assert len(closed) == 2
     monkeypatch.setattr(Lane, "round", lambda self, steps: 1 / 0)
@@ -204,7 +204,7 @@ def test_figures_by_hand():
 
 
 def test_turns_go_there_and_back():
-    assert list(turns((1, 2), 3)) == [(0, 2), (0, 1), (1, 1), (1, 2), (2, 2), (2, 1)]
+    assert list(interleaved((1, 2), 3)) == [(0, 2), (0, 1), (1, 1), (1, 2), (2, 2), (2, 1)]
 
 
 def test_the_command_prints_a_table_and_writes_json(few, tmp_path, capsys):

@@ -37,7 +37,7 @@ def start(**env):
 
 def test_programs_are_kept_in_a_private_folder_and_found_again(tmp_path):
     first = start(XDG_CACHE_HOME=str(tmp_path))
-    folder = tmp_path / "jaxtrain" / "compiled" / cache.cpu()
+    folder = tmp_path / "jaxtrain" / "compiled" / cache.cpu_kind()
     assert first == f"hits 0 in {folder}\n"
     assert [path.stat().st_mode & 0o777 for path in (folder, tmp_path / "jaxtrain")] == [0o700, 0o700]
     assert any(folder.iterdir())
@@ -60,7 +60,7 @@ def test_a_home_that_cannot_be_written_costs_a_line_and_no_run(tmp_path, monkeyp
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     before, lines = jax.config.jax_compilation_cache_dir, []
-    cache.compiled(lines.append)
+    cache.enable_compilation_cache(lines.append)
     assert len(lines) == 1 and "compiled programs are not kept (Not a directory)" in lines[0]
     assert jax.config.jax_compilation_cache_dir == before
 
@@ -68,7 +68,7 @@ def test_a_home_that_cannot_be_written_costs_a_line_and_no_run(tmp_path, monkeyp
 def test_home_is_the_users_own(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which the standard says to ignore
     monkeypatch.setenv("HOME", "/home/someone")
-    assert cache.home("compiled") == Path("/home/someone/.cache/jaxtrain/compiled")
+    assert cache.user_folder("compiled") == Path("/home/someone/.cache/jaxtrain/compiled")
 
 
 def test_the_least_recently_used_go_first(tmp_path):
@@ -93,7 +93,7 @@ def test_trimming_what_is_not_there_is_no_error(folder, tmp_path):
 def test_a_setting_that_means_nothing_is_refused(monkeypatch):
     for value, off in (("off", True), ("OFF", True), ("", False)):
         monkeypatch.setenv("JAXTRAIN_CACHE", value)
-        assert cache.off() is off
+        assert cache.is_disabled() is off
     monkeypatch.setenv("JAXTRAIN_CACHE", "/somewhere")
     with pytest.raises(InputError, match="JAXTRAIN_CACHE is /somewhere: set it to off, or leave it out"):
-        cache.off()
+        cache.is_disabled()

@@ -26,7 +26,7 @@ from jaxtrain.plan import collectives
 from jaxtrain.program import assemble
 from jaxtrain.step import make_eval_step, make_init
 from jaxtrain.step.gradients import evaluate_loss, gradient_of
-from jaxtrain.step.guard import watched
+from jaxtrain.step.guard import count_bad_labels
 
 BATCH, LENGTH, WIDTH, VOCAB = 3, 7, 5, 11
 KEY = jax.random.key(0)
@@ -110,7 +110,9 @@ def test_other_losses_and_metrics_are_given_whole_logits() -> None:
 
     tokens = {"tokens": np.zeros((2, 8), np.uint8), "label": np.zeros((2, 8), np.int32)}
     state = jax.eval_shape(make_init(CHUNKED, optim.SGD(lr=0.1).build(1)), KEY, tokens)
-    out = jax.eval_shape(make_eval_step(CHUNKED, watched(CrossEntropy()), metrics_fn=metrics), state, tokens)
+    out = jax.eval_shape(
+        make_eval_step(CHUNKED, count_bad_labels(CrossEntropy()), metrics_fn=metrics), state, tokens
+    )
     assert seen == [(2, 8, 11)] and set(out) >= {"loss", "accuracy", "largest"}
 
 

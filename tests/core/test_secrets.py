@@ -64,7 +64,7 @@ class Remote:
 EXPERIMENT = Experiment(
     model=models.MLP(widths=(4,), classes=2), train=Remote(), test=Remote(), loss=losses.CrossEntropy(),
     optimizer=optim.SGD(lr=0.1), preprocess=(data.Normalise(),), batch=16, epochs=2, log_every=1,
-    feed="stream",
+    placement="stream",
 )
 """
 
@@ -146,7 +146,7 @@ def test_no_secret_is_in_the_traceback_of_a_bug(secretive, capfd):
     import argparse
 
     def bug(args):
-        redact.hide("token", ["CANARY-Tok-1"])
+        redact.register_secret("token", ["CANARY-Tok-1"])
         sys.stdout.writelines([f"{Path.cwd()}\n"])
         raise KeyError("CANARY-Tok-1")
 
@@ -205,7 +205,7 @@ def test_long_output_is_masked_in_no_time(monkeypatch):
         10**5 * "key=",
         "key=" + 10**6 * " ",
     ):
-        assert len(redact.text(long + "CANARY-Tok-1")) >= len(long)
+        assert len(redact.redact(long + "CANARY-Tok-1")) >= len(long)
     assert time.perf_counter() - began < 10
 
 

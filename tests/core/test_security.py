@@ -372,5 +372,5 @@ def test_caches_of_programs_are_private(umask0, tmp_path, monkeypatch, capsys):
 
 
 def test_places_for_what_is_fetched_are_private(umask0, tmp_path):
-    with download.fetched("x", [], lambda *_: None, tmp_path / "root") as place:
+    with download.fetch("x", [], lambda *_: None, tmp_path / "root") as place:
         assert mode(place) == 0o700

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from jaxtrain.core.signals import GRACE, alive, on_signals, watchdog
+from jaxtrain.core.signals import GRACE, heartbeat, on_signals, watchdog
 
 STUCK = """
 import ctypes, pathlib, sys, time
@@ -116,7 +116,7 @@ def test_what_moves_is_left_alone(tmp_path):
     with watchdog(0.4, tmp_path / "hang.txt"):
         for _ in range(8):
             time.sleep(0.1)
-            alive()
+            heartbeat()
     with watchdog(None, tmp_path / "hang.txt"):
         pass
     time.sleep(0.5)
@@ -139,7 +139,7 @@ fields = {"image": np.zeros((64, 4), np.uint8), "label": np.zeros(64, np.int32)}
 EXPERIMENT = Experiment(
     model=models.MLP(widths=(), classes=2), train=Hangs(fields), test=data.Arrays(fields),
     loss=losses.CrossEntropy(), optimizer=optim.SGD(lr=0.1), preprocess=(data.Normalise(),),
-    batch=16, epochs=2, feed="stream",
+    batch=16, epochs=2, placement="stream",
 )
 """
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxtrain.core.errors import InputError
-from jaxtrain.core.user_modules import PREFIX, Loaded, load
+from jaxtrain.core.user_modules import PREFIX, UserModule, load
 
 CLASS = """
 from __future__ import annotations
@@ -62,7 +62,7 @@ def test_dataclasses_with_postponed_annotations_work_and_pickle(tmp_path: Path) 
 
 def test_what_was_loaded_can_be_restored_before_an_object_of_its_class(tmp_path: Path) -> None:
     module = load(write(tmp_path / "mine.py", CLASS.format(size=3)))
-    sent = pickle.dumps((Loaded(), module.Thing(size=7)))
+    sent = pickle.dumps((UserModule(), module.Thing(size=7)))
     alone = pickle.dumps(module.Thing())
     del sys.modules[module.__name__]
     with pytest.raises(ModuleNotFoundError):

@@ -142,7 +142,7 @@ def test_what_is_fetched_has_an_end(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "_MOST", 1 << 20)
     with (
         pytest.raises(InputError, match=r"larger than 1,048,576 bytes"),
-        download.fetched("x", ["http://h/a.tar"], lambda *_: None),
+        download.fetch("x", ["http://h/a.tar"], lambda *_: None),
     ):
         pass
     assert given <= (1 << 20) + (1 << 16)

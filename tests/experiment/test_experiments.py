@@ -19,8 +19,8 @@ GOLDEN = ROOT / "tests" / "golden" / "configs"
 def test_config_is_the_golden_one(name):
     """A changed line here is a changed experiment: numbers measured before no longer stand for it.
 
-    When that is meant, run ``JAXTRAIN_UPDATE_GOLDEN=1 scripts/test tests/experiment``
-    and measure again whatever the docstring claims. When it is not, a default somewhere has changed under you.
+    When that is meant, run ``JAXTRAIN_UPDATE_GOLDEN=1 scripts/test tests/experiment`` and measure again
+    whatever the docstring claims. When it is not, a default somewhere has changed under you.
     """
     experiment, _ = find(str(ROOT / "experiments" / f"{name}.py")).load()
     text = "".join(f"{path} = {value}\n" for path, value in config_text(experiment).items())

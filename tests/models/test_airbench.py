@@ -27,7 +27,6 @@ from jaxtrain.models.airbench import (
     uniform_init,
 )
 from jaxtrain.optim import EMA, SGD, Group, Lookahead, OneCycle
-from jaxtrain.sharding import compile
 from jaxtrain.step import make_eval_step, make_init, make_train_step
 
 KEY = jax.random.key(1)
@@ -213,7 +212,7 @@ def test_gradient_of_a_batch_split_over_devices_is_that_of_one(mesh1: Any, mesh8
 
     def on(mesh: Any) -> Any:
         whole, split = sharding.replicated(mesh), sharding.batch_split(mesh)
-        gradient = compile(jax.grad(total), args=(whole, whole, split), out=whole)
+        gradient = sharding.compile(jax.grad(total), args=(whole, whole, split), out=whole)
         return jax.device_get(gradient(state.params, state.extra, batch))
 
     chex.assert_trees_all_close(on(mesh1), on(mesh8), rtol=1e-4, atol=1e-5)
@@ -281,7 +280,7 @@ def test_whitening_is_the_same_on_eight_devices(mesh1: Any, mesh8: Any) -> None:
 
     def on(mesh: Any) -> Any:
         whole, split = sharding.replicated(mesh), sharding.batch_split(mesh)
-        step = compile(Whiten(64), args=(whole, split), out=whole)
+        step = sharding.compile(Whiten(64), args=(whole, split), out=whole)
         return jax.device_get(step(params, {"image": image}))
 
     chex.assert_trees_all_close(on(mesh1), on(mesh8), rtol=1e-3, atol=1e-3)
@@ -354,7 +353,7 @@ def test_views_of_a_batch_split_over_eight_devices_are_the_same(mesh1: Any, mesh
 
     def on(mesh: Any) -> Any:
         whole, split = sharding.replicated(mesh), sharding.batch_split(mesh)
-        step = compile(views, args=(whole, whole, split), out=whole)
+        step = sharding.compile(views, args=(whole, whole, split), out=whole)
         return jax.device_get(step(params, extra, {"image": image}))
 
     np.testing.assert_allclose(on(mesh1), on(mesh8), rtol=1e-5, atol=1e-6)
@@ -458,11 +457,13 @@ def test_recipe_trains_with_lookahead_and_average_on_a_donated_state_and_eight_d
     whole, split = sharding.replicated(mesh8), sharding.batch_split(mesh8)
     image = images(64)
     batch = {"image": image, "label": (image[..., 0].mean((1, 2)) > image[..., 0].mean()).astype(np.int32)}
-    init = compile(make_init(net, tx, data_init=Whiten(64), after=after), args=(whole, split), out=whole)
-    step = compile(
-        make_train_step(net, loss, tx, after=after), args=(whole, split, whole), out=whole, donate=(0,)
+    init = sharding.compile(
+        make_init(net, tx, data_init=Whiten(64), post_update=after), args=(whole, split), out=whole
     )
-    evaluate = compile(make_eval_step(net, loss), args=(whole, split), out=whole)
+    step = sharding.compile(
+        make_train_step(net, loss, tx, post_update=after), args=(whole, split, whole), out=whole, donate=(0,)
+    )
+    evaluate = sharding.compile(make_eval_step(net, loss), args=(whole, split), out=whole)
     state = init(KEY, batch)
     before = float(evaluate(state, batch)["loss"].compute())
     kernel = np.array(state.params["net"]["whiten"]["kernel"])

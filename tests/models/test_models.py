@@ -19,7 +19,6 @@ from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Model
 from jaxtrain.models import CNN, MLP, as_model, max_pool
 from jaxtrain.models.layers import ACTIVATIONS, Activation
-from jaxtrain.sharding import compile
 
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(1)
@@ -211,7 +210,7 @@ def test_batch_statistics_are_of_the_global_batch_on_eight_devices(mesh1: Any, m
 
     def on(mesh: Any) -> Any:
         whole, split = sharding.replicated(mesh), sharding.batch_split(mesh)
-        step = compile(train, args=(whole, whole, split), out=whole)
+        step = sharding.compile(train, args=(whole, whole, split), out=whole)
         return jax.device_get(step(params, extra, batch))
 
     chex.assert_trees_all_close(on(mesh1), on(mesh8), rtol=1e-5, atol=1e-5)

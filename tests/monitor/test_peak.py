@@ -45,14 +45,14 @@ def home(tmp_path, monkeypatch):
 def test_table_knows_a_device_by_its_whole_name(kind, bfloat16, float32, float16):
     for precision, figure in {"bfloat16": bfloat16, "float32": float32, "float16": float16}.items():
         expected = None if figure is None else peak_flops.Peak(figure * 1e12, "table")
-        assert peak_flops.tabled(kind, precision) == expected
-    assert peak_flops.tabled(kind, "float64") is None
+        assert peak_flops.datasheet_peak(kind, precision) == expected
+    assert peak_flops.datasheet_peak(kind, "float64") is None
 
 
 def test_float32_without_tf32_has_its_own_peak():
     with jax.default_matmul_precision("highest"):
-        assert peak_flops.tabled("NVIDIA H200", "float32").flops == 67e12
-        assert peak_flops.tabled("NVIDIA H200", "bfloat16").flops == 989.5e12
+        assert peak_flops.datasheet_peak("NVIDIA H200", "float32").flops == 67e12
+        assert peak_flops.datasheet_peak("NVIDIA H200", "bfloat16").flops == 989.5e12
 
 
 def test_no_row_is_out_of_line_with_the_others():
@@ -65,58 +65,63 @@ def test_no_row_is_out_of_line_with_the_others():
 
 def test_peaks_of_gpus_add_up_and_those_of_cpu_devices_do_not(monkeypatch):
     gpus = [SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")] * 8
-    assert peak_flops.total(gpus, "bfloat16") == peak_flops.Peak(8 * 989.5e12, "table")
+    assert peak_flops.total_peak_flops(gpus, "bfloat16") == peak_flops.Peak(8 * 989.5e12, "table")
     assert (
-        peak_flops.total([*gpus, SimpleNamespace(platform="gpu", device_kind="NVIDIA H300")], "bfloat16")
+        peak_flops.total_peak_flops(
+            [*gpus, SimpleNamespace(platform="gpu", device_kind="NVIDIA H300")], "bfloat16"
+        )
         is None
     )
-    assert peak_flops.total(jax.devices(), "float32") is None
-    peak_flops.store(DEVICE, "float32", peak_flops.Peak(1e9, "measured 2026-11-22"))
-    assert peak_flops.total(jax.devices(), "float32").flops == 1e9
+    assert peak_flops.total_peak_flops(jax.devices(), "float32") is None
+    peak_flops.store_peak(DEVICE, "float32", peak_flops.Peak(1e9, "measured 2026-11-22"))
+    assert peak_flops.total_peak_flops(jax.devices(), "float32").flops == 1e9
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert peak_flops.total(jax.devices(), "float32") is None
+    assert peak_flops.total_peak_flops(jax.devices(), "float32") is None
 
 
 def test_what_is_measured_is_kept_for_this_user_alone(home):
-    assert peak_flops.of(DEVICE, "float32") is None
+    assert peak_flops.peak_flops(DEVICE, "float32") is None
     for precision, flops in (("float32", 1e9), ("bfloat16", 2e9), ("float32", 3e9)):
         assert (
-            peak_flops.store(DEVICE, precision, peak_flops.Peak(flops, "measured 2026-11-22"))
+            peak_flops.store_peak(DEVICE, precision, peak_flops.Peak(flops, "measured 2026-11-22"))
             == home / "peaks.json"
         )
-    assert peak_flops.of(DEVICE, "float32") == peak_flops.Peak(3e9, "measured 2026-11-22")
-    assert peak_flops.of(DEVICE, "bfloat16").flops == 2e9 and peak_flops.of(DEVICE, "float16") is None
+    assert peak_flops.peak_flops(DEVICE, "float32") == peak_flops.Peak(3e9, "measured 2026-11-22")
+    assert (
+        peak_flops.peak_flops(DEVICE, "bfloat16").flops == 2e9
+        and peak_flops.peak_flops(DEVICE, "float16") is None
+    )
     assert home.stat().st_mode & 0o777 == 0o700 and (home / "peaks.json").stat().st_mode & 0o077 == 0
     assert [path.name for path in home.iterdir()] == ["peaks.json"]
 
 
 def test_another_number_of_cores_has_no_peak(monkeypatch):
-    peak_flops.store(DEVICE, "float32", peak_flops.Peak(1e9, "measured 2026-11-22"))
+    peak_flops.store_peak(DEVICE, "float32", peak_flops.Peak(1e9, "measured 2026-11-22"))
     monkeypatch.setattr(peak_flops, "_cores", lambda: 999)
-    assert peak_flops.of(DEVICE, "float32") is None
+    assert peak_flops.peak_flops(DEVICE, "float32") is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"%s": 5}', '{"%s": {"flops": -1, "source": "x"}}'])
 def test_damaged_file_is_no_peak_and_is_written_anew(home, text):
     home.mkdir(parents=True)
     (home / "peaks.json").write_text(text.replace("%s", f"{peak_flops.name(DEVICE)}, float32"))
-    assert peak_flops.of(DEVICE, "float32") is None
-    peak_flops.store(DEVICE, "float32", peak_flops.Peak(1e9, "measured 2026-11-22"))
-    assert peak_flops.of(DEVICE, "float32").flops == 1e9
+    assert peak_flops.peak_flops(DEVICE, "float32") is None
+    peak_flops.store_peak(DEVICE, "float32", peak_flops.Peak(1e9, "measured 2026-11-22"))
+    assert peak_flops.peak_flops(DEVICE, "float32").flops == 1e9
 
 
 def test_relative_cache_folder_is_ignored(monkeypatch, tmp_path):
     """As the XDG rules say."""
     monkeypatch.setenv("XDG_CACHE_HOME", "caches")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert peak_flops.stored() == tmp_path / ".cache" / "jaxtrain" / "peaks.json"
+    assert peak_flops.stored_peak() == tmp_path / ".cache" / "jaxtrain" / "peaks.json"
 
 
 def test_folder_that_cannot_be_written_is_told_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(RunError, match="set XDG_CACHE_HOME to a folder of your own") as raised:
-        peak_flops.store(DEVICE, "float32", peak_flops.Peak(1e9, "measured 2026-11-22"))
+        peak_flops.store_peak(DEVICE, "float32", peak_flops.Peak(1e9, "measured 2026-11-22"))
     assert "\n" not in str(raised.value)
 
 
@@ -145,9 +150,9 @@ def test_doctor_measures_tells_and_keeps(monkeypatch, capsys, home):
     out = capsys.readouterr().out
     kept = json.loads((home / "peaks.json").read_text())
     assert list(kept) == [f"{peak_flops.name(DEVICE)}, float32"]
-    assert 0 < peak_flops.of(DEVICE, "float32").flops < math.inf
+    assert 0 < peak_flops.peak_flops(DEVICE, "float32").flops < math.inf
     assert "TFLOP/s, in no table" in out and "cores" in out and "versions" not in out
-    monkeypatch.setattr(peak_flops, "tabled", lambda kind, precision: peak_flops.Peak(1e15, "table"))
+    monkeypatch.setattr(peak_flops, "datasheet_peak", lambda kind, precision: peak_flops.Peak(1e15, "table"))
     assert verbs.main(["doctor", "--peak", "float32"]) == 0
     assert "0 % of the table's 1000, which counts for MFU" in capsys.readouterr().out
     assert verbs.main(["doctor", "--peak", "int4"]) == 2

@@ -28,7 +28,7 @@ from jaxtrain.program import assemble
 from jaxtrain.sharding import multihost
 from jaxtrain.train.loop import fit
 
-PLAIN = {"augment": (), "after": (), "eval_every": None}
+PLAIN = {"augment": (), "post_update": (), "eval_every": None}
 MLP = dataclasses.replace(EXPERIMENT, model=models.MLP(widths=(16,), classes=4), epochs=2, **PLAIN)
 
 
@@ -173,7 +173,7 @@ class Slow:
     def __init__(self, loader, seconds):
         self._loader, self._seconds = loader, seconds
 
-        self.like = loader.like
+        self.abstract_batch = loader.abstract_batch
 
     def batch(self, step):
         time.sleep(self._seconds)
@@ -249,7 +249,7 @@ def test_which_updates_are_traced(
 
     monkeypatch.setattr(tracing.Trace, "_close", lambda self, text="": told.update(vars(self), text=text))
     record = SimpleNamespace(paused=paused)
-    with monitor.traced(updates, tmp_path, console, 1) as trace:
+    with monitor.trace_updates(updates, tmp_path, console, 1) as trace:
         trace.begin(start, 10)
         for step in range(start + 1, 11, each):
             trace.step(step, each, state, record, lambda: order.append("guard"))
@@ -294,8 +294,8 @@ def test_a_trace_that_cannot_be_taken_is_told_and_the_run_goes_on(
 def test_each_of_several_processes_writes_its_own(tmp_path, console, monkeypatch):
     folders = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder, **_: folders.append(folder))
-    monkeypatch.setattr(multihost, "count", lambda: 2)
-    monkeypatch.setattr(multihost, "index", lambda: 1)
+    monkeypatch.setattr(multihost, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost, "process_index", lambda: 1)
     trace = monitor.Trace((1, 2), tmp_path, console, 1)
     trace.begin(0, 9)
     trace.step(1, 1, jnp.ones(2), SimpleNamespace(paused=contextlib.nullcontext), lambda: None)
@@ -319,8 +319,8 @@ def test_a_bad_range_is_refused_before_anything_is_read(text, capsys):
 
 def test_a_range_after_the_end_is_refused():
     with pytest.raises(InputError, match="--profile 26:30: the run has 25 updates, and so ends before"):
-        monitor.window("26:30", 25)
-    assert monitor.window("25:30", 25) == (25, 30) and monitor.window(None, 25) is None
+        monitor.parse_window("26:30", 25)
+    assert monitor.parse_window("25:30", 25) == (25, 30) and monitor.parse_window(None, 25) is None
 
 
 def test_a_finished_run_says_that_there_is_nothing_to_profile(tmp_path, capsys):
@@ -328,7 +328,7 @@ def test_a_finished_run_says_that_there_is_nothing_to_profile(tmp_path, capsys):
     file.write_text(
         "import dataclasses\nfrom tiny import EXPERIMENT as E\nfrom jaxtrain import models\n"
         "EXPERIMENT = dataclasses.replace(E, model=models.MLP(widths=(16,), classes=4), epochs=1, "
-        "augment=(), after=())\n"
+        "augment=(), post_update=())\n"
     )
     command = ["--experiment", str(file), "--workdir", str(tmp_path / "run"), "--devices", "1"]
     assert run.main([*command, "--profile", "14:15"]) == 2
@@ -346,7 +346,7 @@ def test_a_finished_run_says_that_there_is_nothing_to_profile(tmp_path, capsys):
 def test_step_times_are_those_between_completions_by_update(monkeypatch):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(step_times, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    found = step_times.Pace()
+    found = step_times.StepTimes()
 
     def turns(*seconds, updates=1):
         for length in seconds:
@@ -356,25 +356,25 @@ def test_step_times_are_those_between_completions_by_update(monkeypatch):
     turns(7.0)  # compiled
     turns(0.010, 0.010)
     turns(0.080, updates=4)
-    assert found.lap() == pytest.approx({"step_ms_p50": 20, "step_ms_p99": 20})
+    assert found.window() == pytest.approx({"step_ms_p50": 20, "step_ms_p99": 20})
     turns(0.010)
-    assert found.lap() == {}  # within a second
+    assert found.window() == {}  # within a second
     found.pause()
     turns(5.0, 0.010, 0.010)
-    assert found.lap() == pytest.approx({"step_ms_p50": 10, "step_ms_p99": 10})
+    assert found.window() == pytest.approx({"step_ms_p50": 10, "step_ms_p99": 10})
     turns(0.010, 0.010)
-    assert found.whole() == pytest.approx({"step_ms_p50": 10, "step_ms_p99": 20}, rel=0.01)
+    assert found.overall() == pytest.approx({"step_ms_p50": 10, "step_ms_p99": 20}, rel=0.01)
 
 
 def test_percentiles_of_a_run_are_those_of_all_its_steps(monkeypatch):
     monkeypatch.setattr(step_times, "EVERY", 0.0)
-    rng, found = np.random.default_rng(0), step_times.Pace()
+    rng, found = np.random.default_rng(0), step_times.StepTimes()
     everything = rng.lognormal(-5, 0.5, 3000)
     for part in np.split(everything, 10):
         found._times, found._counts = list(part), [1] * len(part)
-        assert found.lap()["step_ms_p50"] == pytest.approx(1e3 * np.percentile(part, 50), rel=0.02)
+        assert found.window()["step_ms_p50"] == pytest.approx(1e3 * np.percentile(part, 50), rel=0.02)
     expected = {f"step_ms_p{p}": 1e3 * np.percentile(everything, p) for p in (50, 99)}
-    assert found.whole() == pytest.approx(expected, rel=0.02)
+    assert found.overall() == pytest.approx(expected, rel=0.02)
 
 
 def test_records_and_result_tell_step_times_and_memory(program, tmp_path, console):
@@ -443,7 +443,7 @@ def fake(monkeypatch):
 
 def test_energy_is_counted_from_the_beginning_and_by_examples(fake, monkeypatch):
     monkeypatch.setattr(telemetry, "EVERY", 0.0)
-    with monitor.metered([gpu(0), gpu(1)], share=0.5) as meter:
+    with monitor.measure_devices([gpu(0), gpu(1)], share=0.5) as meter:
         fake.seconds += 10
         found = meter.record(examples=1000)
         assert found["power_watts"] == 300 and found["energy_joules"] == pytest.approx(3000)
@@ -456,7 +456,7 @@ def test_energy_is_counted_from_the_beginning_and_by_examples(fake, monkeypatch)
 
 
 def test_figures_are_read_once_a_second(fake):
-    with monitor.metered([gpu(0)]) as meter:
+    with monitor.measure_devices([gpu(0)]) as meter:
         assert meter.record(10)["energy_joules"] == 0
         fake.seconds += 100
         assert meter.record(20) == {}
@@ -467,7 +467,7 @@ def test_power_is_summed_where_no_board_counts_its_energy(fake, monkeypatch):
     monkeypatch.setattr(nvml, "EVERY", 0.01)
     fake.counts = False
     began = time.perf_counter()
-    with monitor.metered([gpu(0)]) as meter:
+    with monitor.measure_devices([gpu(0)]) as meter:
         thread = meter._boards._thread
         time.sleep(0.2)
         joules, most = meter._boards.joules(), 100 * (time.perf_counter() - began)
@@ -489,16 +489,16 @@ def test_power_is_summed_where_no_board_counts_its_energy(fake, monkeypatch):
 def test_the_board_is_the_one_that_jax_uses(visible, device, watts, fake, monkeypatch):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    with monitor.metered([device]) as meter:
+    with monitor.measure_devices([device]) as meter:
         assert meter.record(1).get("power_watts") == watts
     assert fake.open == 0
 
 
 def test_without_nvml_there_are_no_figures(fake, monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
-    assert nvml.open([gpu(0)]) is None and "pip install nvidia-ml-py" in nvml.described([gpu(0)])
+    assert nvml.open([gpu(0)]) is None and "pip install nvidia-ml-py" in nvml.describe_boards([gpu(0)])
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    assert nvml.described([gpu(0), gpu(1)]) == "300 W now" and fake.open == 0
+    assert nvml.describe_boards([gpu(0), gpu(1)]) == "300 W now" and fake.open == 0
     fake.nvmlInit = lambda: (_ for _ in ()).throw(NVMLError("Driver Not Loaded"))
     assert nvml.open([gpu(0)]) is None
 

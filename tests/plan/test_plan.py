@@ -19,7 +19,7 @@ from jaxtrain.experiment import Experiment
 from jaxtrain.monitor.console import Plain
 from jaxtrain.plan import measure
 from jaxtrain.program import abstract_state, assemble, device_limits, flops, memory_text
-from jaxtrain.program.memory import batch_like, bytes_per_device, held, mesh_of
+from jaxtrain.program.memory import abstract_batch, bytes_per_device, device_arrays, mesh_of
 from jaxtrain.train import loop, out_of_memory
 
 TINY = str(Path(__file__).parents[1] / "tiny.py")
@@ -34,7 +34,7 @@ MLP = Experiment(
     loss=losses.CrossEntropy(),
     optimizer=optim.AdamW(lr=1e-3),
     preprocess=(data.Normalise(),),
-    after=(optim.EMA(decay=0.9),),
+    post_update=(optim.EMA(decay=0.9),),
     batch=32,
     epochs=1,
 )
@@ -45,7 +45,7 @@ GPT = dataclasses.replace(
     train=data.Arrays({"tokens": TEXT[:, :-1], "label": TEXT[:, 1:].astype(np.int32)}),
     test=data.Arrays({"tokens": TEXT[:, :-1], "label": TEXT[:, 1:].astype(np.int32)}),
     preprocess=(),
-    after=(),
+    post_update=(),
     batch=16,
 )
 
@@ -72,15 +72,17 @@ def on_first_device(tree) -> int:
     ("mesh", "devices"), [("data=1", 1), ("data=8", 8), ("fsdp=8", 8), ("data=2,fsdp=2,model=2", 8)]
 )
 def test_bytes_are_those_of_the_arrays_of_a_real_run(mesh, devices):
-    for feed in ("resident", "stream"):
-        program = assemble(dataclasses.replace(MLP, feed=feed, holdout=16), mesh_of_text(mesh, devices))
-        parts = {name: sum(one.bytes for one in arrays) for name, arrays in held(program).items()}
+    for placement in ("device", "stream"):
+        program = assemble(
+            dataclasses.replace(MLP, placement=placement, holdout=16), mesh_of_text(mesh, devices)
+        )
+        parts = {name: sum(one.bytes for one in arrays) for name, arrays in device_arrays(program).items()}
         batch = jax.device_put(program.train.batch(0), batch_shardings(program))
         rows = {name: x for name, x in batch.items() if name != "data"}
-        kept = [s.loader.batch(0)["data"] for s in program.evals.values() if feed == "resident"]
+        kept = [s.loader.batch(0)["data"] for s in program.evals.values() if placement == "device"]
         assert parts["batch"] == on_first_device(rows) > 0
         assert parts["data"] == on_first_device([batch.get("data", {}), *kept])
-        assert (parts["data"] > 0) == (feed == "resident")
+        assert (parts["data"] > 0) == (placement == "device")
         program.close()
     state = program.init()
     assert parts["params"] == on_first_device(state.params)
@@ -89,7 +91,7 @@ def test_bytes_are_those_of_the_arrays_of_a_real_run(mesh, devices):
 
 
 def batch_shardings(program):
-    return jax.tree.map(lambda x: x.sharding, batch_like(program))
+    return jax.tree.map(lambda x: x.sharding, abstract_batch(program))
 
 
 def test_fsdp_divides_a_gpt_of_ten_million_parameters_by_its_devices():
@@ -110,17 +112,19 @@ def test_fsdp_divides_a_gpt_of_ten_million_parameters_by_its_devices():
 def test_temporaries_are_those_of_the_program_that_runs():
     program = assemble(MLP, mesh_of_text("data=8"))
     found = measure(program)
-    step = program.train_step.lower(program.like, program.train.batch(0), program.key).compile()
+    step = program.train_step.lower(program.abstract_state, program.train.batch(0), program.key).compile()
     stats = step.memory_analysis()
     assert found.bytes["temporaries"] == stats.temp_size_in_bytes > 0
     assert found.bytes["outputs"] == stats.output_size_in_bytes - stats.alias_size_in_bytes > 0
-    data_of_test = sum(one.bytes for one in held(program)["data"] if one.path.startswith("data/test"))
+    data_of_test = sum(
+        one.bytes for one in device_arrays(program)["data"] if one.path.startswith("data/test")
+    )
     taken = found.kept - found.bytes["batches_ahead"] - data_of_test
     assert stats.argument_size_in_bytes == taken  # the key is not used
     assert found.total == sum(found.bytes.values())
     assert found.bytes["batches_ahead"] == 2 * found.bytes["batch"]
     assert [(one.kind, one.axes) for one in found.collectives] == [("all-reduce", ("data",))]
-    gradients = sum(x.size for x in jax.tree.leaves(program.like.params)) * 4
+    gradients = sum(x.size for x in jax.tree.leaves(program.abstract_state.params)) * 4
     assert gradients == found.parameters * 4
     assert gradients <= found.collectives[0].bytes < gradients + 100  # and the metrics
 
@@ -144,7 +148,8 @@ def dense(widths, batch) -> int:
 def test_operations_of_an_mlp(change):
     image = data.Arrays({"image": np.zeros((64, 16, 16, 4), np.uint8), "label": np.zeros(64, np.int32)})
     exp = dataclasses.replace(
-        MLP, model=models.MLP(widths=(512, 256), classes=8), train=image, test=image, batch=64, after=(),
+        MLP, model=models.MLP(widths=(512, 256), classes=8), train=image, test=image, batch=64,
+        post_update=(),
         optimizer=optim.SGD(lr=0.1), **change,
     )  # fmt: skip
     hand = dense((1024, 512, 256, 8), 64)
@@ -155,7 +160,7 @@ def test_operations_of_an_mlp(change):
 def test_operations_of_a_gpt_are_six_a_parameter_and_token():
     exp = dataclasses.replace(GPT, model=dataclasses.replace(GPT.model, width=256, depth=3))
     program = assemble(exp, mesh_of_text("data=2,fsdp=2,model=2"))
-    params = sum(x.size for x in jax.tree.leaves(program.like.params))
+    params = sum(x.size for x in jax.tree.leaves(program.abstract_state.params))
     tokens = 16 * 64
     attention = 12 * 3 * 64 * 256 * tokens
     assert flops.model_flops(program) == pytest.approx(6 * params * tokens + attention, rel=0.03)
@@ -227,23 +232,23 @@ def test_the_memory_that_is_told_decides_what_is_kept_on_the_devices(mesh1):
     size = 96 * (64 + 4)  # label: int64 here, int32 on a device
     source = data.Synthetic(n=96, shape=(8, 8, 1), classes=4)
     exp = dataclasses.replace(MLP, train=source, test=data.Synthetic(n=20, shape=(8, 8, 1), classes=4))
-    for memory, feed, kept in [
+    for memory, placement, kept in [
         (20 * size, "resident", {"train": True, "test": True}),
         (9 * size, "stream", {"train": False, "test": True}),
         (size, "stream", {"train": False, "test": False}),
     ]:
-        changed, resident = plan.as_on(exp, device_limits.Limit(memory, ""))
-        assert (changed.feed, resident) == (feed, kept)
-        program = assemble(plan.opened(changed, mesh1), mesh1)
-        arrays = held(program, resident)["data"]
+        changed, resident = plan.for_device_memory(exp, device_limits.Limit(memory, ""))
+        assert (changed.placement, resident) == (placement, kept)
+        program = assemble(plan.with_open_data(changed, mesh1), mesh1)
+        arrays = device_arrays(program, resident)["data"]
         assert {one.path.split("/")[1] for one in arrays} == {name for name in kept if kept[name]}
         assert sum(one.bytes for one in arrays) == 68 * (96 * kept["train"] + 20 * kept["test"])
         program.close()
-    assert plan.as_on(exp, None) == (exp, None)
-    streamed = dataclasses.replace(exp, feed="stream")
-    assert plan.as_on(streamed, device_limits.Limit(10**9, "")) == (streamed, None)
+    assert plan.for_device_memory(exp, None) == (exp, None)
+    streamed = dataclasses.replace(exp, placement="stream")
+    assert plan.for_device_memory(streamed, device_limits.Limit(10**9, "")) == (streamed, None)
     held_out = dataclasses.replace(exp, holdout=90)  # which leaves six
-    assert plan.as_on(held_out, device_limits.Limit(9 * size, ""))[1] == {
+    assert plan.for_device_memory(held_out, device_limits.Limit(9 * size, ""))[1] == {
         "train": True,
         "test": True,
         "valid": False,
@@ -260,7 +265,7 @@ def mlp(tmp_path) -> str:
         "TRAIN = data.Synthetic(n=200, shape=(8, 8, 1), classes=4)\n"
         "EXPERIMENT = Experiment(model=models.MLP(widths=(128, 64), classes=4), train=TRAIN, test=TRAIN,"
         " loss=losses.CrossEntropy(), optimizer=optim.Adam(lr=1e-3), preprocess=(data.Normalise(),),"
-        " after=(optim.EMA(decay=0.9),), batch=16, epochs=1)\n"
+        " post_update=(optim.EMA(decay=0.9),), batch=16, epochs=1)\n"
     )
     return str(path)
 
@@ -355,9 +360,9 @@ def exhaust(*args):
     )
 
 
-@pytest.mark.parametrize("feed", ["resident", "stream"])
-def test_out_of_memory_says_what_is_there_and_what_to_do(feed, tmp_path, capsys, monkeypatch):
-    program = assemble(dataclasses.replace(MLP, feed=feed), mesh_of_text("fsdp=8"))
+@pytest.mark.parametrize("placement", ["device", "stream"])
+def test_out_of_memory_says_what_is_there_and_what_to_do(placement, tmp_path, capsys, monkeypatch):
+    program = assemble(dataclasses.replace(MLP, placement=placement), mesh_of_text("fsdp=8"))
 
     def step(*args):
         monkeypatch.setattr(jax, "device_put", None)  # nothing may be placed from here on
@@ -376,7 +381,7 @@ def test_out_of_memory_says_what_is_there_and_what_to_do(feed, tmp_path, capsys,
         "python -m jaxtrain plan --experiment mine/digits_cnn.py --set batch=32 --devices 8 --mesh fsdp=8"
     )
     out = capsys.readouterr().out
-    exact = {name: sum(one.bytes for one in arrays) for name, arrays in held(program).items()}
+    exact = {name: sum(one.bytes for one in arrays) for name, arrays in device_arrays(program).items()}
     assert re.search(rf"^  parameters +{device_limits.size_text(exact['params'])} ", out, re.M)
     assert re.search(rf"^  total +{device_limits.size_text(sum(exact.values()))} ", out, re.M)
     assert re.search(
@@ -391,14 +396,14 @@ def test_out_of_memory_says_what_is_there_and_what_to_do(feed, tmp_path, capsys,
 def test_other_errors_of_the_device_are_left_alone(tmp_path, mesh1):
     with (
         pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"),
-        out_of_memory.explained(assemble(MLP, mesh1), "mlp", tmp_path, Plain()),
+        out_of_memory.explain_out_of_memory(assemble(MLP, mesh1), "mlp", tmp_path, Plain()),
     ):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
 def test_the_advice_comes_even_where_nothing_can_be_said(tmp_path, mesh1, capsys, monkeypatch):
     program = assemble(MLP, mesh1)
-    explained = out_of_memory.explained(program, "mlp", tmp_path, Plain())
+    explained = out_of_memory.explain_out_of_memory(program, "mlp", tmp_path, Plain())
     for name in ("held", "live_arrays", "mesh_of"):
         monkeypatch.setattr(out_of_memory, name, exhaust)
     with pytest.raises(RunError, match=r"jaxtrain plan --experiment mlp$"), explained:
@@ -407,7 +412,7 @@ def test_the_advice_comes_even_where_nothing_can_be_said(tmp_path, mesh1, capsys
 
 
 def test_arrays_that_are_of_no_state_are_other(mesh1):
-    state = assemble(MLP, mesh1).like
+    state = assemble(MLP, mesh1).abstract_state
     mine = jax.device_put(np.ones((128, 64), np.float32), sharding.replicated(mesh1))
     strange = jax.device_put(np.ones((333, 7), np.float32), sharding.replicated(mesh1))
     rows = {text: (where, count) for where, count, text, _ in out_of_memory.live_arrays(state)}

@@ -51,10 +51,10 @@ def made_up(state: int, activations: int, refuse=lambda variant: ""):
     """A trial: so many bytes of state, and of activations for each example; ``asked`` lists what it was."""
     asked = []
 
-    def trial(variant: Variant) -> plan.Tried:
+    def trial(variant: Variant) -> plan.Trial:
         asked.append(variant)
         if refuse(variant):
-            return plan.Tried(variant, None, refuse(variant))
+            return plan.Trial(variant, None, refuse(variant))
         rows = variant.batch / variant.parts / variant.accumulate
         sizes = dict.fromkeys(memory_text.NAMES, 0)
         sizes["params"] = state // (variant.mesh[1] * variant.mesh[2])
@@ -62,7 +62,7 @@ def made_up(state: int, activations: int, refuse=lambda variant: ""):
         mesh = dict(zip(("data", "fsdp", "model"), variant.mesh, strict=True))
         settings = (variant.batch, variant.accumulate, variant.remat, "float32")
         found = plan.Plan(mesh, "cpu", *settings, (), 1, sizes, None, (), (), ())
-        return plan.Tried(variant, found)
+        return plan.Trial(variant, found)
 
     trial.asked = asked
     return trial
@@ -75,7 +75,7 @@ def nearest(limit: int, trial, given: Variant = GIVEN) -> plan.Nearest:
     return plan.find_nearest(given, first, limit, trial)
 
 
-def flags(tried: plan.Tried | None, given: Variant = GIVEN) -> str | None:
+def flags(tried: plan.Trial | None, given: Variant = GIVEN) -> str | None:
     return tried and " ".join(tried.variant.flags(given))
 
 
@@ -151,7 +151,7 @@ def test_what_does_not_help_is_not_done_more_of():
     """Compilers may not save by microbatches, nor by a smaller batch: the second try shows it."""
     trial = made_up(10, 100)
 
-    def stubborn(variant: Variant) -> plan.Tried:
+    def stubborn(variant: Variant) -> plan.Trial:
         return dataclasses.replace(
             trial(dataclasses.replace(variant, batch=64, accumulate=1)), variant=variant
         )
@@ -207,7 +207,7 @@ def command(capsys, *args) -> tuple[str, str]:
     ],
 )
 def test_the_change_that_is_told_fits_when_it_is_planned(widths, batch, part, expected, mlp, capsys):
-    args = (mlp(widths, batch), "--devices", "2", "--set", "feed=stream")
+    args = (mlp(widths, batch), "--devices", "2", "--set", "placement=stream")
     whole = json.loads(command(capsys, *args, "--json")[0])
     assert whole["fits"] is None
     memory = ("--device-memory", f"{part * whole['bytes_per_device']['total'] / 0.75 / 1000:.3f}KB")

@@ -280,7 +280,7 @@ def test_overfits_32_examples(name: str) -> None:
         model=exp.model.clone(**off) if off else exp.model,
         optimizer=optim.Adam(lr=1e-2),
         augment=(),
-        after=(),
+        post_update=(),
     )
     made = assemble(exp, sharding.make_mesh(jax.devices()[:1]))
     state, batch = made.init(), made.train.batch(0)
@@ -329,10 +329,10 @@ def test_state_survives_a_checkpoint_bit_for_bit(name: str, tmp_path: Any) -> No
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_state(name: str) -> None:
     exp = dataclasses.replace(small(name), precision="bfloat16")
     made = assemble(exp, sharding.make_mesh(jax.devices()[:1]))
-    after, metrics = jax.eval_shape(made.train_step, made.like, made.train.batch(0), made.key)
-    for leaf in jax.tree.leaves((after, made.like)):
+    after, metrics = jax.eval_shape(made.train_step, made.abstract_state, made.train.batch(0), made.key)
+    for leaf in jax.tree.leaves((after, made.abstract_state)):
         assert leaf.dtype != jnp.bfloat16
-    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, made.like)
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, made.abstract_state)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((after.params, metrics["loss"])))
 
     model, batch = compute_in(exp.model, "bfloat16"), prepared(exp, 4)

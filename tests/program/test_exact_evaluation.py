@@ -31,10 +31,10 @@ def mesh(request, mesh1, mesh8):
     return {1: mesh1, 8: mesh8}[request.param]
 
 
-@pytest.mark.parametrize("feed", ["resident", "stream"])
+@pytest.mark.parametrize("placement", ["device", "stream"])
 @pytest.mark.parametrize("n", cases.SIZES)
-def test_images(n, feed, mesh):
-    values, params = cases.found(cases.make("images", n, mesh, feed))
+def test_images(n, placement, mesh):
+    values, params = cases.found(cases.make("images", n, mesh, placement))
     cases.check("images", n, values, params)
     assert values["counts"].sum() == n
 
@@ -64,10 +64,10 @@ def together(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("kind", "n", "feed"), cases.TOGETHER)
-def test_two_processes(kind, n, feed, together):
+@pytest.mark.parametrize(("kind", "n", "placement"), cases.TOGETHER)
+def test_two_processes(kind, n, placement, together):
     parts: dict[str, dict[str, Any]] = {"values": {}, "params": {}}
-    for path, array in np.load(together / f"{kind}-{n}-{feed}.npz").items():
+    for path, array in np.load(together / f"{kind}-{n}-{placement}.npz").items():
         part, _, name = path.partition("/")
         parts[part][name] = array
     cases.check(kind, n, parts["values"], parts["params"])
@@ -114,7 +114,7 @@ def test_the_command_counts_each_example_once(tmp_path, capsys, mesh1, monkeypat
     capsys.readouterr()
     program = cases.make("images", N, mesh1, "auto")
     with checkpoint.open("r") as saved:
-        params = leaf_paths(saved.restore(saved.latest(), program.like).params)
+        params = leaf_paths(saved.restore(saved.latest(), program.abstract_state).params)
     given = cases.fields("images", N)
     want = cases.expected("images", given, params)
     counts = want.pop("counts")

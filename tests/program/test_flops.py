@@ -157,7 +157,7 @@ def test_throughput_of_a_text_model(mesh1):
 
 def test_throughput_of_any_other_model_is_counted_in_its_program(mesh8):
     hand = 2 * 8 * (2 * 64 * 32 + 3 * 32 * 4)  # the first layer's input has no gradient
-    peak_flops.store(jax.devices()[0], "float32", peak_flops.Peak(1e6, "measured 2026-11-22"))
+    peak_flops.store_peak(jax.devices()[0], "float32", peak_flops.Peak(1e6, "measured 2026-11-22"))
     for exp in (MLP, dataclasses.replace(MLP, remat="nothing_saveable")):
         found = throughput(assemble(exp, mesh8))
         assert (found.flops, found.tokens, found.counted_by) == (hand, None, "program")

@@ -48,7 +48,7 @@ def table(name: str) -> str:
         test=train,
         loss=losses.CrossEntropy(),
         optimizer=optim.AdamW(),
-        after=(optim.EMA(),),
+        post_update=(optim.EMA(),),
         batch=8,
         epochs=1,
     )

@@ -19,8 +19,7 @@ from jaxtrain.models import MLP
 from jaxtrain.monitor import make_console
 from jaxtrain.program import assemble
 from jaxtrain.program.loader import Resident, Streamed
-from jaxtrain.sharding import compile
-from jaxtrain.step.packing import Packed
+from jaxtrain.step.packing import PackedMetrics
 from jaxtrain.train.loop import fit
 
 N, BATCH = 50, 16
@@ -29,7 +28,7 @@ assert SOURCE is not None
 SOURCE = Arrays({**SOURCE.fields, "id": np.arange(N)})
 ORDERS = {
     "wrap": Order(3, N, BATCH),
-    "drop": Order(3, N, BATCH, "drop"),
+    "drop": Order(3, N, BATCH, True),
     "eval": Sequential(N, BATCH),
 }
 
@@ -41,7 +40,7 @@ def mesh(request: pytest.FixtureRequest) -> Any:
 
 def loaded(loader: Any, steps: Any) -> list[dict[str, np.ndarray]]:
     """What a step would see of each batch."""
-    fetch = compile(loader.fetch, args=(loader.shardings,), out=None)
+    fetch = sharding.compile(loader.fetch, args=(loader.shardings,), out=None)
     return [jax.device_get(fetch(loader.batch(step))) for step in steps]
 
 
@@ -82,7 +81,7 @@ def test_evaluation_masks_count_every_example_once(kind: Any, mesh: Any) -> None
 def test_examples_are_split_over_the_devices(kind: Any, name: str, mesh: Any) -> None:
     loader = kind(SOURCE, ORDERS[name], mesh)
     split = sharding.batch_split(mesh)
-    fetch = compile(loader.fetch, args=(loader.shardings,), out=split)
+    fetch = sharding.compile(loader.fetch, args=(loader.shardings,), out=split)
     for field, array in fetch(loader.batch(1)).items():
         assert array.sharding.is_equivalent_to(split, array.ndim), field
         shards = array.addressable_shards
@@ -105,7 +104,7 @@ def test_resident_data_is_an_argument_and_the_step_compiles_once(mesh8: Any) -> 
         return total + loader.fetch(batch)["image"].astype(jnp.float32).sum()
 
     whole = sharding.replicated(mesh8)
-    compiled = compile(step, args=(whole, loader.shardings), out=whole, donate=(0,))
+    compiled = sharding.compile(step, args=(whole, loader.shardings), out=whole, donate=(0,))
     total = jax.device_put(jnp.float32(0), whole)
     for number in range(5):
         total = compiled(total, loader.batch(number))
@@ -273,22 +272,22 @@ def test_a_streamed_batch_is_put_while_the_steps_before_it_are_computed(
     tmp_path: Any, mesh1: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    put, wait = Streamed.batch, Packed.rows
+    put, wait = Streamed.batch, PackedMetrics.rows
 
     def batch(self: Streamed, step: int) -> Any:
         events.append("put")
         return put(self, step)
 
-    def rows(self: Packed) -> Any:
+    def rows(self: PackedMetrics) -> Any:
         events.append("wait")
         return wait(self)
 
     exp = dataclasses.replace(
-        EXPERIMENT, model=MLP(widths=(), classes=4), after=(), augment=(), feed="stream"
+        EXPERIMENT, model=MLP(widths=(), classes=4), post_update=(), augment=(), placement="stream"
     )
-    program = assemble(dataclasses.replace(exp, eval_every=None, steps_per_dispatch=1), mesh1)
+    program = assemble(dataclasses.replace(exp, eval_every=None, steps_per_execution=1), mesh1)
     monkeypatch.setattr(Streamed, "batch", batch)
-    monkeypatch.setattr(Packed, "rows", rows)
+    monkeypatch.setattr(PackedMetrics, "rows", rows)
     fit(program, tmp_path, make_console())
     assert program.steps == 13 and exp.max_in_flight == 2
     assert events[: 2 + 2 * 11] == ["put", "put", *["put", "wait"] * 11]

@@ -44,7 +44,9 @@ def test_twenty_steps_in_float64_are_those_of_one_device(name, mesh):
     want, want_ids = one_device(name)
     with jax.enable_x64(True):
         program = cases.make(name, mesh)
-        split = [leaf for leaf in jax.tree.leaves(program.like) if not leaf.sharding.is_fully_replicated]
+        split = [
+            leaf for leaf in jax.tree.leaves(program.abstract_state) if not leaf.sharding.is_fully_replicated
+        ]
         got, ids = cases.train(program, initial(name))
     np.testing.assert_array_equal(ids, want_ids)
     assert bool(split) == (mesh != "data=8")
@@ -114,7 +116,7 @@ def test_gradients_of_every_family_are_those_of_one_device(name):
             return jax.grad(loss, has_aux=True)(params)
 
         want = jax.jit(functools.partial(gradients, model))(params, extra, batch)
-        split = functools.partial(gradients, sharding.gathered(model, placed.params))
+        split = functools.partial(gradients, sharding.gather_params(model, placed.params))
         step = jax.jit(split, in_shardings=(placed.params, placed.extra, rows))
         got = step(params, extra, batch)
     assert any("model" in str(s.spec) and "fsdp" in str(s.spec) for s in jax.tree.leaves(placed.params))

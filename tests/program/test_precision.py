@@ -20,7 +20,7 @@ from jaxtrain.metrics import Mean
 from jaxtrain.models import CNN, MLP, as_model, compute_in
 from jaxtrain.optim import EMA, LossScale
 from jaxtrain.step import make_eval_step, make_init, make_train_step
-from jaxtrain.step.packing import Packed
+from jaxtrain.step.packing import PackedMetrics
 
 KEY = jax.random.key(5)
 NET = CNN(widths=(4,), classes=3)
@@ -135,7 +135,7 @@ def test_settings_that_cannot_work_are_refused(wrong: Any) -> None:
 
 def scaled(model: Any, loss: Any, config: LossScale, **options: Any) -> Any:
     tx = optax.adam(0.1)
-    start = make_init(model, tx, after=options.get("after", ()), loss_scale=config)
+    start = make_init(model, tx, after=options.get("post_update", ()), loss_scale=config)
     return start, jax.jit(make_train_step(model, loss, tx, loss_scale=config, **options))
 
 
@@ -165,7 +165,7 @@ def test_loss_that_is_reported_is_not_the_scaled_one() -> None:
 
 
 def merged(*metrics: Any) -> dict[str, Any]:
-    return monitor.merged(Packed.of(each).rows()[0] for each in metrics)
+    return monitor.merge_all(PackedMetrics.of(each).rows()[0] for each in metrics)
 
 
 def test_overflow_skips_the_update_and_nothing_but_the_position_moves() -> None:
@@ -190,7 +190,7 @@ def test_overflow_skips_the_update_and_nothing_but_the_position_moves() -> None:
 
 def test_scale_rises_again_in_a_run_and_the_steps_after_go_on() -> None:
     config, ema = LossScale(initial=2.0**15, period=2), EMA(0.5)
-    start, step = scaled(compute_in(LINE, "float16"), total, config, after=(ema,))
+    start, step = scaled(compute_in(LINE, "float16"), total, config, post_update=(ema,))
     state = start(KEY, lines())
     scales = []
     for gain in (1000.0, 1000.0, 1.0, 1.0, 1.0):

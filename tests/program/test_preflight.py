@@ -54,7 +54,8 @@ def fields(*shape, nan=None, label=None):
     return {{"image": image, "label": labels.astype(np.int32)}}
 
 def change(source=None, **changes):
-    small = {{"model": models.MLP(widths=(4,), classes=4), "augment": (), "after": (), "preprocess": ()}}
+    small = {{"model": models.MLP(widths=(4,), classes=4), "preprocess": ()}}
+    small |= {{"augment": (), "post_update": ()}}
     source = data.Arrays(fields(8, 8, 1)) if source is None else source
     return dataclasses.replace(TINY, **{{**small, "train": source, "test": source, **changes}})
 
@@ -207,18 +208,19 @@ CASES = {
         ran=True,
     ),
     "state larger than the device": Case(
-        ("a device has 10.00 KB and must hold 100.83 KB", "(parameters 1.06 KB", "--set feed=stream"),
-        "change(data.Arrays(fields(16, 16, 1)), feed='resident', model=models.MLP(widths=(1,), classes=4))",
+        ("a device has 10.00 KB and must hold 100.83 KB", "(parameters 1.06 KB", "--set placement=stream"),
+        "change(data.Arrays(fields(16, 16, 1)), placement='device', "
+        "model=models.MLP(widths=(1,), classes=4))",
         before=small_device,
     ),
     "NaN in the input, in memory": Case(("train: ", *NAN), "change(data.Arrays(fields(8, 8, 1, nan=31)))"),
     "NaN in the first batch of a stream": Case(
         ("train: field 'image' of 48 examples (", *NAN[1:]),
-        "change(Stream(fields(8, 8, 1, nan=slice(None))), feed='stream', batch=48)",
+        "change(Stream(fields(8, 8, 1, nan=slice(None))), placement='stream', batch=48)",
     ),
     "NaN later in a stream": Case(
         ("loss is nan at step 5", "the update was not applied", NAN[0], "bad_batch.json", *NAN[1:]),
-        "change(Stream(fields(8, 8, 1, nan=31)), feed='stream', batch=8, save_every=0.2, seed=1)",
+        "change(Stream(fields(8, 8, 1, nan=31)), placement='stream', batch=8, save_every=0.2, seed=1)",
         code=3,
         ran=True,
     ),
@@ -231,7 +233,7 @@ CASES = {
     ),
     "label out of range later in a stream": Case(
         ("train: label 7 of example 31 in field 'label'", "4 classes 0..3", "earlier checkpoints are kept"),
-        "change(Stream(fields(8, 8, 1, label=31)), feed='stream', batch=8, seed=1)",
+        "change(Stream(fields(8, 8, 1, label=31)), placement='stream', batch=8, seed=1)",
         code=3,
         ran=True,
     ),
@@ -340,7 +342,7 @@ def test_nan_that_is_filled_or_meant_to_be_skipped_is_no_error(assembled) -> Non
     assert assembled(f"{gaps}, preprocess=(Fill(),))").notes == ()
     (note, *_) = assembled(f"{gaps}, guard='skip')").notes
     assert note.startswith("train: field 'image' of example 31 holds NaN") and "(guard=skip goes on" in note
-    assembled("change(Stream(fields(8, 8, 1, nan=slice(None))), feed='stream', guard='skip')")
+    assembled("change(Stream(fields(8, 8, 1, nan=slice(None))), placement='stream', guard='skip')")
 
 
 def test_values_are_looked_at_in_parts_that_fit(monkeypatch) -> None:
@@ -361,7 +363,7 @@ def test_what_a_stage_made_of_a_label_is_told_by_field_example_and_value(assembl
         return {**batch, "label": jnp.where(hit, batch["label"] + 40, batch["label"])}
 
     program = assembled("change(holdout=16)", augment=(Normalise(), spoil))
-    (found,) = bad_examples.find(program, 2)
+    (found,) = bad_examples.locate(program, 2)
     state = program.init().replace(step=jnp.int32(1))
     _, metrics = program.train_step(state, program.train.batch(1), program.key)
     assert metrics["guard"].figures()["labels_out_of_range"] == len(found.examples) > 0
@@ -369,16 +371,16 @@ def test_what_a_stage_made_of_a_label_is_told_by_field_example_and_value(assembl
     assert set(found.examples) <= set(program.examples(2)) and (labels < 4).all()
     values = ", ".join(map(str, sorted(set(labels + 40))))
     assert f"is {values}, no class of 0..3, after augment and preprocess, and not in" in found.text
-    assert bad_examples.find(assembled("change()"), 2) == []
+    assert bad_examples.locate(assembled("change()"), 2) == []
 
 
 @pytest.mark.parametrize(
     ("changes", "limit", "fix"),
     [
-        ("feed='resident', batch=8", 12_000, "--set feed=stream"),
-        ("feed='stream', batch=48", 9_000, "--set batch=25 is the largest"),
-        ("feed='stream', batch=48, accumulate=2", 9_000, "--set batch=24 is the largest"),
-        ("feed='stream', batch=8", 500, "needs 5 such devices or more"),
+        ("placement='device', batch=8", 12_000, "--set placement=stream"),
+        ("placement='stream', batch=48", 9_000, "--set batch=25 is the largest"),
+        ("placement='stream', batch=48, accumulate=2", 9_000, "--set batch=24 is the largest"),
+        ("placement='stream', batch=8", 500, "needs 5 such devices or more"),
     ],
 )
 def test_what_cannot_fit_is_told_with_what_would(assembled, changes, limit, fix, monkeypatch) -> None:
@@ -386,19 +388,19 @@ def test_what_cannot_fit_is_told_with_what_would(assembled, changes, limit, fix,
     monkeypatch.setattr(capacity, "limit_of", lambda mesh: Limit(limit, ""))
     with pytest.raises(InputError, match=fix):
         capacity.check_memory(program)
-    settings = re.findall(r"(batch|feed)=(\w+)", fix)
+    settings = re.findall(r"(batch|placement)=(\w+)", fix)
     if settings:
         changed = {name: int(value) if value.isdigit() else value for name, value in settings}
         capacity.check_memory(assembled(f"change({changes})", **changed))
 
 
 def test_the_state_of_several_devices_may_be_split(mesh8, monkeypatch) -> None:
-    experiment, _ = find(own("change(feed='stream', batch=8)")).load()
+    experiment, _ = find(own("change(placement='stream', batch=8)")).load()
     program = assembly.assemble(experiment, mesh8)
     monkeypatch.setattr(capacity, "limit_of", lambda mesh: Limit(2000, ""))
     with pytest.raises(InputError, match=r"--mesh fsdp=8 splits the state over the 8 devices"):
         capacity.check_memory(program)
-    assert capacity.smaller(program) == []
+    assert capacity.smaller_settings(program) == []
     program.close()
 
 
@@ -413,7 +415,7 @@ def test_the_state_of_several_devices_may_be_split(mesh8, monkeypatch) -> None:
 )
 def test_advice_for_less_memory_divides(assembled, batch, accumulate, advice) -> None:
     program = assembled("change()", batch=batch, accumulate=accumulate)
-    assert capacity.smaller(program) == advice
+    assert capacity.smaller_settings(program) == advice
 
 
 def test_one_checkpoint_beside_one_that_is_there(assembled, monkeypatch) -> None:

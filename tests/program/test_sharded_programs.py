@@ -15,7 +15,6 @@ from jaxtrain import data, losses, models, monitor, optim, sharding
 from jaxtrain.experiment import Experiment
 from jaxtrain.plan.collectives import collectives
 from jaxtrain.program import assemble
-from jaxtrain.sharding import compile
 
 LR = 0.1
 
@@ -108,9 +107,9 @@ def kinds(compiled, on):
 @pytest.mark.parametrize("text", SPECS)
 def test_collectives_are_those_of_a_program_written_by_hand(text):
     on = mesh(text)
-    exp = experiment(models.MLP(widths=(1024,), classes=4), source(64), feed="stream")
+    exp = experiment(models.MLP(widths=(1024,), classes=4), source(64), placement="stream")
     program = assemble(exp, on)
-    like = program.like
+    like = program.abstract_state
     batch = program.train.batch(0)
     ours = program.train_step.lower(like, batch, program.key).compile()
     theirs = by_hand(on, SPECS[text], like.params, batch)
@@ -134,7 +133,7 @@ def test_tensor_parallelism_never_gathers_the_vocabulary(text):
     and backward, and one each for the embedding and the head; logits [.., vocab] stay where they are."""
     on, vocab = mesh(text), 1024
     program = assemble(gpt(vocab), on)
-    compiled = program.train_step.lower(program.like, program.train.batch(0), program.key).compile()
+    compiled = program.train_step.lower(program.abstract_state, program.train.batch(0), program.key).compile()
     found = [c for c in collectives(compiled.as_text(), on) if c.axes == ("model",)]
     activations = 16 // sharding.batch_parts(on) * 32 * 64 * 4
     reduced = sum(c.bytes for c in found if c.kind == "all-reduce")
@@ -170,21 +169,25 @@ def bytes_on_a_device(tree) -> int:
 def test_fsdp_keeps_an_eighth_of_parameters_and_optimizer_on_each_device():
     program, _ = ten_million("fsdp=8")
     whole = sum(
-        x.size * x.dtype.itemsize for x in jax.tree.leaves((program.like.params, program.like.opt_state))
+        x.size * x.dtype.itemsize
+        for x in jax.tree.leaves((program.abstract_state.params, program.abstract_state.opt_state))
     )
-    assert sum(x.size for x in jax.tree.leaves(program.like.params)) > 10_000_000
-    assert bytes_on_a_device((program.like.params, program.like.opt_state)) <= 1.05 * whole / 8
+    assert sum(x.size for x in jax.tree.leaves(program.abstract_state.params)) > 10_000_000
+    assert (
+        bytes_on_a_device((program.abstract_state.params, program.abstract_state.opt_state))
+        <= 1.05 * whole / 8
+    )
     replicated, _ = ten_million("data=8")
-    assert bytes_on_a_device((replicated.like.params, replicated.like.opt_state)) == whole
+    assert bytes_on_a_device((replicated.abstract_state.params, replicated.abstract_state.opt_state)) == whole
 
 
 def test_the_state_is_never_whole_on_one_device():
     """Initialisation writes each device's part and computes no more than a large array at a time."""
     program, init = ten_million("fsdp=8")
     memory = init.compile().memory_analysis()
-    assert memory.output_size_in_bytes == pytest.approx(bytes_on_a_device(program.like), rel=0.01)
-    largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.like))
-    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.like))
+    assert memory.output_size_in_bytes == pytest.approx(bytes_on_a_device(program.abstract_state), rel=0.01)
+    largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.abstract_state))
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.abstract_state))
     assert memory.temp_size_in_bytes < 3 * largest < whole / 10
 
 
@@ -208,7 +211,7 @@ def test_one_step_of_sgd_in_float32_is_that_of_one_device(text):
     for on in (sharding.make_mesh(jax.devices()[:1]), mesh(text)):
         program = assemble(exp, on)
         state, metrics = program.train_step(program.init(), program.train.batch(0), program.key)
-        results.append((jax.device_get(state.params), monitor.merged(metrics.rows())))
+        results.append((jax.device_get(state.params), monitor.merge_all(metrics.rows())))
     (one, one_metrics), (split, split_metrics) = results
     for ours, theirs in zip(jax.tree.leaves(split), jax.tree.leaves(one), strict=True):
         assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)

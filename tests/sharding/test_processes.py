@@ -415,17 +415,19 @@ def test_one_process_needs_nobody(monkeypatch, mesh8) -> None:
     monkeypatch.setattr(rendezvous, "meet", None)
     multihost.start(warn=print)
     multihost.start(processes=1, process_id=0, warn=print)
-    assert (multihost.index(), multihost.count(), multihost.is_first()) == (0, 1, True)
+    assert (multihost.process_index(), multihost.process_count(), multihost.is_process_0()) == (0, 1, True)
     value = (1, object())
-    assert multihost.agree(value, "value") is value and multihost.first(lambda: value) is value
+    assert (
+        multihost.broadcast_from_0(value, "value") is value and multihost.on_process_0(lambda: value) is value
+    )
     with pytest.raises(KeyError):
-        multihost.first(lambda: {}["absent"])
+        multihost.on_process_0(lambda: {}["absent"])
     multihost.barrier("here")
-    assert multihost.Votes().cast(15) == 15
-    assert multihost.lost(jax.errors.JaxRuntimeError("Gloo")) is None
+    assert multihost.Votes().any_process(15) == 15
+    assert multihost.lost_process_error(jax.errors.JaxRuntimeError("Gloo")) is None
     split = sharding.batch_split(mesh8)
     assert multihost.local_rows(split, 16).tolist() == list(range(16))
-    tree = multihost.put({"a": np.arange(16)}, split, 16)
+    tree = multihost.put_local_rows({"a": np.arange(16)}, split, 16)
     assert tree["a"].sharding == split and tree["a"].tolist() == list(range(16))
     key = multihost.put_replicated(jax.random.key(1), sharding.replicated(mesh8))
     assert len(key.devices()) == 8
@@ -503,21 +505,21 @@ def test_an_error_of_jax_because_another_process_has_ended_says_so(monkeypatch) 
     gloo = jax.errors.JaxRuntimeError(
         "UNKNOWN: Gloo AllGather failed: [pair.cc:547] Connection closed by peer [127.0.0.1]:20884\nmore"
     )
-    assert multihost.lost(gloo) is None
-    monkeypatch.setattr(multihost, "count", lambda: 2)
+    assert multihost.lost_process_error(gloo) is None
+    monkeypatch.setattr(multihost, "process_count", lambda: 2)
 
     def fails(*_: Any) -> Any:
         raise gloo
 
-    monkeypatch.setattr(multihost, "_everywhere", lambda: (None, fails))
-    monkeypatch.setattr(multihost, "_own", lambda *_: None)
-    for call in (lambda: multihost.agree(1, "value"), lambda: multihost.Votes().cast(1)):
+    monkeypatch.setattr(multihost, "_all_devices_max", lambda: (None, fails))
+    monkeypatch.setattr(multihost, "_own_row", lambda *_: None)
+    for call in (lambda: multihost.broadcast_from_0(1, "value"), lambda: multihost.Votes().any_process(1)):
         with pytest.raises(
             RunError, match=r"^process 0: another process .* has ended .*own message$"
         ) as caught:
             call()
         assert caught.value.__cause__ is gloo
-    assert multihost.lost(ValueError("Gloo")) is None
+    assert multihost.lost_process_error(ValueError("Gloo")) is None
     gloo = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
     with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"):
         multihost.barrier("here")

@@ -20,7 +20,7 @@ from jaxtrain.metrics import Mean
 from jaxtrain.models import CNN, MLP, as_model
 from jaxtrain.optim import EMA, LossScale
 from jaxtrain.step import make_init, make_train_step
-from jaxtrain.step.gradients import accumulated, gradient_of
+from jaxtrain.step.gradients import accumulate_gradients, gradient_of
 
 KEY = jax.random.key(5)
 RNG = np.random.default_rng(0)
@@ -100,7 +100,7 @@ def test_loss_is_the_mean_over_all_examples() -> None:
     batch = {**lines(), "weight": jnp.array(RNG.uniform(size=8), jnp.float32)}
     params, extra = LINE.init(KEY, batch)
     whole = gradient_of(LINE, lambda outputs, batch: weighted(outputs[:, None], batch))
-    found = accumulated(whole, 2)(params, extra, batch, KEY, None)
+    found = accumulate_gradients(whole, 2)(params, extra, batch, KEY, None)
     expected = whole(params, extra, batch, KEY, None)
     assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-5)
     np.testing.assert_allclose(found.grads["w"], expected.grads["w"], rtol=1e-5)
@@ -118,7 +118,7 @@ def test_batch_norm_is_that_of_microbatches_written_out() -> None:
     net, tx = CNN(widths=(2,), convs=1, classes=3), optax.sgd(0.1)
     image = RNG.normal(size=(8, 4, 4, 1)).astype(np.float32)
     batch = {"image": jnp.array(image), "label": jnp.array(RNG.integers(0, 3, 8), jnp.int32)}
-    state = jax.jit(make_init(net, tx, after=(EMA(0.5),)))(KEY, batch)
+    state = jax.jit(make_init(net, tx, post_update=(EMA(0.5),)))(KEY, batch)
     model, stats, grads = as_model(net), {"batch_stats": state.extra["batch_stats"]}, []
 
     @jax.jit
@@ -133,7 +133,7 @@ def test_batch_norm_is_that_of_microbatches_written_out() -> None:
         found, stats = gradient(stats, {name: field[i::2] for name, field in batch.items()})
         grads.append(found)
     mean = jax.tree.map(lambda *g: sum(g) / 2, *grads)
-    step = jax.jit(make_train_step(net, CrossEntropy(), tx, after=(EMA(0.5),), accumulate=2))
+    step = jax.jit(make_train_step(net, CrossEntropy(), tx, post_update=(EMA(0.5),), accumulate=2))
     after, metrics = step(state, batch, KEY)
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, mean)
     chex.assert_trees_all_close(after.params, expected, rtol=1e-5, atol=1e-6)

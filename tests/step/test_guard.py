@@ -22,11 +22,10 @@ from jaxtrain.metrics import Mean
 from jaxtrain.monitor.console import Plain
 from jaxtrain.optim import EMA, LossScale
 from jaxtrain.program import assemble
-from jaxtrain.sharding import compile
 from jaxtrain.step import guard, make_init, make_train_step
 from jaxtrain.step.gradients import evaluate_loss
-from jaxtrain.step.packing import packed
-from jaxtrain.train.bad_updates import FILE, LIMIT, WINDOW, Watch
+from jaxtrain.step.packing import pack_metrics
+from jaxtrain.train.bad_updates import BAD_BATCH_FILE, LOSS_WINDOW, MAX_SKIPS_IN_A_ROW, BadUpdateMonitor
 from jaxtrain.train.loop import fit
 from jaxtrain.train.run_folder import RunFolder
 
@@ -75,7 +74,7 @@ def same(a, b):
 
 def final(folder, program):
     with checkpoint.open(folder) as saved:
-        return jax.device_get(saved.restore(saved.latest(), program.like))
+        return jax.device_get(saved.restore(saved.latest(), program.abstract_state))
 
 
 def relabelled(label):
@@ -115,19 +114,19 @@ WORDS = {
 def test_a_bad_update_leaves_the_state_bit_for_bit(case):
     loss, tx, prepare = CASES[case]
     after = (EMA(0.5),)
-    state = make_init(LINE, optax.chain(tx, optax.trace(0.9)), after=after)(KEY, BATCH)
+    state = make_init(LINE, optax.chain(tx, optax.trace(0.9)), post_update=after)(KEY, BATCH)
     tx = optax.chain(tx, optax.trace(0.9))
     steps = {
         policy: jax.jit(make_train_step(LINE, loss, tx, prepare, after, guard=policy))
         for policy in ("off", "skip")
     }
     kept, metrics = steps["skip"](state, BATCH, KEY)
-    assert int(kept.step) == 1 and guard.faults(metrics["guard"].figures())[0] == WORDS[case]
+    assert int(kept.step) == 1 and guard.bad_figures(metrics["guard"].figures())[0] == WORDS[case]
     same(kept.replace(step=state.step), state)
     assert metrics["skipped"].compute() == 1 and float(metrics["loss"].count) == 0
     applied, plain = steps["off"](state, BATCH, KEY)
     assert (np.asarray(applied.params["w"]) != np.asarray(state.params["w"])).any()
-    assert not {"guard", "skipped", guard.OUTSIDE} & plain.keys()
+    assert not {"guard", "skipped", guard.BAD_LABELS} & plain.keys()
 
 
 def test_accumulated_labels_are_counted_and_masked_rows_are_not():
@@ -135,17 +134,17 @@ def test_accumulated_labels_are_counted_and_masked_rows_are_not():
     state = make_init(LINE, optax.sgd(0.1))(KEY, BATCH)
     batch = {**BATCH, "label": jnp.array([2, 1, -1, 1])}
     figures = jax.jit(step)(state, batch, KEY)[1]["guard"].figures()
-    assert figures[guard.OUTSIDE] == 2
+    assert figures[guard.BAD_LABELS] == 2
     masked = {**batch, "mask": jnp.array([True, True, False, False])}
     assert int(losses.CrossEntropy().outside(jnp.zeros((4, 2)), masked)) == 1
     assert int(losses.CrossEntropy().outside(jnp.zeros((4, 2)), {"label": jnp.ones(4) * 9})) == 0
 
 
 def test_a_watched_loss_is_the_loss_with_a_count_and_its_settings():
-    loss = guard.watched(losses.CrossEntropy(smoothing=0.25))
-    assert loss.smoothing == 0.25 and guard.watched(losses.MSE()) == losses.MSE()
+    loss = guard.count_bad_labels(losses.CrossEntropy(smoothing=0.25))
+    assert loss.smoothing == 0.25 and guard.count_bad_labels(losses.MSE()) == losses.MSE()
     plain, watched = (evaluate_loss(f, jnp.eye(2), {"label": jnp.arange(2)}) for f in (loss._loss_fn, loss))
-    assert float(plain[0]) == float(watched[0]) and watched[1].keys() - plain[1].keys() == {guard.OUTSIDE}
+    assert float(plain[0]) == float(watched[0]) and watched[1].keys() - plain[1].keys() == {guard.BAD_LABELS}
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -161,16 +160,16 @@ def test_a_finite_run_is_bitwise_the_one_without_the_guard(devices, tmp_path, co
 
 def test_off_adds_nothing_to_the_compiled_program(mesh1):
     def text(program):
-        return program.train_step.lower(program.like, program.train.batch(0), program.key).as_text()
+        return program.train_step.lower(program.abstract_state, program.train.batch(0), program.key).as_text()
 
     off, stop = (assemble(change(guard=policy), mesh1) for policy in ("off", "stop"))
     exp, whole = off.experiment, sharding.replicated(mesh1)
-    after = tuple(stage.build(off.steps) if hasattr(stage, "build") else stage for stage in exp.after)
+    after = tuple(stage.build(off.steps) if hasattr(stage, "build") else stage for stage in exp.post_update)
     prepare = compose(lambda batch, _: off.train.fetch(batch), *exp.preprocess)
     by_hand = make_train_step(exp.model, exp.loss, exp.optimizer.build(off.steps), prepare, after)
-    states = jax.tree.map(lambda x: x.sharding, off.like)
-    step = compile(
-        packed(by_hand), args=(states, off.train.shardings, whole), out=(states, whole), donate=(0,)
+    states = jax.tree.map(lambda x: x.sharding, off.abstract_state)
+    step = sharding.compile(
+        pack_metrics(by_hand), args=(states, off.train.shardings, whole), out=(states, whole), donate=(0,)
     )
     assert text(off) == text(dataclasses.replace(off, train_step=step))
     assert "is_finite" in text(stop) and "is_finite" not in text(off)
@@ -196,12 +195,12 @@ def test_stop_ends_the_run_at_once_and_saves_nothing_after(stage, tmp_path, cons
     bad = next(k for k in range(1, 99) if 77 in program.order.indices(k - 1))
     what = "1 label is no class of the model" if stage.label else "loss is nan"
     with pytest.raises(
-        RunError, match=rf"^{what} at step {bad}: the update was not applied.*{FILE}"
+        RunError, match=rf"^{what} at step {bad}: the update was not applied.*{BAD_BATCH_FILE}"
     ) as error:
         fit(program, tmp_path, console)
     assert "\n" not in str(error.value) and max(asked) <= bad + exp.max_in_flight
-    found = json.loads((tmp_path / FILE).read_text())
-    assert found["step"] == bad and found["figures"][guard.OUTSIDE] == (1 if stage.label else 0)
+    found = json.loads((tmp_path / BAD_BATCH_FILE).read_text())
+    assert found["step"] == bad and found["figures"][guard.BAD_LABELS] == (1 if stage.label else 0)
     assert found["figures"]["loss"] == "nan" or stage.label
     row = program.order.indices(bad - 1).tolist().index(77)
     batch = program.train.fetch(program.train.batch(bad - 1))
@@ -240,10 +239,13 @@ def test_skip_goes_on_counts_and_equals_a_stopped_run_gone_on_with(tmp_path, cap
 def test_skips_are_bounded(tmp_path, console, mesh1):
     exp = change(augment=(Spoil(-1),), guard="skip", log_every=1, epochs=2)
     program, asked = counted(assemble(exp, mesh1))
-    with pytest.raises(RunError, match=rf"at step {LIMIT + 1}, the {LIMIT + 1}th bad update in a row"):
+    with pytest.raises(
+        RunError,
+        match=rf"at step {MAX_SKIPS_IN_A_ROW + 1}, the {MAX_SKIPS_IN_A_ROW + 1}th bad update in a row",
+    ):
         fit(program, tmp_path, console)
-    assert max(asked) <= LIMIT + 1 + exp.max_in_flight
-    assert json.loads((tmp_path / FILE).read_text())["step"] == LIMIT + 1
+    assert max(asked) <= MAX_SKIPS_IN_A_ROW + 1 + exp.max_in_flight
+    assert json.loads((tmp_path / BAD_BATCH_FILE).read_text())["step"] == MAX_SKIPS_IN_A_ROW + 1
 
 
 @pytest.mark.parametrize("scale", [2.0**15, 1.0])
@@ -258,7 +260,7 @@ def test_an_overflow_that_the_loss_scale_handles_is_no_fault(scale):
     state = make_init(LINE, tx, loss_scale=config)(KEY, BATCH)
     step = jax.jit(make_train_step(LINE, overflow, tx, loss_scale=config, guard="skip"))
     after, metrics = step(state, BATCH, KEY)
-    wrong = guard.faults(metrics["guard"].figures())
+    wrong = guard.bad_figures(metrics["guard"].figures())
     assert metrics["skipped"].compute() == 1 and (after.params["w"] == state.params["w"]).all()
     if scale > 1:
         assert wrong == [] and float(after.extra["loss_scale"]["scale"]) == scale / 2
@@ -268,11 +270,11 @@ def test_an_overflow_that_the_loss_scale_handles_is_no_fault(scale):
 
 
 def watch(tmp_path=None, **fields):
-    settings = {"guard": "stop", "spike": None, "max_in_flight": 2} | fields
+    settings = {"guard": "stop", "max_loss_spike": None, "max_in_flight": 2} | fields
     program = types.SimpleNamespace(
         experiment=types.SimpleNamespace(**settings), examples=lambda step: np.arange(3)
     )
-    return Watch(program, tmp_path, lambda text: None)
+    return BadUpdateMonitor(program, tmp_path, lambda text: None)
 
 
 def figures(loss=1.0):
@@ -280,13 +282,15 @@ def figures(loss=1.0):
 
 
 def test_a_spike_ends_the_run_once_there_is_an_average(tmp_path):
-    seen = watch(tmp_path, spike=3.0)
-    for step in range(WINDOW):
+    seen = watch(tmp_path, max_loss_spike=3.0)
+    for step in range(LOSS_WINDOW):
         seen.judge(step, figures(9.0 if step == 1 else 1.0))  # too early to tell
-    seen.judge(WINDOW, figures(3.0))
-    with pytest.raises(RunError, match=r"loss 9 at step 51 is above spike=3 times its average of 1\.1"):
-        seen.judge(WINDOW + 1, figures(9.0))
-    found = json.loads((tmp_path / FILE).read_text())
+    seen.judge(LOSS_WINDOW, figures(3.0))
+    with pytest.raises(
+        RunError, match=r"loss 9 at step 51 is above max_loss_spike=3 times its average of 1\.1"
+    ):
+        seen.judge(LOSS_WINDOW + 1, figures(9.0))
+    found = json.loads((tmp_path / BAD_BATCH_FILE).read_text())
     assert found["figures"]["average_loss"] == pytest.approx(1.2, abs=0.1) and found["examples"] == [0, 1, 2]
 
 
@@ -311,9 +315,9 @@ def test_figures_of_several_steps_merge():
     ("fields", "message"),
     [
         ({"guard": "halt"}, "guard is 'halt': it must be one of stop, skip, off"),
-        ({"spike": 1}, "spike is 1: it must be a number above 1"),
-        ({"spike": True}, "spike is True"),
-        ({"spike": 2.0, "guard": "off"}, "spike needs the guard"),
+        ({"max_loss_spike": 1}, "max_loss_spike is 1: it must be a number above 1"),
+        ({"max_loss_spike": True}, "max_loss_spike is True"),
+        ({"max_loss_spike": 2.0, "guard": "off"}, "max_loss_spike needs the guard"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(fields, message):
@@ -325,7 +329,7 @@ def test_the_policy_is_part_of_a_runs_identity_and_a_spike_is_not(tmp_path):
     """What a run computes from a bad batch on depends on it; ending early changes no number."""
     stop = change()
     assert len({config_hash(change(guard=policy)) for policy in ("stop", "skip", "off")}) == 3
-    assert config_hash(change(spike=2.0)) == config_hash(stop)
+    assert config_hash(change(max_loss_spike=2.0)) == config_hash(stop)
     RunFolder(tmp_path).claim("tiny", stop, {})
     RunFolder(tmp_path).claim("tiny", change(guard="skip"), {})  # goes on: nothing has been skipped so far
     with pytest.raises(InputError, match="guard is 'skip' there and 'stop' here"):

@@ -1,4 +1,4 @@
-"""``packed``: the same metrics, as one vector for each dtype."""
+"""``pack_metrics``: the same metrics, as one vector for each dtype."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.metrics import ConfusionMatrix, Mean
-from jaxtrain.step.packing import Packed, packed
+from jaxtrain.step.packing import PackedMetrics, pack_metrics
 
 
 def metrics(x):
@@ -22,7 +22,7 @@ def same(found, wanted):
 
 
 def test_what_is_packed_comes_back():
-    found = jax.jit(lambda x: Packed.of(metrics(x)))(jnp.float32(5))
+    found = jax.jit(lambda x: PackedMetrics.of(metrics(x)))(jnp.float32(5))
     assert sorted(str(v.dtype) for v in found.vectors) == ["bfloat16", "float32", "int32"] and len(found) == 3
     (row,) = found.rows()
     same(row, metrics(jnp.float32(5)))
@@ -31,7 +31,7 @@ def test_what_is_packed_comes_back():
 
 
 def test_of_several_updates_each_comes_back():
-    steps = jax.jit(lambda xs: jax.lax.scan(packed(lambda state, x: (state, metrics(x))), 0, xs))
+    steps = jax.jit(lambda xs: jax.lax.scan(pack_metrics(lambda state, x: (state, metrics(x))), 0, xs))
     _, found = steps(jnp.array([1.0, 2.0]))
     for row, x in zip(found.rows(), (1, 2), strict=True):
         same(row, metrics(jnp.float32(x)))
@@ -43,8 +43,8 @@ def test_sums_do_not_end_where_the_device_types_do():
         "seen": Mean(jnp.float32(2**24), jnp.float32(2**24)),
         "n": ConfusionMatrix(jnp.full((1, 1), 2**31 - 1)),
     }
-    (row,) = Packed.of(large).rows()
-    (one,) = Packed.of(
+    (row,) = PackedMetrics.of(large).rows()
+    (one,) = PackedMetrics.of(
         {"seen": Mean(jnp.float32(1), jnp.float32(1)), "n": ConfusionMatrix(jnp.ones((1, 1), int))}
     ).rows()
     assert row["seen"].merge(one["seen"]).total == 2**24 + 1
@@ -54,11 +54,11 @@ def test_sums_do_not_end_where_the_device_types_do():
 @pytest.mark.parametrize("number", [1, 3])
 def test_no_metrics_at_all(number):
     """There is still something to wait for, and as many updates as there were."""
-    _, found = jax.lax.scan(packed(lambda state, x: (state, {})), 0, jnp.zeros(number))
+    _, found = jax.lax.scan(pack_metrics(lambda state, x: (state, {})), 0, jnp.zeros(number))
     assert found.rows() == [{}] * number and len(found) == 0
 
 
 def test_shapes_stand_for_metrics():
-    found = jax.eval_shape(lambda x: Packed.of(metrics(x)), jnp.float32(1))
+    found = jax.eval_shape(lambda x: PackedMetrics.of(metrics(x)), jnp.float32(1))
     assert found["all"].counts.shape == (2, 2) and found["half"].total.dtype == jnp.bfloat16
     assert "loss" in found and "other" not in found

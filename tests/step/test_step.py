@@ -21,7 +21,6 @@ from jaxtrain.losses import MSE, CrossEntropy
 from jaxtrain.metrics import ConfusionMatrix, Mean
 from jaxtrain.models import CNN, MLP
 from jaxtrain.optim import EMA
-from jaxtrain.sharding import compile
 from jaxtrain.step import factories, make_eval_step, make_init, make_train_step
 
 RNG = np.random.default_rng(0)
@@ -177,14 +176,14 @@ def test_after_functions_run_in_order_on_the_updated_state() -> None:
         return state.replace(params={"w": 2 * state.params["w"]})
 
     batch, tx = line_batch(), optax.sgd(0.1)
-    state = make_init(LINE, tx, after=(double, Noted()))(KEY, batch)
+    state = make_init(LINE, tx, post_update=(double, Noted()))(KEY, batch)
     plain = make_init(LINE, tx)(KEY, batch)
     chex.assert_trees_all_equal(state.params, plain.params)  # only init methods run at the start
     updated = make_train_step(LINE, MSE(), tx)(plain, batch, KEY)[0].params["w"]
-    first = make_train_step(LINE, MSE(), tx, after=(double, Noted()))(state, batch, KEY)[0]
+    first = make_train_step(LINE, MSE(), tx, post_update=(double, Noted()))(state, batch, KEY)[0]
     np.testing.assert_array_equal(first.params["w"], 2 * updated)
     np.testing.assert_array_equal(first.extra["seen"], 2 * updated)
-    second = make_train_step(LINE, MSE(), tx, after=(Noted(), double))(state, batch, KEY)[0]
+    second = make_train_step(LINE, MSE(), tx, post_update=(Noted(), double))(state, batch, KEY)[0]
     np.testing.assert_array_equal(second.extra["seen"], updated)
 
 
@@ -203,8 +202,8 @@ def test_data_init_sees_the_prepared_batch_before_the_optimizer_does() -> None:
 
 def test_ema_follows_the_training_and_is_what_evaluation_uses() -> None:
     batch, tx, ema = line_batch(), optax.sgd(0.1), EMA(0.5)
-    state = make_init(LINE, tx, after=(ema,))(KEY, batch)
-    train = jax.jit(make_train_step(LINE, MSE(), tx, after=(ema,)))
+    state = make_init(LINE, tx, post_update=(ema,))(KEY, batch)
+    train = jax.jit(make_train_step(LINE, MSE(), tx, post_update=(ema,)))
     average = np.array(state.params["w"], np.float64)
     for _ in range(3):
         state, _ = train(state, batch, KEY)
@@ -238,7 +237,7 @@ def test_eight_devices_take_the_step_of_one(mesh1: Any, mesh8: Any) -> None:
 
     def on(mesh: Any) -> Any:
         whole = sharding.replicated(mesh)
-        train = compile(
+        train = sharding.compile(
             make_train_step(model, CrossEntropy(0.1), tx, prepare),
             args=(whole, sharding.batch_split(mesh), whole),
             out=whole,

@@ -53,7 +53,7 @@ def spans(program, start=0):
 
 
 def test_evaluations_and_checkpoints_stay_where_they_are(mesh1):
-    alone, several = (assemble(change(steps_per_dispatch=k, save_every=0.5), mesh1) for k in (1, 4))
+    alone, several = (assemble(change(steps_per_execution=k, save_every=0.5), mesh1) for k in (1, 4))
     assert spans(alone) == [*range(1, 51)]
     ends = spans(several)
     assert ends[:7] == [4, 5, 6, 7, 11, 12, 13]  # saved after 7, evaluated after 13
@@ -66,12 +66,12 @@ def test_evaluations_and_checkpoints_stay_where_they_are(mesh1):
 
 
 @pytest.mark.parametrize(
-    "way", rows(("resident-1", "resident-8", "stream-1", "stream-8"), ("resident-1", "stream-8"))
+    "way", rows(("device-1", "device-8", "stream-1", "stream-8"), ("device-1", "stream-8"))
 )
 def test_an_mlp_is_bitwise_the_same_and_so_are_its_records(way, tmp_path, mesh1, mesh8):
-    feed, _, devices = way.partition("-")
+    placement, _, devices = way.partition("-")
     mesh = {"1": mesh1, "8": mesh8}[devices]
-    programs = {k: assemble(change(feed=feed, steps_per_dispatch=k), mesh) for k in (1, 5)}
+    programs = {k: assemble(change(placement=placement, steps_per_execution=k), mesh) for k in (1, 5)}
     for k, program in programs.items():
         fit(program, tmp_path / str(k), Plain())
     assert records(tmp_path / "1") == records(tmp_path / "5")
@@ -82,7 +82,7 @@ def test_an_mlp_is_bitwise_the_same_and_so_are_its_records(way, tmp_path, mesh1,
 
 def test_a_network_with_statistics_is_the_same_in_float64(mesh1):
     with jax.enable_x64(True):
-        program = assemble(change(parallel_cases.experiments()["cnn"], steps_per_dispatch=4), mesh1)
+        program = assemble(change(parallel_cases.experiments()["cnn"], steps_per_execution=4), mesh1)
         state, alone = program.init(), program.init()
         for step in range(4):
             alone, _ = program.train_step(alone, program.train.batch(step), program.key)
@@ -94,7 +94,7 @@ def test_a_network_with_statistics_is_the_same_in_float64(mesh1):
 
 
 def test_stop_and_resume_is_bitwise_the_straight_run(tmp_path, monkeypatch, mesh1):
-    program = assemble(change(steps_per_dispatch=5), mesh1)
+    program = assemble(change(steps_per_execution=5), mesh1)
     fit(program, tmp_path / "straight", Plain())
     with monkeypatch.context() as patch:
         stopping(20, patch)  # a dispatch ends with it: 5, 10, 11, 12, 13, 18, 23, ...
@@ -108,7 +108,7 @@ def test_stop_and_resume_is_bitwise_the_straight_run(tmp_path, monkeypatch, mesh
 
 
 def test_a_bad_update_among_several_is_the_one_that_is_named(tmp_path, mesh1):
-    exp = change(steps_per_dispatch=6, eval_every=None, epochs=1)
+    exp = change(steps_per_execution=6, eval_every=None, epochs=1)
     bad = int(assemble(exp, mesh1).examples(9)[3])  # the third update of the second dispatch
     exp = change(exp, augment=(Spoil(bad),))
     with pytest.raises(RunError, match="at step 9"):
@@ -166,20 +166,20 @@ def test_the_faster_way_is_chosen(alone, several, count, asked, monkeypatch, mes
 
 def test_what_is_measured_leaves_no_trace_in_the_run(monkeypatch, tmp_path, mesh1):
     monkeypatch.setattr(autotune, "SHORTEST", 1)
-    program = assemble(change(steps_per_dispatch="auto"), mesh1)
+    program = assemble(change(steps_per_execution="auto"), mesh1)
     choice = choose(program)
     assert choice.count in (1, 12) and set(choice.seconds) >= {1}
-    fit(dataclasses.replace(program, per_dispatch=1), tmp_path / "after", Plain())
+    fit(dataclasses.replace(program, steps_per_execution=1), tmp_path / "after", Plain())
     fit(assemble(MLP, mesh1), tmp_path / "fresh", Plain())
     assert records(tmp_path / "after") == records(tmp_path / "fresh")
 
 
 def test_the_setting_and_deterministic_are_not_measured(monkeypatch, mesh1):
     monkeypatch.setattr(autotune, "choose", lambda program: pytest.fail("measured"))
-    assert decide(assemble(change(steps_per_dispatch=7), mesh1), None, False).count == 7
+    assert decide(assemble(change(steps_per_execution=7), mesh1), None, False).count == 7
     auto = assemble(MLP, mesh1)
     assert decide(auto, None, True).count == 1
-    assert decide(auto, {"steps_per_dispatch": 12}, True).count == 12  # the run goes on as it began
+    assert decide(auto, {"steps_per_execution": 12}, True).count == 12  # the run goes on as it began
     assert decide(auto, {}, False).count == 1  # begun by a version that had no such setting
     monkeypatch.undo()
     assert decide(auto, None, False) == Choice(1, "a run of fewer than 5,000 updates")
@@ -202,11 +202,11 @@ def test_the_choice_is_part_of_the_run(monkeypatch, tmp_path, capsys):
         assert run.main(words) == 130
     assert "4 updates a dispatch: for a test" in capsys.readouterr().out
     record = run_folder.load(tmp_path / "run")
-    assert record["steps_per_dispatch"] == 4 and record["dispatch_seconds"] == {"1": 2e-4, "4": 1e-4}
+    assert record["steps_per_execution"] == 4 and record["dispatch_seconds"] == {"1": 2e-4, "4": 1e-4}
     assert run.main([*words, "--set", "log_every=2"]) == 0  # changes what is recorded of the run
-    assert run_folder.load(tmp_path / "run")["steps_per_dispatch"] == 4 and 4 in seen[1:]
-    assert run.main([*words, "--set", "steps_per_dispatch=2"]) == 2
-    assert "steps_per_dispatch is 'auto' there and 2 here" in capsys.readouterr().err
+    assert run_folder.load(tmp_path / "run")["steps_per_execution"] == 4 and 4 in seen[1:]
+    assert run.main([*words, "--set", "steps_per_execution=2"]) == 2
+    assert "steps_per_execution is 'auto' there and 2 here" in capsys.readouterr().err
 
 
 def test_an_older_runs_config_without_the_setting_goes_on(monkeypatch, tmp_path, capsys):
@@ -216,22 +216,22 @@ def test_an_older_runs_config_without_the_setting_goes_on(monkeypatch, tmp_path,
         assert run.main(words) == 130
     path = tmp_path / "run" / "config.json"
     record = json.loads(path.read_text())
-    del record["steps_per_dispatch"], record["config"]["steps_per_dispatch"]
+    del record["steps_per_execution"], record["config"]["steps_per_execution"]
     path.write_text(json.dumps(record))
     assert run.main(words) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["0", "x", "1.5", "true"])
 def test_bad_numbers_are_refused(value, capsys):
-    assert run.main(["--experiment", TINY, "--set", f"steps_per_dispatch={value}"]) == 2
+    assert run.main(["--experiment", TINY, "--set", f"steps_per_execution={value}"]) == 2
     error = capsys.readouterr().err
-    assert "steps_per_dispatch" in error and error.count("\n") == 1
-    with pytest.raises(InputError, match="steps_per_dispatch is True"):
-        change(steps_per_dispatch=True)
+    assert "steps_per_execution" in error and error.count("\n") == 1
+    with pytest.raises(InputError, match="steps_per_execution is True"):
+        change(steps_per_execution=True)
 
 
 def test_verify_has_dispatches_of_as_many(capfd):
-    words = ["verify", "--experiment", TINY, "--set", "steps_per_dispatch=3", "--steps", "8"]
+    words = ["verify", "--experiment", TINY, "--set", "steps_per_execution=3", "--steps", "8"]
     assert verbs.main(words) == 0
     assert "verified: the same bit for bit" in capfd.readouterr().out
     assert verbs.main([*words[:-1], "2"]) == 0
@@ -252,10 +252,10 @@ def test_verify_measures_once_for_all_its_phases(monkeypatch):
     assert verbs.main(["verify", *long]) == 0
     assert [phase for phase, *_ in started] == ["choose", "straight", "killed", "resumed"]
     assert started[0][1:] == (["epochs=500"], None)
-    assert all(rest == [["epochs=500", "steps_per_dispatch=28"], 112] for _, *rest in started[1:])
+    assert all(rest == [["epochs=500", "steps_per_execution=28"], 112] for _, *rest in started[1:])
     started.clear()
     assert verbs.main(["verify", *long, "--deterministic"]) == 0
-    assert started[0] == ("straight", ["epochs=500", "steps_per_dispatch=1"], 20)
+    assert started[0] == ("straight", ["epochs=500", "steps_per_execution=1"], 20)
 
 
 def test_sharded_programs_stack_along_a_new_axis(mesh8):
@@ -272,7 +272,7 @@ def test_the_step_is_compiled_ahead_and_not_again(tmp_path, mesh1):
 
     jax.monitoring.register_event_duration_secs_listener(hear)
     try:
-        with dispatch.ahead(program):
+        with dispatch.compile_in_background(program):
             state = program.init()
         assert compiled.count("compile") == 1
         compiled.clear()

@@ -81,7 +81,7 @@ def test_two_processes_train_as_one_device(case, float64):
 def moved(tmp_path_factory):
     """A run that goes on from 2 × 4 devices on 1 × 8, on 1 × 1, and again on 2 × 4, an epoch each."""
     folder = tmp_path_factory.mktemp("moved")
-    dispatches = ("--set", "steps_per_dispatch=3")
+    dispatches = ("--set", "steps_per_execution=3")
     first = launch(folder, "--workdir", "run", "--mesh", "data=2,fsdp=4", *dispatches)
     for epochs, words in ((2, ("8", "--mesh", "fsdp=8")), (3, ("1",))):
         command = [sys.executable, "-m", "jaxtrain.run", "--experiment", str(EXPERIMENT), "--workdir", "run"]
@@ -107,7 +107,7 @@ def test_a_run_moves_between_two_processes_and_one(moved, tmp_path):
         state, _ = program.train_step(state, program.train.batch(step), program.key)
     program.close()
     with checkpoint.open(folder / "run") as saved:
-        moved_state = saved.restore(saved.latest(), program.like)
+        moved_state = saved.restore(saved.latest(), program.abstract_state)
     for ours, theirs in zip(jax.tree.leaves(moved_state), jax.tree.leaves(state), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 

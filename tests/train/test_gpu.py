@@ -72,7 +72,7 @@ assert loop.fit(program, Path("broken"), Plain())["resumed_from"] == 10
 states = []
 for folder in ("straight", "broken"):
     with checkpoint.open(folder) as saved:
-        states.append(jax.device_get(saved.restore(saved.latest(), program.like)))
+        states.append(jax.device_get(saved.restore(saved.latest(), program.abstract_state)))
 equal = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), *states)
 print("bitwise equal" if all(jax.tree.leaves(equal)) else equal)
 """
@@ -142,20 +142,20 @@ def test_a_step_is_that_of_the_cpu():
         for device in (jax.devices()[0], jax.devices("cpu")[0]):
             program = assemble(DIGITS, sharding.make_mesh([device]))
             state, metrics = program.train_step(program.init(), program.train.batch(0), program.key)
-            after.append((jax.device_get(state.params), monitor.merged(metrics.rows())))
+            after.append((jax.device_get(state.params), monitor.merge_all(metrics.rows())))
     (gpu, gpu_metrics), (cpu, cpu_metrics) = after
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gpu, cpu)
     assert gpu_metrics["loss"] == pytest.approx(cpu_metrics["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize(("policy", "per_dispatch"), [("stop", 1), ("skip", 8)])
-def test_the_loop_reads_nothing_from_the_device(tmp_path, policy, per_dispatch):
+@pytest.mark.parametrize(("policy", "steps_per_execution"), [("stop", 1), ("skip", 8)])
+def test_the_loop_reads_nothing_from_the_device(tmp_path, policy, steps_per_execution):
     """But the metrics of finished updates, of which ``InFlight`` says so itself.
 
     Training, logging and evaluation; ``copy_to_host_async`` counts as a read where JAX guards it.
     """
     pytest.importorskip("tensorboardX")
-    exp = dataclasses.replace(DIGITS, guard=policy, steps_per_dispatch=per_dispatch)
+    exp = dataclasses.replace(DIGITS, guard=policy, steps_per_execution=steps_per_execution)
     program = assemble(exp, sharding.make_mesh(jax.devices()[:1]))
     program = Unsaved(**{f.name: getattr(program, f.name) for f in dataclasses.fields(program)})
     console = Plain()
@@ -198,7 +198,7 @@ def test_nan_through_relus_is_stopped_by_the_guard(tmp_path):
     before = jax.device_get(program.init().params)
     state, metrics = program.train_step(program.init(), program.train.batch(0), program.key)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), before)
-    assert guard.faults(jax.device_get(metrics["guard"]).figures())
+    assert guard.bad_figures(jax.device_get(metrics["guard"]).figures())
     with pytest.raises(RunError, match="at step 1: the update was not applied"):
         loop.fit(program, tmp_path, Plain())
 
@@ -253,7 +253,7 @@ def test_two_runs_with_deterministic_are_the_same_bits(tmp_path):
     states = []
     for folder in ("one", "other"):
         with checkpoint.open(tmp_path / folder) as saved:
-            states.append(jax.device_get(saved.restore(saved.latest(), program.like)))
+            states.append(jax.device_get(saved.restore(saved.latest(), program.abstract_state)))
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 

@@ -21,7 +21,7 @@ from jaxtrain.core.signals import Stopped
 from jaxtrain.experiment import Experiment
 from jaxtrain.program import assemble
 from jaxtrain.step import make_train_step
-from jaxtrain.step.packing import Packed
+from jaxtrain.step.packing import PackedMetrics
 from jaxtrain.train.dispatch import Dispatch, InFlight
 from jaxtrain.train.loop import evaluate, fit
 
@@ -37,7 +37,7 @@ def change(**fields) -> Experiment:
 
 def final(folder, program):
     with checkpoint.open(folder) as saved:
-        return jax.device_get(saved.restore(saved.latest(), program.like))
+        return jax.device_get(saved.restore(saved.latest(), program.abstract_state))
 
 
 def stopping(at: int, monkeypatch):
@@ -53,19 +53,19 @@ def stopping(at: int, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "way", rows(("resident-1", "resident-8", "stream-1", "stream-8"), ("resident-8", "stream-1"))
+    "way", rows(("device-1", "device-8", "stream-1", "stream-8"), ("device-8", "stream-1"))
 )
 def test_stop_and_resume_is_bitwise_the_straight_run(way, tmp_path, console, monkeypatch, mesh1, mesh8):
-    feed, _, devices = way.partition("-")
+    placement, _, devices = way.partition("-")
     mesh = {"1": mesh1, "8": mesh8}[devices]
-    program = assemble(change(feed=feed, epochs=2), mesh)
+    program = assemble(change(placement=placement, epochs=2), mesh)
     straight = fit(program, tmp_path / "straight", console)
     with monkeypatch.context() as patch:
         stopping(9, patch)
         with pytest.raises(Stopped) as stopped:
-            fit(assemble(change(feed=feed, epochs=2), mesh), tmp_path / "cut", console)
+            fit(assemble(change(placement=placement, epochs=2), mesh), tmp_path / "cut", console)
     assert stopped.value.exit_code == 130
-    resumed = fit(assemble(change(feed=feed, epochs=2), mesh), tmp_path / "cut", console)
+    resumed = fit(assemble(change(placement=placement, epochs=2), mesh), tmp_path / "cut", console)
     assert resumed["resumed_from"] == 9 and straight["resumed_from"] == 0
     assert resumed["test"] == straight["test"]
     a, b = final(tmp_path / "straight", program), final(tmp_path / "cut", program)
@@ -117,7 +117,7 @@ def test_a_regression_needs_no_accuracy(tmp_path, console, mesh1):
 
 
 def test_one_and_eight_devices_train_alike(tmp_path, console, mesh1, mesh8):
-    exp = change(model=models.MLP(widths=(16,), classes=4), augment=(), after=())
+    exp = change(model=models.MLP(widths=(16,), classes=4), augment=(), post_update=())
     results = [fit(assemble(exp, mesh), tmp_path / str(k), console) for k, mesh in enumerate((mesh1, mesh8))]
     assert results[0]["test"]["loss"] == pytest.approx(results[1]["test"]["loss"], rel=1e-5)
 
@@ -135,7 +135,7 @@ def test_batch_norm_statistics_are_over_the_global_batch(tmp_path, console, mesh
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 50])
 def test_evaluation_counts_each_example_once(n, devices, console, mesh1, mesh8):
-    exp = change(test=split(n, 3), after=())
+    exp = change(test=split(n, 3), post_update=())
     program = assemble(exp, {1: mesh1, 8: mesh8}[devices])
     state = program.init()
     values = evaluate(program, state, "test", console)
@@ -157,7 +157,9 @@ def test_train_and_evaluation_compile_once(tmp_path, console, mesh8):
 
 def test_500_tiny_steps_on_eight_devices_do_not_pile_up(tmp_path, console, mesh8):
     """Some 300 queued programs with a collective deadlock the CPU backend and abort the process."""
-    exp = change(model=models.MLP(widths=(), classes=4), augment=(), after=(), epochs=40, eval_every=None)
+    exp = change(
+        model=models.MLP(widths=(), classes=4), augment=(), post_update=(), epochs=40, eval_every=None
+    )
     assert fit(assemble(exp, mesh8), tmp_path, console)["steps"] == 500
 
 
@@ -176,22 +178,22 @@ def test_in_flight_waits_for_the_step_before_the_last_ones():
     read, flight = [], InFlight(2)
     told = [flight.add(Dispatched(step, read)) for step in range(5)]
     assert read == [0, 1, 2] and told == [[], [], [[0]], [[1]], [[2]]]
-    rest = flight.settle()
+    rest = flight.drain()
     assert next(rest) == [3] and read == [0, 1, 2, 3]  # one by one: the times between them are told
-    assert list(rest) == [[4]] and list(flight.settle()) == []
+    assert list(rest) == [[4]] and list(flight.drain()) == []
 
 
 def test_in_flight_reads_where_nothing_else_may(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     flight = InFlight(0)
     with jax.transfer_guard_device_to_host("disallow"):
-        assert flight.add(Packed.of({"seen": jnp.ones(())})) == [[{"seen": 1.0}]]
+        assert flight.add(PackedMetrics.of({"seen": jnp.ones(())})) == [[{"seen": 1.0}]]
 
 
 def test_the_loop_reads_each_metric_once_and_behind_later_updates(tmp_path, console, monkeypatch, mesh1):
     program = assemble(change(eval_every=None, epochs=1, save_every=100, max_in_flight=3), mesh1)
     dispatched, reads = [], []
-    call, rows = Dispatch.__call__, Packed.rows
+    call, rows = Dispatch.__call__, PackedMetrics.rows
 
     def dispatch(*args):
         state, metrics = call(*args)
@@ -204,15 +206,15 @@ def test_the_loop_reads_each_metric_once_and_behind_later_updates(tmp_path, cons
         return rows(self)
 
     monkeypatch.setattr(Dispatch, "__call__", dispatch)
-    monkeypatch.setattr(Packed, "rows", read)
-    monkeypatch.delattr(Packed, "__getitem__")  # which would read too
+    monkeypatch.setattr(PackedMetrics, "rows", read)
+    monkeypatch.delattr(PackedMetrics, "__getitem__")  # which would read too
     fit(program, tmp_path, console)
     steps = len(dispatched)
     assert steps > 10 and reads == [*range(4, steps + 1), steps, steps, steps]
 
 
 def test_best_checkpoint_is_chosen_on_valid_and_kept(tmp_path, console, monkeypatch, mesh1):
-    exp = change(holdout=40, epochs=12, optimizer=optim.SGD(lr=0.05), keep=1, save_every=100)
+    exp = change(holdout=40, epochs=12, optimizer=optim.SGD(lr=0.05), max_to_keep=1, save_every=100)
     real, calls = checkpoint.Checkpoints.save, []
     monkeypatch.setattr(
         checkpoint.Checkpoints, "save", lambda self, *args: calls.append(args[0]) or real(self, *args)
@@ -261,8 +263,8 @@ def test_a_step_factory_and_data_init_of_the_users_own(tmp_path, console, mesh1)
     assert all(not leaf.any() for leaf in jax.tree.leaves(jax.device_get(program.init().params)))
 
 
-@pytest.mark.parametrize("feed", ["resident", "stream"])
-def test_data_init_sees_the_first_examples_preprocessed_and_not_augmented(feed, mesh8):
+@pytest.mark.parametrize("placement", ["device", "stream"])
+def test_data_init_sees_the_first_examples_preprocessed_and_not_augmented(placement, mesh8):
     seen = []
 
     class Look:
@@ -272,7 +274,7 @@ def test_data_init_sees_the_first_examples_preprocessed_and_not_augmented(feed, 
             jax.debug.callback(lambda *arrays: seen.append(arrays), batch["image"], batch["label"])
             return params
 
-    exp = change(data_init=Look(), feed=feed)
+    exp = change(data_init=Look(), placement=placement)
     jax.block_until_ready(assemble(exp, mesh8).init())
     jax.effects_barrier()
     first = exp.train.gather(np.arange(30))
@@ -287,7 +289,7 @@ def test_stages_after_the_update_that_depend_on_the_length_are_told_it(mesh1):
             return lambda state: state
 
     lengths: list[int] = []
-    program = assemble(change(after=(Counted(),)), mesh1)
+    program = assemble(change(post_update=(Counted(),)), mesh1)
     assert lengths and set(lengths) == {program.steps}
 
 
@@ -330,7 +332,7 @@ def test_streamed_labels_are_checked_on_the_way(tmp_path, console, mesh1):
     bad = split(200, 0)
     bad.fields["label"][199] = 9
     source = data.Subset(bad, np.arange(200))  # nothing that can be checked as a whole beforehand
-    program = assemble(change(train=source, feed="stream", epochs=2), mesh1)
+    program = assemble(change(train=source, placement="stream", epochs=2), mesh1)
     assert program.choices["resident"] == {"train": False, "test": False}
     with pytest.raises(RunError, match=r"label 9 of example 199"):
         fit(program, tmp_path, console)
@@ -364,7 +366,7 @@ def test_sources_that_are_empty_or_fail_are_one_line(mesh1):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"after": 0.9}, r"after is 0.9: it must be a tuple"),
+        ({"post_update": 0.9}, r"post_update is 0.9: it must be a tuple"),
         ({"loss": None}, "loss is None: it must be a function"),
         ({"batch": "64"}, "batch is '64': it must be an int"),
         ({"epochs": True}, "epochs is True: it must be a number"),

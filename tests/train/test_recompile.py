@@ -98,7 +98,7 @@ class Fickle:
 
 def test_the_loop_warns_or_ends(tmp_path, capsys, mesh1):
     exp = dataclasses.replace(
-        EXPERIMENT, model=models.MLP(widths=(), classes=4), train=Fickle(), augment=(), feed="stream"
+        EXPERIMENT, model=models.MLP(widths=(), classes=4), train=Fickle(), augment=(), placement="stream"
     )
     program = assemble(exp, mesh1)
     bad = next(k for k in range(1, 14) if 150 in program.order.indices(k - 1))
@@ -120,7 +120,7 @@ def test_the_flag_makes_it_exit_code_3(tmp_path, monkeypatch, capsys):
         "import dataclasses\nfrom test_recompile import Fickle\nfrom tiny import EXPERIMENT as TINY\n"
         "from jaxtrain import models\n"
         "EXPERIMENT = dataclasses.replace(TINY, model=models.MLP(widths=(), classes=4), train=Fickle(),\n"
-        "    augment=(), feed='stream', epochs=0.9)\n"
+        "    augment=(), placement='stream', epochs=0.9)\n"
     )
     code = run.main(["--experiment", str(path), "--devices", "1", "--strict"])
     assert code == 3 and "was compiled again at step" in capsys.readouterr().err

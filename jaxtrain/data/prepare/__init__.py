@@ -33,7 +33,7 @@ from jaxtrain.data.data_dir import (
 )
 from jaxtrain.data.prepare.archives import load_members
 from jaxtrain.data.prepare.catalog import COLLECTIONS, Collection, find_collection
-from jaxtrain.data.prepare.download import Progress, check, connect, fetch_members, fetched
+from jaxtrain.data.prepare.download import Progress, check, connect, fetch, fetch_members
 from jaxtrain.data.prepare.originals import ORIGINALS, About, Examples, Original, Parsed, Split
 from jaxtrain.data.prepare.tables import PLAIN, Plain, plain_file, write_plain
 from jaxtrain.data.prepare.write import quiet, write
@@ -210,7 +210,7 @@ def _prepare_collection(collection: Collection, root: Path, source: Path | None,
                 )
             # Beside the result, because what is fetched may be too big for the system's own place.
             place = root / collection.name
-            source = stack.enter_context(fetched(collection.full, urls, report, place))
+            source = stack.enter_context(fetch(collection.full, urls, report, place))
             for part in collection.parts:
                 check(source / part.names[0], part.size, part.sha256)
         splits = collection.examples(collection.find(source))

@@ -50,12 +50,12 @@ def fetch_members(original: Original, report: Progress) -> dict[str, bytes]:
       InputError: no network, or what arrived is not the original. The message names the files to
         fetch by other means and the command that takes them.
     """
-    with fetched(original.name, URLS[original.name], report) as folder:
+    with fetch(original.name, URLS[original.name], report) as folder:
         return load_members(original, folder)
 
 
 @contextlib.contextmanager
-def fetched(name: str, urls: Sequence[str], report: Progress, parent: Path | None = None) -> Iterator[Path]:
+def fetch(name: str, urls: Sequence[str], report: Progress, parent: Path | None = None) -> Iterator[Path]:
     """A folder that holds what ``urls`` give, which is removed in the end.
 
     Args:
@@ -63,7 +63,7 @@ def fetched(name: str, urls: Sequence[str], report: Progress, parent: Path | Non
 
     Raises:
       InputError: no network. The message names the files to fetch by other means and the command
-        that takes them. An InputError of the caller's that names a file here says ``fetched`` instead.
+        that takes them. An InputError of the caller's that names a file here says ``fetch`` instead.
     """
     prefix = "jaxtrain-" if parent is None else "incomplete.fetch-"  # Swept up after a kill.
     try:

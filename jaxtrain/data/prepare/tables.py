@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.data.data_dir import default_data_dir, parse_name
-from jaxtrain.data.prepare.download import Progress, fetched
+from jaxtrain.data.prepare.download import Progress, fetch
 from jaxtrain.data.prepare.originals import Member
 
 
@@ -61,7 +61,7 @@ def write_plain(name: str, root: Path, source: Path | None, report: Progress) ->
     plain = PLAIN[name]
     with contextlib.ExitStack() as stack:
         if source is None:
-            source = stack.enter_context(fetched(name, [plain.url], report))
+            source = stack.enter_context(fetch(name, [plain.url], report))
         path = source / plain.member.name if source.is_dir() else source
         if not path.is_file():
             raise InputError(f"{path}: no such file")
