@@ -64,7 +64,7 @@ def _exit_code(
     except (InputError, RunError, Stopped) as error:
         if args.debug:
             traceback.print_exc()
-        if not isinstance(error, Stopped) or _multihost().is_first():
+        if not isinstance(error, Stopped) or _multihost().is_process_0():
             print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as interrupt:

@@ -17,7 +17,6 @@ import pytest
 from jaxtrain import __main__ as verbs
 from jaxtrain import checkpoint, run, sharding
 from jaxtrain.checkpoint import async_save, fingerprint, manifest, store
-from jaxtrain.core import files
 from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.types import State, leaf_paths
 
@@ -386,7 +385,7 @@ def test_a_failed_save_says_what_is_safe_and_what_space_it_needs(kept_before, tm
     save(tmp_path, *kept_before, mesh=mesh1)
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage(2_500_000))
-    monkeypatch.setattr(files, "write_json", fail)
+    monkeypatch.setattr(manifest, "write_json", fail)
     safe = "step 4 is safe" if kept_before else "no step has been saved"
     needs = "74.3 kB and 2.5 MB are free"
     with pytest.raises(RunError, match=f"saving step 5 .*No space left.*{safe}; a checkpoint needs {needs}"):

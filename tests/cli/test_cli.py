@@ -187,7 +187,7 @@ def test_a_folder_of_another_run_or_of_something_else_is_refused(capsys):
     error = refused(capsys, train("--workdir", "r", "--set", "optimizer.momentum=0.8"))
     assert "r holds another run: optimizer.momentum is 0.9 there and 0.8 here" in error
     error = refused(capsys, train("--workdir", "r", "--set", "epochs=2"))
-    assert "--extend goes on with the longer schedule" in error
+    assert "--extend resumes it with the longer schedule" in error
     error = refused(capsys, train("--workdir", "r", "--set", "epochs=0.5", "--extend"))
     assert "epochs is 1 there and 0.5 here" in error
     assert before == {p: p.read_bytes() for p in Path("r").rglob("*") if p.is_file()}
@@ -371,7 +371,7 @@ def test_a_signal_saves_and_says_how_to_go_on(signum, code):
     stopped = int(re.search(r"stopped after step (\d+) of 3750", error).group(1))
     with checkpoint.open(Path("my run")) as saved:
         assert saved.latest().step == stopped >= 30
-    command = error.partition("go on with: ")[2]
+    command = error.partition("resume with: ")[2]
     words = shlex.split(command)
     assert words[:3] == ["python", "-m", "jaxtrain.run"] and words[-1] == "my run"
     resumed = start(*words[5:])

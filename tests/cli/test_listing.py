@@ -64,7 +64,7 @@ def test_the_second_list_does_not_wait_for_jax_and_is_the_same(folder):
 def test_a_changed_file_is_loaded_again(folder, capsys, monkeypatch):
     before = listed(capsys)
     assert "A tiny one." in before and before.split()[-1] == "124"
-    monkeypatch.setattr(list, "_described", lambda entry: pytest.fail(f"{entry.name} was loaded"))
+    monkeypatch.setattr(listing, "_described", lambda entry: pytest.fail(f"{entry.name} was loaded"))
     assert listed(capsys) == before
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent.parent / "caches"))

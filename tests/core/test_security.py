@@ -22,7 +22,7 @@ from jaxtrain.core import safe_names
 from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.data import TFDS
 from jaxtrain.data.data_dir import find_folder, parse_name
-from jaxtrain.data.prepare import download, write
+from jaxtrain.data.prepare import download, writer
 from jaxtrain.experiment import override
 from jaxtrain.train import run_folder
 
@@ -221,7 +221,7 @@ def test_what_preparing_sweeps_up_is_never_behind_a_link(tmp_path):
     (root / "config").symlink_to(outside)
     (root / "incomplete.link").symlink_to(outside)
     os.utime(outside, (0, 0))
-    write._sweep(root)
+    writer._sweep(root)
     assert (outside / "incomplete.a").exists() and not (root / "incomplete.mine").exists()
 
 

@@ -21,8 +21,7 @@ from fixtures_data import real_data
 from PIL import Image
 
 from jaxtrain.core.errors import InputError
-from jaxtrain.data.prepare import prepare, tables
-from jaxtrain.data.prepare import write as writer
+from jaxtrain.data.prepare import prepare, tables, writer
 from jaxtrain.data.prepare.catalog import COLLECTIONS
 from jaxtrain.data.prepare.tables import plain_file
 from jaxtrain.data.tfds import TFDS

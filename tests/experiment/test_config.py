@@ -128,7 +128,7 @@ def test_overrides_apply_in_order_and_leave_the_original_alone() -> None:
         ("optimizer.lr=fast", "optimizer.lr=fast: expected float"),
         ("model.widths=64,x", "expected tuple"),
         ("model.widths=0.5", "expected tuple"),
-        ("drop_remainder=cut", "expected true or false"),
+        ("drop_remainder=cut", "expected bool, such as False"),
         ("train=cifar10", r"train is Synthetic and cannot be set from text: .*\(n, shape,"),
         ("loss=mse", "loss is CrossEntropy and cannot be set from text"),
         ("augment=flip", r"augment is \(Flip, Crop\) and cannot be set from text: .*\(0, 1\)"),
@@ -245,7 +245,7 @@ import pathlib
 import sys
 
 from jaxtrain.experiment import config_hash, config_text
-from jaxtrain.userfile import load
+from jaxtrain.core.user_modules import load
 
 experiment = load(sys.argv[1]).EXPERIMENT
 print(config_hash(experiment), sorted(config_text(experiment).items()))

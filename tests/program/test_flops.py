@@ -18,8 +18,9 @@ from jaxtrain.experiment import Experiment
 from jaxtrain.models import GPT, as_model
 from jaxtrain.models import attention as kernels
 from jaxtrain.monitor import peak_flops
-from jaxtrain.program import assemble, throughput
+from jaxtrain.program import assemble
 from jaxtrain.program.flops import flops_of
+from jaxtrain.program.throughput import throughput
 from jaxtrain.step.gradients import gradient_of
 
 RNG = np.random.default_rng(0)

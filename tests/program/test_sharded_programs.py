@@ -148,14 +148,14 @@ def test_tensor_parallelism_never_gathers_the_vocabulary(text):
 def ten_million(text: str):
     """Of a GPT of 10.7 M parameters on a mesh: the program, and its ``init`` before compilation."""
     on, kept = mesh(text), {}
-    original = compile
+    original = sharding.compile
 
     def spy(fn, **shardings):
         kept[getattr(fn, "__name__", "")] = made = original(fn, **shardings)
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compile, "compile", spy)
+        patch.setattr(sharding, "compile", spy)
         program = assemble(gpt(256, width=384, depth=6, heads=6), on)
     first = {name: array[:1] for name, array in gpt(256).train.fields.items()}
     return program, kept["init"].lower(program.key, first)

@@ -27,7 +27,7 @@ import json, os, signal, socket, sys, time
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtrain.core.errors import InputError, RunError
-from jaxtrain.sharding import processes
+from jaxtrain.sharding import multihost
 
 def raised(kind, call):
     try:
@@ -40,25 +40,25 @@ def raised(kind, call):
 def check_rows(order, shape, spec, n, mine):
     devices = np.array([jax.devices()[i] for i in order]).reshape(shape)
     split = NamedSharding(Mesh(devices, ("data", "model")), P(*spec))
-    rows = processes.local_rows(split, n)
+    rows = multihost.local_rows(split, n)
     assert rows.tolist() == mine, (order, shape, me, rows)
     whole = {"a": np.arange(n), "b": {"c": np.random.default_rng(0).normal(size=(n, 4, 3))}}
     here = jax.tree.map(lambda x: x[rows], whole)
-    for array, expected in zip(jax.tree.leaves(processes.put(here, split if len(spec) == 1 else
+    for array, expected in zip(jax.tree.leaves(multihost.put_local_rows(here, split if len(spec) == 1 else
             {"a": NamedSharding(split.mesh, P("data")), "b": split}, n)), jax.tree.leaves(whole)):
         assert array.shape == expected.shape and array.dtype == jax.numpy.asarray(expected).dtype
         for shard in array.addressable_shards:
             assert np.array_equal(shard.data, expected[shard.index].astype(array.dtype))
-    assert "holds" in raised(ValueError, lambda: processes.put(np.zeros(len(rows) + 1), split, n))
+    assert "holds" in raised(ValueError, lambda: multihost.put_local_rows(np.zeros(len(rows) + 1), split, n))
 """
 
 TWO = """
 said = []
-processes.start(auto=True, warn=said.append)
-me = processes.index()
-assert me == int(os.environ["SLURM_PROCID"]) and processes.count() == 2
-assert processes.is_first() == (me == 0) and said == []
-assert raised(InputError, lambda: processes.start(processes=2, process_id=me, warn=print))
+multihost.start(auto=True, warn=said.append)
+me = multihost.process_index()
+assert me == int(os.environ["SLURM_PROCID"]) and multihost.process_count() == 2
+assert multihost.is_process_0() == (me == 0) and said == []
+assert raised(InputError, lambda: multihost.start(processes=2, process_id=me, warn=print))
 try:
     socket.create_connection(("127.0.0.2", int(os.environ["JAX_COORDINATOR_PORT"])))
     raise AssertionError("JAX listens at more than the coordinator's address")
@@ -66,38 +66,39 @@ except ConnectionRefusedError:
     pass
 
 # agree: any JSON, around the length of a block and beyond it
-assert processes.agree({"me": me, "bad": float("inf")}, "value") == {"me": 0, "bad": float("inf")}
+assert multihost.broadcast_from_0({"me": me, "bad": float("inf")}, "value") == {"me": 0, "bad": float("inf")}
 base = len(json.dumps({"what": "size", "value": ""}))
 for length in (4087 - base, 4088 - base, 4089 - base, 20_000):
-    assert processes.agree("ab"[me] * length, "size") == "a" * length
-told = raised(RunError, lambda: processes.agree(1, "here")) if me else processes.agree(1, "there")
+    assert multihost.broadcast_from_0("ab"[me] * length, "size") == "a" * length
+send = multihost.broadcast_from_0
+told = raised(RunError, lambda: send(1, "here")) if me else send(1, "there")
 assert told == 1 if me == 0 else "process 1 is at 'here' and process 0 at 'there'" in told, told
 
 if me:
-    assert "main__:" in raised(RunError, lambda: processes.first(lambda: 1))
+    assert "main__:" in raised(RunError, lambda: multihost.on_process_0(lambda: 1))
 else:
-    assert processes.first(lambda: 2) == 2  # another line: not the same place
+    assert multihost.on_process_0(lambda: 2) == 2  # another line: not the same place
 
 # first: the work is process 0's, its error everybody's
 done = []
-assert processes.first(lambda: done.append(me) or ["result", me]) == ["result", 0]
+assert multihost.on_process_0(lambda: done.append(me) or ["result", me]) == ["result", 0]
 assert done == [0] * (me == 0)
 def fails(error):
     def work():
         raise error
     return work
-assert raised(InputError, lambda: processes.first(fails(InputError("give 8")))) == "give 8"
-assert raised(RunError, lambda: processes.first(fails(RunError("disk full")))) == "disk full"
-other = raised(RunError if me else KeyError, lambda: processes.first(fails(KeyError("k"))))
+assert raised(InputError, lambda: multihost.on_process_0(fails(InputError("give 8")))) == "give 8"
+assert raised(RunError, lambda: multihost.on_process_0(fails(RunError("disk full")))) == "disk full"
+other = raised(RunError if me else KeyError, lambda: multihost.on_process_0(fails(KeyError("k"))))
 assert me == 0 or other == "process 0: KeyError: 'k'", other
-other = raised(RunError if me else TypeError, lambda: processes.first(object))
+other = raised(RunError if me else TypeError, lambda: multihost.on_process_0(object))
 assert me == 0 or other.startswith("process 0: TypeError"), other
-processes.barrier("middle")
+multihost.barrier("middle")
 
 # votes: the same answer at the same call, two calls late
-votes = processes.Votes()
+votes = multihost.Votes()
 flags = [0, 0, 15, 0, 0, 2, 0, 0] if me else [0, 2, 0, 0, 0, 0, 0, 0]
-assert [votes.cast(flag) for flag in flags] == [0, 0, 0, 2, 15, 0, 0, 2]
+assert [votes.any_process(flag) for flag in flags] == [0, 0, 0, 2, 15, 0, 0, 2]
 
 # arrays: in order, interleaved, and with both processes holding all rows
 check_rows([0, 1, 2, 3], (4, 1), ["data"], 8, [[0, 1, 2, 3], [4, 5, 6, 7]][me])
@@ -107,7 +108,7 @@ check_rows([0, 1, 2, 3], (2, 2), ["data", "model"], 4, [[0, 1], [2, 3]][me])
 check_rows([0, 2, 1, 3], (2, 2), ["data", "model"], 4, [0, 1, 2, 3])
 whole = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), P())
 tree = {"mine": np.full(3, float(me)), "key": jax.random.key(7), "x": jax.numpy.arange(2)}
-tree = processes.put_replicated(tree, whole)  # that "mine" differs is not looked at
+tree = multihost.put_replicated(tree, whole)  # that "mine" differs is not looked at
 assert all(leaf.sharding == whole for leaf in jax.tree.leaves(tree))
 assert tree["mine"].dtype == np.float32 and float(tree["mine"].addressable_data(0)[0]) == me
 drawn = jax.jit(jax.random.uniform, out_shardings=whole)(tree["key"])
@@ -119,15 +120,15 @@ time.sleep(1 - me)  # JAX in process 1 ends by SIGABRT when process 0 has gone
 if me == 1:
     os.kill(os.getpid(), signal.SIGTERM)  # JAX's own handler would do nothing
     time.sleep(60)
-processes.leave(3)
+multihost.exit_process(3)
 """
 
 THREE = """
-processes.start("127.0.0.1:" + sys.argv[2], 3, int(sys.argv[1]), warn=print)
-me = processes.index()
-assert processes.agree(me, "me") == 0
-votes = processes.Votes()
-assert [votes.cast(flag if me == 2 else 0) for flag in (7, 0, 0, 0)] == [0, 0, 7, 0]
+multihost.start("127.0.0.1:" + sys.argv[2], 3, int(sys.argv[1]), warn=print)
+me = multihost.process_index()
+assert multihost.broadcast_from_0(me, "me") == 0
+votes = multihost.Votes()
+assert [votes.any_process(flag if me == 2 else 0) for flag in (7, 0, 0, 0)] == [0, 0, 7, 0]
 # data=2, model=3 over 3 × 2 devices: the middle process holds all rows, the others half of them
 check_rows(range(6), (2, 3), ["data"], 4, [[0, 1], [0, 1, 2, 3], [2, 3]][me])
 print("checked")
@@ -135,7 +136,7 @@ sys.stdout.flush()
 time.sleep(me == 0)  # JAX in the others ends by SIGABRT when process 0 has gone
 if me == 2:
     raise KeyError("nobody catches this")
-processes.leave(4)
+multihost.exit_process(4)
 """
 
 

@@ -24,7 +24,8 @@ from jaxtrain.core.signals import Stopped
 from jaxtrain.core.types import leaf_paths
 from jaxtrain.metrics import Mean
 from jaxtrain.monitor.console import Plain
-from jaxtrain.program import assemble, throughput
+from jaxtrain.program import assemble
+from jaxtrain.program.throughput import throughput
 from jaxtrain.train import autotune, dispatch, run_folder
 from jaxtrain.train.autotune import Choice, choose, decide
 from jaxtrain.train.loop import fit

@@ -143,7 +143,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
     stopped = launch(tmp_path, "--workdir", "run", "--set", "epochs=50")
     assert stopped.returncode == 143, stopped.stdout + stopped.stderr
     assert stopped.stderr.count("stopped after step") == 1
-    assert "go on with: the same command in each of the 2 processes, with --workdir run" in stopped.stderr
+    assert "resume with: the same command in each of the 2 processes, with --workdir run" in stopped.stderr
     with checkpoint.open(tmp_path / "run") as saved:
         step = saved.latest().step
     assert f"stopped after step {step} of 500" in stopped.stderr

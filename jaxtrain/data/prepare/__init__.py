@@ -36,7 +36,7 @@ from jaxtrain.data.prepare.catalog import COLLECTIONS, Collection, find_collecti
 from jaxtrain.data.prepare.download import Progress, check, connect, fetch, fetch_members
 from jaxtrain.data.prepare.originals import ORIGINALS, About, Examples, Original, Parsed, Split
 from jaxtrain.data.prepare.tables import PLAIN, Plain, plain_file, write_plain
-from jaxtrain.data.prepare.write import quiet, write
+from jaxtrain.data.prepare.writer import quiet, write
 
 # The command that an error tells the user to type, up to its data set.
 _COMMAND = re.compile(r"python -m jaxtrain prepare [^\s:,]+")
