@@ -81,14 +81,14 @@ SETS = """
 import os, jax
 from jaxtrain.cli import devices
 assert jax.config.jax_platforms != "cpu"
-devices.deterministic()
+devices.set_deterministic()
 print(os.environ["XLA_FLAGS"])
 print(jax.devices())
 os.environ["XLA_FLAGS"] = ""
-devices.deterministic()  # too late, but a CPU needs nothing
+devices.set_deterministic()  # too late, but a CPU needs nothing
 assert os.environ["XLA_FLAGS"] == ""
 jax.default_backend = lambda: "gpu"
-devices.deterministic()
+devices.set_deterministic()
 """
 
 
@@ -101,7 +101,7 @@ def test_the_flag_is_set_behind_the_users_and_xla_takes_it(python):
     assert "CpuDevice" in second
     assert "InputError: --deterministic comes too late" in done.stderr.splitlines()[-1]
     unknown = python(
-        "-c", SETS.replace("devices.det", "devices.DETERMINISTIC_FLAG = '--xla_no=1'; devices.det", 1), **env
+        "-c", SETS.replace("devices.set_det", "devices.DETERMINISTIC_FLAG = '--xla_no=1'; devices.set_det", 1), **env
     )
     assert unknown.returncode != 0 and "Unknown flag in XLA_FLAGS: --xla_no=1" in unknown.stderr
 
