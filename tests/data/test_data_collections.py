@@ -491,7 +491,7 @@ def inner(synset: str, files: Mapping[str, bytes]) -> Callable[[], Mapping[str, 
 IMDB, ML, PET, NET = MADE
 BAD: list[tuple[str, str, Callable[[Path], Any], tuple[str, ...]]] = [
     (IMDB, "absent", lambda f: (f / "aclImdb_v1.tar.gz").unlink(), ("aclImdb_v1.tar.gz or", "not in it")),
-    (IMDB, "cut", cut("aclImdb_v1.tar.gz", 0.7), ("aclImdb_v1.tar.gz: not a whole", "fetch it again")),
+    (IMDB, "cut", cut("aclImdb_v1.tar.gz", 0.7), ("aclImdb_v1.tar.gz: not a complete", "download it again")),
     (IMDB, "html", pack("x", dict), ()),
     (
         IMDB,
@@ -514,7 +514,7 @@ BAD: list[tuple[str, str, Callable[[Path], Any], tuple[str, ...]]] = [
         pack("aclImdb_v1.tar.gz", lambda: imdb_files() | {f"./{k}": v for k, v in imdb_files().items()}),
         ("aclImdb/train/", "is there twice"),
     ),
-    (ML, "cut", cut("ml-100k.zip", 0.5), ("ml-100k.zip: not a whole",)),
+    (ML, "cut", cut("ml-100k.zip", 0.5), ("ml-100k.zip: not a complete",)),
     (
         ML,
         "no users",
@@ -527,7 +527,7 @@ BAD: list[tuple[str, str, Callable[[Path], Any], tuple[str, ...]]] = [
     (ML, "job", broken_movielens("u.user", 4, "4|49|M|astronaut|9"), ("u.user line 4", "astronaut")),
     (ML, "genres", broken_movielens("u.item", 1, "1|Toy Story|||u|0|1"), ("u.item line 1",)),
     (PET, "absent", lambda f: (f / "annotations.tar.gz").unlink(), ("annotations.tar.gz or", "not in it")),
-    (PET, "cut", cut("images.tar.gz", 0.3), ("images.tar.gz: not a whole",)),
+    (PET, "cut", cut("images.tar.gz", 0.3), ("images.tar.gz: not a complete",)),
     (
         PET,
         "no list",
@@ -588,7 +588,7 @@ BAD: list[tuple[str, str, Callable[[Path], Any], tuple[str, ...]]] = [
         lambda f: (f / "ILSVRC2012_img_val.tar").unlink(),
         ("ILSVRC2012_img_val.tar or", "register"),
     ),
-    (NET, "cut", cut("ILSVRC2012_img_train.tar", 0.6), ("ILSVRC2012_img_train.tar", "not a whole")),
+    (NET, "cut", cut("ILSVRC2012_img_train.tar", 0.6), ("ILSVRC2012_img_train.tar", "not a complete")),
     (
         NET,
         "inner cut",
@@ -596,7 +596,7 @@ BAD: list[tuple[str, str, Callable[[Path], Any], tuple[str, ...]]] = [
             "ILSVRC2012_img_train.tar",
             lambda: {f"{SYNSETS[0]}.tar": tar(imagenet_files()[0][SYNSETS[0]])[:2500]},
         ),
-        ("ILSVRC2012_img_train.tar", "not a whole"),
+        ("ILSVRC2012_img_train.tar", "not a complete"),
     ),
     (
         NET,

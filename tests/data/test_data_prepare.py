@@ -163,7 +163,7 @@ def test_cut_archive_is_refused(tiny: Path, tmp_path: Path) -> None:
     source.write_bytes(source.read_bytes()[:-20_000])
     assert str(source) in refusal("cifar10", data_dir=tmp_path / "out", source=source)
     source.write_bytes(b"<html>not found</html>")
-    assert "not a whole" in refusal("cifar10", data_dir=tmp_path / "out", source=source)
+    assert "not a complete" in refusal("cifar10", data_dir=tmp_path / "out", source=source)
 
 
 @pytest.mark.parametrize("packed", [False, True])
