@@ -140,8 +140,8 @@ def test_what_is_fetched_has_an_end(tmp_path, monkeypatch):
             given += 1 << 16
             return bytes(1 << 16)
 
-    monkeypatch.setattr(download, "connect", lambda url: Endless())
-    monkeypatch.setattr(download, "_MOST", 1 << 20)
+    monkeypatch.setattr(download, "open_url", lambda url: Endless())
+    monkeypatch.setattr(download, "_MAX_BYTES", 1 << 20)
     with (
         pytest.raises(InputError, match=r"larger than 1,048,576 bytes"),
         download.fetch("x", ["http://h/a.tar"], lambda *_: None),

@@ -23,7 +23,7 @@ from PIL import Image
 from jaxtrain.core.errors import InputError
 from jaxtrain.data.prepare import prepare, tables, writer
 from jaxtrain.data.prepare.catalog import COLLECTIONS
-from jaxtrain.data.prepare.tables import plain_file
+from jaxtrain.data.prepare.tables import table_file
 from jaxtrain.data.tfds import TFDS
 
 # Three real synsets: the 1st, the 2nd and the 1,000th label.
@@ -382,28 +382,28 @@ def test_one_image_at_a_time(tmp_path: Path) -> None:
 
 def test_etth1(tmp_path: Path) -> None:
     original = real_data("series") / "ETTh1.csv"
-    assert plain_file("etth1", tmp_path) is None and plain_file("cifar10", tmp_path) is None
+    assert table_file("etth1", tmp_path) is None and table_file("cifar10", tmp_path) is None
     folder = prepare("etth1", data_dir=tmp_path, source=original)
     assert folder == tmp_path / "etth1" / "1.0.0"
-    path = plain_file("etth1", tmp_path)
+    path = table_file("etth1", tmp_path)
     assert path == folder / "ETTh1.csv" and path.read_bytes() == original.read_bytes()
     stamp = path.stat().st_mtime_ns
     assert prepare("etth1", data_dir=tmp_path, source=tmp_path / "gone") == folder
     assert path.stat().st_mtime_ns == stamp and [p.name for p in folder.parent.iterdir()] == ["1.0.0"]
-    assert plain_file("etth1:1.0.0", tmp_path) == path and plain_file("etth1:2.0.0", tmp_path) is None
+    assert table_file("etth1:1.0.0", tmp_path) == path and table_file("etth1:2.0.0", tmp_path) is None
     # A folder that holds it; and a copy with one digit changed.
-    assert plain_file(
+    assert table_file(
         "etth1", prepare("etth1", data_dir=tmp_path / "b", source=real_data("series")).parents[1]
     )
     changed = tmp_path / "ETTh1.csv"
     changed.write_bytes(original.read_bytes().replace(b"5.827", b"5.828", 1))
     message = refusal("etth1", data_dir=tmp_path / "c", source=changed)
-    assert str(changed) in message and f"expected md5 {tables.PLAIN['etth1'].member.digest}" in message
+    assert str(changed) in message and f"expected md5 {tables.TABLES['etth1'].member.digest}" in message
     assert "no such file" in refusal("etth1", data_dir=tmp_path / "c", source=tmp_path / "b" / "etth1")
-    assert plain_file("etth1", tmp_path / "c") is None
+    assert table_file("etth1", tmp_path / "c") is None
 
 
-def test_a_plain_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Path, data: bytes) -> int:
         with self.open("wb") as file:
             file.write(data[:1000])
@@ -423,12 +423,12 @@ def test_a_plain_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Path, "write_bytes", full)
     message = refusal("etth1", data_dir=tmp_path, source=real_data("series"))
     assert "No space left" in message
-    assert plain_file("etth1", tmp_path) is None
+    assert table_file("etth1", tmp_path) is None
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
-def test_a_plain_file_is_found_without_tfds(tmp_path: Path) -> None:
-    code = "import sys, jaxtrain.data.prepare.tables as p; p.plain_file('etth1', '/nowhere');" + (
+def test_table_is_found_without_tfds(tmp_path: Path) -> None:
+    code = "import sys, jaxtrain.data.prepare.tables as p; p.table_file('etth1', '/nowhere');" + (
         "assert not {'tensorflow_datasets', 'PIL', 'tensorflow'} & {*sys.modules}"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
@@ -490,7 +490,7 @@ def inner(synset: str, files: Mapping[str, bytes]) -> Callable[[], Mapping[str, 
 
 IMDB, ML, PET, NET = MADE
 BAD: list[tuple[str, str, Callable[[Path], Any], tuple[str, ...]]] = [
-    (IMDB, "absent", lambda f: (f / "aclImdb_v1.tar.gz").unlink(), ("aclImdb_v1.tar.gz or", "not in it")),
+    (IMDB, "absent", lambda f: (f / "aclImdb_v1.tar.gz").unlink(), ("aclImdb_v1.tar.gz or", "is missing")),
     (IMDB, "cut", cut("aclImdb_v1.tar.gz", 0.7), ("aclImdb_v1.tar.gz: not a complete", "download it again")),
     (IMDB, "html", pack("x", dict), ()),
     (
@@ -512,39 +512,39 @@ BAD: list[tuple[str, str, Callable[[Path], Any], tuple[str, ...]]] = [
         IMDB,
         "twice",
         pack("aclImdb_v1.tar.gz", lambda: imdb_files() | {f"./{k}": v for k, v in imdb_files().items()}),
-        ("aclImdb/train/", "is there twice"),
+        ("aclImdb/train/", "appears twice"),
     ),
     (ML, "cut", cut("ml-100k.zip", 0.5), ("ml-100k.zip: not a complete",)),
     (
         ML,
         "no users",
         pack("ml-100k.zip", lambda: without(movielens_files(), "u.user")),
-        ("ml-100k.zip: u.user is not in it",),
+        ("ml-100k.zip: u.user is missing",),
     ),
-    (ML, "columns", broken_movielens("u.data", 3, "2\t3\t1"), ("u.data line 3 is not as in the original",)),
+    (ML, "columns", broken_movielens("u.data", 3, "2\t3\t1"), ("u.data line 3 differs from the original",)),
     (ML, "number", broken_movielens("u.data", 2, "3\t1\tfive\t8"), ("u.data line 2", "five")),
     (ML, "stranger", broken_movielens("u.data", 2, "9\t1\t5\t8"), ("u.data line 2", "'9'")),
     (ML, "job", broken_movielens("u.user", 4, "4|49|M|astronaut|9"), ("u.user line 4", "astronaut")),
     (ML, "genres", broken_movielens("u.item", 1, "1|Toy Story|||u|0|1"), ("u.item line 1",)),
-    (PET, "absent", lambda f: (f / "annotations.tar.gz").unlink(), ("annotations.tar.gz or", "not in it")),
+    (PET, "absent", lambda f: (f / "annotations.tar.gz").unlink(), ("annotations.tar.gz or", "is missing")),
     (PET, "cut", cut("images.tar.gz", 0.3), ("images.tar.gz: not a complete",)),
     (
         PET,
         "no list",
         pack("annotations.tar.gz", notes("annotations/test.txt", None)),
-        ("test.txt is not in it",),
+        ("test.txt is missing",),
     ),
     (
         PET,
         "no outline",
         pack("annotations.tar.gz", notes("annotations/trimaps/beagle_12.png", None)),
-        ("trainval.txt line 2: trimaps/beagle_12.png is not",),
+        ("trainval.txt line 2: trimaps/beagle_12.png is missing",),
     ),
     (
         PET,
         "no image",
         pack("images.tar.gz", lambda: without(pets_files()[0], "beagle")),
-        ("images.tar.gz: beagle_12.jpg is not in it, and trainval.txt",),
+        ("images.tar.gz: beagle_12.jpg is missing, and trainval.txt",),
     ),
     (
         PET,
@@ -556,7 +556,7 @@ BAD: list[tuple[str, str, Callable[[Path], Any], tuple[str, ...]]] = [
         PET,
         "line",
         pack("annotations.tar.gz", notes("annotations/test.txt", b"Bombay_7 8 1 1\nBombay_8\n")),
-        ("test.txt line 2 is not as in the original: 'Bombay_8'",),
+        ("test.txt line 2 differs from the original: 'Bombay_8'",),
     ),
     (
         PET,
@@ -568,7 +568,7 @@ BAD: list[tuple[str, str, Callable[[Path], Any], tuple[str, ...]]] = [
         PET,
         "no box",
         pack("annotations.tar.gz", notes("annotations/xmls/Abyssinian_1.xml", b"<annotation/>")),
-        ("xmls/Abyssinian_1.xml holds no box",),
+        ("xmls/Abyssinian_1.xml has no valid head box",),
     ),
     (
         PET,
@@ -602,7 +602,7 @@ BAD: list[tuple[str, str, Callable[[Path], Any], tuple[str, ...]]] = [
         NET,
         "synset",
         pack("ILSVRC2012_img_train.tar", inner("n99999999", {"n99999999_1.JPEG": b"x"})),
-        ("'n99999999' is no synset of ILSVRC2012",),
+        ("'n99999999' is not a synset of ILSVRC2012",),
     ),
     (
         NET,
@@ -614,7 +614,7 @@ BAD: list[tuple[str, str, Callable[[Path], Any], tuple[str, ...]]] = [
         NET,
         "number",
         pack("ILSVRC2012_img_val.tar", lambda: {"ILSVRC2012_val_00050001.JPEG": picture(1)}),
-        ("ILSVRC2012_val_00050001.JPEG is not among the 50000",),
+        ("ILSVRC2012_val_00050001.JPEG is not one of the 50000",),
     ),
 ]
 BAD = [case for case in BAD if case[3]]
@@ -648,7 +648,7 @@ def test_another_text_is_refused_with_advice(tmp_path: Path) -> None:
     assert "expected md5 6fb458f1232090904fb40fe944165e91" in message
     (tmp_path / "empty").mkdir()
     message = refusal("tiny_shakespeare", data_dir=tmp_path, source=tmp_path / "empty")
-    assert "input.txt or tinyshakespeare.txt is not in it" in message
+    assert "input.txt or tinyshakespeare.txt is missing" in message
     assert "no such file" in refusal("tiny_shakespeare", data_dir=tmp_path, source=tmp_path / "gone")
 
 
@@ -696,7 +696,7 @@ def test_counts_while_writing() -> None:
         yield from ((i, {}) for i in range(2500))
 
     calls: list[tuple[str, int, int]] = []
-    assert len(list(writer._counted("a/b", make, lambda *call: calls.append(call), 0))) == 2500
+    assert len(list(writer._count_examples("a/b", make, lambda *call: calls.append(call), 0))) == 2500
     assert calls == [("a/b", 1000, 0), ("a/b", 2000, 0), ("a/b", 2500, 2500)]
 
 
@@ -705,10 +705,10 @@ def test_a_folder_being_written_is_not_swept(tmp_path: Path) -> None:
 
     folder = write(tmp_path / "base" / "config" / "incomplete.X_1.0.0", {"bucket": b"x"})
     os.utime(folder, (0, 0))
-    writer._sweep(tmp_path / "base")
+    writer._remove_stale(tmp_path / "base")
     assert folder.exists()  # Its file is new.
     os.utime(folder / "bucket", (0, 0))
-    writer._sweep(tmp_path / "base")
+    writer._remove_stale(tmp_path / "base")
     assert not folder.exists()
 
 
@@ -766,27 +766,29 @@ def test_fetched_archives_must_be_the_originals(tmp_path: Path, monkeypatch: pyt
     data[-1] ^= 1  # A bit that the format does not care for.
     path.write_bytes(data)
     message = refusal(ML, data_dir=tmp_path / "out")
-    assert message.startswith("fetched ml-100k.zip is not the original: expected sha256")
+    assert message.startswith("downloaded ml-100k.zip is not the original: expected sha256")
     path.write_bytes(data + b"!")
     assert f"expected {len(data)} bytes, found {len(data) + 1}" in refusal(ML, data_dir=tmp_path / "out")
     path.unlink()
     message = refusal(ML, data_dir=tmp_path / "out")
-    assert "get ml-100k.zip on a machine with a network" in message
+    assert "download ml-100k.zip on a machine with a network" in message
     assert f"prepare movielens/100k-ratings --data-dir {tmp_path / 'out'} --from DIR_OR_TAR" in message
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
     (tmp_path / "file").touch()
-    assert "no place to write" in refusal(ML, data_dir=tmp_path / "file")
+    assert "cannot create a temporary folder" in refusal(ML, data_dir=tmp_path / "file")
 
 
 def test_fetched_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = write(tmp_path / "www", {"ETTh1.csv": (real_data("series") / "ETTh1.csv").read_bytes()})
     path = original / "ETTh1.csv"
-    monkeypatch.setitem(tables.PLAIN, "etth1", dataclasses.replace(tables.PLAIN["etth1"], url=path.as_uri()))
+    monkeypatch.setitem(
+        tables.TABLES, "etth1", dataclasses.replace(tables.TABLES["etth1"], url=path.as_uri())
+    )
     folder = prepare("etth1", data_dir=tmp_path / "out")
     assert (folder / "ETTh1.csv").read_bytes() == path.read_bytes()
     path.write_bytes(b"<html>")
     assert refusal("etth1", data_dir=tmp_path / "b").startswith(
-        "fetched ETTh1.csv: ETTh1.csv is not the orig"
+        "downloaded ETTh1.csv: ETTh1.csv is not the orig"
     )
     path.unlink()
     assert f"prepare etth1 --data-dir {tmp_path / 'b'} --from" in refusal("etth1", data_dir=tmp_path / "b")

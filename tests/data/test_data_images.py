@@ -196,7 +196,7 @@ def test_a_loader_draws_the_same_crops_wherever_it_starts(photos: TFDS, mesh1: A
     order = Order(seed=9, n=N, batch=BATCH)
     loader = Streamed(source, order, mesh1, workers)
     for step in (2, 3) if workers else (2, 3, 0):  # Batch 2 runs over into the second epoch.
-        ids, epochs = order.places(step)
+        ids, epochs = order.ids_and_epochs(step)
         np.testing.assert_array_equal(loader.batch(step)["image"], drawn(source, ids, epochs, 9))
     loader.close()
 
@@ -338,9 +338,9 @@ def test_a_broken_picture_is_named_in_one_line(tmp_path: Path, damage: str) -> N
 def test_features_of_another_kind_are_refused(photos: TFDS, boards: TFDS, root: Path) -> None:
     ids = np.array([0])
     for source, message in (
-        (Images(photos, 8, image="label"), "'label' holds no picture"),
-        (Images(boards, 8, label="text"), "'text' is no whole number"),
-        (Images(boards, 8, mask="text"), "'text' cannot be decoded|'text' holds no picture"),
+        (Images(photos, 8, image="label"), "'label' is not an image"),
+        (Images(boards, 8, label="text"), "'text' is not an integer"),
+        (Images(boards, 8, mask="text"), "'text' cannot be decoded|'text' is not an image"),
         (Images(photos, 8, label="colour"), "has no feature 'colour': it has image, label"),
         (Images(labelled(root, "deep", [file(Image.new("I;16", (9, 9)), "png")]), 8), "more than 8 bits"),
     ):
@@ -349,7 +349,7 @@ def test_features_of_another_kind_are_refused(photos: TFDS, boards: TFDS, root: 
     with pytest.raises(IndexError):
         Images(photos, 8).gather(np.array([N]))
     bad = RandomCrops(photos, 8, stages=(lambda picture, draws: picture.resize((4, 4)),))
-    with pytest.raises(InputError, match="must return an RGB picture"):
+    with pytest.raises(InputError, match="must return an RGB image"):
         drawn(bad, [0], [0])
 
 

@@ -257,7 +257,7 @@ def test_fetched_rubbish_names_the_file(
     (server[0] / "cifar-10-binary.tar.gz").write_bytes(b"<html>sign in</html>")
     monkeypatch.setitem(download.URLS, "cifar10", (server[1] + "cifar-10-binary.tar.gz",))
     message = refusal("cifar10", data_dir=tmp_path / "out")
-    assert message.startswith("fetched cifar-10-binary.tar.gz")
+    assert message.startswith("downloaded cifar-10-binary.tar.gz")
     monkeypatch.setitem(download.URLS, "cifar10", (server[1] + "absent.tar.gz",))
     assert "File not found" in refusal("cifar10", data_dir=tmp_path / "out")
 

@@ -20,7 +20,7 @@ from fixtures_data import know, tiny_files, write, write_tfds
 from PIL import Image
 
 from jaxtrain.core.errors import InputError, RunError
-from jaxtrain.data.data_dir import default_data_dir, find_folder
+from jaxtrain.data.data_dir import default_data_dir, find_prepared
 from jaxtrain.data.prepare import prepare
 from jaxtrain.data.tfds import TFDS
 
@@ -68,7 +68,7 @@ def test_splits(root: Path) -> None:
     np.testing.assert_array_equal(np.concatenate(parts), labels("train"))
     assert len(labels("train+test")) == 3600
     for split in ("valid", "train[", "", "train[:0%]"):
-        with pytest.raises(InputError, match=r"train, test|holds no example"):
+        with pytest.raises(InputError, match=r"train, test|is empty"):
             len(TFDS("cifar10", split, data_dir=str(root)))
 
 
@@ -115,13 +115,13 @@ def test_versions_configs_and_formats(tmp_path: Path) -> None:
 
     old, new = put("a/1.9.0"), put("a/1.10.0")
     put("a/incomplete.ABCDEF_2.0.0")
-    assert find_folder("a", tmp_path) == new
-    assert find_folder("a:1.9.0", tmp_path) == old == find_folder("a:1.9.*", tmp_path)
-    assert find_folder("a:3.0.0", tmp_path) is None
+    assert find_prepared("a", tmp_path) == new
+    assert find_prepared("a:1.9.0", tmp_path) == old == find_prepared("a:1.9.*", tmp_path)
+    assert find_prepared("a:3.0.0", tmp_path) is None
     text = put("b/plain/1.0.0")
-    assert find_folder("b/plain", tmp_path) == text and find_folder("b", tmp_path) is None
+    assert find_prepared("b/plain", tmp_path) == text and find_prepared("b", tmp_path) is None
     write(tmp_path / "b" / ".config", {"metadata.json": b'{"default_config_name": "plain"}'})
-    assert find_folder("b", tmp_path) == text
+    assert find_prepared("b", tmp_path) == text
     put("c/1.0.0", "tfrecord")
     with pytest.raises(InputError, match="holds tfrecord files, which need TensorFlow"):
         len(TFDS("c", data_dir=str(tmp_path)))

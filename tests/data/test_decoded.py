@@ -19,7 +19,7 @@ FIELDS = {"image": np.arange(24, dtype=np.uint8).reshape(4, 3, 2), "label": np.a
 @pytest.fixture(autouse=True)
 def home(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    monkeypatch.setattr(decoded_cache, "WORTH", 0.0)
+    monkeypatch.setattr(decoded_cache, "MIN_SECONDS", 0.0)
     return tmp_path / "caches" / "jaxtrain" / "decoded"
 
 
@@ -32,8 +32,8 @@ class Decoder:
         return self.fields
 
 
-def read(decode, identity="ab"):
-    found = decoded_cache.arrays(identity, decode)
+def read(decode, fingerprint="ab"):
+    found = decoded_cache.load_or_decode(fingerprint, decode)
     assert found.keys() == FIELDS.keys()
     for name, array in found.items():
         np.testing.assert_array_equal(array, FIELDS[name])
@@ -63,7 +63,7 @@ def test_damaged_arrays_are_decoded_again_and_mended(damage, home):
 
 
 def test_what_is_decoded_fast_is_not_kept(home, monkeypatch):
-    monkeypatch.setattr(decoded_cache, "WORTH", 60.0)
+    monkeypatch.setattr(decoded_cache, "MIN_SECONDS", 60.0)
     assert [read(Decoder()), read(Decoder())] == [1, 1] and list(home.iterdir()) == []
 
 
@@ -98,9 +98,9 @@ def test_a_data_set_is_told_from_every_other(home, tmp_path):
     rows = [{"x": np.full(2, k, np.float32)} for k in range(3)]
     write_tfds(tmp_path / "data", "small", features, train=rows, test=rows)
     train, test = (TFDS("small", split, str(tmp_path / "data")) for split in ("train", "test"))
-    assert train.identity() == dataclasses.replace(train).identity() != test.identity()
+    assert train.fingerprint() == dataclasses.replace(train).fingerprint() != test.fingerprint()
     before = in_memory(train, 10**9).fields
-    assert [path.name for path in home.iterdir()] == [train.identity()]
+    assert [path.name for path in home.iterdir()] == [train.fingerprint()]
     again = in_memory(train, 10**9).fields
     for fields in (before, again):
         assert sorted(fields["x"][:, 0].tolist()) == [0, 1, 2] and fields["x"].dtype == np.float32

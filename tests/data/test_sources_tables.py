@@ -234,23 +234,23 @@ def test_etth1(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({5: "d,,16"}, r"bad.csv, row 5, column 'b': empty, which is no finite number"),
-        ({5: "d,nan,16"}, r"bad.csv, row 5, column 'b': 'nan', which is no"),
-        ({7: "d,1,-inf"}, r"bad.csv, row 7, column 'c': '-inf', which is no"),
-        ({13: "d,1,x1"}, r"bad.csv, row 13, column 'c': 'x1', which is no"),
-        ({13: "d,1,1_0"}, r"bad.csv, row 13, column 'c': '1_0', which is no"),
-        ({2: ",1,"}, r"bad.csv, row 2, column 'date': empty"),
+        ({5: "d,,16"}, r"bad.csv, row 5, column 'b': an empty cell is not a finite number"),
+        ({5: "d,nan,16"}, r"bad.csv, row 5, column 'b': 'nan' is not a"),
+        ({7: "d,1,-inf"}, r"bad.csv, row 7, column 'c': '-inf' is not a"),
+        ({13: "d,1,x1"}, r"bad.csv, row 13, column 'c': 'x1' is not a"),
+        ({13: "d,1,1_0"}, r"bad.csv, row 13, column 'c': '1_0' is not a"),
+        ({2: ",1,"}, r"bad.csv, row 2, column 'date': an empty cell"),
         ({4: "d,1"}, r"bad.csv, row 4: 2 cells for 3 columns: it ends before column 'c'"),
-        ({4: "d,1,2,3"}, r"bad.csv, row 4: 4 cells for 3 columns: it goes on after column 'c'"),
+        ({4: "d,1,2,3"}, r"bad.csv, row 4: 4 cells for 3 columns: it continues after column 'c'"),
         ({4: "", 6: "d,1"}, r"bad.csv, row 6: 2 cells"),
-        ({4: 'd,"1,2'}, "bad.csv is no csv file in UTF-8"),
-        ({4: "d,\xff,2"}, "bad.csv is no csv file in UTF-8"),
-        (dict.fromkeys(range(2, 9), "d,0.1,1"), "bad.csv, column 'b': all 7 rows for training, .* are 0.1"),
+        ({4: 'd,"1,2'}, "bad.csv is not a csv file in UTF-8"),
+        ({4: "d,\xff,2"}, "bad.csv is not a csv file in UTF-8"),
+        (dict.fromkeys(range(2, 9), "d,0.1,1"), "bad.csv, column 'b': all 7 training rows are 0.1"),
         (dict.fromkeys(range(2, 14)), "bad.csv has no rows"),
         (dict.fromkeys(range(1, 14)), "bad.csv has no rows"),
         (dict.fromkeys(range(3, 14)), "bad.csv: 1 rows are too few to split"),
         (dict.fromkeys(range(6, 14)), "bad.csv: 4 rows are too few for one train window of window=2 and hor"),
-        ({1: "date", **dict.fromkeys(range(2, 14), "d")}, "its only column 'date' holds no numbers"),
+        ({1: "date", **dict.fromkeys(range(2, 14), "d")}, "its only column 'date' is not numeric"),
     ],
 )
 def test_one_line_errors_of_a_csv_file(change: dict[int, str | None], message: str, tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_one_line_errors_of_settings_of_series(tmp_path: Path) -> None:
         ({"split": "valid"}, "train, validation, test, not 'valid'"),
         ({"columns": "b"}, "columns is 'b': give a tuple"),
         ({"columns": ("b", "d")}, "row 1: column 'd' is missing; there are date, b, c"),
-        ({"columns": ("date",)}, "row 2, column 'date': '2016-07-01', which is no finite number"),
+        ({"columns": ("date",)}, "row 2, column 'date': '2016-07-01' is not a finite number"),
         ({"columns": ("a",), "file": str(tmp_path / "twice.csv")}, "column 'a' appears twice"),
         ({"file": str(tmp_path / "twice.csv")}, "row 1: column 'a' appears twice"),
         ({"file": str(tmp_path / "headless.csv")}, "headless.csv, row 1 holds numbers only"),
@@ -320,7 +320,7 @@ def test_ratings_of_a_data_set(root: str) -> None:
     assert train.prepared() and train.users == test.users == 9 and train.items == test.items == 10
     bad = Ratings(name="movielens/bad-ratings", data_dir=root)
     with pytest.raises(
-        InputError, match=r"data set movielens/bad-ratings, example 0: .*'ten'.* not two whole"
+        InputError, match=r"data set movielens/bad-ratings, example 0: .*'ten'.* not two integer"
     ):
         len(bad)
 
@@ -331,14 +331,14 @@ def test_ratings_of_a_data_set(root: str) -> None:
         ("1\t2\t3", "u.data, line 3: 3 cells where user, item, rating and time"),
         ("1 2 3 4", "u.data, line 3: 1 cells"),
         ("1::2::3::4", "u.data, line 3: 1 cells"),
-        ("1\t2.5\t3\t4", "u.data, line 3: .* are not two whole ids"),
-        ("one\t2\t3\t4", "u.data, line 3: 'one'.* are not two whole ids"),
+        ("1\t2.5\t3\t4", "u.data, line 3: .* are not two integer ids"),
+        ("one\t2\t3\t4", "u.data, line 3: 'one'.* are not two integer ids"),
         ("1\t2\tgood\t4", "u.data, line 3: .*'good' are not"),
         ("0\t2\t3\t4", "u.data, line 3: ids 0 and 2 must be in 1.."),
         ("1\t-2\t3\t4", "u.data, line 3: ids 1 and -2 must"),
         ("1\t4000000000\t3\t4", "u.data, line 3: ids 1 and 4000000000 must be in 1..2147483647"),
-        ("1\t2\tnan\t4", "u.data, line 3: rating nan is no finite number"),
-        ("1\t2\tinf\t4", "u.data, line 3: rating inf is no finite number"),
+        ("1\t2\tnan\t4", "u.data, line 3: rating nan is not finite"),
+        ("1\t2\tinf\t4", "u.data, line 3: rating inf is not finite"),
     ],
 )
 def test_one_line_errors_of_a_ratings_file(line: str, message: str, tmp_path: Path) -> None:
@@ -356,7 +356,7 @@ def test_one_line_errors_of_settings_of_ratings(tmp_path: Path) -> None:
     for settings, message in [
         ({"split": "validation"}, "has the splits train, test, not 'validation'"),
         ({"file": str(tmp_path / "gone")}, r"gone cannot be read \(No such file"),
-        ({"file": str(tmp_path / "empty")}, "empty holds no rating"),
+        ({"file": str(tmp_path / "empty")}, "empty holds no ratings"),
         ({"file": rated(tmp_path, 4)}, "part=0.1 of 4 ratings leaves a split empty"),
         ({"file": rated(tmp_path, 4), "part": 0.9}, "part=0.9 of 4 ratings leaves a split empty"),
     ]:

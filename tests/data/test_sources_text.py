@@ -12,7 +12,7 @@ import pytest
 from fixtures_data import check_fresh_process, real_data, write_tfds
 
 from jaxtrain.core.errors import InputError
-from jaxtrain.data import text
+from jaxtrain.data import text, word_tokenizer
 from jaxtrain.data.sources import Source
 from jaxtrain.data.text import LabelledText, TextWindows
 from jaxtrain.experiment import override
@@ -161,7 +161,7 @@ def test_a_file_is_split_as_tfds_splits_it(tmp_path: Path) -> None:
     for size in (999, 1001, 1009, 1019):
         file, data = corpus(tmp_path, size)
         Path(file).rename(tmp_path / str(size))
-        parts = [text._part(str(tmp_path / str(size)), split) for split in SPLITS]
+        parts = [text._read_split(str(tmp_path / str(size)), split) for split in SPLITS]
         first = int(size * 0.9)
         assert [len(p) for p in parts] == [first, (size - first) // 2, size - first - (size - first) // 2]
         np.testing.assert_array_equal(np.concatenate(parts), data)
@@ -256,9 +256,9 @@ def test_words(root: str) -> None:
     ],
 )
 def test_word_tokens(written: bytes, want: list[int]) -> None:
-    assert text._in_words(written, {b"the": 256}, 99) == want
+    assert word_tokenizer.encode(written, {b"the": 256}, 99) == want
     for length in range(len(want)):
-        assert text._in_words(written, {b"the": 256}, length) == want[:length]
+        assert word_tokenizer.encode(written, {b"the": 256}, length) == want[:length]
 
 
 def test_the_vocabulary_is_that_of_the_train_split(tmp_path: Path) -> None:
@@ -277,8 +277,8 @@ def test_the_vocabulary_is_that_of_the_train_split(tmp_path: Path) -> None:
 
 def test_the_train_text_is_counted_once(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
-    real = text._tfds_texts
-    monkeypatch.setattr(text, "_tfds_texts", lambda source: reads.append(source.split) or real(source))
+    real = text._iterate_tfds
+    monkeypatch.setattr(text, "_iterate_tfds", lambda source: reads.append(source.split) or real(source))
     for split in ("test", "train", "train[:2]", "test"):
         LabelledText(length=3, split=split, name="reviews", words=2, data_dir=root).gather(np.array([0]))
     assert reads == ["train"]

@@ -167,7 +167,7 @@ CASES = {
         "change(rules=(sharding.Rule('head/kernel$', ('daata', None)),))",
     ),
     "data not prepared": Case(
-        ("imagenet2012 cannot be fetched for you", "python -m jaxtrain prepare imagenet2012 --from"),
+        ("imagenet2012 cannot be downloaded automatically", "python -m jaxtrain prepare imagenet2012 --from"),
         str(ROOT / "experiments" / "imagenet_resnet50.py"),
     ),
     "corrupt record": Case(
