@@ -147,7 +147,7 @@ class LabelledText:
             raise InputError(f"LabelledText: files is {self.files!r}: give two or more, one for each class")
         object.__setattr__(self, "files", tuple(map(str, self.files)))
         if len(set(self.files)) < len(self.files):
-            raise InputError(f"LabelledText: files is {self.files!r}: each class needs a file of its own")
+            raise InputError(f"LabelledText: files is {self.files!r}: each class needs its own file")
         if self.files:
             _check_file_split("LabelledText", self.split)
 

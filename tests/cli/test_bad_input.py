@@ -25,7 +25,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("cifar10", "mnist"):
             files = fixtures_data.tiny_files(name)
-            fixtures_data.know(patch, name, files)
+            fixtures_data.patch_checksums(patch, name, files)
             prepare(name, data_dir=root, source=fixtures_data.write(source / name, files))
     for name, files in (("imagenet2012", made.imagenet(20, 2)), ("oxford_iiit_pet", made.pets(10, 2))):
         prepare(name, data_dir=root, source=fixtures_data.write(source / name, files))

@@ -92,7 +92,7 @@ class Case:
 def flipped(patch: pytest.MonkeyPatch) -> None:
     """A prepared MNIST whose record 4 of the training file has one bit changed."""
     files = fixtures_data.tiny_files("mnist", 6)
-    fixtures_data.know(patch, "mnist", files)
+    fixtures_data.patch_checksums(patch, "mnist", files)
     root = Path("tfds").absolute()
     folder = prepare("mnist", data_dir=root, source=fixtures_data.write(Path("originals"), files))
     patch.setenv("TFDS_DATA_DIR", str(root))

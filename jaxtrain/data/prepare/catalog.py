@@ -89,7 +89,7 @@ class Collection(DataSetInfo):
                 if next(examples, None) is None:
                     raise InputError(
                         f"{' and '.join(map(str, parts))}: split {split} of {self.full} would be empty: "
-                        f"no {self.layout[split]} found, give the original files"
+                        f"no {self.layout[split]} found: give the original files"
                     )
         return splits
 

@@ -110,18 +110,7 @@ class Original(DataSetInfo):
     ids: bool = False
 
 
-_CIFAR10_CLASSES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
-)
+_CIFAR10_NAMES = "airplane automobile bird cat deer dog frog horse ship truck"
 
 
 def _cifar(
@@ -141,7 +130,8 @@ def _cifar(
 
 def _cifar10(files: Mapping[str, bytes]) -> Parsed:
     train = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
-    return _cifar(files, {"train": train, "test": ("test_batch.bin",)}, {"label": _CIFAR10_CLASSES})
+    classes = {"label": tuple(_CIFAR10_NAMES.split())}
+    return _cifar(files, {"train": train, "test": ("test_batch.bin",)}, classes)
 
 
 def _cifar100(files: Mapping[str, bytes]) -> Parsed:
