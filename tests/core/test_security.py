@@ -334,7 +334,7 @@ def test_a_prepared_data_set_names_no_code(form, tmp_path, trap):
         '{"fileFormat": "array_record", "name": "mine", "version": "1.0.0"}'
     )
     (folder / "features.json").write_text(json.dumps({form: "trap_module.Trap", "content": {}}))
-    with pytest.raises(InputError, match=r"names 'trap_module.Trap', which is no feature"):
+    with pytest.raises(InputError, match=r"names 'trap_module.Trap', which is not a TFDS feature"):
         len(TFDS("mine", data_dir=str(tmp_path)))
     assert not trap()
 
