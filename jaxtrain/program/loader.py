@@ -105,7 +105,7 @@ class Resident:
     def _places(self, order: Order, step: int) -> np.ndarray:
         """One array, so that the host sends one thing a step: int32 [batch, (example id, epoch)]."""
         placed = np.empty((order.batch, 2), np.int32)
-        placed[:, 0], placed[:, 1] = order.places(step)
+        placed[:, 0], placed[:, 1] = order.ids_and_epochs(step)
         return placed
 
     def fetch(self, batch: Any) -> Batch:
@@ -251,7 +251,7 @@ class _Batches:
         if isinstance(self.order, Sequential):
             ids, mask = (array[self.rows] for array in self.order.rows(step))
             return {**self.source.gather(ids), "mask": mask, EXAMPLE_ID: ids.astype(np.int32)}
-        ids, epochs = (array[self.rows] for array in self.order.places(step))
+        ids, epochs = (array[self.rows] for array in self.order.ids_and_epochs(step))
         draw = getattr(self.source, "draw", None)
         fields = self.source.gather(ids) if draw is None else draw(ids, epochs, self.order.seed)
         return {**fields, EXAMPLE_ID: ids.astype(np.int32), EPOCH: epochs.astype(np.int32)}

@@ -111,7 +111,7 @@ class Program:
 
     def raw(self, step: int) -> dict[str, Any]:
         """The examples of update ``step`` as the source gives them, with what a loader adds to them."""
-        (ids, epochs), source = self.order.places(step - 1), self.experiment.train
+        (ids, epochs), source = self.order.ids_and_epochs(step - 1), self.experiment.train
         draw, where = getattr(source, "draw", None), self.examples(step)
         fields = source.gather(where) if draw is None else draw(where, epochs, self.order.seed)
         return {**fields, EXAMPLE_ID: ids.astype(np.int32), EPOCH: epochs.astype(np.int32)}
