@@ -24,7 +24,7 @@ COPY jaxtrain jaxtrain
 COPY experiments experiments
 
 # JAX reads the addresses of the other pods through the package kubernetes (--distributed auto).
-RUN python -m pip install --constraint scripts/constraints-3.11.txt ".[${CUDA}]" kubernetes
+RUN python -m pip install --constraint scripts/constraints-3.11.txt ".[${CUDA}]" kubernetes==37.0.2
 
 USER 1000:1000
 WORKDIR /home/jaxtrain
