@@ -17,6 +17,12 @@ YAML = [
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / ".github").rglob("*.yml")),
 ]
 
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for folder in (ROOT, ROOT / "docs", ROOT / "docs" / "decisions", ROOT / "benchmarks")
+    for path in folder.glob("*.md")
+)
+
 
 @pytest.mark.parametrize("name", YAML)
 def test_yaml_parses_to_a_mapping(name: str) -> None:
@@ -58,3 +64,21 @@ def test_ci_tests_every_python_that_the_metadata_names() -> None:
     tested = workflow["jobs"]["test"]["strategy"]["matrix"]["python-version"]
     named = re.findall(r"Python :: (3\.\d+)$", "\n".join(PROJECT["classifiers"]), re.M)
     assert tested == named and PROJECT["requires-python"] == f">={named[0]}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_between_pages_lead_somewhere(page: str) -> None:
+    path = ROOT / page
+    for link, anchor in re.findall(r"\]\((?!https?:|mailto:)([^)\s#]*)(#[^)\s]*)?\)", path.read_text()):
+        target = path.parent / link if link else path
+        assert target.exists(), f"{page}: {link}"
+        if anchor and target.suffix == ".md":
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.M)
+            slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor[1:] in slugs, f"{page}: {link}{anchor}"
+
+
+def test_the_index_lists_every_decision() -> None:
+    folder = ROOT / "docs" / "decisions"
+    listed = re.findall(r"^\| \[.+\]\((\S+)\) \|", (folder / "README.md").read_text(), re.M)
+    assert sorted(listed) == sorted(path.name for path in folder.glob("*.md") if path.name != "README.md")
