@@ -46,7 +46,7 @@ def test_one_license_everywhere() -> None:
 
 def test_the_dockerfile_builds_the_image_that_the_jobset_runs() -> None:
     jobset = (ROOT / "scripts" / "jobset.yaml").read_text()
-    [image] = re.findall(r"^ +image: (\S+)$", jobset, re.M)
+    [image] = re.findall(r"^ +image: (\S+)", jobset, re.M)
     assert f"docker build --tag {image} ." in DOCKERFILE
     user, *_ = re.findall(r"^USER (\d+):\d+$", DOCKERFILE, re.M)
     assert f"fsGroup: {user}" in jobset  # that user may write to the shared volume
