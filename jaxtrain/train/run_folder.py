@@ -82,7 +82,9 @@ class RunFolder:
         return load(self.path) if self.has_run else None
 
     @_on_process_0
-    def claim(self, name: str, experiment: Experiment, record: dict[str, Any], extend: bool = False) -> None:
+    def acquire(
+        self, name: str, experiment: Experiment, record: dict[str, Any], extend: bool = False
+    ) -> None:
         """Make this the folder of a run, or check that it already is.
 
         Args:

@@ -141,7 +141,7 @@ class Times:
 
     def seconds(self, count, updates=None):
         self.asked.append(count)
-        self.updates += max(count, updates or autotune.MANY)
+        self.updates += max(count, updates or autotune.MAX_COUNT)
         return self.alone if count == 1 else self.several
 
 
@@ -160,13 +160,13 @@ def test_the_faster_way_is_chosen(alone, several, count, asked, monkeypatch, mes
     program = assemble(change(epochs=500, eval_every=10, save_every=10), mesh1)  # 125 updates in ten epochs
     choice = choose(program)
     assert choice.count == count and set(times.asked) == asked
-    assert alone < autotune.LONGEST or times.updates <= 4  # a step may take seconds
+    assert alone < autotune.MAX_STEP_SECONDS or times.updates <= 4  # a step may take seconds
     assert (several * 2 < alone) or times.asked.count(31) <= 7
     assert str(round(1e6 * alone)) in choice.why or "ms an update" in choice.why
 
 
 def test_what_is_measured_leaves_no_trace_in_the_run(monkeypatch, tmp_path, mesh1):
-    monkeypatch.setattr(autotune, "SHORTEST", 1)
+    monkeypatch.setattr(autotune, "MIN_UPDATES", 1)
     program = assemble(change(steps_per_execution="auto"), mesh1)
     choice = choose(program)
     assert choice.count in (1, 12) and set(choice.seconds) >= {1}
@@ -201,7 +201,7 @@ def test_the_choice_is_part_of_the_run(monkeypatch, tmp_path, capsys):
     with monkeypatch.context() as patch:
         stopping(4, patch)
         assert run.main(words) == 130
-    assert "4 updates a dispatch: for a test" in capsys.readouterr().out
+    assert "4 updates per compiled call: for a test" in capsys.readouterr().out
     record = run_folder.load(tmp_path / "run")
     assert record["steps_per_execution"] == 4 and record["dispatch_seconds"] == {"1": 2e-4, "4": 1e-4}
     assert run.main([*words, "--set", "log_every=2"]) == 0  # changes what is recorded of the run

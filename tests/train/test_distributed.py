@@ -88,7 +88,7 @@ def moved(tmp_path_factory):
         command += [*dispatches, "--set", f"epochs={epochs}", "--simulate-devices", *words]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert f"going on from step {10 * (epochs - 1)} of {10 * epochs}" in done.stdout
+        assert f"resuming at step {10 * (epochs - 1)}/{10 * epochs}" in done.stdout
     again = launch(folder, "--workdir", "run", "--mesh", "data=4,model=2", "--set", "epochs=4", *dispatches)
     return folder, first, again
 
@@ -97,7 +97,7 @@ def test_a_run_moves_between_two_processes_and_one(moved, tmp_path):
     folder, first, again = moved
     assert (first.returncode, again.returncode) == (0, 0), first.stderr + again.stderr
     assert "8 × cpu (data=2,fsdp=4), 2 processes, batch 16 (2 a device)" in first.stdout
-    assert "[0] going on from step 30 of 40" in again.stdout
+    assert "[0] resuming at step 30/40" in again.stdout
     assert json.loads((folder / "run" / "result.json").read_text())["resumed_from"] == 30
 
     experiment = override(find(str(EXPERIMENT)).load()[0], ["epochs=4"])
