@@ -31,7 +31,7 @@ class Session:
       folder: the run's folder.
       mesh: its devices.
       console: shows progress to a person.
-      record: JSON kept beside the config, such as where the experiment came from.
+      record: JSON stored next to the config, such as where the experiment came from.
       deterministic: nothing that is measured may decide anything.
       extend: allow more epochs although the schedule depends on their number.
       resume: which checkpoint to resume from: ``"newest"`` or ``"last-good"``.
@@ -81,7 +81,7 @@ def fit(
 
     Args:
       experiment: what to run.
-      folder: where the run is kept; None is ``runs/NAME/HASH-seedS``.
+      folder: the run's folder; None is ``runs/NAME/HASH-seedS``.
       mesh: the devices (``jaxtrain.sharding.make_mesh``); None is data parallelism over all of them.
       name: the experiment's name, for the folder and the records.
       extend: allow more epochs than the run began with although the schedule depends on their number.

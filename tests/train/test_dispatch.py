@@ -41,8 +41,8 @@ def change(experiment=MLP, **fields):
 def records(folder):
     """Without what is measured of the machine."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    kept = ("step", "epoch", "learning_rate")
-    return [{k: v for k, v in line.items() if k in kept or "/" in k} for line in lines]
+    columns = ("step", "epoch", "learning_rate")
+    return [{k: v for k, v in line.items() if k in columns or "/" in k} for line in lines]
 
 
 def spans(program, start=0):
@@ -62,7 +62,7 @@ def test_evaluations_and_checkpoints_stay_where_they_are(mesh1):
         if alone.saves(step) or alone.evaluates(step):
             assert step in ends
     assert any(b - a == 4 for a, b in itertools.pairwise(ends))
-    for start in ends:  # whoever goes on from one of these has the same dispatches
+    for start in ends:  # a run resumed from one of these has the same dispatches
         assert spans(several, start) == [end for end in ends if end > start]
 
 
@@ -180,8 +180,8 @@ def test_the_setting_and_deterministic_are_not_measured(monkeypatch, mesh1):
     assert decide(assemble(change(steps_per_execution=7), mesh1), None, False).count == 7
     auto = assemble(MLP, mesh1)
     assert decide(auto, None, True).count == 1
-    assert decide(auto, {"steps_per_execution": 12}, True).count == 12  # the run goes on as it began
-    assert decide(auto, {}, False).count == 1  # begun by a version that had no such setting
+    assert decide(auto, {"steps_per_execution": 12}, True).count == 12  # the record decides
+    assert decide(auto, {}, False).count == 1  # no record of the choice
     monkeypatch.undo()
     assert decide(auto, None, False) == Choice(1, "a run of fewer than 5,000 updates")
 
@@ -210,18 +210,6 @@ def test_the_choice_is_part_of_the_run(monkeypatch, tmp_path, capsys):
     assert "steps_per_execution is 'auto' there and 2 here" in capsys.readouterr().err
 
 
-def test_an_older_runs_config_without_the_setting_goes_on(monkeypatch, tmp_path, capsys):
-    words = ["--experiment", TINY, "--workdir", str(tmp_path / "run")]
-    with monkeypatch.context() as patch:
-        stopping(3, patch)
-        assert run.main(words) == 130
-    path = tmp_path / "run" / "config.json"
-    record = json.loads(path.read_text())
-    del record["steps_per_execution"], record["config"]["steps_per_execution"]
-    path.write_text(json.dumps(record))
-    assert run.main(words) == 0, capsys.readouterr().err
-
-
 @pytest.mark.parametrize("value", ["0", "x", "1.5", "true"])
 def test_bad_numbers_are_refused(value, capsys):
     assert run.main(["--experiment", TINY, "--set", f"steps_per_execution={value}"]) == 2
@@ -231,7 +219,7 @@ def test_bad_numbers_are_refused(value, capsys):
         change(steps_per_execution=True)
 
 
-def test_verify_has_dispatches_of_as_many(capfd):
+def test_verify_uses_the_same_steps_per_execution(capfd):
     words = ["verify", "--experiment", TINY, "--set", "steps_per_execution=3", "--steps", "8"]
     assert verbs.main(words) == 0
     assert "verified: the same bit for bit" in capfd.readouterr().out
@@ -264,7 +252,7 @@ def test_sharded_programs_stack_along_a_new_axis(mesh8):
     assert sharding.stacked(split).shard_shape((3, 16, 5)) == (3, 2, 5)
 
 
-def test_the_step_is_compiled_ahead_and_not_again(tmp_path, mesh1):
+def test_the_step_is_compiled_in_background_and_not_again(tmp_path, mesh1):
     program, compiled = assemble(MLP, mesh1), []
 
     def hear(name, *_, **__):
