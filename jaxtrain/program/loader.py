@@ -128,7 +128,7 @@ class Streamed:
     ``batch`` only starts the copy to the device, and the loop asks for batch k + 1 and k + 2 before it waits
     for step k (``max_in_flight`` of 2): so a batch is copied while the one before it is computed, and Grain
     gathers four more meanwhile. Putting each batch one step sooner, in a thread or right after a dispatch,
-    won nothing (docs/decisions.md).
+    won nothing (docs/decisions/streamed-copies.md).
 
     Args:
       source: where the examples come from.
