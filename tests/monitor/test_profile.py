@@ -21,7 +21,7 @@ from tiny import EXPERIMENT
 from jaxtrain import models, monitor, run
 from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.signals import Stopped
-from jaxtrain.monitor import nvml, op_names, step_times, telemetry, xplane
+from jaxtrain.monitor import nvml, step_times, telemetry, xplane
 from jaxtrain.monitor import trace as tracing
 from jaxtrain.monitor.time_shares import BETWEEN, COPY, HOST, OPERATION, Span, Timeline, shares
 from jaxtrain.program import assemble
