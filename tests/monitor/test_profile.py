@@ -76,7 +76,7 @@ def test_a_copy_from_the_host_is_no_work_and_a_running_program_is():
         ("device", "between"),
         ("device", "dot"),
         ("copy", "MemcpyH2D"),
-        ("host", "not in the loop"),
+        ("host", "outside the loop"),
     }
 
 
