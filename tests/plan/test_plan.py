@@ -119,7 +119,7 @@ def test_temporaries_are_those_of_the_program_that_runs():
     data_of_test = sum(
         one.bytes for one in device_arrays(program)["data"] if one.path.startswith("data/test")
     )
-    taken = found.kept - found.bytes["batches_ahead"] - data_of_test
+    taken = found.persistent - found.bytes["batches_ahead"] - data_of_test
     assert stats.argument_size_in_bytes == taken  # the key is not used
     assert found.total == sum(found.bytes.values())
     assert found.bytes["batches_ahead"] == 2 * found.bytes["batch"]
@@ -233,7 +233,7 @@ def test_the_memory_that_is_told_decides_what_is_kept_on_the_devices(mesh1):
     source = data.Synthetic(n=96, shape=(8, 8, 1), classes=4)
     exp = dataclasses.replace(MLP, train=source, test=data.Synthetic(n=20, shape=(8, 8, 1), classes=4))
     for memory, placement, kept in [
-        (20 * size, "resident", {"train": True, "test": True}),
+        (20 * size, "device", {"train": True, "test": True}),
         (9 * size, "stream", {"train": False, "test": True}),
         (size, "stream", {"train": False, "test": False}),
     ]:
@@ -325,7 +325,7 @@ def test_without_a_limit_there_is_no_verdict(mlp, capsys):
     found = planned(capsys, mlp, "--devices", "1")
     assert found["fits"] is None and found["limit"] is None and found["collectives"] == []
     assert verbs.main(["plan", "--experiment", mlp, "--devices", "1"]) == 0
-    assert "add --device-memory" in capsys.readouterr().out
+    assert "give one, such as --device-memory" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -404,7 +404,7 @@ def test_other_errors_of_the_device_are_left_alone(tmp_path, mesh1):
 def test_the_advice_comes_even_where_nothing_can_be_said(tmp_path, mesh1, capsys, monkeypatch):
     program = assemble(MLP, mesh1)
     explained = out_of_memory.explain_out_of_memory(program, "mlp", tmp_path, Plain())
-    for name in ("held", "live_arrays", "mesh_of"):
+    for name in ("device_arrays", "live_arrays", "mesh_of"):
         monkeypatch.setattr(out_of_memory, name, exhaust)
     with pytest.raises(RunError, match=r"jaxtrain plan --experiment mlp$"), explained:
         exhaust()

@@ -139,12 +139,12 @@ def test_where_nothing_fits_the_smallest_is_told(monkeypatch):
     totals = [one.plan.total for one in several.tried]
     assert several.fits is not None and several.smallest.plan.total == min(totals) < max(totals)
     text = report.nearest_text(found, GIVEN)
-    assert "no change that was tried fits; the smallest is --mesh fsdp=8: 900 B" in text
+    assert "no change that was tried fits; least memory with --mesh fsdp=8: 900 B" in text
     assert report.nearest_json(found, GIVEN)["change"] is None
     monkeypatch.setattr("jaxtrain.plan.nearest.MOST", 5)
     assert len(nearest(1, made_up(0, 10**6)).tried) == 5
     impossible = plan.Nearest(None, ())
-    assert "nothing else was tried, because" in report.nearest_text(impossible, GIVEN)
+    assert "nothing else was tried: " in report.nearest_text(impossible, GIVEN)
 
 
 def test_what_does_not_help_is_not_done_more_of():
@@ -189,7 +189,7 @@ def test_the_search_is_bounded():
     sixteen = dataclasses.replace(GIVEN, mesh=(16, 1, 1))
     found = plan.search_all(sixteen, None, made_up(800, 10))
     assert len(found.found) == plan.attempts(sixteen) == 60 and found.left_out == 90 - 60
-    assert "30 more were left out" in report.search_text(found, None)
+    assert "30 more variants were not compiled" in report.search_text(found, None)
     assert found.found[0].plan.total < found.found[-1].plan.total
 
 
@@ -213,7 +213,7 @@ def test_the_change_that_is_told_fits_when_it_is_planned(widths, batch, part, ex
     memory = ("--device-memory", f"{part * whole['bytes_per_device']['total'] / 0.75 / 1000:.3f}KB")
     out, progress = command(capsys, *args, *memory)
     assert "verdict: DOES NOT FIT" in out and "(" in out and max(map(len, out.splitlines())) < 100
-    told = re.search(r"^it fits with (.+): ([\d.]+ [KM]?B)$", out, re.M)
+    told = re.search(r"^fits with (.+): ([\d.]+ [KM]?B)$", out, re.M)
     assert told[1].startswith(expected) and progress.splitlines()[-1] == f"tried {told[1]}: {told[2]}"
     again = json.loads(command(capsys, *args, *memory, *told[1].split(), "--json")[0])
     assert again["fits"] is True and device_limits.size_text(again["bytes_per_device"]["total"]) == told[2]
@@ -231,8 +231,8 @@ def test_json_of_what_does_not_fit_has_the_change(mlp, capsys):
 def test_search_compiles_what_the_model_allows(mlp, capsys, monkeypatch):
     monkeypatch.setattr("jaxtrain.plan.search.MOST", 4)
     out, _ = command(capsys, mlp((129,), 8), "--devices", "2", "--search", "--device-memory", "1MB")
-    table = out.partition("what each way of running it needs")[2]
+    table = out.partition("variants: memory on each device")[2]
     assert re.findall(r"^  (data=2|fsdp=2) +8  (none|nothing_saveable)  yes", table, re.M)
     assert re.search(r"^  model=2  params/dense0/\w+ \[.*129\]: mlp of 129 does not divide", table, re.M)
-    assert "14 more were left out" in table and "it fits with" not in out
+    assert "14 more variants were not compiled" in table and "fits with" not in out
     assert max(map(len, out.splitlines())) < 100
