@@ -1,4 +1,4 @@
-"""Profiles: the updates asked for, whose time adds up; telemetry that asks for nothing and costs little."""
+"""--profile, its trace and table of shares; step times, memory, power and energy."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def where(folder: Path) -> dict:
 # Shares
 
 
-def test_a_moment_is_the_operations_and_else_the_loops():
+def test_time_belongs_to_operations_first_then_to_the_loop():
     lanes = [[Span(0, 6, OPERATION, "dot"), Span(2, 4, OPERATION, "inner")], [Span(5, 8, OPERATION, "copy")]]
     host = [Span(-5, 20, HOST, "other"), Span(7, 9, HOST, "data")]
     found = shares(Timeline((0, 10), [lanes], host))
     rows = {(place, what): share for place, what, share in found.rows}
     assert rows == pytest.approx(
         {
-            ("device", "dot"): 0.35,  # 3 alone, and half of the one beside the copy
+            ("device", "dot"): 0.35,  # 3 alone, and half of the 1 shared with the copy
             ("device", "inner"): 0.2,
             ("device", "copy"): 0.25,
             ("host", "data"): 0.1,
@@ -68,7 +68,7 @@ def test_a_moment_is_the_operations_and_else_the_loops():
     assert found.host == pytest.approx({"other": 0.8, "data": 0.2})
 
 
-def test_a_copy_from_the_host_is_no_work_and_a_running_program_is():
+def test_copy_from_the_host_is_idle_time_and_a_running_program_is_not():
     lane = [Span(0, 4, BETWEEN, "between"), Span(1, 2, OPERATION, "dot"), Span(4, 7, COPY, "MemcpyH2D")]
     found = shares(Timeline((0, 10), [[lane]], []))
     assert found.idle == pytest.approx(0.6)
@@ -80,12 +80,12 @@ def test_a_copy_from_the_host_is_no_work_and_a_running_program_is():
     }
 
 
-def test_the_mean_of_devices_of_which_one_does_nothing():
+def test_shares_are_means_over_devices():
     found = shares(Timeline((0, 10), [[[Span(0, 10, OPERATION, "dot")]], []], [Span(0, 10, HOST, "data")]))
     assert found.idle == 0.5 and found.rows == [("device", "dot", 0.5), ("host", "data", 0.5)]
 
 
-# What a trace holds
+# Traces
 
 
 def event(name, start, duration, **stats):
@@ -98,7 +98,7 @@ def plane(name, **lines):
     )
 
 
-def test_a_gpu_is_its_streams_and_kernels_of_graphs_are_named_too(monkeypatch):
+def test_gpu_streams_are_read_and_graph_kernels_named(monkeypatch):
     planes = [
         plane("/host:CPU", python=[event(xplane.WINDOW, 0, 100)]),
         plane(
@@ -110,7 +110,7 @@ def test_a_gpu_is_its_streams_and_kernels_of_graphs_are_named_too(monkeypatch):
                     event("ncclAllReduce", 50, 10),
                 ],
                 "Stream #14(MemcpyH2D)": [event("MemcpyH2D", 60, 20)],
-                "XLA Ops": [event("dot.7", 0, 100)],  # sums up what the streams did
+                "XLA Ops": [event("dot.7", 0, 100)],  # a summary of the streams
             },
         ),
     ]
@@ -131,7 +131,7 @@ def test_a_gpu_is_its_streams_and_kernels_of_graphs_are_named_too(monkeypatch):
     assert found.idle == pytest.approx(0.4)
 
 
-def test_an_operation_of_a_cpu_lasts_to_its_end_on_another_thread():
+def test_cpu_operation_may_end_on_another_thread():
     dot = event("dot.1", 10, 5, hlo_op="dot.1", hlo_module="jit_step", device_ordinal=1, _p=77)
     lines = [
         [event("ThunkExecutor::Execute", 5, 60), dot],
@@ -145,7 +145,7 @@ def test_an_operation_of_a_cpu_lasts_to_its_end_on_another_thread():
     }
 
 
-def test_a_trace_without_a_loop_an_empty_one_and_none_are_told(tmp_path):
+def test_missing_empty_and_foreign_traces_are_refused(tmp_path):
     with pytest.raises(RunError, match="no trace"):
         monitor.idle(tmp_path)
     with jax.profiler.trace(tmp_path):
@@ -183,7 +183,7 @@ class Slow:
         return self._loader.batches(step, count)
 
 
-def test_waiting_for_a_slow_source_is_seen_and_the_shares_add_up(program, tmp_path, console, capsys):
+def test_profile_shows_a_slow_source_and_shares_add_up(program, tmp_path, console, capsys):
     plain = fit(program, tmp_path / "plain", console)
     slow = dataclasses.replace(program, train=Slow(program.train, 0.03))
     capsys.readouterr()
@@ -205,7 +205,7 @@ def test_waiting_for_a_slow_source_is_seen_and_the_shares_add_up(program, tmp_pa
     assert [r["step"] for r in records if "train/loss" in r] == [3, 5, 10, 12, 13, 15, 20, 25]
 
 
-def test_a_device_that_works_is_not_idle(tmp_path, console):
+def test_busy_device_is_not_idle(tmp_path, console):
     @jax.jit
     def work(x):
         return jax.lax.fori_loop(0, 20, lambda _, y: y @ x / 400, x)
@@ -226,7 +226,7 @@ def test_a_device_that_works_is_not_idle(tmp_path, console):
     ("updates", "each", "start", "begins", "covers", "note"),
     [
         ((5, 6), 1, 0, 2, (5, 6), ""),
-        ((3, 4), 1, 0, 1, (3, 4), ""),  # too few before
+        ((3, 4), 1, 0, 1, (3, 4), ""),  # fewer than three before
         (
             (1, 20),
             1,
@@ -234,14 +234,12 @@ def test_a_device_that_works_is_not_idle(tmp_path, console):
             8,
             (8, 10),
             "update 8 is the first call of the step",
-        ),  # goes on within, and ends in it
+        ),  # resumes within the range and ends in it
         ((6, 7), 2, 0, 3, (5, 8), ""),  # two updates a call
         ((2, 3), 2, 0, 1, (1, 4), "updates 1 to 2 are the first call of the step"),
     ],
 )
-def test_which_updates_are_traced(
-    updates, each, start, begins, covers, note, tmp_path, console, monkeypatch, capsys
-):
+def test_traced_updates(updates, each, start, begins, covers, note, tmp_path, console, monkeypatch, capsys):
     began, state, order = [], jnp.ones(2), []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: began.append(step))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
@@ -272,7 +270,9 @@ def test_which_updates_are_traced(
         trace._trace_from = None
 
 
-def test_a_run_that_stops_within_and_goes_on_within(program, tmp_path, console, capsys, monkeypatch):
+def test_profile_of_a_run_that_stops_and_resumes_within_the_range(
+    program, tmp_path, console, capsys, monkeypatch
+):
     with monkeypatch.context() as patch:
         stopping(9, patch)
         with pytest.raises(Stopped):
@@ -290,15 +290,13 @@ def test_a_run_that_stops_within_and_goes_on_within(program, tmp_path, console, 
     assert "--profile 7:14: nothing to profile, the run resumes after update 25 of 25" in out
 
 
-def test_a_trace_that_cannot_be_taken_is_told_and_the_run_goes_on(
-    program, tmp_path, console, capsys, monkeypatch
-):
+def test_failing_profiler_does_not_end_the_run(program, tmp_path, console, capsys, monkeypatch):
     with jax.profiler.trace(tmp_path / "other"):
         result = fit(program, tmp_path / "run", console, updates=(2, 3))
     assert result["steps"] == 25 and "--profile: no trace can be taken (" in capsys.readouterr().out
 
 
-def test_each_of_several_processes_writes_its_own(tmp_path, console, monkeypatch):
+def test_each_process_writes_its_own_trace(tmp_path, console, monkeypatch):
     folders = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder, **_: folders.append(folder))
     monkeypatch.setattr(multihost, "process_count", lambda: 2)
@@ -310,7 +308,7 @@ def test_each_of_several_processes_writes_its_own(tmp_path, console, monkeypatch
     assert folders == [tmp_path / "profile/updates-1-2/process-1"]
 
 
-def test_no_trace_leaves_the_loop_as_it_is():
+def test_without_a_trace_functions_are_not_wrapped():
     def function():
         pass
 
@@ -318,19 +316,19 @@ def test_no_trace_leaves_the_loop_as_it_is():
 
 
 @pytest.mark.parametrize("text", ["5", "0:3", "4:3", "a:b", "-1:2", "1:2:3", "", "1:"])
-def test_a_bad_range_is_refused_before_anything_is_read(text, capsys):
+def test_bad_range_is_refused_before_anything_is_read(text, capsys):
     assert run.main(["--experiment", "there is none", f"--profile={text}"]) == 2
     error = capsys.readouterr().err
     assert "give the first and the last update to profile as START:STOP" in error and error.count("\n") == 1
 
 
-def test_a_range_after_the_end_is_refused():
+def test_range_after_the_end_is_refused():
     with pytest.raises(InputError, match="--profile 26:30: the run has only 25 updates"):
         monitor.parse_window("26:30", 25)
     assert monitor.parse_window("25:30", 25) == (25, 30) and monitor.parse_window(None, 25) is None
 
 
-def test_a_finished_run_says_that_there_is_nothing_to_profile(tmp_path, capsys):
+def test_finished_run_has_nothing_to_profile(tmp_path, capsys):
     file = tmp_path / "small.py"
     file.write_text(
         "import dataclasses\nfrom tiny import EXPERIMENT as E\nfrom jaxtrain import models\n"
@@ -350,7 +348,7 @@ def test_a_finished_run_says_that_there_is_nothing_to_profile(tmp_path, capsys):
 # Step times
 
 
-def test_step_times_are_those_between_completions_by_update(monkeypatch):
+def test_step_times_are_between_completions_per_update(monkeypatch):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(step_times, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     found = step_times.StepTimes()
@@ -373,7 +371,7 @@ def test_step_times_are_those_between_completions_by_update(monkeypatch):
     assert found.overall() == pytest.approx({"step_ms_p50": 10, "step_ms_p99": 20}, rel=0.01)
 
 
-def test_percentiles_of_a_run_are_those_of_all_its_steps(monkeypatch):
+def test_percentiles_of_a_run_cover_all_steps(monkeypatch):
     monkeypatch.setattr(step_times, "EVERY", 0.0)
     rng, found = np.random.default_rng(0), step_times.StepTimes()
     everything = rng.lognormal(-5, 0.5, 3000)
@@ -384,7 +382,7 @@ def test_percentiles_of_a_run_are_those_of_all_its_steps(monkeypatch):
     assert found.overall() == pytest.approx(expected, rel=0.02)
 
 
-def test_records_and_result_tell_step_times_and_memory(program, tmp_path, console):
+def test_records_and_result_have_step_times_and_memory(program, tmp_path, console):
     result = fit(program, tmp_path, console)
     first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     for found in (result, first, json.loads((tmp_path / "result.json").read_text())):
@@ -448,7 +446,7 @@ def fake(monkeypatch):
     return board
 
 
-def test_energy_is_counted_from_the_beginning_and_by_examples(fake, monkeypatch):
+def test_energy_since_the_start_and_per_examples(fake, monkeypatch):
     monkeypatch.setattr(telemetry, "EVERY", 0.0)
     with monitor.measure_devices([gpu(0), gpu(1)], share=0.5) as meter:
         fake.seconds += 10
@@ -462,7 +460,7 @@ def test_energy_is_counted_from_the_beginning_and_by_examples(fake, monkeypatch)
     assert fake.open == 0
 
 
-def test_figures_are_read_once_a_second(fake):
+def test_telemetry_is_read_once_a_second(fake):
     with monitor.measure_devices([gpu(0)]) as meter:
         assert meter.record(10)["energy_joules"] == 0
         fake.seconds += 100
@@ -470,7 +468,7 @@ def test_figures_are_read_once_a_second(fake):
         assert meter.result(20)["energy_joules"] == pytest.approx(1e4)
 
 
-def test_power_is_summed_where_no_board_counts_its_energy(fake, monkeypatch):
+def test_power_is_integrated_without_an_energy_counter(fake, monkeypatch):
     monkeypatch.setattr(nvml, "EVERY", 0.01)
     fake.counts = False
     began = time.perf_counter()
@@ -493,7 +491,7 @@ def test_power_is_summed_where_no_board_counts_its_energy(fake, monkeypatch):
         (None, SimpleNamespace(platform="cpu", memory_stats=lambda: None), None),
     ],
 )
-def test_the_board_is_the_one_that_jax_uses(visible, device, watts, fake, monkeypatch):
+def test_board_matches_the_jax_device(visible, device, watts, fake, monkeypatch):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with monitor.measure_devices([device]) as meter:
@@ -510,7 +508,7 @@ def test_without_nvml_there_are_no_figures(fake, monkeypatch):
     assert nvml.open([gpu(0)]) is None
 
 
-def test_memory_is_of_the_device_that_holds_most():
+def test_memory_is_the_maximum_over_devices():
     devices = [gpu(0, bytes_in_use=10, peak_bytes_in_use=30), gpu(1, bytes_in_use=20, peak_bytes_in_use=25)]
     assert monitor.memory(devices) == {"device_bytes": 20, "device_peak_bytes": 30}
     assert sorted(monitor.memory([gpu(0)])) == ["process_rss_bytes", "process_rss_peak_bytes"]
