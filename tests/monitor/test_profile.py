@@ -398,7 +398,7 @@ class NVMLError(Exception):
 
 
 class Board:
-    """A fake pynvml: boards in the order of their slots; 100 W, and a clock of its own."""
+    """A fake pynvml: boards in the order of their slots; 100 W, and a simulated clock."""
 
     NVMLError = NVMLError
     boards = ("NVIDIA A", "NVIDIA A", "NVIDIA B")

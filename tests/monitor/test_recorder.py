@@ -119,13 +119,13 @@ def test_rich_shows_bars_values_and_a_table():
     with console.task("evaluate test", 4) as advance:
         advance(3)
         console._progress.refresh()  # otherwise done five times a second
-        console.note("a line of its own [not markup]")
+        console.note("a note [not markup]")
     console.end()
     console.summary("result", {"test": "99 %"})
     out = file.getvalue()
     for text in ("train", "5/10", "loss 1.0000  accuracy 50.00 %  1,000 examples/s", "evaluate test", "3/4"):
         assert text in out
-    assert "a line of its own [not markup]" in out and "│ test │ 99 % │" in out
+    assert "a note [not markup]" in out and "│ test │ 99 % │" in out
 
 
 def test_task_before_training_has_its_own_display():
