@@ -1,10 +1,12 @@
-"""Console output of a run: a progress bar on a terminal, plain lines elsewhere."""
+"""Console output of a run: a progress bar on a terminal or in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import html
+import importlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -50,9 +52,11 @@ class Console(Protocol):
 
 
 def make_console(quiet: bool = False) -> Console:
-    """Make a console: ``Rich`` on a terminal, ``Plain`` elsewhere; with ``quiet`` it prints nothing."""
+    """Make the console that suits a terminal, a notebook or a file; ``quiet`` prints nothing."""
     if quiet:
         return Quiet()
+    if "ipykernel" in sys.modules:
+        return Notebook()
     return Rich() if sys.stdout.isatty() else Plain()
 
 
@@ -108,6 +112,45 @@ class Quiet(Plain):
 
     def note(self, text: str) -> None:
         pass
+
+
+class Notebook(Plain):
+    """Shows a bar in the output of a notebook cell, and prints notes below it.
+
+    Args:
+      display: ``IPython.display.display``, or a function with its arguments.
+    """
+
+    def __init__(self, display: Callable[..., Any] | None = None) -> None:
+        super().__init__()
+        self._display = display or importlib.import_module("IPython.display").display
+        self._bar: Any = None
+        self._metrics, self._updated = "", 0.0
+
+    def begin(self, start: int, steps: int) -> None:
+        super().begin(start, steps)
+        self._bar = self._display(self._render(start), raw=True, display_id=True)
+
+    def train(self, step: int, values: Mapping[str, float], speed: float | None) -> None:
+        self._metrics = format_metrics(values, speed)
+        self._update(step)
+
+    def advance(self, step: int) -> None:
+        if step == self._steps or time.perf_counter() - self._updated > 0.2:
+            self._update(step)
+
+    def end(self) -> None:
+        self._bar = None
+
+    def _update(self, step: int) -> None:
+        if self._bar is not None:
+            self._updated = time.perf_counter()
+            self._bar.update(self._render(step), raw=True)
+
+    def _render(self, step: int) -> dict[str, str]:
+        text = f"step {step}/{self._steps}  {self._metrics}"
+        bar = f'<progress value="{step}" max="{self._steps}" aria-label="training steps"></progress>'
+        return {"text/plain": text, "text/html": f"{bar} {html.escape(text)}"}
 
 
 class Rich:

@@ -16,7 +16,7 @@ from tensorboardX.record_writer import masked_crc32c
 from jaxtrain import monitor
 from jaxtrain.core.errors import RunError
 from jaxtrain.metrics import Mean
-from jaxtrain.monitor.console import Plain, Rich
+from jaxtrain.monitor.console import Notebook, Plain, Rich
 
 
 def metrics(loss: float, count: int = 1):
@@ -134,3 +134,28 @@ def test_task_before_training_has_its_own_display():
     with console.task("cifar10/train", 0) as advance:
         advance(5)
     assert "cifar10/train" in file.getvalue() and not console._progress.live.is_started
+
+
+def test_a_notebook_gets_one_bar_that_moves(capsys):
+    class Handle:
+        def update(self, bundle, raw):
+            shown.append((bundle, raw))
+
+    shown = []
+
+    def display(bundle, raw, display_id):
+        shown.append((bundle, raw))
+        return Handle() if display_id else None
+
+    console = Notebook(display)
+    console.advance(1)  # before the display exists: nothing to move
+    console.begin(0, 10)
+    console.advance(5)
+    console.train(10, {"loss": 0.5}, 100.0)
+    console.note("a line")
+    console.end()
+    console.advance(10)
+    texts = [bundle["text/plain"] for bundle, _ in shown]
+    assert texts == ["step 0/10  ", "step 5/10  ", "step 10/10  loss 0.5000  100 examples/s"]
+    assert all(raw and '<progress value="' in bundle["text/html"] for bundle, raw in shown)
+    assert capsys.readouterr().out == "a line\n"
