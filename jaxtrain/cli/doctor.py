@@ -1,4 +1,4 @@
-"""``python -m jaxtrain doctor``: what this machine has, and what to do about what it lacks."""
+"""``python -m jaxtrain doctor``: check this machine, and say how to fix each problem."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxtrain.cli import SUMMARIES, command_line, huge_pages
+from jaxtrain.cli import SUMMARIES, command_line
 from jaxtrain.core import cache
 
 PACKAGES = (
@@ -33,18 +33,28 @@ PACKAGES = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns 0 when nothing is wrong and 3 when something is."""
-    parser = argparse.ArgumentParser(prog="jaxtrain doctor", description=SUMMARIES["doctor"])
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+TUNABLE = "glibc.malloc.hugetlb"
+GLIBC = (2, 35)  # the first version with the tunable
+
+
+def make_parser() -> command_line.Parser:
+    """Make the parser of this command."""
+    parser = command_line.Parser("jaxtrain doctor", SUMMARIES["doctor"])
     parser.add_argument(
         "--peak",
         nargs="*",
         metavar="PRECISION",
-        help="instead measure how fast the device multiplies matrices, in float32, bfloat16 or float16 "
-        "(default: the first two), and keep the figures: runs tell their MFU by them where the device is in "
-        "no table, as no CPU is",
+        help="instead, measure the FLOP/s of matrix products in float32, bfloat16 or float16 (default: "
+        "float32 and bfloat16) and store them; runs compute their MFU from them if no datasheet value of the "
+        "device is known, as for every CPU",
     )
-    return command_line.main(_run, parser, argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0 if no problem was found and 3 otherwise."""
+    return command_line.main(_run, make_parser(), argv)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -60,7 +70,7 @@ def _run(args: argparse.Namespace) -> int:
     console.summary("storage", _storage(problems))
     console.summary("one step", _step(problems))
     if problems:
-        console.note("\n".join(["", "what to do", *(f"  - {problem}" for problem in problems)]))
+        console.note("\n".join(["", "problems", *(f"  - {problem}" for problem in problems)]))
         return 3
     console.note("\nno problem found")
     return 0
@@ -86,7 +96,7 @@ def _devices(problems: list[str]) -> dict[str, str]:
 
         devices = jax.local_devices()
     except RuntimeError as error:
-        problems.append(f"JAX starts no backend ({error}): reinstall jax, or set JAX_PLATFORMS=cpu")
+        problems.append(f"JAX cannot start a backend ({error}): reinstall jax, or set JAX_PLATFORMS=cpu")
         return rows
     for device in devices:
         stats = device.memory_stats() or {}
@@ -95,13 +105,38 @@ def _devices(problems: list[str]) -> dict[str, str]:
     if driver:
         rows["power"] = nvml.describe_boards(devices)
     rows["host memory"] = f"{_host_memory() / 2**30:.1f} GiB"
-    rows["huge pages"] = huge_pages.told()
+    rows["huge pages"] = huge_page_status()
     if driver and devices[0].platform == "cpu":
         problems.append(
-            "an NVIDIA driver is here and JAX runs on the CPU: pip install 'jaxtrain[cuda12]' "
-            "(or [cuda13] for a driver of CUDA 13)"
+            "this machine has an NVIDIA driver, but JAX runs on the CPU: pip install 'jaxtrain[cuda12]' "
+            "(or [cuda13] for a CUDA 13 driver)"
         )
     return rows
+
+
+def huge_page_status() -> str:
+    """Return whether malloc in this process uses huge pages, and how to enable them, in one line.
+
+    XLA:CPU allocates the buffers of a program with malloc at every execution, so each step maps thousands
+    of pages. glibc reads the tunable once, when the process starts.
+
+    https://www.gnu.org/software/libc/manual/html_node/Memory-Allocation-Tunables.html
+    """
+    try:
+        mode, libc = THP.read_text(), os.confstr("CS_GNU_LIBC_VERSION") or "the C library"
+    except (OSError, ValueError):
+        return "not supported by this system"
+    if "[always]" in mode:
+        return "enabled by the system for every process"
+    if "[madvise]" not in mode:
+        return f"disabled by the system ({THP})"
+    name, _, version = libc.partition(" ")
+    if name != "glibc" or tuple(int(part) for part in version.split(".")[:2]) < GLIBC:
+        return f"not supported by {libc}; needs glibc 2.35 or newer"
+    tunables = [pair.partition("=") for pair in os.environ.get("GLIBC_TUNABLES", "").split(":")]
+    if {key: value for key, _, value in tunables}.get(TUNABLE) == "1":
+        return "enabled"
+    return f"not enabled; to speed up steps on a CPU, start with GLIBC_TUNABLES={TUNABLE}=1"
 
 
 def _storage(problems: list[str]) -> dict[str, str]:
@@ -118,21 +153,21 @@ def _storage(problems: list[str]) -> dict[str, str]:
         free = shutil.disk_usage(base).free / 2**30
         rows[name] = f"{folder} ({free:.1f} GiB free)"
         if not os.access(base, os.W_OK):
-            problems.append(f"{base} cannot be written: change its owner, or work elsewhere")
+            problems.append(f"{base} is not writable: change its owner, or use another folder")
         if free < 1:
-            problems.append(f"{base} has {free:.2f} GiB free: checkpoints and data need more")
+            problems.append(f"{base} has {free:.2f} GiB free, too little for checkpoints and data: free some space")
     data = folders["data folder"]
     prepared = sorted(p.name for p in data.iterdir() if p.is_dir()) if data.is_dir() else []
     rows["data sets"] = ", ".join(prepared) or "none (python -m jaxtrain prepare cifar10)"
     cache.enable_compilation_cache(problems.append)
     rows["compile cache"] = getattr(jax.config, "jax_compilation_cache_dir", None) or (
-        "off (a run keeps compiled programs unless JAXTRAIN_CACHE=off)"
+        "off (JAXTRAIN_CACHE or JAX_ENABLE_COMPILATION_CACHE disables it)"
     )
     return rows
 
 
 def _step(problems: list[str]) -> dict[str, str]:
-    """One real training step of a small network on every device: compiled, run and timed."""
+    """Compile, run and time a training step of a small network on every device."""
     import jax
     import numpy as np
 
@@ -161,7 +196,7 @@ def _step(problems: list[str]) -> dict[str, str]:
         loss = jax.device_get(metrics["loss"]).compute()
         times.append(time.perf_counter())
     if not np.isfinite(loss):
-        problems.append(f"the test step gave a loss of {loss}: the device or its driver is at fault")
+        problems.append(f"the loss of the test step is {loss}: check the device and its driver")
     return {
         "first step": f"{times[0] - began:.2f} s with compilation",
         "second step": f"{1e3 * (times[1] - times[0]):.1f} ms",
@@ -170,7 +205,7 @@ def _step(problems: list[str]) -> dict[str, str]:
 
 
 def _peaks(precisions: Sequence[str]) -> dict[str, str]:
-    """Measured on the first device here, and kept."""
+    """Measure the peak of the first local device in each precision, and store it."""
     import jax
 
     from jaxtrain.core.errors import InputError
@@ -181,18 +216,16 @@ def _peaks(precisions: Sequence[str]) -> dict[str, str]:
             raise InputError(f"--peak {precision}: it must be one of {', '.join(peak_flops.PRECISIONS)}")
     device, rows = jax.local_devices()[0], {}
     for precision in dict.fromkeys(precisions):
-        found, table = (
-            peak_flops.measure(device, precision),
-            peak_flops.datasheet_peak(device.device_kind, precision),
-        )
+        found = peak_flops.measure(device, precision)
+        datasheet = peak_flops.datasheet_peak(device.device_kind, precision)
         path = peak_flops.store_peak(device, precision, found)
-        rows[precision] = f"{found.flops / 1e12:.3g} TFLOP/s" + (
-            ", in no table"
-            if table is None
-            else f", {100 * found.flops / table.flops:.0f} % of the table's {table.flops / 1e12:.4g}, "
-            "which counts for MFU"
-        )
-    return {"device": peak_flops.name(device), **rows, "kept in": str(path)}
+        if datasheet is None:
+            note = "no datasheet value, so runs use this one for MFU"
+        else:
+            share = 100 * found.flops / datasheet.flops
+            note = f"{share:.0f} % of the datasheet's {datasheet.flops / 1e12:.4g}, which runs use for MFU"
+        rows[precision] = f"{found.flops / 1e12:.3g} TFLOP/s, {note}"
+    return {"device": peak_flops.name(device), **rows, "stored in": str(path)}
 
 
 def _driver() -> str | None:

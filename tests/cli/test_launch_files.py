@@ -82,7 +82,7 @@ def test_the_python_is_this_one_and_devices_are_simulated_only_where_asked(launc
 def test_one_that_fails_ends_the_others_and_its_exit_code_is_the_result(launch) -> None:
     code, _, err = ended(launch("sys.exit(3) if number == 1 else wait()", "-n", "3"))
     assert code == 3
-    assert "process 1 ended with 3: ending the others" in err and "killed" not in err
+    assert "process 1 exited with 3: terminating the others" in err and "killed" not in err
 
 
 def test_one_that_does_not_end_is_killed_with_what_it_has_started(launch, tmp_path) -> None:
@@ -101,7 +101,7 @@ if child:
 wait()
 """
     code, _, err = ended(launch(deaf, "-n", "2", "--grace", "0.3"))
-    assert code == 128 + 9 and "1 of them did not end within 0.3 s: killed" in err
+    assert code == 128 + 9 and "1 processes did not exit within 0.3 s: killed" in err
     child = int((tmp_path / "child").read_text())
     for _ in range(500):
         state = Path(f"/proc/{child}/stat")
@@ -134,7 +134,7 @@ sys.exit(128 + caught[0])
     code, lines, errors = ended(process)
     assert code == 128 + signum
     assert lines == [f"[{i}] saved {int(signum)}" for i in range(3)]
-    assert f"launch_local: ended by {signal.Signals(signum).name}" in str(errors)
+    assert f"launch_local: stopped by {signal.Signals(signum).name}" in str(errors)
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def test_the_command_prints_a_table_and_writes_json(few, tmp_path, capsys):
     words = ["bench", "--scaling", "4,1", *few, "--json", str(tmp_path / "s.json"), "--set", "seed=3"]
     assert verbs.main(words) == 0
     out = capsys.readouterr().out
-    assert "WARNING: these are simulated devices" in out
+    assert "WARNING: simulated devices share" in out
     assert "small, strong scaling on cpu, medians (and quartiles) of 3 rounds of 2 steps" in out
     row = r"^ +(\d) +(data=\d) +16 +[\d.]+ \([\d.]+–[\d.]+\) +([\d,]+) +([\d.]+) +([\d.]+ %)$"
     table = re.findall(row, out, re.M)
@@ -303,8 +303,8 @@ def test_a_plot_without_matplotlib_is_refused_before_measuring(
         ),
         (["--scaling", "1,8", "--set", "accumulate=4"], "into 32 parts (data=8, accumulate=4): leave 8 out"),
         (["--scaling", "3", "--weak", "--set", "accumulate=3"], "batch 48 does not divide into 9 parts"),
-        (["--scaling", "1", "--json", "none/s.json"], "there is no folder none"),
-        (["--scaling", "1", "--plot", "none/s.png"], "there is no folder none"),
+        (["--scaling", "1", "--json", "none/s.json"], "folder none does not exist"),
+        (["--scaling", "1", "--plot", "none/s.png"], "folder none does not exist"),
         (["--scaling", "1", "--json", "."], "is a folder: give a file"),
         (["--scaling", "1", "--plot", "s.pdf"], "give a name that ends in .png"),
         (["--scaling", "1", "--experiment", "digit_cnn"], "did you mean digits_cnn?"),
@@ -355,7 +355,7 @@ def test_a_drawing_that_fails_leaves_no_file(few, instant, tmp_path, capsys, mon
 def test_a_place_that_cannot_be_written_is_refused(few, unmeasured, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     error = refused(capsys, "--scaling", "1", *few, "--json", tmp_path / "s.json")
-    assert "s.json cannot be written: choose another place" in error
+    assert "s.json is not writable: give another file" in error
 
 
 def test_a_fresh_process_simulates_its_devices(few, python):

@@ -151,9 +151,9 @@ def test_doctor_measures_tells_and_keeps(monkeypatch, capsys, home):
     kept = json.loads((home / "peaks.json").read_text())
     assert list(kept) == [f"{peak_flops.name(DEVICE)}, float32"]
     assert 0 < peak_flops.peak_flops(DEVICE, "float32").flops < math.inf
-    assert "TFLOP/s, in no table" in out and "cores" in out and "versions" not in out
+    assert "TFLOP/s, no datasheet value" in out and "cores" in out and "versions" not in out
     monkeypatch.setattr(peak_flops, "datasheet_peak", lambda kind, precision: peak_flops.Peak(1e15, "table"))
     assert verbs.main(["doctor", "--peak", "float32"]) == 0
-    assert "0 % of the table's 1000, which counts for MFU" in capsys.readouterr().out
+    assert "0 % of the datasheet's 1000, which runs use for MFU" in capsys.readouterr().out
     assert verbs.main(["doctor", "--peak", "int4"]) == 2
     assert "--peak int4: it must be one of float32" in capsys.readouterr().err
