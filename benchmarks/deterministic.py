@@ -2,8 +2,8 @@
 and without.
 
 XLA reads its flags once per process, so each side has its own. Both processes stay alive and take rounds of
-steps in turn (A B B A), so that a machine that slows down does so for both. On a CPU the flag changes nothing,
-and the figure shows the error of such a measurement.
+steps in turn (A B B A), so that a machine that slows down does so for both. On a CPU the flag changes
+nothing, and the figure shows the error of such a measurement.
 
   python -m benchmarks.deterministic [--experiment NAME] [--set PATH=VALUE] [--mesh AXIS=N,...] [--steps N]
     [--rounds N] [--simulate-devices N] [--out FILE]
@@ -69,7 +69,9 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, A
       InputError, RunError: a process failed, or ``XLA_FLAGS`` already asks for deterministic operations.
     """
     if devices.deterministic_requested():
-        raise InputError(f"XLA_FLAGS has {environment.DETERMINISTIC_FLAG}: unset it, to have a side without it")
+        raise InputError(
+            f"XLA_FLAGS has {environment.DETERMINISTIC_FLAG}: unset it, to have a side without it"
+        )
     if args.steps < 1:
         raise InputError(f"--steps {args.steps}: give at least 1")
     with contextlib.ExitStack() as stack:
@@ -92,7 +94,7 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, A
 
 
 def serve(args: argparse.Namespace) -> None:
-    """One of the two processes: print a line of JSON when ready, then time a round for every line of stdin."""
+    """One of the two processes: print a line of JSON when ready, then time a round per line of stdin."""
     out = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # what an experiment prints must not mix with the JSON
         devices.simulate_devices(args.simulate_devices)

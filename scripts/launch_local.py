@@ -5,8 +5,8 @@
 
 Appends --coordinator, --processes and --process-id (and --simulate-devices) to each copy of the command, and
 prefixes its output lines with its process index. Forwards SIGINT and SIGTERM to all processes. If one fails,
-terminates the others and exits with the code of the first that failed. Sets GLIBC_TUNABLES to enable huge pages
-(faster steps on a Linux CPU) unless it is set.
+terminates the others and exits with the code of the first that failed. Sets GLIBC_TUNABLES to enable huge
+pages (faster steps on a Linux CPU) unless it is set.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ class Launch:
         self._processes.append(process)
         assert process.stdout is not None and process.stderr is not None
         streams = ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
-        readers = [threading.Thread(target=_print_lines, args=(number, *pair), daemon=True) for pair in streams]
+        readers = [
+            threading.Thread(target=_print_lines, args=(number, *pair), daemon=True) for pair in streams
+        ]
 
         def wait_for_exit() -> None:
             code = process.wait()
@@ -117,10 +119,8 @@ class Launch:
                 wait = None if deadline is None else max(0.0, deadline - time.monotonic())
                 number, code = self._ended.get(timeout=wait)
             except queue.Empty:
-                print(
-                    f"launch_local: {left} processes did not exit within {self._grace:g} s: killed",
-                    file=sys.stderr,
-                )
+                many, grace = f"{left} of {len(self._processes)} processes", f"{self._grace:g} s"
+                print(f"launch_local: {many} did not exit within {grace}: killed", file=sys.stderr)
                 return first
             left -= 1
             code = 128 - code if code < 0 else code

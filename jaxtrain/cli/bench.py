@@ -101,8 +101,8 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
     }
     if record["simulated"]:
         console.note(
-            f"WARNING: simulated devices share the {record['cores']} cores of this host: the figures show the "
-            "cost of splitting the work, not the speed-up of real devices"
+            f"WARNING: simulated devices share the {record['cores']} cores of this host: the figures show "
+            "the cost of splitting the work, not the speed-up of real devices"
         )
     console.summary(_title(record, args.steps), _rows(record))
     _write(args, record)
@@ -137,9 +137,7 @@ def _check_files(args: argparse.Namespace) -> None:
     if args.plot.suffix.lower() != ".png":
         raise InputError(f"--plot {args.plot}: give a name that ends in .png")
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError(
-            "--plot needs matplotlib: pip install 'jaxtrain[plot]', or use --json instead"
-        )
+        raise InputError("--plot needs matplotlib: pip install 'jaxtrain[plot]', or use --json instead")
 
 
 def _environment(max_devices: int, load: float) -> dict[str, Any]:
@@ -161,8 +159,8 @@ def _environment(max_devices: int, load: float) -> dict[str, Any]:
 
 def _title(record: dict[str, Any], steps: int) -> str:
     return (
-        f"{record['experiment']}, {record['scaling']} scaling on {record['device']}, medians (and quartiles) of "
-        f"{record['rounds']} rounds of {steps} steps"
+        f"{record['experiment']}, {record['scaling']} scaling on {record['device']}, medians (and quartiles) "
+        f"of {record['rounds']} rounds of {steps} steps"
     )
 
 

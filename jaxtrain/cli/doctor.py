@@ -155,7 +155,9 @@ def _storage(problems: list[str]) -> dict[str, str]:
         if not os.access(base, os.W_OK):
             problems.append(f"{base} is not writable: change its owner, or use another folder")
         if free < 1:
-            problems.append(f"{base} has {free:.2f} GiB free, too little for checkpoints and data: free some space")
+            problems.append(
+                f"{base} has {free:.2f} GiB free, too little for checkpoints and data: free some space"
+            )
     data = folders["data folder"]
     prepared = sorted(p.name for p in data.iterdir() if p.is_dir()) if data.is_dir() else []
     rows["data sets"] = ", ".join(prepared) or "none (python -m jaxtrain prepare cifar10)"

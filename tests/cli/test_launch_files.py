@@ -101,7 +101,7 @@ if child:
 wait()
 """
     code, _, err = ended(launch(deaf, "-n", "2", "--grace", "0.3"))
-    assert code == 128 + 9 and "1 processes did not exit within 0.3 s: killed" in err
+    assert code == 128 + 9 and "1 of 2 processes did not exit within 0.3 s: killed" in err
     child = int((tmp_path / "child").read_text())
     for _ in range(500):
         state = Path(f"/proc/{child}/stat")
