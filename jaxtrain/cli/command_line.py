@@ -179,7 +179,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         default="best",
         metavar="best|latest|STEP",
-        help="default: the best on the validation set, or the latest without a validation set",
+        help="which checkpoint; default: the best on the validation set, or the latest without one",
     )
     parser.add_argument(
         "--experiment",

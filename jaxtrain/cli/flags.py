@@ -33,12 +33,15 @@ def add_simulate_devices(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add(parser: argparse.ArgumentParser, *, many_processes: bool = False) -> None:
+def add(
+    parser: argparse.ArgumentParser, *, many_processes: bool = False, starts_processes: bool = False
+) -> None:
     """Add the flags that ``devices.make_mesh`` reads.
 
     Args:
       parser: of the command.
       many_processes: add ``--deterministic`` and the flags that join several processes, too.
+      starts_processes: the command starts these processes itself: show only ``--processes`` in the help.
     """
     group = parser.add_argument_group("devices")
     group.add_argument("--devices", type=int, metavar="N", help="use the first N devices; default: all")
@@ -57,15 +60,26 @@ def add(parser: argparse.ArgumentParser, *, many_processes: bool = False) -> Non
         help="the same bits in every run on the same devices; sets XLA's deterministic operations on an "
         "NVIDIA GPU, and nothing on a CPU, where only the number of cores must be the same",
     )
-    group = parser.add_argument_group("several processes or hosts, each started with the same command")
+    if not starts_processes:
+        title = "several processes or hosts, each started with the same command"
+        group = parser.add_argument_group(title)
+
+    def shown(text: str) -> str:
+        return argparse.SUPPRESS if starts_processes else text
+
     group.add_argument(
-        "--distributed", choices=("auto",), help="find the other processes by SLURM, Open MPI or Kubernetes"
+        "--distributed",
+        choices=("auto",),
+        help=shown("find the other processes with SLURM, Open MPI or Kubernetes"),
     )
     group.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="address of process 0; default: this machine only"
+        "--coordinator",
+        metavar="HOST:PORT",
+        help=shown("address of process 0; default: this machine only"),
     )
-    group.add_argument("--processes", type=int, metavar="N", help="number of processes")
-    group.add_argument("--process-id", type=int, metavar="I", help="index of this process, from 0")
+    text = "resume as N processes, on simulated devices" if starts_processes else "number of processes"
+    group.add_argument("--processes", type=int, metavar="N", help=text)
+    group.add_argument("--process-id", type=int, metavar="I", help=shown("index of this process, from 0"))
 
 
 def typed_flags(args: argparse.Namespace) -> list[str]:

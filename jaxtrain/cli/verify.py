@@ -58,7 +58,7 @@ def make_parser() -> command_line.Parser:
     )
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)  # for the processes that it starts
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
-    flags.add(parser, many_processes=True)
+    flags.add(parser, many_processes=True, starts_processes=True)
     return parser
 
 
