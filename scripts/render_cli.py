@@ -62,7 +62,7 @@ settings of a run are in the `config.json` of its folder.
 | `JAXTRAIN_CACHE` | `off`: keep no compiled programs and decoded data sets in `~/.cache/jaxtrain` |
 | `JAX_COMPILATION_CACHE_DIR` | keep compiled programs in this folder instead |
 | `TFDS_DATA_DIR` | folder of prepared data sets; default: `~/tensorflow_datasets` |
-| `GLIBC_TUNABLES` | `glibc.malloc.hugetlb=1`: huge pages: faster steps on a Linux CPU; `scripts/run` sets it |
+| `GLIBC_TUNABLES` | `glibc.malloc.hugetlb=1`: huge pages (faster on a Linux CPU); `scripts/run` sets it |
 
 ## Commands
 """

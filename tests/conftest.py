@@ -61,6 +61,7 @@ LONGEST = (
     "test_contracts",
     "test_install",
     "test_cli",
+    "test_stop_and_resume",
     "test_distributed",
     "test_parallel",
     "test_loop",

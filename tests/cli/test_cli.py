@@ -19,7 +19,7 @@ from tiny import EXPERIMENT
 
 from jaxtrain import __main__ as commands
 from jaxtrain import checkpoint, run
-from jaxtrain.cli import command_line, doctor
+from jaxtrain.cli import command_line
 from jaxtrain.data.prepare import download
 from jaxtrain.train import environment
 from jaxtrain.train.run_folder import RunFolder
@@ -304,42 +304,6 @@ def test_importing_jaxtrain_loads_nothing_heavy(python):
         "print({'tensorflow', 'wandb', 'matplotlib', 'optuna', 'tensorflow_datasets'} & set(sys.modules))"
     )
     assert python("-c", code).stdout.strip() == "set()"
-
-
-def test_doctor_finds_no_problem_here(python):
-    done = python("-m", "jaxtrain", "doctor", devices=8)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "no problem found" in done.stdout and "second step" in done.stdout
-    assert re.search(r"^  huge pages +\S", done.stdout, re.M)
-
-
-@pytest.mark.parametrize(
-    ("mode", "libc", "tunables", "status"),
-    [
-        ("always [madvise] never", "glibc 2.36", "glibc.malloc.hugetlb=1", "enabled"),
-        ("always [madvise] never", "glibc 2.36", "glibc.malloc.check=0:glibc.malloc.hugetlb=1", "enabled"),
-        (
-            "always [madvise] never",
-            "glibc 2.36",
-            "",
-            "not enabled; to speed up steps on a CPU, start with GLIBC",
-        ),
-        ("always [madvise] never", "glibc 2.36", "glibc.malloc.hugetlb=0", "not enabled; "),
-        ("[always] madvise never", "glibc 2.36", "", "enabled by the system for every process"),
-        ("always madvise [never]", "glibc 2.36", "glibc.malloc.hugetlb=1", "disabled by the system ("),
-        ("always [madvise] never", "glibc 2.34", "glibc.malloc.hugetlb=1", "not supported by glibc 2.34"),
-        ("always [madvise] never", None, "glibc.malloc.hugetlb=1", "not supported by the C library"),
-        (None, "glibc 2.36", "", "not supported by this system"),
-    ],
-)
-def test_doctor_shows_the_huge_page_status(mode, libc, tunables, status, tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "THP", tmp_path / "enabled")
-    if mode is not None:
-        doctor.THP.write_text(f"{mode}\n")
-    monkeypatch.setattr(os, "confstr", lambda name: libc)
-    monkeypatch.setenv("GLIBC_TUNABLES", tunables)
-    found = doctor.huge_page_status()
-    assert found == status if status == "enabled" else found.startswith(status)
 
 
 def test_help_lists_the_commands_and_a_typo_gets_a_suggestion(capsys):
