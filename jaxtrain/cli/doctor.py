@@ -87,8 +87,10 @@ def _versions() -> dict[str, str]:
 
 
 def _devices(problems: list[str]) -> dict[str, str]:
+    from jaxtrain.train import environment
+
     driver = _driver()
-    rows = {"NVIDIA driver": driver or "none", "CPU cores": str(os.cpu_count())}
+    rows = {"NVIDIA driver": driver or "none", "CPU cores": str(environment.cores())}
     try:
         import jax
 
