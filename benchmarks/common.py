@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain.cli import huge_pages
+from jaxtrain.cli.doctor import huge_page_status
 
 PACKAGES = (
     *("jaxtrain", "jax", "jaxlib", "flax", "optax", "grain", "numpy"),
@@ -28,8 +28,7 @@ CIFAR10 = (50_000, 32, 32, 3)
 
 
 def arguments(about: str, rounds: int) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes. All sides have the pages of memory that a run has."""
-    huge_pages.ask("benchmarks")
+    """A parser with what every benchmark takes."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=_positive, default=rounds, help="how often each side is timed")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON there")
@@ -144,7 +143,7 @@ def environment() -> dict[str, Any]:
         "device": processor() if device.platform == "cpu" else device.device_kind,
         "devices": jax.device_count(),
         "cores": len(os.sched_getaffinity(0)),
-        "huge_pages": huge_pages.told(),
+        "huge_pages": huge_page_status().partition(";")[0],
         "load_before": LOAD,
         "versions": versions,
     }

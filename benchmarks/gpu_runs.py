@@ -102,10 +102,8 @@ def deterministic(session: Session) -> dict[str, Any]:
     for name in ("digits_cnn", *(("cifar_cnn",) if "prepared" in session.facts else ())):
         path = session.scratch / f"deterministic-{name}.json"
         short = ["--set", "batch=32", "--steps", "1", "--rounds", "2"] if session.cpu else []
-        session.run(
-            "-m", "jaxtrain", "bench", "--deterministic", "--experiment", name, *short, "--json", path
-        )
-        figures = json.loads(path.read_text())
+        session.run("-m", "benchmarks.deterministic", "--experiment", name, *short, "--out", path)
+        figures = json.loads(path.read_text())["figures"]
         found[name] = {key: figures[key] for key in ("cost", "step_ms", "xla_flags", "steps", "rounds")}
     return found
 

@@ -1,4 +1,4 @@
-"""What huge pages bring to runs on a CPU (``jaxtrain.cli.huge_pages``).
+"""What huge pages bring to runs on a CPU (``GLIBC_TUNABLES=glibc.malloc.hugetlb=1``).
 
 The same run of each network over resident data, crop and flip, batch 128, in processes with huge pages and
 without, one after the other (A B B A). Every round is a process of each, compiled programs kept. Timed is
@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks import common
 from benchmarks.convolution import NETS
 from benchmarks.sides import short
-from jaxtrain.cli import huge_pages
+from jaxtrain.cli.doctor import TUNABLE, huge_page_status
 from jaxtrain.core import cache
 from jaxtrain.monitor.console import Plain
 from jaxtrain.train import loop
@@ -39,15 +39,19 @@ def run(name: str) -> dict[str, Any]:
         found = loop.fit(program, Path(folder), Plain())
     used = resource.getrusage(resource.RUSAGE_SELF)
     figures = {"page_faults": used.ru_minflt, "peak_memory_mb": used.ru_maxrss / 1024}
-    return {"seconds": 1 / found["examples_per_second"], "loss": found["test"]["loss"], **figures}
+    figures |= {"seconds": 1 / found["examples_per_second"], "loss": found["test"]["loss"]}
+    return {**figures, "huge_pages": huge_page_status()}
 
 
 def started(name: str, side: str) -> dict[str, Any]:
     """``run(name)`` in a process that has such pages."""
-    environment = {**os.environ, huge_pages.VARIABLE: f"{huge_pages.TUNABLE}={SIDES[side]}"}
+    environment = {**os.environ, "GLIBC_TUNABLES": f"{TUNABLE}={SIDES[side]}"}
     words = [sys.executable, "-m", "benchmarks.pages", "--run", name]
     done = subprocess.run(words, env=environment, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    status = found.pop("huge_pages")
+    if (status == "enabled") != (side == "huge"):
+        raise SystemExit(f"benchmarks.pages: huge pages are {status}: nothing to compare")
     return found
 
 
@@ -83,8 +87,6 @@ def main() -> None:
     if args.run:
         print(json.dumps(run(args.run)))
         return
-    if huge_pages.told() != "asked for":
-        raise SystemExit(f"benchmarks.pages: huge pages are {huge_pages.told()}: nothing to compare")
     results, figures = [], {}
     for name in args.nets:
         found, figures[name] = measure(name, args.rounds)

@@ -27,8 +27,9 @@ the command of a section. What each benchmark compares, and how, is said at the 
 
 - A ratio is taken round by round, with both sides interleaved in one process (A B B A), and is the median
   over the `n` rounds, with quartiles. Of speeds, above 1 means that the side named first is faster.
-- `huge pages asked for`: by the whole process, as a run does on a CPU (`jaxtrain/pages.py`), so PyTorch's
-  sides and the loops written by hand have them, too. Where nothing is said of them there were none.
+- `huge pages enabled` (older records: `asked for`): the process ran with
+  `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, so PyTorch's sides and the loops written by hand had them, too.
+  Where nothing is said of them there were none.
 - `load` is the machine's load average before the benchmark. Well above 0, others were using it: their work is
   part of the spread, and of the median where they used the cores that a side needed.
 - Figures are of the device and the versions that stand beside them. What no section has was not measured;

@@ -1,4 +1,4 @@
-"""``python -m jaxtrain VERB ...``: hands the rest of the line to one file in ``cli/``."""
+"""``python -m jaxtrain COMMAND ...``: pass the arguments to the command's module in ``cli/``."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from jaxtrain.cli import SUMMARIES
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Dispatch; returns the exit code."""
+    """Run the command that ``argv`` names; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    verb = argv[0] if argv else "--help"
-    if verb in ("-h", "--help"):
+    command = argv[0] if argv else "--help"
+    if command in ("-h", "--help"):
         lines = (f"  {name:<9} {summary}" for name, summary in SUMMARIES.items())
-        sys.stdout.write("usage: python -m jaxtrain VERB ...\n\n" + "\n".join(lines) + "\n")
+        sys.stdout.write("usage: python -m jaxtrain COMMAND ...\n\n" + "\n".join(lines) + "\n")
         return 0
-    if verb not in SUMMARIES:
-        near = difflib.get_close_matches(verb, SUMMARIES, n=1)
+    if command not in SUMMARIES:
+        near = difflib.get_close_matches(command, SUMMARIES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(SUMMARIES)}"
-        sys.stderr.write(f"jaxtrain: no verb is called {verb}: {hint}\n")
+        sys.stderr.write(f"jaxtrain: unknown command {command}: {hint}\n")
         return 2
-    module = "jaxtrain.run" if verb == "run" else f"jaxtrain.cli.{verb}"
+    module = "jaxtrain.run" if command == "run" else f"jaxtrain.cli.{command}"
     code: int = importlib.import_module(module).main(argv[1:])
     return code
 
 
 def script() -> None:
-    """The command ``jaxtrain``."""
+    """Run the console script ``jaxtrain``."""
     from jaxtrain.cli import command_line  # here: --help needs none of it
 
     command_line.exit_process(main())

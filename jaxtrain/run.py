@@ -1,4 +1,4 @@
-"""``python -m jaxtrain.run --experiment NAME``: a door to ``jaxtrain.cli.run``."""
+"""``python -m jaxtrain.run --experiment NAME``: the entry point of ``jaxtrain.cli.run``."""
 
 from jaxtrain.cli.command_line import exit_process
 from jaxtrain.cli.run import main

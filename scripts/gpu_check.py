@@ -1,12 +1,12 @@
-"""Checks and measures jaxtrain on an NVIDIA GPU; start it with ``scripts/gpu_check.sh``.
+"""Check and measure jaxtrain on an NVIDIA GPU; start it with ``scripts/gpu_check.sh``.
 
-Every part runs in processes of its own with a time limit, so that one that fails hides none of the others.
-They are in the order of what they are worth: when the time is over the rest is skipped, and said to be. The
-record is written after every part. This process never imports JAX, which would take the GPU's memory. Without
-a GPU nothing is measured.
+Every part runs in separate processes with a time limit, so that a failure does not affect the other parts.
+The most important parts come first; when the time is over, the rest is reported as skipped. The record is
+written after every part. This process never imports JAX, which would allocate the GPU's memory. Without a GPU
+nothing is measured.
 
-Exit code: 0 when no part failed (what was skipped is said, and a goal that is missed is a result), 1 when one
-did, 2 for bad arguments or no JAX.
+Exit code: 0 if no part failed (skipped parts and missed goals are in the record), 1 if one did, 2 for bad
+arguments or no JAX.
 """
 
 from __future__ import annotations
@@ -30,15 +30,8 @@ from benchmarks import gpu_runs as runs
 from benchmarks.gpu_session import Failed, Session, Skipped, TimedOut, missing
 
 ROOT = Path(__file__).resolve().parent.parent
-REQUIRED = (
-    "jax",
-    "flax",
-    "optax",
-    "orbax",
-    "pydantic",
-    "rich",
-)  # without which jaxtrain itself does not start
-LEAST = 10  # seconds in which no part ends
+REQUIRED = ("jax", "flax", "optax", "orbax", "pydantic", "rich")  # jaxtrain does not start without them
+MIN_SECONDS = 10  # a part is not started with less time left
 
 Part = Callable[[Session], dict[str, Any]]
 
@@ -65,42 +58,51 @@ PARTS: dict[str, tuple[Part, float]] = {
     "resume_cifar": (runs.resume_cifar, 120),
     "cifar_cnn": (runs.full("cifar_cnn"), 400),
 }
-"""Each with the most seconds it may take, in the order in which they run."""
+"""Each part with its time limit in seconds, in the order in which they run."""
 
 
-def carry_out(session: Session, names: list[str], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Run the parts for which there is time; their results by name, given to ``keep`` after each."""
+def run_parts(session: Session, names: list[str], save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Run the parts while there is time.
+
+    Args:
+      session: where and how long to run.
+      names: of the parts, in order.
+      save: called with all results so far after each part.
+
+    Returns:
+      The results by name.
+    """
     found: dict[str, Any] = {}
     for name in names:
-        part, most = PARTS[name]
+        part, limit = PARTS[name]
         session.began = time.monotonic()
-        session.limit = min(most, session.deadline - session.began)
+        session.limit = min(limit, session.deadline - session.began)
         try:
-            if session.limit < LEAST:
+            if session.limit < MIN_SECONDS:
                 raise Skipped("no time left")
             if why := missing(*REQUIRED):
                 raise Skipped(why)
             figures = {"status": "ok", **part(session)}
         except Skipped as why:
             figures = {"status": "skipped", "why": str(why)}
-        except TimedOut as why:  # in less than a part is meant to have, that is no failure
-            cut = session.limit < most
-            status, told = ("skipped", f"no time left: {why}") if cut else ("failed", str(why))
-            figures = {"status": status, "why": told}
-        except Exception as why:  # one part must not take the rest with it
+        except TimedOut as why:  # a failure only if the part had all of its time
+            cut = session.limit < limit
+            status, reason = ("skipped", f"no time left: {why}") if cut else ("failed", str(why))
+            figures = {"status": status, "why": reason}
+        except Exception as why:  # the other parts still run
             figures = {"status": "failed", "why": str(why) if isinstance(why, Failed) else repr(why)}
-        took = time.monotonic() - session.began
-        found[name] = {**figures, "took_seconds": round(took, 1)}
-        keep(found)
-        print(told_of(name, found[name]), flush=True)
+        seconds = time.monotonic() - session.began
+        found[name] = {**figures, "took_seconds": round(seconds, 1)}
+        save(found)
+        print(format_part(name, found[name]), flush=True)
     return found
 
 
-def told_of(name: str, part: Mapping[str, Any]) -> str:
-    """The lines on the terminal: how a part ended, and what it found.
+def format_part(name: str, part: Mapping[str, Any]) -> str:
+    """Format the status and the results of a part for the terminal.
 
     >>> line = {"name": "speed", "unit": "×", "median": 1.25, "n": 8, "goal": ">= 1.1", "met": True}
-    >>> print(told_of("gpt", {"status": "ok", "took_seconds": 80.0, "results": [line]}))
+    >>> print(format_part("gpt", {"status": "ok", "took_seconds": 80.0, "results": [line]}))
     gpt: ok (80 s)
       speed: 1.25 × (n = 8), goal >= 1.1 met
     """
@@ -113,8 +115,8 @@ def told_of(name: str, part: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def nvidia() -> dict[str, str] | None:
-    """What the driver says of the first GPU; None without one."""
+def query_gpu() -> dict[str, str] | None:
+    """Query name, driver and memory of the first GPU with nvidia-smi; None without one."""
     fields = ("name", "driver_version", "memory.total")
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
@@ -125,19 +127,27 @@ def nvidia() -> dict[str, str] | None:
     return dict(zip(fields, map(str.strip, first.split(",")), strict=False)) or None
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Check and measure jaxtrain on an NVIDIA GPU.")
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR_OR_TAR", help="CIFAR-10: original files or prepared"
+def parse_arguments() -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = argparse.ArgumentParser(
+        description="Check and measure jaxtrain on an NVIDIA GPU.", allow_abbrev=False
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR")
-    parser.add_argument("--minutes", type=float, default=8.0, help="time for everything")
-    parser.add_argument("--only", metavar="PARTS", help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--allow-cpu", action="store_true", help="try this script out, shortened, on a CPU")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR_OR_TAR", help="CIFAR-10: original files or a prepared data set"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "benchmarks" / "results",
+        metavar="DIR",
+        help="folder for the record; default: benchmarks/results",
+    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="total time; default: %(default)g")
+    parser.add_argument("--only", metavar="PART,PART", help=f"run only some of {','.join(PARTS)}")
+    parser.add_argument("--allow-cpu", action="store_true", help="test this script, shortened, on a CPU")
     args = parser.parse_args()
     if not args.minutes >= 1:
-        parser.error(f"--minutes {args.minutes:g}: at least 1")
+        parser.error(f"--minutes {args.minutes:g}: give at least 1")
     if args.data is not None and not args.data.exists():
         parser.error(f"--data {args.data} does not exist")
     args.names = list(PARTS) if args.only is None else args.only.split(",")
@@ -146,8 +156,10 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def recorded(device: dict[str, Any], card: dict[str, str] | None, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of it all: as ``benchmarks.common.finish`` writes one, and how every part ended."""
+def make_record(
+    device: dict[str, Any], card: dict[str, str] | None, parts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Make the record: like that of ``benchmarks.common.finish``, with the status of every part."""
     skipped = {name: part["why"] for name, part in parts.items() if part["status"] != "ok"}
     for name, part in parts.items():
         skipped |= {f"{name}: {what}": why for what, why in part.get("skipped", {}).items()}
@@ -170,44 +182,44 @@ def recorded(device: dict[str, Any], card: dict[str, str] | None, parts: Mapping
 
 
 def main() -> int:
-    """Everything; returns the exit code."""
-    args, began, card = arguments(), time.monotonic(), nvidia()
+    """Run the checks; returns the exit code."""
+    args, began, card = parse_arguments(), time.monotonic(), query_gpu()
     env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    env.setdefault("CUDA_VISIBLE_DEVICES", "0")  # figures are those of one card
+    env.setdefault("CUDA_VISIBLE_DEVICES", "0")  # measure a single card
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as folder:
         scratch, data = Path(folder), args.data and args.data.resolve()
-        env |= shared(scratch)
+        env |= shared_environment(scratch)
         session = Session(scratch, data, False, env, began + 60 * args.minutes - 15, 90.0, began)
         try:
             device = session.child("device")
         except Failed as why:
-            print(f"JAX does not start, so nothing was measured: {why}")
+            print(f"nothing was measured: JAX does not start: {why}")
             return 2
         session.cpu = device["platform"] not in ("gpu", "cuda")
         if session.cpu and not args.allow_cpu:
-            lacks = "JAX does not use the NVIDIA GPU (install jax[cuda12] or jax[cuda13])"
-            why = lacks if card else "no NVIDIA GPU here"
+            unused = "JAX does not use the NVIDIA GPU (install jax[cuda12] or jax[cuda13])"
+            why = unused if card else "no NVIDIA GPU here"
             print(f"{why}: nothing was measured; skipped: {', '.join(args.names)}")
             return 0
         session.memory = device["memory"] or 0
-        if session.cpu:  # where compiling takes most of the time, and no figure counts
+        if session.cpu:  # compiling takes most of the time, and the figures are not used
             env.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
         device = {**device, "device": "cpu"} if session.cpu else device
         slug = re.sub(r"[^a-z0-9]+", "-", device["device"].lower()).strip("-")
         path = args.out / f"gpu_check-{slug}-{datetime.date.today().isoformat()}.json"
         args.out.mkdir(parents=True, exist_ok=True)
 
-        def keep(found: dict[str, Any]) -> None:
-            record = recorded(device, card, found) | {"seconds": round(time.monotonic() - began, 1)}
+        def save(found: dict[str, Any]) -> None:
+            record = make_record(device, card, found) | {"seconds": round(time.monotonic() - began, 1)}
             path.write_text(json.dumps(record, indent=1, default=float) + "\n")
 
-        found = carry_out(session, args.names, keep)
+        found = run_parts(session, args.names, save)
     print(f"written to {path}")
     return 1 if any(part["status"] == "failed" for part in found.values()) else 0
 
 
-def shared(scratch: Path) -> dict[str, str]:
-    """Settings of all parts: one compile cache, and no memory taken in advance."""
+def shared_environment(scratch: Path) -> dict[str, str]:
+    """Return environment variables of all parts: one compile cache, and no preallocated GPU memory."""
     cache = scratch / "compiled"
     cache.mkdir(mode=0o700)
     return {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Checks and measures jaxtrain on a machine with an NVIDIA GPU, in at most 8 minutes and without a network:
+# Check and measure jaxtrain on a machine with an NVIDIA GPU, in at most 8 minutes and without network access:
 #   scripts/gpu_check.sh --data DIR_OR_TAR [--out DIR] [--minutes 8] [--only PART,PART]
-# PYTHON names an interpreter (3.11 or newer) that can import JAX and jaxtrain's other requirements.
+# PYTHON: an interpreter (3.11 or newer) with JAX and the other requirements of jaxtrain.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}

@@ -1,4 +1,4 @@
-"""Draw a run's learning curve: ``python scripts/learning_curve.py RUN OUT.png`` (needs matplotlib)."""
+"""Plot the learning curve of a run: ``python scripts/learning_curve.py RUN OUT.png`` (needs matplotlib)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 
 
 def main(run: Path, out: Path) -> None:
-    """Loss and accuracy by epoch, of training and of every evaluation that the run recorded."""
+    """Plot loss and accuracy by epoch, of training and of every recorded evaluation."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     epoch = {r["step"]: r["epoch"] for r in records if "epoch" in r}
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")

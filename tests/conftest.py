@@ -38,7 +38,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore:Error reading persistent compila
 USER_CACHE = tempfile.TemporaryDirectory(prefix="jaxtrain-test-cache-")
 os.environ["XDG_CACHE_HOME"] = USER_CACHE.name  # the tests use nothing of the tester's own
 
-os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # commands need not start again for it
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # as scripts/run sets it
 
 # What a test runs is small and what it compiles is not. (XLA's still shorter ways, without fusion emitters,
 # are not exact: 20 steps of a GPT in float64 on two meshes then differ by 5e-8.)
@@ -63,6 +63,7 @@ LONGEST = (
     "test_contracts",
     "test_install",
     "test_cli",
+    "test_stop_and_resume",
     "test_distributed",
     "test_parallel",
     "test_loop",

@@ -1,12 +1,12 @@
-"""The verbs, a thin file each. What they do is told here, where ``--help`` need import none of them."""
+"""The commands, one module each. Their summaries are here, so that ``--help`` imports no command."""
 
 SUMMARIES = {
-    "run": "train an experiment, or go on with it (the same as python -m jaxtrain.run)",
-    "plan": "memory, arithmetic and communication of a run, and what fits, before it runs",
-    "verify": "proves that a run which is killed goes on exactly, or that two meshes train alike",
-    "prepare": "fetch a data set, or import its files with --from",
+    "run": "train an experiment or resume its run, evaluate and save (also python -m jaxtrain.run)",
+    "plan": "memory, FLOPs and communication of a run, and which meshes fit, without running it",
+    "verify": "check that a killed run resumes bit-for-bit, or that two meshes train the same",
+    "prepare": "download a data set, or import its files with --from",
     "evaluate": "test accuracy, precision, recall and F1 of a run's checkpoint",
-    "sample": "text from a run's language model",
-    "bench": "throughput of a training step by number of devices, or what --deterministic costs",
+    "sample": "generate text with a run's language model",
+    "bench": "throughput of a training step by number of devices",
     "doctor": "versions, devices, disk, data folder, and a one-step smoke test",
 }

@@ -1,10 +1,9 @@
-"""What the verbs share: arguments, one-line errors, exit codes, and data sets prepared on the way."""
+"""Shared parts of the commands: the parser, one-line errors, exit codes and the checkpoint flags."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import logging
 import os
 import select
@@ -17,44 +16,61 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from jaxtrain.cli import huge_pages
 from jaxtrain.core import redact
 from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.signals import SecondSignal, Stopped
 
 
+class Parser(argparse.ArgumentParser):
+    """The parser of a command: takes no abbreviated flags and reports an error in one line.
+
+    Args:
+      prog: the name of the command in messages, such as ``"jaxtrain plan"``.
+      summary: what it does, in one line.
+    """
+
+    def __init__(self, prog: str, summary: str) -> None:
+        super().__init__(prog=prog, description=summary, allow_abbrev=False)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line, where argparse would print the usage first, and exit with 2."""
+        print(f"{self.prog}: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
 def main(
     run: Callable[[argparse.Namespace], int],
-    parser: argparse.ArgumentParser,
+    parser: Parser,
     argv: Sequence[str] | None,
-    compiles: Callable[[argparse.Namespace], bool] = lambda args: True,
+    needs_jax: Callable[[argparse.Namespace], bool] = lambda args: True,
 ) -> int:
-    """Parse, run, and turn what goes wrong into one line and an exit code.
+    """Parse the arguments, call ``run(args)``, and turn an error into one line and an exit code.
 
-    Nothing of JAX is imported here before ``run``, except where it ``compiles`` something.
+    Exit codes: 0 done, 1 a bug (with its traceback), 2 bad input, 3 the run failed, 130 / 143 stopped by
+    SIGINT / SIGTERM, 141 the reader of the output has closed the pipe.
 
-    0 done, 1 a bug (with its traceback), 2 bad input, 3 the run failed, 130 / 143 stopped by a signal, 141
-    nobody reads the output any more.
+    Args:
+      run: does the work and returns the exit code.
+      parser: of the command.
+      argv: the arguments; None takes those of the process.
+      needs_jax: whether ``run`` compiles anything. If not, JAX is not imported here.
     """
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    setattr(parser, "error", functools.partial(_refuse, parser))  # noqa: B010 - mypy minds a method
     with redact.redact_output():
         args = parser.parse_args(argv)
-        if needs_jax := compiles(args):
-            huge_pages.ask()
         with contextlib.nullcontext() if args.debug else _quiet_orbax():
-            return _exit_code(run, parser, args, needs_jax)
+            return _exit_code(run, parser, args, needs_jax(args))
 
 
 def _exit_code(
     run: Callable[[argparse.Namespace], int],
-    parser: argparse.ArgumentParser,
+    parser: Parser,
     args: argparse.Namespace,
-    compiles: bool,
+    needs_jax: bool,
 ) -> int:
-    """The exit code of ``run(args)``, however it ends."""
+    """Call ``run(args)`` and return the exit code, however it ends."""
     try:
-        if compiles:
+        if needs_jax:
             from jaxtrain.core import cache
 
             with _interrupts_blocked():
@@ -68,39 +84,45 @@ def _exit_code(
             print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as interrupt:
-        # A save that was cut off leaves coroutines behind, of which Python would warn.
+        # A save that was cut off leaves coroutines behind, and Python would warn about them.
         warnings.simplefilter("ignore", RuntimeWarning)
-        print(f"{parser.prog}: interrupted at once; the last checkpoint is kept", file=sys.stderr)
+        print(f"{parser.prog}: interrupted at once; the last checkpoint is intact", file=sys.stderr)
         return interrupt.exit_code if isinstance(interrupt, SecondSignal) else 130
     except Exception as error:
-        multihost = _multihost()
-        if isinstance(error, BrokenPipeError) and multihost.process_count() == 1 and _output_pipe_closed():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is buffered
-            print(f"{parser.prog}: nobody reads the output any more", file=sys.stderr)
+        return _report(error, parser.prog, args.debug)
+
+
+def _report(error: Exception, prog: str, debug: bool) -> int:
+    """Print an unexpected error and return the exit code."""
+    multihost = _multihost()
+    if multihost.process_count() == 1:
+        if isinstance(error, BrokenPipeError) and _output_pipe_closed():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still buffered
+            print(f"{prog}: output pipe closed", file=sys.stderr)
             return 128 + signal.SIGPIPE
-        if multihost.process_count() == 1:
-            traceback.print_exc()  # here, and not by Python later: a secret in it is masked
-            return 1
-        lost = multihost.lost_process_error(
-            error
-        )  # not our fault, then; else a bug, which the others must not wait for
-        if lost is None or args.debug:
-            traceback.print_exc()
-        if lost is not None:
-            print(f"{parser.prog}: {lost}", file=sys.stderr)
-        return 1 if lost is None else lost.exit_code
+        traceback.print_exc()  # here and not later by Python: secrets in it are redacted
+        return 1
+    # Either another process was lost, or this is a bug and the others must not wait for this process.
+    lost = multihost.lost_process_error(error)
+    if lost is None or debug:
+        traceback.print_exc()
+    if lost is None:
+        return 1
+    print(f"{prog}: {lost}", file=sys.stderr)
+    code: int = lost.exit_code
+    return code
 
 
 def _output_pipe_closed() -> bool:
-    """Has whoever read the output gone, as ``head`` does when it has seen enough?"""
+    """Return whether the reader of stdout has exited, as ``head`` does once it has its lines."""
     poll = select.poll()
-    poll.register(1, 0)  # errors are told unasked
+    poll.register(1, 0)  # errors are always reported
     return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 @contextlib.contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """An interrupt waits for the end of this block: within JAX's import it would be a crash."""
+    """Delay SIGINT to the end of the block: inside JAX's import it would be a crash."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -110,12 +132,12 @@ def _interrupts_blocked() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Keep what Orbax's threads print about a failed save or read to ``--debug``: it is told in one line."""
+    """Silence what Orbax's threads print about a failed save or read; the command prints one line."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels, before = [logger.level for logger in loggers], sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":  # callbacks that come after their save failed
+        if str(unraisable.exc_value) != "Event loop is closed":  # from callbacks that run after a failed save
             before(unraisable)
 
     for logger in loggers:
@@ -129,19 +151,13 @@ def _quiet_orbax() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """One line, where argparse would print its usage first."""
-    print(f"{parser.prog}: {message} (--help tells more)", file=sys.stderr)
-    sys.exit(2)
-
-
 def exit_process(code: int) -> NoReturn:
-    """End the process with ``code``; after a signal or a failure at once, whatever threads still do.
+    """End the process with ``code``; after a signal or a failure without waiting for threads.
 
-    Those of a failed save print tracebacks when Python ends around them; Orbax's wait for ever for a save
-    that an interrupt has cut off, and JAX for other processes.
+    The threads of a failed save print tracebacks while Python shuts down. Orbax's threads wait forever for
+    a save that an interrupt has cut off, and JAX waits for other processes.
     """
-    if "jaxtrain.sharding.multihost" not in sys.modules:  # nothing was started that could be waited for
+    if "jaxtrain.sharding.multihost" not in sys.modules:  # no thread or process was started
         sys.exit(code)
     multihost = _multihost()
     if code > 128 or (code == RunError.exit_code and multihost.process_count() == 1):
@@ -152,31 +168,31 @@ def exit_process(code: int) -> NoReturn:
 
 
 def _multihost() -> ModuleType:
-    from jaxtrain.sharding import multihost  # here: --help and --list do not wait for JAX
+    from jaxtrain.sharding import multihost  # here: --help and --list do not import JAX
 
     return multihost
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """The flags ``--checkpoint``, for ``choose_checkpoint``, and ``--experiment``, for ``recorded``."""
+    """Add ``--checkpoint``, for ``choose_checkpoint``, and ``--experiment``, for ``load_recorded``."""
     parser.add_argument(
         "--checkpoint",
         default="best",
         metavar="best|latest|STEP",
-        help="default: the best on the validation set, or the latest where there is none",
+        help="which checkpoint; default: the best on the validation set, or the latest without one",
     )
     parser.add_argument(
         "--experiment",
         metavar="PATH",
-        help="the file that the run was made from, where it is none of those that run --list shows",
+        help="the file of the run's experiment, if run --list does not show it",
     )
 
 
 def choose_checkpoint(saved: Any, which: str, folder: Path) -> Any:
-    """The kept checkpoint that ``--checkpoint`` names.
+    """Return the checkpoint that ``--checkpoint`` names.
 
     Raises:
-      InputError: there is none, or none of that name.
+      InputError: the run has no checkpoint, or none of that name.
     """
     steps = saved.steps()
     if not steps:
@@ -186,17 +202,17 @@ def choose_checkpoint(saved: Any, which: str, folder: Path) -> Any:
     for one in steps:
         if which.isdigit() and one.step == int(which):
             return one
-    kept = ", ".join(str(one.step) for one in steps)
-    raise InputError(f"--checkpoint {which}: give best, latest or a kept step ({kept})")
+    available = ", ".join(str(one.step) for one in steps)
+    raise InputError(f"--checkpoint {which}: give best, latest or a saved step ({available})")
 
 
 def warn(line: str) -> None:
-    """A line that whoever runs the command should read, before there is a console."""
+    """Print a warning to stderr, before there is a console."""
     print(line, file=sys.stderr, flush=True)
 
 
 def workdir_path(text: str) -> Path:
-    """``--workdir`` as a path.
+    """Return ``--workdir`` as a path.
 
     Raises:
       InputError: it is a file.

@@ -1,4 +1,4 @@
-"""``python -m jaxtrain doctor``: what this machine has, and what to do about what it lacks."""
+"""``python -m jaxtrain doctor``: check this machine, and say how to fix each problem."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxtrain.cli import SUMMARIES, command_line, huge_pages
+from jaxtrain.cli import SUMMARIES, command_line
 from jaxtrain.core import cache
 
 PACKAGES = (
@@ -33,10 +33,19 @@ PACKAGES = (
 )
 
 
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+TUNABLE = "glibc.malloc.hugetlb"
+GLIBC = (2, 35)  # the first version with the tunable
+
+
+def make_parser() -> command_line.Parser:
+    """Make the parser of this command."""
+    return command_line.Parser("jaxtrain doctor", SUMMARIES["doctor"])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns 0 when nothing is wrong and 3 when something is."""
-    parser = argparse.ArgumentParser(prog="jaxtrain doctor", description=SUMMARIES["doctor"])
-    return command_line.main(_run, parser, argv)
+    """Run the command; returns 0 if no problem was found and 3 otherwise."""
+    return command_line.main(_run, make_parser(), argv)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -49,7 +58,7 @@ def _run(args: argparse.Namespace) -> int:
     console.summary("storage", _storage(problems))
     console.summary("one step", _step(problems))
     if problems:
-        console.note("\n".join(["", "what to do", *(f"  - {problem}" for problem in problems)]))
+        console.note("\n".join(["", "problems", *(f"  - {problem}" for problem in problems)]))
         return 3
     console.note("\nno problem found")
     return 0
@@ -66,8 +75,10 @@ def _versions() -> dict[str, str]:
 
 
 def _devices(problems: list[str]) -> dict[str, str]:
+    from jaxtrain.train import environment
+
     driver = _driver()
-    rows = {"NVIDIA driver": driver or "none", "CPU cores": str(os.cpu_count())}
+    rows = {"NVIDIA driver": driver or "none", "CPU cores": str(environment.cores())}
     try:
         import jax
 
@@ -75,7 +86,7 @@ def _devices(problems: list[str]) -> dict[str, str]:
 
         devices = jax.local_devices()
     except RuntimeError as error:
-        problems.append(f"JAX starts no backend ({error}): reinstall jax, or set JAX_PLATFORMS=cpu")
+        problems.append(f"JAX cannot start a backend ({error}): reinstall jax, or set JAX_PLATFORMS=cpu")
         return rows
     for device in devices:
         stats = device.memory_stats() or {}
@@ -85,13 +96,38 @@ def _devices(problems: list[str]) -> dict[str, str]:
         rows["power"] = nvml.describe_boards(devices)
     rows["peak TFLOP/s"] = peak_flops.describe_peaks(devices[0])
     rows["host memory"] = f"{_host_memory() / 2**30:.1f} GiB"
-    rows["huge pages"] = huge_pages.told()
+    rows["huge pages"] = huge_page_status()
     if driver and devices[0].platform == "cpu":
         problems.append(
-            "an NVIDIA driver is here and JAX runs on the CPU: pip install 'jaxtrain[cuda12]' "
-            "(or [cuda13] for a driver of CUDA 13)"
+            "this machine has an NVIDIA driver, but JAX runs on the CPU: pip install 'jaxtrain[cuda12]' "
+            "(or [cuda13] for a CUDA 13 driver)"
         )
     return rows
+
+
+def huge_page_status() -> str:
+    """Return whether malloc in this process uses huge pages, and how to enable them, in one line.
+
+    XLA:CPU allocates the buffers of a program with malloc at every execution, so each step maps thousands
+    of pages. glibc reads the tunable once, when the process starts.
+
+    https://www.gnu.org/software/libc/manual/html_node/Memory-Allocation-Tunables.html
+    """
+    try:
+        mode, libc = THP.read_text(), os.confstr("CS_GNU_LIBC_VERSION") or "the C library"
+    except (OSError, ValueError):
+        return "not supported by this system"
+    if "[always]" in mode:
+        return "enabled by the system for every process"
+    if "[madvise]" not in mode:
+        return f"disabled by the system ({THP})"
+    name, _, version = libc.partition(" ")
+    if name != "glibc" or tuple(int(part) for part in version.split(".")[:2]) < GLIBC:
+        return f"not supported by {libc}; needs glibc 2.35 or newer"
+    tunables = [pair.partition("=") for pair in os.environ.get("GLIBC_TUNABLES", "").split(":")]
+    if {key: value for key, _, value in tunables}.get(TUNABLE) == "1":
+        return "enabled"
+    return f"not enabled; to speed up steps on a CPU, start with GLIBC_TUNABLES={TUNABLE}=1"
 
 
 def _storage(problems: list[str]) -> dict[str, str]:
@@ -108,21 +144,23 @@ def _storage(problems: list[str]) -> dict[str, str]:
         free = shutil.disk_usage(base).free / 2**30
         rows[name] = f"{folder} ({free:.1f} GiB free)"
         if not os.access(base, os.W_OK):
-            problems.append(f"{base} cannot be written: change its owner, or work elsewhere")
+            problems.append(f"{base} is not writable: change its owner, or use another folder")
         if free < 1:
-            problems.append(f"{base} has {free:.2f} GiB free: checkpoints and data need more")
+            problems.append(
+                f"{base} has {free:.2f} GiB free, too little for checkpoints and data: free some space"
+            )
     data = folders["data folder"]
     prepared = sorted(p.name for p in data.iterdir() if p.is_dir()) if data.is_dir() else []
     rows["data sets"] = ", ".join(prepared) or "none (python -m jaxtrain prepare cifar10)"
     cache.enable_compilation_cache(problems.append)
     rows["compile cache"] = getattr(jax.config, "jax_compilation_cache_dir", None) or (
-        "off (a run keeps compiled programs unless JAXTRAIN_CACHE=off)"
+        "off (JAXTRAIN_CACHE or JAX_ENABLE_COMPILATION_CACHE disables it)"
     )
     return rows
 
 
 def _step(problems: list[str]) -> dict[str, str]:
-    """One real training step of a small network on every device: compiled, run and timed."""
+    """Compile, run and time a training step of a small network on every device."""
     import jax
     import numpy as np
 
@@ -151,7 +189,7 @@ def _step(problems: list[str]) -> dict[str, str]:
         loss = jax.device_get(metrics["loss"]).compute()
         times.append(time.perf_counter())
     if not np.isfinite(loss):
-        problems.append(f"the test step gave a loss of {loss}: the device or its driver is at fault")
+        problems.append(f"the loss of the test step is {loss}: check the device and its driver")
     return {
         "first step": f"{times[0] - began:.2f} s with compilation",
         "second step": f"{1e3 * (times[1] - times[0]):.1f} ms",

@@ -1,4 +1,4 @@
-"""``python -m jaxtrain evaluate --workdir RUN``: exact test figures of a run's checkpoint."""
+"""``python -m jaxtrain evaluate --workdir RUN``: exact metrics of a run's checkpoint."""
 
 from __future__ import annotations
 
@@ -14,15 +14,22 @@ from jaxtrain.core.errors import InputError
 from jaxtrain.sharding import multihost
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="jaxtrain evaluate", description=SUMMARIES["evaluate"])
+def make_parser() -> command_line.Parser:
+    """Make the parser of this command."""
+    parser = command_line.Parser("jaxtrain evaluate", SUMMARIES["evaluate"])
     parser.add_argument("--workdir", required=True, metavar="RUN", help="the folder of a run")
     command_line.add_checkpoint(parser)
-    parser.add_argument("--split", default="test", choices=("test", "valid"))
+    parser.add_argument(
+        "--split", default="test", choices=("test", "valid"), help="which data; default: %(default)s"
+    )
     flags.add(parser, many_processes=True)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    return command_line.main(_run, parser, argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    return command_line.main(_run, make_parser(), argv)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -42,30 +49,30 @@ def _run(args: argparse.Namespace) -> int:
     if args.split not in program.evals:
         raise InputError(f"{name} has no {args.split} split: it has {', '.join(program.evals)}")
     with checkpoint.open(
-        folder, tell=command_line.warn, older="take an older one with --checkpoint {step}"
+        folder, tell=command_line.warn, older="use an older one with --checkpoint {step}"
     ) as saved:
-        chosen = command_line.choose_checkpoint(saved, args.checkpoint, folder)
-        state = saved.restore(chosen, program.abstract_state)
+        selected = command_line.choose_checkpoint(saved, args.checkpoint, folder)
+        state = saved.restore(selected, program.abstract_state)
     try:
         values = evaluate(program, state, args.split, console)
     finally:
         program.close()
     confusion = values.pop("confusion", None)
-    found = {
-        "step": chosen.step,
+    about = {
+        "step": selected.step,
         "split": args.split,
         "examples": program.evals[args.split].examples,
     }
     if args.json:
         tables = {k: np.asarray(v).tolist() for k, v in (confusion or {}).items() if k != "accuracy"}
-        console.note(json.dumps({"name": name, **found, **values, **tables}))
+        console.note(json.dumps({"name": name, **about, **values, **tables}))
     else:
-        _tables(name, found, values, confusion, experiments.class_names(experiment), console)
+        _print_tables(name, about, values, confusion, experiments.class_names(experiment), console)
     return 0
 
 
 def _confusion(outputs: Any, batch: Any) -> dict[str, Any]:
-    """A confusion matrix where the outputs are class scores for a label, or for a map of labels."""
+    """Return a confusion matrix if the outputs are class scores for a label, or for a map of labels."""
     from jaxtrain.metrics import ConfusionMatrix
 
     if "label" not in batch or batch["label"].ndim not in (1, 3) or outputs.ndim != batch["label"].ndim + 1:
@@ -73,10 +80,12 @@ def _confusion(outputs: Any, batch: Any) -> dict[str, Any]:
     return {"confusion": ConfusionMatrix.of(outputs, batch["label"], batch.get("mask"))}
 
 
-def _tables(name: str, found: dict[str, Any], values: Any, confusion: Any, names: Any, console: Any) -> None:
+def _print_tables(
+    name: str, about: dict[str, Any], values: Any, confusion: Any, names: Any, console: Any
+) -> None:
     from jaxtrain.monitor import format_metrics
 
-    title = f"{name}, step {found['step']}, {found['split']}, {found['examples']:,} examples"
+    title = f"{name}, step {about['step']}, {about['split']}, {about['examples']:,} examples"
     rows = {key: format_metrics({key: value}, None).removeprefix(f"{key} ") for key, value in values.items()}
     console.summary(title, rows)
     if confusion is None:

@@ -1,4 +1,4 @@
-"""Experiments for the verbs: by name, with overrides, or as a run recorded them; and their data prepared."""
+"""Load experiments for the commands: by name, with overrides or from a run's record; prepare their data."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from jaxtrain.sharding import multihost
 
 
 def load_experiment(name: str, settings: Sequence[str]) -> tuple[str, str, Experiment]:
-    """Name, origin and the experiment with its overrides applied."""
+    """Load an experiment; returns its name, its origin, and the experiment with the overrides applied."""
     entry = find(name)
     experiment, _ = entry.load()
-    config_text(experiment)  # from here on its secrets are known, and those of the settings, and masked
+    config_text(experiment)  # registers its secrets: from here on they are redacted, like those of --set
     for setting in settings:
         redact.redact_setting(setting)
     return entry.name, entry.origin, override(experiment, list(settings))
@@ -30,55 +30,58 @@ def load_experiment(name: str, settings: Sequence[str]) -> tuple[str, str, Exper
 def load_recorded(
     record: dict[str, Any], folder: Path, experiment_file: str | None = None
 ) -> tuple[str, Experiment]:
-    """The experiment that a run's ``config.json`` tells of, loaded again and compared with the record.
+    """Load the experiment of a run's ``config.json`` again, and compare it with the record.
 
-    A record names no file to run: its name is looked for among the experiments that ``run --list`` shows.
+    Never imports the file that a record names: the name must be one that ``run --list`` shows.
 
     Args:
       record: the run's ``config.json``.
-      folder: the run's, for messages.
-      experiment_file: what the user gives as ``--experiment``, for a file that is not listed.
+      folder: of the run, for messages.
+      experiment_file: the value of ``--experiment``, for a file that is not listed.
 
     Raises:
-      InputError: the experiment is not found, or says something else by now.
+      InputError: the experiment is not found, or has changed since.
     """
     origin = record["origin"]
-    named = experiment_file or safe_names.check(
+    target = experiment_file or safe_names.check(
         record["name"], f"{folder}: experiment", "give --experiment PATH"
     )
     settings = [pair for pair in record["overrides"] if redact.MARK not in pair]
     try:
-        if experiment_file is None and all(entry.name != named for entry in discover()):
-            raise InputError(f"a file is run only where it is named: add --experiment {origin}")
-        name, _, experiment = load_experiment(named, settings)
+        if experiment_file is None and all(entry.name != target for entry in discover()):
+            raise InputError(f"its name is not in run --list: add --experiment {origin}")
+        name, _, experiment = load_experiment(target, settings)
     except InputError as error:
         raise InputError(f"the experiment of {folder}, {origin}, cannot be loaded: {error}") from error
     if record.get("overfit") is not None:
         experiment = overfit(experiment, record["overfit"])
     difference = first_difference(record["config"], config_text(experiment))
     if difference is not None:
-        path, was, now = difference
+        path, before, now = difference
         if len(settings) < len(record["overrides"]):
             raise InputError(
-                f"{path} was {was} in the run in {folder} and is {now}: a secret that was given by --set is "
-                "not recorded; let the file read it from an environment variable"
+                f"{path} was {before} in the run in {folder} and is {now}: secrets passed with --set are not "
+                "recorded; read them from an environment variable in the file"
             )
         raise InputError(
-            f"{named} has changed since the run in {folder}: {path} was {was} and is {now}; "
-            "restore the file to evaluate this run, or name another with --experiment"
+            f"{target} has changed since the run in {folder}: {path} was {before} and is {now}; "
+            "restore the file to evaluate this run, or give another with --experiment"
         )
     return name, experiment
 
 
 def overfit(experiment: Experiment, n: int) -> Experiment:
-    """Train on the first ``n`` examples without augmentation, 200 steps, and test on the same."""
+    """Return the experiment that trains on the first ``n`` examples, 200 steps without augmentation.
+
+    It is tested on the same examples.
+    """
     if not 0 < n <= len(experiment.train):
         raise InputError(f"--overfit {n}: give a number of examples in 1..{len(experiment.train)}")
-    fixed = Subset(experiment.train, np.arange(n))
+    subset = Subset(experiment.train, np.arange(n))
     return dataclasses.replace(
         experiment,
-        train=fixed,
-        test=fixed,
+        train=subset,
+        test=subset,
         valid=None,
         holdout=0,
         augment=(),
@@ -90,29 +93,33 @@ def overfit(experiment: Experiment, n: int) -> Experiment:
 
 
 def class_names(experiment: Experiment) -> tuple[str, ...] | None:
-    """Names of the classes, where the data set knows them."""
+    """Return the names of the classes, or None if the data set has none."""
     names: tuple[str, ...] | None = getattr(experiment.train, "class_names", None)
     return names
 
 
 def ensure_prepared(experiment: Experiment, console: Console) -> None:
-    """Prepare the data sets of ``experiment`` that are not there yet, where that needs no help."""
+    """Prepare the data sets of ``experiment`` that are missing.
+
+    Raises:
+      InputError: one is missing and there are several processes, or it cannot be downloaded.
+    """
     from jaxtrain.data.prepare import prepare
 
     for source in (experiment.train, experiment.valid, experiment.test):
         ready = getattr(source, "prepared", None)
         if ready is not None and not ready():
             name, folder = getattr(source, "name"), getattr(source, "data_dir")  # noqa: B009
-            if multihost.process_count() > 1:  # they would write over each other, or wait for one and give up
+            if multihost.process_count() > 1:  # they would overwrite each other, or time out waiting for one
                 raise InputError(
                     f"{name} is not prepared: run python -m jaxtrain prepare {name} on each host first"
                 )
-            console.note(f"{name} is not prepared yet: fetching it")
+            console.note(f"{name} is not prepared: downloading it")
             with_progress(console, lambda p: prepare(name, data_dir=folder, progress=p))  # noqa: B023
 
 
 def with_progress(console: Console, work: Callable[[Callable[[str, int, int], None]], Any]) -> Any:
-    """Run ``work(progress)``, showing ``progress(label, done, total)`` as one bar for each label."""
+    """Run ``work(progress)``; ``progress(label, done, total)`` shows one progress bar per label."""
     import contextlib
 
     with contextlib.ExitStack() as stack:

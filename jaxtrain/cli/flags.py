@@ -1,4 +1,4 @@
-"""The flags for devices, mesh and processes. Imports nothing that would hold up ``--help``."""
+"""Flags that several commands share. Imports nothing that would slow down ``--help``."""
 
 from __future__ import annotations
 
@@ -7,40 +7,83 @@ import argparse
 FLAGS = ("devices", "mesh", "simulate_devices")
 
 
-def add(parser: argparse.ArgumentParser, *, many_processes: bool = False) -> None:
-    """The flags that ``devices.make_mesh`` reads; with ``many_processes`` those that join several, too."""
+def add_experiment(parser: argparse.ArgumentParser) -> None:
+    """Add ``--experiment``, which is required, and ``--set``."""
+    parser.add_argument(
+        "--experiment", required=True, metavar="NAME", help="a name from run --list, or a path to a .py file"
+    )
+    add_settings(parser)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add ``--set``."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="override a setting, such as optimizer.lr=0.2; may be repeated",
+    )
+
+
+def add_simulate_devices(parser: argparse._ActionsContainer) -> None:
+    """Add ``--simulate-devices``."""
+    parser.add_argument(
+        "--simulate-devices", type=int, metavar="N", help="run the same program on N simulated CPU devices"
+    )
+
+
+def add(
+    parser: argparse.ArgumentParser, *, many_processes: bool = False, starts_processes: bool = False
+) -> None:
+    """Add the flags that ``devices.make_mesh`` reads.
+
+    Args:
+      parser: of the command.
+      many_processes: add ``--deterministic`` and the flags that join several processes, too.
+      starts_processes: the command starts these processes itself: show only ``--processes`` in the help.
+    """
     group = parser.add_argument_group("devices")
     group.add_argument("--devices", type=int, metavar="N", help="use the first N devices; default: all")
     group.add_argument(
         "--mesh",
         metavar="AXIS=N,...",
-        help="how they share the work: data (examples), fsdp (examples and parameters), model (tensor "
-        "parallelism); one N may be *; default: data=*",
+        help="mesh axes and sizes: data (shards the batch), fsdp (shards batch, parameters and optimizer "
+        "state), model (tensor parallelism); one N may be *, the devices that remain; default: data=*",
     )
-    group.add_argument(
-        "--simulate-devices", type=int, metavar="N", help="run the same program on N simulated CPU devices"
-    )
+    add_simulate_devices(group)
     if not many_processes:
         return
     group.add_argument(
         "--deterministic",
         action="store_true",
-        help="the same bits in every run on the same devices: on an NVIDIA GPU with XLA's deterministic "
-        "operations, a CPU needs nothing for it but as many cores; bench --deterministic tells what it costs",
+        help="the same bits in every run on the same devices; sets XLA's deterministic operations on an "
+        "NVIDIA GPU, and nothing on a CPU, where only the number of cores must be the same",
     )
-    group = parser.add_argument_group("several processes or hosts, each started with the same command")
+    if not starts_processes:
+        title = "several processes or hosts, each started with the same command"
+        group = parser.add_argument_group(title)
+
+    def shown(text: str) -> str:
+        return argparse.SUPPRESS if starts_processes else text
+
     group.add_argument(
-        "--distributed", choices=("auto",), help="find the others through SLURM, Open MPI or Kubernetes"
+        "--distributed",
+        choices=("auto",),
+        help=shown("find the other processes with SLURM, Open MPI or Kubernetes"),
     )
     group.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="where process 0 listens; default: this machine only"
+        "--coordinator",
+        metavar="HOST:PORT",
+        help=shown("address of process 0; default: this machine only"),
     )
-    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    text = "resume as N processes, on simulated devices" if starts_processes else "number of processes"
+    group.add_argument("--processes", type=int, metavar="N", help=text)
+    group.add_argument("--process-id", type=int, metavar="I", help=shown("index of this process, from 0"))
 
 
 def typed_flags(args: argparse.Namespace) -> list[str]:
-    """The device flags as they were typed, for a command to be repeated; not those of other processes."""
+    """Return the device flags as they were typed, to repeat a command; not those of several processes."""
     typed = []
     for name in FLAGS:
         if getattr(args, name, None) is not None:

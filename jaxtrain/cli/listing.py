@@ -1,99 +1,81 @@
-"""``run --list``: one line an experiment, without waiting for JAX where nothing has changed since the last.
+"""``run --list``: the experiments by name, without importing any of them.
 
-To count parameters an experiment is loaded and its model traced, which takes JAX and some tenths of a second.
-What was found is kept for the next time, by what is in the file and which code it was found with.
+``--list`` reads the docstring of each file. ``--list --long`` also loads each file and traces its model to
+count the parameters, which takes JAX and some tenths of a second.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
+import ast
 import sys
-import tempfile
-from collections.abc import Iterable
+from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from jaxtrain import __version__
-from jaxtrain.core import cache, redact
+from jaxtrain.core import redact
 from jaxtrain.core.errors import InputError
-from jaxtrain.experiment.registry import PACKAGE, discover
+from jaxtrain.experiment.registry import Entry, discover
 
-if TYPE_CHECKING:
-    from jaxtrain.experiment.registry import Entry
-
-FILE = "listing.json"
-MOST = 1000  # rows that are kept
-UNKNOWN = "–"  # parameters, until the data set is prepared
-COLUMNS = ("name", "what it is", "data", "model", "parameters")
+UNKNOWN = "–"
 
 
-def show() -> int:
-    """Print the table; returns the exit code. Reads no data and starts no backend."""
+def show(long: bool = False) -> int:
+    """Print the table and return the exit code. Reads no data and starts no backend."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in COLUMNS:
-        table.add_column(column, justify="right" if column == "parameters" else "left")
-    known, rows, code = _read(), {}, _files(PACKAGE.rglob("*.py"))
+    for column in ("name", "what it is", *(("data", "model") if long else ())):
+        table.add_column(column)
+    if long:
+        table.add_column("parameters", justify="right")
     for entry in discover():
-        key = _key(entry, code)
-        row = known.get(key) or _described(entry)
-        if len(row) == len(COLUMNS) - 1 and row[-1] != UNKNOWN and entry.point is None:
-            rows[key] = row
-        table.add_row(entry.name, *row)
-    if rows.keys() - known.keys():
-        _write({**rows, **known})
-    width = None if sys.stdout.isatty() else 160
-    Console(highlight=False, width=width).print(table)
+        row = describe(entry) if long else [summary(entry)]
+        table.add_row(entry.name, *(redact.redact(cell) for cell in row))  # before a cell is cut
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
     return 0
 
 
-def _described(entry: Entry) -> list[str]:
+def summary(entry: Entry) -> str:
+    """Return the first line of the docstring in an experiment's file, or why it cannot be read.
+
+    >>> from jaxtrain.experiment import find
+    >>> summary(find("digits_cnn"))
+    'Handwritten 8×8 digits that need no download: the first thing to run.'
+    """
+    file = Path(entry.origin) if entry.point is None else _module_file(entry.point.module)
+    if file is None:
+        return f"entry point {entry.origin}"
+    try:
+        text = ast.get_docstring(ast.parse(file.read_bytes())) or ""
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return f"cannot be read: {_reason(error)}"
+    return text.strip().partition("\n")[0] or UNKNOWN
+
+
+def describe(entry: Entry) -> list[str]:
+    """Load an experiment; return its summary, data, model and parameter count, or why it cannot be loaded."""
     from jaxtrain.program.check_fields import describe_experiment
 
     try:
         experiment, line = entry.load()
         return [line, *describe_experiment(experiment)]
-    except InputError as error:  # one broken file must not hide the others
-        return [redact.redact(f"cannot be loaded: {error}")]  # before a cell cuts it
+    except (Exception, SystemExit) as error:  # one broken file must not hide the others
+        return [f"cannot be loaded: {_reason(error)}"]
 
 
-def _key(entry: Entry, code: str) -> str:
-    """Stands for the experiment's file, its neighbours, which it may import, and jaxtrain's ``code``."""
-    near = _files(Path(entry.origin).parent.glob("*.py")) if entry.point is None else ""
-    return _digest((__version__, entry.name, entry.origin, near, code))
+def _module_file(name: str) -> Path | None:
+    """Find the source file of a module without importing its packages; None if it has none."""
+    path, spec, parts = None, None, name.split(".")
+    for end in range(1, len(parts) + 1):
+        spec = PathFinder.find_spec(".".join(parts[:end]), path)
+        if spec is None:
+            return None
+        path = spec.submodule_search_locations
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
 
 
-def _files(paths: Iterable[Path]) -> str:
-    """Stands for what is in the files, as far as their sizes and times tell."""
-    return _digest([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)])
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:32]
-
-
-def _read() -> dict[str, list[str]]:
-    folder = cache.private_folder("listing")
-    try:
-        found = json.loads((folder / FILE).read_text()) if folder else {}
-        rows = {key: [str(text) for text in row] for key, row in found.items()}
-        return {key: row for key, row in rows.items() if len(row) == len(COLUMNS) - 1}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
-
-
-def _write(rows: dict[str, list[str]]) -> None:
-    """The latest first; all or nothing, for another process may do the same."""
-    folder = cache.private_folder("listing")
-    if folder is None:
-        return
-    with contextlib.suppress(OSError):
-        handle, part = tempfile.mkstemp(dir=folder)
-        with os.fdopen(handle, "w") as file:
-            json.dump(dict(list(rows.items())[:MOST]), file)
-        Path(part).replace(folder / FILE)
+def _reason(error: BaseException) -> str:
+    line = next((line for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, InputError):
+        return line
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__

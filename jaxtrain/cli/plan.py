@@ -1,4 +1,4 @@
-"""``python -m jaxtrain plan --experiment NAME``: what a run needs, compiled and not run."""
+"""``python -m jaxtrain plan --experiment NAME``: compile a run and print what it needs."""
 
 from __future__ import annotations
 
@@ -18,27 +18,32 @@ from jaxtrain.cli import SUMMARIES, command_line, devices, experiments, flags
 from jaxtrain.core.errors import InputError
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code, which is 0 too where the run does not fit."""
-    parser = argparse.ArgumentParser(prog="jaxtrain plan", description=SUMMARIES["plan"])
-    parser.add_argument(
-        "--experiment", required=True, metavar="NAME", help="a name from run --list, or a path to a .py"
-    )
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a setting")
+def make_parser() -> command_line.Parser:
+    """Make the parser of this command."""
+    parser = command_line.Parser("jaxtrain plan", SUMMARIES["plan"])
+    flags.add_experiment(parser)
     flags.add(parser)
     parser.add_argument(
-        "--device-memory", metavar="SIZE", help="of one device, such as 80GB or 24GiB; default: ask it"
+        "--device-memory",
+        metavar="SIZE",
+        help="memory of one device, such as 80GB or 24GiB; default: what the device reports",
     )
     parser.add_argument(
-        "--search", action="store_true", help="compile every mesh, with other batches and recomputation too"
+        "--search",
+        action="store_true",
+        help="compile every mesh, also with other batches and rematerialization",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    return command_line.main(_run, parser, argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code, which is 0 also if the run does not fit."""
+    return command_line.main(_run, make_parser(), argv)
 
 
 def _run(args: argparse.Namespace) -> int:
-    """What a model prints while it is traced must not come between JSON."""
-    out = sys.stdout
+    out = sys.stdout  # with --json, what a model prints while it is traced goes to stderr
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         return _plan(args, out)
 
@@ -62,10 +67,10 @@ def _plan(args: argparse.Namespace, out: TextIO) -> int:
         found, steps = measure(program, resident), program.steps
     finally:
         program.close()
-        del program  # and with it the data that it keeps on the devices
+        del program  # frees its data on the devices
     notes = [*_notes(mesh, simulated, experiment, limit), *found.notes]
-    on = f"{name} on {sharding.describe_mesh(mesh)}, batch {found.batch:,}, {steps:,} steps"
-    console.note("\n".join([on, *(f"  {note}" for note in notes)]))
+    title = f"{name} on {sharding.describe_mesh(mesh)}, batch {found.batch:,}, {steps:,} steps"
+    console.note("\n".join([title, *(f"  {note}" for note in notes)]))
     console.note(f"\n{report.as_text(found)}\n\n{report.verdict_text(found, limit)}")
 
     variant, more = plan.variant_of(experiment, mesh), dict[str, Any]()
@@ -76,7 +81,7 @@ def _plan(args: argparse.Namespace, out: TextIO) -> int:
         more = report.search_json(searched, variant, limit)
         console.note(f"\n{report.search_text(searched, limit)}")
     elif limit is not None and found.total > limit.bytes:
-        with console.task("look for what fits", 0):
+        with console.task("search for what fits", 0):
             nearest = plan.find_nearest(variant, found, limit.bytes, trial)
         more = report.nearest_json(nearest, variant)
         console.note(f"\n{report.nearest_text(nearest, variant)}")
@@ -89,48 +94,49 @@ def _plan(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _mesh(args: argparse.Namespace) -> tuple[Mesh, bool]:
-    """The mesh that the flags ask for, simulated where there are fewer devices; and whether it is."""
+    """Make the mesh, simulated if it needs more devices than there are; returns it and whether it is."""
     import jax
     from jax.extend.backend import clear_backends
 
     if args.simulate_devices is not None:
         return devices.make_mesh(args), True
-    wanted = args.devices
-    if wanted is not None and wanted < 1:
-        raise InputError(f"--devices {wanted}: give at least 1")
+    count = args.devices
+    if count is not None and count < 1:
+        raise InputError(f"--devices {count}: give at least 1")
     sizes = re.findall(r"=\s*(\d+)\s*(?:,|$)", args.mesh or "")
-    if wanted is None and sizes and "*" not in args.mesh:
-        wanted = math.prod(map(int, sizes))
-    if wanted is None or wanted <= len(jax.devices()):
+    if count is None and sizes and "*" not in args.mesh:
+        count = math.prod(map(int, sizes))
+    if count is None or count <= len(jax.devices()):
         return devices.make_mesh(args), False
-    if wanted > devices.MOST_SIMULATED:
+    if count > devices.MAX_SIMULATED:
         raise InputError(
-            f"{wanted} devices are not here, and plan simulates at most {devices.MOST_SIMULATED}: give "
-            "fewer, and scale what it says"
+            f"this machine has no {count} devices, and plan simulates at most {devices.MAX_SIMULATED}: give "
+            "fewer, and extrapolate"
         )
     clear_backends()
-    devices.simulate_devices(wanted)
+    devices.simulate_devices(count)
     return devices.make_mesh(args), True
 
 
 def _notes(mesh: Mesh, simulated: bool, experiment: Any, limit: Any) -> list[str]:
     if not simulated:
         return []
-    lines = [f"simulated: {mesh.size} CPU devices stand for those that are meant"]
+    lines = [f"simulated: {mesh.size} CPU devices stand for the real ones"]
     if experiment.placement == "auto" and limit is None:
         lines.append(
-            "data is kept on the devices or not by this machine's memory; give theirs with --device-memory"
+            "this machine's memory decides whether data is resident on the devices; give that of the real "
+            "ones with --device-memory"
         )
     return lines
 
 
-def _progress(given: Any) -> Callable[[Any], None]:
-    """Tells each result as it comes, where no bar moves."""
+def _progress(base: Any) -> Callable[[Any], None]:
+    """Make a callback that prints each result where no progress bar is shown."""
     from jaxtrain.program.device_limits import size_text
 
-    def told(tried: Any) -> None:
+    def report(trial: Any) -> None:
         if not sys.stdout.isatty():
-            what = " ".join(tried.variant.flags(given)) or "as given"
-            command_line.warn(f"tried {what}: {size_text(tried.plan.total) if tried.plan else tried.reason}")
+            words = " ".join(trial.variant.flags(base)) or "the run as typed"
+            command_line.warn(f"tried {words}: {size_text(trial.plan.total) if trial.plan else trial.reason}")
 
-    return told
+    return report

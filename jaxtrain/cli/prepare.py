@@ -1,4 +1,4 @@
-"""``python -m jaxtrain prepare NAME``: fetch or import a data set into the TFDS folder."""
+"""``python -m jaxtrain prepare NAME``: download or import a data set into the TFDS folder."""
 
 from __future__ import annotations
 
@@ -9,26 +9,33 @@ from pathlib import Path
 from jaxtrain.cli import SUMMARIES, command_line, experiments
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="jaxtrain prepare", description=SUMMARIES["prepare"])
+def make_parser() -> command_line.Parser:
+    """Make the parser of this command."""
+    parser = command_line.Parser("jaxtrain prepare", SUMMARIES["prepare"])
     parser.add_argument(
         "name",
-        help="cifar10, cifar100, mnist, fashion_mnist, tiny_shakespeare, imdb_reviews, "
+        help="the data set: cifar10, cifar100, mnist, fashion_mnist, tiny_shakespeare, imdb_reviews, "
         "movielens/100k-ratings, oxford_iiit_pet, imagenet2012 (with --from), etth1; "
-        "or, with TensorFlow, any TFDS name",
+        "or any other TFDS name, if TensorFlow is installed",
     )
     parser.add_argument(
         "--from",
         dest="source",
         type=Path,
         metavar="DIR_OR_TAR",
-        help="the original files, already here: a file, an archive or a folder of them",
+        help="import the original files from here: a file, an archive or a folder of them",
     )
     parser.add_argument(
-        "--data-dir", metavar="DIR", help="default: $TFDS_DATA_DIR, else ~/tensorflow_datasets"
+        "--data-dir",
+        metavar="DIR",
+        help="folder of prepared data sets; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets",
     )
-    return command_line.main(_run, parser, argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    return command_line.main(_run, make_parser(), argv)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """``python -m jaxtrain.run --experiment NAME``: train, resume, evaluate, save.
 
-The command line alone, so that ``--help`` and ``--list`` need not wait for JAX; ``cli.train`` does the rest.
+Only the command line is here, so that ``--help`` and ``--list`` do not import JAX. ``cli.train`` does the
+work.
 """
 
 from __future__ import annotations
@@ -9,36 +10,43 @@ import argparse
 from collections.abc import Sequence
 
 from jaxtrain.cli import SUMMARIES, command_line, flags, listing
+from jaxtrain.core.errors import InputError
 from jaxtrain.core.signals import GRACE
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="jaxtrain.run", description=SUMMARIES["run"])
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--experiment", metavar="NAME", help="a name from --list, or a path to a .py")
-    what.add_argument("--list", action="store_true", help="list the experiments")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a setting")
-    parser.add_argument("--workdir", metavar="DIR", help="default: runs/NAME/HASH-seedS")
-    parser.add_argument("--new", action="store_true", help="a fresh run beside the one that is there")
+def make_parser() -> command_line.Parser:
+    """Make the parser of this command."""
+    parser = command_line.Parser("jaxtrain.run", SUMMARIES["run"])
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--experiment", metavar="NAME", help="a name from --list, or a path to a .py file")
+    action.add_argument("--list", action="store_true", help="list the experiments")
     parser.add_argument(
-        "--extend", action="store_true", help="go on with more epochs under a longer schedule"
+        "--long",
+        action="store_true",
+        help="with --list: load each experiment, and show its data, model and parameter count",
+    )
+    flags.add_settings(parser)
+    parser.add_argument("--workdir", metavar="DIR", help="the run's folder; default: runs/NAME/HASH-seedS")
+    parser.add_argument("--new", action="store_true", help="start a new run next to the existing one")
+    parser.add_argument(
+        "--extend", action="store_true", help="resume with more epochs under a longer schedule"
     )
     parser.add_argument(
         "--resume",
         default="newest",
         choices=("newest", "last-good"),
-        help="last-good: where checkpoints are damaged, set them aside and go on from one that is not",
+        help="which checkpoint to resume from; last-good moves corrupt checkpoints aside and takes the "
+        "newest intact one; default: %(default)s",
     )
     parser.add_argument(
-        "--init-from", metavar="RUN[:STEP]", help="begin with the parameters of another run's checkpoint"
+        "--init-from", metavar="RUN[:STEP]", help="start from the parameters of another run's checkpoint"
     )
     parser.add_argument(
         "--init-map",
         action="append",
         default=[],
         metavar="OLD=NEW",
-        help="names of its parameters that are others here; head= keeps the new values of head",
+        help="rename parameters of --init-from; head= leaves head as initialised; may be repeated",
     )
     flags.add(parser, many_processes=True)
     parser.add_argument(
@@ -46,28 +54,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=float,
         default=GRACE,
         metavar="SECONDS",
-        help="from a signal to the end, at most, saving included; default: %(default)g",
+        help="time limit from a signal to the end of the process, saving included; default: %(default)g",
     )
     parser.add_argument(
         "--hang-after",
         type=float,
         metavar="SECONDS",
-        help="end with all stacks and exit code 3 when no step finishes for so long, compilation included",
+        help="if no step finishes for this long, compilation included, print all stacks and exit with 3",
     )
     parser.add_argument("--smoke", action="store_true", help="two steps, an evaluation, a save and a restore")
-    parser.add_argument("--overfit", type=int, metavar="N", help="train on N fixed examples")
+    parser.add_argument(
+        "--overfit", type=int, metavar="N", help="train on N fixed examples for 200 steps, and test on them"
+    )
     parser.add_argument(
         "--profile",
         metavar="START:STOP",
-        help="trace these updates for TensorBoard and Perfetto, and tell where their time went",
+        help="trace these updates for TensorBoard and Perfetto, and print where their time went",
     )
-    parser.add_argument("--strict", action="store_true", help="a second compile of the step is an error")
-    return command_line.main(_run, parser, argv, compiles=lambda args: not args.list)
+    parser.add_argument("--strict", action="store_true", help="fail if the step is compiled a second time")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    return command_line.main(_run, make_parser(), argv, needs_jax=lambda args: not args.list)
 
 
 def _run(args: argparse.Namespace) -> int:
     if args.list:
-        return listing.show()
+        return listing.show(args.long)
+    if args.long:
+        raise InputError("--long needs --list")
     from jaxtrain.cli import train  # imports JAX
 
     return train.run(args)

@@ -1,4 +1,4 @@
-"""``python -m jaxtrain sample --workdir RUN``: text from a trained language model."""
+"""``python -m jaxtrain sample --workdir RUN``: generate text with a trained language model."""
 
 from __future__ import annotations
 
@@ -14,27 +14,36 @@ from jaxtrain.core.types import Batch
 from jaxtrain.experiment import Experiment
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="jaxtrain sample", description=SUMMARIES["sample"])
+def make_parser() -> command_line.Parser:
+    """Make the parser of this command."""
+    parser = command_line.Parser("jaxtrain sample", SUMMARIES["sample"])
     parser.add_argument("--workdir", required=True, metavar="RUN", help="the folder of a run")
     command_line.add_checkpoint(parser)
-    parser.add_argument("--prompt", default="\n", metavar="TEXT", help="what the text goes on from")
     parser.add_argument(
-        "--bytes", type=int, default=500, metavar="N", help="length of the new text; default 500"
+        "--prompt", default="\n", metavar="TEXT", help="start of the text; default: a line break"
+    )
+    parser.add_argument(
+        "--bytes", type=int, default=500, metavar="N", help="length of the new text; default: %(default)s"
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.8,
         metavar="T",
-        help="0: always the likeliest byte; default 0.8",
+        help="sampling temperature; 0 always takes the most likely byte; default: %(default)g",
     )
     parser.add_argument(
-        "--top-k", type=int, metavar="K", help="draw among the K likeliest bytes; default: all"
+        "--top-k", type=int, metavar="K", help="sample from the K most likely bytes; default: all"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, another text")
-    return command_line.main(_run, parser, argv)
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="seed of the sampling; default: %(default)s"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    return command_line.main(_run, make_parser(), argv)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -55,10 +64,10 @@ def _run(args: argparse.Namespace) -> int:
     _check(args)
     prompt = np.frombuffer(os.fsencode(args.prompt), np.uint8)[None, :]
     console = make_console()
-    one = sharding.make_mesh(jax.local_devices()[:1])  # one text at a time has nothing to split
-    abstract = abstract_state(experiment, one, example)
+    mesh = sharding.make_mesh(jax.local_devices()[:1])  # a single text cannot be sharded
+    abstract = abstract_state(experiment, mesh, example)
     with checkpoint.open(
-        folder, tell=command_line.warn, older="take an older one with --checkpoint {step}"
+        folder, tell=command_line.warn, older="use an older one with --checkpoint {step}"
     ) as saved:
         state = saved.restore(command_line.choose_checkpoint(saved, args.checkpoint, folder), abstract)
     params, extra = eval_state(state)
@@ -78,26 +87,26 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """What ``generate`` would refuse too, by the names that were typed."""
+    """Check the values; ``generate`` would refuse them too, but without naming the flags."""
     if not args.prompt:
-        raise InputError("--prompt is empty: give at least one character to go on from")
+        raise InputError("--prompt is empty: give at least one character")
     if args.bytes < 1:
         raise InputError(f"--bytes {args.bytes}: give at least 1")
     if not args.temperature >= 0:
-        raise InputError(f"--temperature {args.temperature}: give 0 (always the likeliest byte) or more")
+        raise InputError(f"--temperature {args.temperature}: give 0 (always the most likely byte) or more")
     if args.top_k is not None and args.top_k < 1:
-        raise InputError(f"--top-k {args.top_k}: give at least 1, or leave it out to draw among all")
+        raise InputError(f"--top-k {args.top_k}: give at least 1, or leave it out to sample from all")
     if not 0 <= args.seed < 2**31:
         raise InputError(f"--seed {args.seed}: it must be in [0, 2**31)")
 
 
 def _example(name: str, experiment: Experiment) -> Batch:
-    """One example's shapes, for a model that predicts the next byte."""
+    """Return the shapes of one example; raises InputError unless the model predicts the next byte."""
     example: Batch = (experiment.train.example() if hasattr(experiment.train, "example") else None) or {}
     tokens, label = example.get("tokens"), example.get("label")
     if tokens is None or label is None or tokens.shape != label.shape or tokens.dtype != np.uint8:
         raise InputError(
-            f"{name} is no language model over bytes: sample needs a run on data.TextWindows, "
+            f"{name} is not a language model over bytes: sample needs a run on data.TextWindows, "
             "such as shakespeare_gpt"
         )
     return example

@@ -1,4 +1,4 @@
-"""What ``python -m jaxtrain.run`` does with its arguments: everything a user typed, turned into a session."""
+"""Turn the arguments of ``python -m jaxtrain.run`` into a ``Session``, and run it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from jaxtrain.train.smoke import smoke_test
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, or resume, as the arguments say; returns the exit code."""
+    """Train or resume; returns the exit code."""
     _check_flags(args)
     name, origin, experiment = experiments.load_experiment(args.experiment, args.set)
     mesh = devices.make_mesh(args, command_line.warn)
     console = make_console(quiet=not multihost.is_process_0())
-    if not args.smoke:  # before data is fetched or read
+    if not args.smoke:  # before data is downloaded or read
         multihost.on_process_0(lambda: capacity.check_folder(Path(args.workdir or "runs")), "folder")
     experiments.ensure_prepared(experiment, console)
     if args.smoke:
@@ -36,15 +36,15 @@ def run(args: argparse.Namespace) -> int:
     folder = _folder(name, experiment, args)
     if args.deterministic:
         on_cpu = mesh.devices.flat[0].platform == "cpu"
-        what = f"nothing to set on a CPU, {environment.cores()} cores"
-        console.note(f"deterministic: {what if on_cpu else environment.DETERMINISTIC_FLAG}")
+        cpu_note = f"nothing to set on a CPU, {environment.cores()} cores"
+        console.note(f"deterministic: {cpu_note if on_cpu else environment.DETERMINISTIC_FLAG}")
     record = {
         "origin": origin,
         "file": environment.file_digest(origin),
         "overrides": [redact.redact_setting(pair) for pair in args.set],
         "overfit": args.overfit,
     }
-    how = Session(
+    settings = Session(
         name=name,
         folder=folder,
         mesh=mesh,
@@ -61,23 +61,23 @@ def run(args: argparse.Namespace) -> int:
         profile=args.profile,
         resume_command=_resume_command(args, folder.path),
     )
-    session.run(how, experiment)
+    session.run(settings, experiment)
     return 0
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    """What can be refused before anything is loaded."""
+    """Check the flags before anything is loaded."""
     for flag in ("grace", "hang_after"):
         seconds = getattr(args, flag)
         if seconds is not None and not 0 < seconds < float("inf"):
             raise InputError(f"--{flag.replace('_', '-')} {seconds:g}: give seconds above 0")
     monitor.parse_window(args.profile)
     if args.smoke and (args.init_from or args.init_map):
-        raise InputError("--smoke tries the experiment alone: leave --init-from and --init-map out")
+        raise InputError("--smoke does not load parameters: leave out --init-from and --init-map")
     if args.smoke and args.profile:
-        raise InputError("--smoke tries the experiment alone: leave --profile out")
+        raise InputError("--smoke does not profile: leave out --profile")
     if args.extend and not args.workdir and not args.smoke:
-        raise InputError("--extend resumes a run of another length: name it with --workdir")
+        raise InputError("--extend resumes a run of another length: give its folder with --workdir")
 
 
 def _folder(name: str, experiment: Experiment, args: argparse.Namespace) -> RunFolder:
@@ -90,7 +90,7 @@ def _folder(name: str, experiment: Experiment, args: argparse.Namespace) -> RunF
 
 
 def _resume_command(args: argparse.Namespace, folder: Path) -> str:
-    """The command that resumes this run, or what to do where several processes train it."""
+    """Return the command that resumes this run, or an instruction if several processes train it."""
     if multihost.process_count() > 1:
         return (
             f"the same command in each of the {multihost.process_count()} processes, with --workdir {folder}"
@@ -99,7 +99,7 @@ def _resume_command(args: argparse.Namespace, folder: Path) -> str:
 
 
 def resume_command(args: argparse.Namespace, folder: Path) -> str:
-    """The command line that resumes the run in ``folder``, without secrets."""
+    """Return the command line that resumes the run in ``folder``, without secrets."""
     words = ["python", "-m", "jaxtrain.run", "--experiment", args.experiment]
     for setting in args.set:
         words += ["--set", redact.redact_setting(setting)]

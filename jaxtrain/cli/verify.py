@@ -1,7 +1,7 @@
-"""``python -m jaxtrain verify --experiment NAME``: proves that a run which is killed goes on exactly.
+"""``python -m jaxtrain verify --experiment NAME``: check that a killed run resumes bit-for-bit.
 
-One process trains N steps. Another trains the same, and is killed (SIGKILL) after its checkpoint of step N/2;
-a third goes on from there. What they were fed, what they recorded and what they ended with must be the same.
+One process trains N steps. A second one trains the same and is killed (SIGKILL) after its checkpoint of step
+N/2; a third one resumes from there. Example ids, metrics and the final states must be identical.
 """
 
 from __future__ import annotations
@@ -33,36 +33,38 @@ PHASES = ("choose", "straight", "mesh", "killed", "resumed")
 CHOICE = "dispatch.json"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0 the same, 3 not."""
-    parser = argparse.ArgumentParser(prog="jaxtrain verify", description=SUMMARIES["verify"])
-    parser.add_argument(
-        "--experiment", required=True, metavar="NAME", help="a name from run --list, or a path to a .py"
-    )
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a setting")
+def make_parser() -> command_line.Parser:
+    """Make the parser of this command."""
+    parser = command_line.Parser("jaxtrain verify", SUMMARIES["verify"])
+    flags.add_experiment(parser)
     parser.add_argument(
         "--steps",
         type=int,
         metavar="N",
-        help=f"even; default: {STEPS}, or four dispatches of as many updates as a run of it makes at once",
+        help=f"number of steps, even; default: {STEPS}, or 4 × steps_per_execution if that is more",
     )
     parser.add_argument(
         "--against-mesh",
         metavar="AXIS=N,...",
-        help="instead of killing: train on this mesh too, and compare within --tolerance",
+        help="instead of killing, train on this mesh too, and compare within --tolerance",
     )
     parser.add_argument(
         "--tolerance",
         type=float,
         default=TOLERANCE,
         metavar="X",
-        help="relative L2 distance of an array that is allowed where bits cannot be the same: "
-        "--against-mesh, --processes; default: %(default)g",
+        help="largest relative L2 distance of an array, with --against-mesh or --processes, which change "
+        "the order of sums; default: %(default)g",
     )
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)  # what this command starts itself
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)  # for the processes that it starts
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
-    flags.add(parser, many_processes=True)
-    return command_line.main(_run, parser, argv)
+    flags.add(parser, many_processes=True, starts_processes=True)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0 if the runs are the same, 3 if not."""
+    return command_line.main(_run, make_parser(), argv)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -72,13 +74,18 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError(f"--tolerance {args.tolerance:g}: give a number in [0, 1)")
     if args.child is not None:
         return _train(args)
-    several = args.processes or 1
+    processes = args.processes or 1
     if args.distributed or args.coordinator or args.process_id is not None:
-        raise InputError("verify starts its processes itself, on this machine: give --processes N alone")
-    if several > 1 and (args.simulate_devices or 0) % several:
-        raise InputError(f"--processes {several}: --simulate-devices must be a multiple of it")
-    if several > 1 and not args.simulate_devices:
-        raise InputError(f"--processes {several} works on simulated devices: add --simulate-devices 8")
+        raise InputError("verify starts its processes itself, on this machine: give only --processes N")
+    if processes > 1 and (args.simulate_devices or 0) % processes:
+        raise InputError(f"--processes {processes}: --simulate-devices must be a multiple of it")
+    if processes > 1 and not args.simulate_devices:
+        raise InputError(f"--processes {processes} needs simulated devices: add --simulate-devices 8")
+    return _verify(args, processes)
+
+
+def _verify(args: argparse.Namespace, processes: int) -> int:
+    """Start the runs, compare them and print the result."""
     name, _, experiment = experiments.load_experiment(args.experiment, args.set)
     from jaxtrain.monitor import make_console
 
@@ -86,30 +93,29 @@ def _run(args: argparse.Namespace) -> int:
     experiments.ensure_prepared(experiment, console)
     with tempfile.TemporaryDirectory(prefix="jaxtrain-verify-") as folder:
         one, other = Path(folder, "one"), Path(folder, "other")
-        count = _per_dispatch(args, experiment, one)
+        count = _fix_steps_per_execution(args, experiment, one)
         args.steps = args.steps or max(STEPS, 4 * count)
         if count > args.steps // 2:
-            console.note(f"there is no dispatch of {count} updates in so few: --steps {4 * count} has some")
-        console.note(f"verify {name}: {args.steps} steps straight")
+            console.note(f"too few steps to test an execution of {count} updates: use --steps {4 * count}")
+        console.note(f"verify {name}: training {args.steps} steps")
         _start(args, one, "straight")
         if args.against_mesh:
-            console.note(f"the same on {args.against_mesh}")
+            console.note(f"training the same on {args.against_mesh}")
             _start(args, other, "mesh")
         else:
-            console.note(f"the same, killed after the checkpoint of step {args.steps // 2}")
+            console.note(f"training the same, killed after the checkpoint of step {args.steps // 2}")
             _start(args, other, "killed")
-            console.note("going on from there" + (f" as {several} processes" if several > 1 else ""))
-            _start(args, other, "resumed", several)
-        exact = several == 1 and not args.against_mesh
+            console.note("resuming" + (f" with {processes} processes" if processes > 1 else ""))
+            _start(args, other, "resumed", processes)
+        exact = processes == 1 and not args.against_mesh
         compared = compare(one, other, args.steps, 0.0 if exact else args.tolerance)
     console.summary(f"verify {name}", compared)
-    what = "bit for bit" if exact else f"within {args.tolerance:g}"
-    console.note(f"verified: the same {what}")
+    console.note("verified: bit-for-bit identical" if exact else f"verified: equal within {args.tolerance:g}")
     return 0
 
 
-def _per_dispatch(args: argparse.Namespace, experiment: Any, folder: Path) -> int:
-    """Updates a dispatch, as a run of ``experiment`` has them; from here on all phases have as many."""
+def _fix_steps_per_execution(args: argparse.Namespace, experiment: Any, folder: Path) -> int:
+    """Return ``steps_per_execution`` as a run of ``experiment`` has it, and set it for all phases."""
     from jaxtrain.train.autotune import MIN_UPDATES
 
     count: int | Literal["auto"] = experiment.steps_per_execution
@@ -123,7 +129,11 @@ def _per_dispatch(args: argparse.Namespace, experiment: Any, folder: Path) -> in
 
 
 def _start(args: argparse.Namespace, folder: Path, phase: str, count: int = 1) -> None:
-    """Train in fresh processes, ``count`` of them as one, and wait for their end."""
+    """Train in ``count`` new processes that share the mesh, and wait until they exit.
+
+    Raises:
+      InputError, RunError: a process failed; the message is the last line of its error.
+    """
     words = [sys.executable, "-m", "jaxtrain", "verify", "--child", str(folder), "--phase", phase]
     words += ["--experiment", args.experiment, "--steps", str(args.steps or STEPS)]
     mesh = args.against_mesh if phase == "mesh" else args.mesh
@@ -140,23 +150,23 @@ def _start(args: argparse.Namespace, folder: Path, phase: str, count: int = 1) -
         words += ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count)]
     folder.mkdir(exist_ok=True)
     running = []
-    for number in range(count):
-        own = ["--process-id", str(number)] if count > 1 else []
+    for index in range(count):
+        extra = ["--process-id", str(index)] if count > 1 else []
         running.append(
-            subprocess.Popen([*words, *own], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen([*words, *extra], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         )
     errors = [process.communicate()[1] for process in running]
-    wanted = -signal.SIGKILL if phase == "killed" else 0
+    expected = -signal.SIGKILL if phase == "killed" else 0
     for process, error in zip(running, errors, strict=True):
-        if process.returncode != wanted:
-            told = error.strip().removeprefix("jaxtrain verify: ") or f"exit code {process.returncode}"
+        if process.returncode != expected:
+            text = error.strip().removeprefix("jaxtrain verify: ") or f"exit code {process.returncode}"
             raise (InputError if process.returncode == 2 else RunError)(
-                told if args.debug else told.splitlines()[-1]
+                text if args.debug else text.splitlines()[-1]
             )
 
 
 def _train(args: argparse.Namespace) -> int:
-    """What ``_start`` starts: the run itself, which writes down what it is fed."""
+    """Run one phase in a process started by ``_start``; records the example ids of every batch."""
     from jaxtrain.monitor import make_console
     from jaxtrain.program import assemble
     from jaxtrain.train.autotune import decide
@@ -168,11 +178,11 @@ def _train(args: argparse.Namespace) -> int:
         choice = decide(assemble(experiment, mesh), None, args.deterministic)
         (args.child / CHOICE).write_text(json.dumps(choice.count))
         return 0
-    program = assemble(_shortened(experiment, args.steps), mesh)
+    program = assemble(_shorten(experiment, args.steps), mesh)
     if program.steps != args.steps:
-        raise RunError(f"{name} would train {program.steps} steps, not {args.steps}: report this")
-    noted = _Noted(program.train, args.child, args.phase, args.steps // 2)
-    program = dataclasses.replace(program, train=noted)
+        raise RunError(f"{name} would train {program.steps} steps, not {args.steps}: please report this bug")
+    loader = RecordingLoader(program.train, args.child, args.phase, args.steps // 2)
+    program = dataclasses.replace(program, train=loader)
     try:
         fit(program, args.child, make_console(quiet=True), name)
     finally:
@@ -180,12 +190,12 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _shortened(experiment: Any, steps: int) -> Any:
-    """``experiment`` with that many steps, saved half-way and at the end, recorded at each."""
+def _shorten(experiment: Any, steps: int) -> Any:
+    """Return ``experiment`` with ``steps`` steps, saved halfway and at the end, logged at every step."""
     epoch = _epoch(experiment)
     return dataclasses.replace(
         experiment,
-        epochs=(steps - 0.5) / epoch,  # a begun batch counts whole
+        epochs=(steps - 0.5) / epoch,  # steps are rounded up
         save_every=(1 - 1e-9) * steps / 2 / epoch,
         eval_every=None,
         log_every=1,
@@ -194,7 +204,7 @@ def _shortened(experiment: Any, steps: int) -> Any:
 
 
 def _epoch(experiment: Any) -> float:
-    """Batches in a pass over the training examples."""
+    """Return the number of batches per epoch."""
     from jaxtrain.data import holdout
 
     n = len(experiment.train)
@@ -206,35 +216,44 @@ def _epoch(experiment: Any) -> float:
     return epoch
 
 
-class _Noted:
-    """A loader that writes down the example ids of every batch, and may kill its process after a save."""
+class RecordingLoader:
+    """A loader that records the example ids of every batch; in phase "killed" it kills its process.
+
+    It writes a line of JSON per batch to ``PHASE-PROCESS.jsonl`` in ``folder``.
+
+    Args:
+      loader: of the program.
+      folder: of the run.
+      phase: one of ``PHASES``.
+      half: the step whose checkpoint must be complete before the process is killed.
+    """
 
     def __init__(self, loader: Any, folder: Path, phase: str, half: int) -> None:
         self._loader, self.shardings, self.many = loader, loader.shardings, loader.many
         self._file = (folder / f"{phase}-{multihost.process_index()}.jsonl").open("w")
-        self._last = half if phase == "killed" else None
-        self._saved = folder / "checkpoints" / f"{half:06d}" / "manifest.json"
+        self._kill_step = half if phase == "killed" else None
+        self._manifest = folder / "checkpoints" / f"{half:06d}" / "manifest.json"
 
     def batch(self, step: int) -> Any:
-        self._kill(step)
+        self._maybe_kill(step)
         batch = self._loader.batch(step)
-        self._note(step, _ids(batch, 0))
+        self._record(step, _ids(batch, 0))
         return batch
 
     def batches(self, step: int, count: int) -> tuple[Any, Any]:
-        self._kill(step)
+        self._maybe_kill(step)
         batches, shared = self._loader.batches(step, count)
         for k, ids in enumerate(np.moveaxis(_ids(batches, 1), 1, 0)):
-            self._note(step + k, ids)
+            self._record(step + k, ids)
         return batches, shared
 
-    def _kill(self, step: int) -> None:
-        if step == self._last:  # its first half is done
-            while not self._saved.exists():
+    def _maybe_kill(self, step: int) -> None:
+        if step == self._kill_step:
+            while not self._manifest.exists():
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def _note(self, step: int, ids: np.ndarray) -> None:
+    def _record(self, step: int, ids: np.ndarray) -> None:
         self._file.write(json.dumps({"step": step + 1, "ids": ids.tolist()}) + "\n")
         self._file.flush()
 
@@ -250,9 +269,14 @@ class _Noted:
 
 
 def _ids(batch: Any, axis: int) -> np.ndarray:
-    """Example ids of this process's rows, which are the ``axis`` of the arrays: int [rows, ...]."""
+    """Return the example ids of this process's rows: int [rows, ...].
+
+    Args:
+      batch: from the loader.
+      axis: the axis of the rows in its arrays.
+    """
     rows = batch.get("rows", batch.get("example_id"))
-    if hasattr(rows, "addressable_shards"):  # this process's part; replicas hold the same
+    if hasattr(rows, "addressable_shards"):  # this process's shards; replicas have the same index
         parts = {str(shard.index): np.asarray(shard.data) for shard in rows.addressable_shards}
         rows = np.concatenate(list(parts.values()), axis)
     rows = np.moveaxis(np.asarray(rows), axis, 0)

@@ -1,4 +1,4 @@
-"""What ``verify`` compares of two runs: what they were fed, what they recorded and what they ended with."""
+"""Compare two runs for ``verify``: example ids, metrics and final states."""
 
 from __future__ import annotations
 
@@ -11,51 +11,55 @@ from jaxtrain.core.errors import RunError
 
 
 def compare(one: Path, other: Path, steps: int, tolerance: float) -> dict[str, str]:
-    """What was the same, a line each.
+    """Compare two runs; returns a line of text for each part that was compared.
 
     Args:
-      one: the folder of the run that went straight through.
-      other: that of the run it is held against.
-      steps: updates of both.
-      tolerance: relative L2 distance of arrays that is allowed; 0 asks for the same bits.
+      one: the folder of the uninterrupted run.
+      other: the folder of the run to compare with it.
+      steps: number of updates of both.
+      tolerance: the largest relative L2 distance of two arrays; 0 asks for the same bits.
 
     Raises:
-      RunError: the first difference.
+      RunError: on the first difference.
     """
-    found = {"example ids": _same_ids(one, other, steps)}
-    ours, theirs = (_arrays(folder, steps) for folder in (one, other))
+    found = {"example ids": _compare_ids(one, other, steps)}
+    ours, theirs = (_final_arrays(folder, steps) for folder in (one, other))
     for part in ("params", "opt_state", "extra"):
         paths = [path for path in ours if path.split("/")[0] == part]
         if paths:
-            worst = max(_distance(path, ours[path], theirs[path], tolerance) for path in paths)
-            how = f", at most {worst:.1e} apart" if tolerance else ""
+            distance = max(_distance(path, ours[path], theirs[path], tolerance) for path in paths)
+            how = f", at most {distance:.1e} apart" if tolerance else ""
             found[part.replace("_", " ")] = f"the same: {len(paths)} arrays{how}"
-    found["metrics"] = _same_metrics(one, other, steps, tolerance)
+    found["metrics"] = _compare_metrics(one, other, steps, tolerance)
     return found
 
 
-def _same_ids(one: Path, other: Path, steps: int) -> str:
-    """Every step of each phase, and no other; the order within a batch too, if one process has it all."""
-    straight, half = _fed(one, "straight"), steps // 2
+def _compare_ids(one: Path, other: Path, steps: int) -> str:
+    """Compare the example ids of every step.
+
+    Within a batch the order must be the same if one process loads the full batch, else only the set.
+    """
+    straight, half = _read_ids(one, "straight"), steps // 2
     phases = {"mesh": (1, steps), "killed": (1, half), "resumed": (half + 1, steps)}
     for phase, (first, last) in phases.items():
-        fed = _fed(other, phase)
-        if fed is None:
+        batches = _read_ids(other, phase)
+        if batches is None:
             continue
-        if sorted(fed) != [*range(first, last + 1)]:
-            there = f"the steps {sorted(fed)} were fed" if fed else "no step was fed"
-            raise RunError(f"NOT the same: {phase}, {there}, not {first} to {last}")
-        for step, parts in fed.items():
+        if sorted(batches) != [*range(first, last + 1)]:
+            trained = f"the steps {sorted(batches)}" if batches else "no step"
+            raise RunError(f"NOT the same: phase {phase} trained {trained}, not {first} to {last}")
+        for step, parts in batches.items():
             a, b = ([i for part in ids for i in part] for ids in ((straight or {}).get(step, []), parts))
             if a != b and (len(parts) == 1 or sorted(a) != sorted(b)):
                 raise RunError(
-                    f"NOT the same: step {step} was fed the examples {_some(a)}, and {phase} {_some(b)}"
+                    f"NOT the same: step {step} trained on the examples {_ids_text(a)}, and in phase {phase} "
+                    f"on {_ids_text(b)}"
                 )
     return f"the same in {steps} steps"
 
 
-def _fed(folder: Path, phase: str) -> dict[int, list[list[int]]] | None:
-    """The example ids of each step, a list for each process; None where that phase was not."""
+def _read_ids(folder: Path, phase: str) -> dict[int, list[list[int]]] | None:
+    """Read the example ids of each step, one list per process; None if the phase was not run."""
     files = sorted(folder.glob(f"{phase}-*.jsonl"))
     found: dict[int, list[list[int]]] = {}
     for file in files:
@@ -64,12 +68,12 @@ def _fed(folder: Path, phase: str) -> dict[int, list[list[int]]] | None:
     return found if files else None
 
 
-def _some(ids: list[int]) -> str:
+def _ids_text(ids: list[int]) -> str:
     return f"{ids[:8]}{'...' if len(ids) > 8 else ''}"
 
 
-def _arrays(folder: Path, steps: int) -> dict[str, np.ndarray]:
-    """The state after the last step, by path, read by this process on one device."""
+def _final_arrays(folder: Path, steps: int) -> dict[str, np.ndarray]:
+    """Read the state after the last step as NumPy arrays, by path."""
     from jaxtrain import checkpoint
 
     with checkpoint.open(folder) as saved:
@@ -80,7 +84,7 @@ def _arrays(folder: Path, steps: int) -> dict[str, np.ndarray]:
 
 
 def _distance(path: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> float:
-    """Relative L2 distance of two arrays.
+    """Return the relative L2 distance of two arrays.
 
     Raises:
       RunError: it is above the tolerance; with 0, any bit differs.
@@ -91,16 +95,16 @@ def _distance(path: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float)
     distance = float(np.linalg.norm(a - b) / max(np.linalg.norm(a), np.finfo(np.float32).tiny))
     if tolerance and distance <= tolerance:
         return distance
-    unlike = np.argwhere(~np.isclose(a, b, rtol=0, atol=0, equal_nan=True))
-    first = tuple(unlike[0].tolist()) if len(unlike) else ()
+    different = np.argwhere(~np.isclose(a, b, rtol=0, atol=0, equal_nan=True))
+    first = tuple(different[0].tolist()) if len(different) else ()
     raise RunError(
-        f"NOT the same: {path}: {len(unlike):,} of {ours.size:,} elements differ (relative L2 distance "
+        f"NOT the same: {path}: {len(different):,} of {ours.size:,} elements differ (relative L2 distance "
         f"{distance:.1e}), first at {list(first)}: {ours[first]!r} and {theirs[first]!r}"
     )
 
 
-def _same_metrics(one: Path, other: Path, steps: int, tolerance: float) -> str:
-    """The records of training, step by step; with a tolerance those of the loss."""
+def _compare_metrics(one: Path, other: Path, steps: int, tolerance: float) -> str:
+    """Compare the training metrics of every step; with a tolerance only the loss."""
 
     def read(folder: Path) -> dict[int, dict[str, float]]:
         records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
@@ -113,10 +117,10 @@ def _same_metrics(one: Path, other: Path, steps: int, tolerance: float) -> str:
     ours, theirs = read(one), read(other)
     for step in range(1, steps + 1):
         a, b = ours.get(step, {}), theirs.get(step, {})
-        # An accuracy moves by whole examples, so within a tolerance only the loss can be compared.
+        # Accuracy changes by full examples, so only the loss can be compared within a tolerance.
         names = ["train/loss"] if tolerance or not a else [*a, *(name for name in b if name not in a)]
         for name in names:
             x, y = a.get(name), b.get(name)
             if x is None or y is None or not (x == y or abs(x - y) <= tolerance * abs(x)):
-                raise RunError(f"NOT the same: {name} of step {step} is {x}, and then {y}")
+                raise RunError(f"NOT the same: {name} of step {step} is {x} in one run and {y} in the other")
     return f"the same in {steps} records"

@@ -107,11 +107,11 @@ def test_one_part_hides_no_other_and_a_missed_goal_is_a_result(check, session, m
     kept = []
 
     def keep(found):
-        kept.append(json.loads(json.dumps(check.recorded({"device": "none"}, None, found))))
+        kept.append(json.loads(json.dumps(check.make_record({"device": "none"}, None, found))))
         if "cut" in found:
             session.deadline = time.monotonic() + 1
 
-    found = check.carry_out(session, list(parts), keep)
+    found = check.run_parts(session, list(parts), keep)
     status = {name: part["status"] for name, part in found.items()}
     assert status == {
         "measured": "ok",
@@ -125,12 +125,12 @@ def test_one_part_hides_no_other_and_a_missed_goal_is_a_result(check, session, m
     assert [len(record["parts"]) for record in kept] == list(range(1, 8))
     assert kept[-1]["results"] == [missed] and not missed["met"]
     assert kept[-1]["skipped"]["later"] == "no time left" and "measured" not in kept[-1]["skipped"]
-    assert "goal >= 1.1 MISSED" in check.told_of("measured", found["measured"])
+    assert "goal >= 1.1 MISSED" in check.format_part("measured", found["measured"])
 
 
 def test_without_what_jaxtrain_needs_every_part_says_so(check, session, monkeypatch):
     monkeypatch.setattr(check, "REQUIRED", ("jax", "no_such_package"))
-    found = check.carry_out(session, ["doctor"], lambda found: None)
+    found = check.run_parts(session, ["doctor"], lambda found: None)
     assert found["doctor"]["why"] == "no_such_package is not installed"
     assert gpu_session.missing("jax", "flax") is None
 

@@ -1,4 +1,4 @@
-"""Data and settings that cannot work, given to shipped experiments: one line, exit code 2, nothing left."""
+"""Bad data and settings for shipped experiments: one line, exit code 2, and no files left behind."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import fixtures_data
 import numpy as np
 import pytest
-import test_end_to_end as made
+import test_end_to_end as fake_data
 from conftest import ROOT
 from test_cli import refused
 
@@ -20,20 +20,23 @@ SPLITS = ("train", "valid", "test")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of small data sets: images of one size, photographs, and photographs with a mask."""
+    """Make a folder of small data sets: images of one size, photographs, and photographs with a mask."""
     root, source = tmp_path_factory.mktemp("tfds"), tmp_path_factory.mktemp("originals")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("cifar10", "mnist"):
             files = fixtures_data.tiny_files(name)
             fixtures_data.patch_checksums(patch, name, files)
             prepare(name, data_dir=root, source=fixtures_data.write(source / name, files))
-    for name, files in (("imagenet2012", made.imagenet(20, 2)), ("oxford_iiit_pet", made.pets(10, 2))):
+    for name, files in (
+        ("imagenet2012", fake_data.imagenet(20, 2)),
+        ("oxford_iiit_pet", fake_data.pets(10, 2)),
+    ):
         prepare(name, data_dir=root, source=fixtures_data.write(source / name, files))
     return root
 
 
 @pytest.fixture(autouse=True)
-def in_folder_of_files(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def files_in_current_folder(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TFDS_DATA_DIR", str(root))
     Path("a.txt").write_bytes(b"Before we proceed any further, hear me speak.\n" * 200)
@@ -49,7 +52,7 @@ def in_folder_of_files(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def table(path: str, cell: str | None = None) -> None:
-    """A csv file of 400 rows and 7 variables, with ``cell`` in column x2 of its 102nd line."""
+    """Write a CSV file of 400 rows and 7 variables, with ``cell`` in column x2 of line 102."""
     values = np.random.default_rng(0).normal(size=(400, 7))
     rows = [[f"{value:.3f}" for value in row] for row in values]
     if cell is not None:
@@ -77,7 +80,7 @@ CSV = ("model.horizon=6", *SERIES, *everywhere("file=a.csv"))
 RATINGS = everywhere("file=u.data", splits=("train", "test"))
 CIFAR_AS_MNIST = everywhere("name=mnist", splits=("train", "test"))
 
-# Experiment, settings, and what the line must say: what is wrong, where, and what to do about it.
+# Experiment, settings, and parts of the message: what is wrong, where, and what to do.
 CASES = {
     "token outside the vocabulary": (
         "shakespeare_gpt",
@@ -238,7 +241,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_line_says_what_where_and_what_to_do(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_message_says_what_where_and_what_to_do(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     name, settings, parts = CASES[case]
     line = refused(capsys, run.main(command(name, settings)))
     for part in parts:
@@ -247,27 +250,27 @@ def test_one_line_says_what_where_and_what_to_do(case: str, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("devices", [-1, 0, 9])
-def test_devices_that_are_not_there(devices: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_devices_are_refused(devices: int, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(capsys, run.main(command("cifar_lenet", (), "--devices", str(devices))))
-    assert f"--devices {devices}: give 1 to 8, as many as there are" in line and not Path("runs").exists()
+    assert f"--devices {devices}: give 1 to 8, the number of devices" in line and not Path("runs").exists()
 
 
 @pytest.mark.parametrize("devices", [4, pytest.param(1, marks=pytest.mark.full)])
-def test_lenet_trains_its_batch_of_4_on_as_many_devices_as_it_was_told(devices: int) -> None:
+def test_lenet_trains_its_batch_of_4_on_several_devices(devices: int) -> None:
     words = command("cifar_lenet", ("eval_batch=8",), "--devices", str(devices), "--workdir", "r")
     assert run.main(words) == 0
     assert Path("r/result.json").exists()
 
 
-def test_a_folder_that_was_refused_takes_the_mended_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refused_run_leaves_the_folder_free(capsys: pytest.CaptureFixture[str]) -> None:
     words = command("ratings_factors", (*RATINGS, "batch=64", "epochs=2"), "--workdir", "r", "--devices", "1")
     refused(capsys, run.main([*words, "--set", "model.users=29"]))
     assert not Path("r").exists()
     assert run.main(words) == 0
 
 
-def test_streamed_data_is_looked_at_while_training(capsys: pytest.CaptureFixture[str]) -> None:
-    """Only the first example is looked at before; a run that was cut off goes on once the file is mended."""
+def test_streamed_data_is_checked_while_training(capsys: pytest.CaptureFixture[str]) -> None:
+    """Only the first example is checked before; a stopped run resumes after the file is fixed."""
     settings = (*RATINGS, "placement=stream", "model.users=30", "batch=64", "epochs=2")
     words = command("ratings_factors", settings, "--workdir", "r", "--devices", "1")
     good = Path("u.data").read_text()  # line 13 is in the third batch

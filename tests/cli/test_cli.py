@@ -1,16 +1,12 @@
-"""The commands as a user types them: what they print, what they refuse, how they stop and go on."""
+"""The commands as a user types them: what they print and what they refuse."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
-import shlex
-import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,10 +17,9 @@ import pytest
 import tiny
 from tiny import EXPERIMENT
 
-from jaxtrain import __main__ as verbs
+from jaxtrain import __main__ as commands
 from jaxtrain import checkpoint, run
 from jaxtrain.cli import command_line
-from jaxtrain.core.errors import InputError
 from jaxtrain.data.prepare import download
 from jaxtrain.train import environment
 from jaxtrain.train.run_folder import RunFolder
@@ -43,7 +38,7 @@ def train(*args) -> int:
 
 
 def refused(capsys, code: int, expected: int = 2) -> str:
-    """The one line of an error."""
+    """Check the exit code; returns the error, which must be one line."""
     error = capsys.readouterr().err
     assert code == expected, error
     assert error.count("\n") == 1 and "Traceback" not in error, error
@@ -59,13 +54,13 @@ def user_file(tmp_path, text: str) -> str:
 
 
 def leaves(folder) -> dict[str, np.ndarray]:
-    """All arrays of the newest checkpoint, read without knowing the experiment."""
+    """Read all arrays of the newest checkpoint, without the experiment."""
     from orbax.checkpoint import v1 as ocp
 
     with checkpoint.open(Path(folder)) as saved:
         newest = saved.latest()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # Orbax would like to be told the shardings
+        warnings.simplefilter("ignore", UserWarning)  # Orbax warns without shardings
         return {k: np.asarray(v) for k, v in ocp.load(newest.folder / "state").items()}
 
 
@@ -75,7 +70,7 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
         np.testing.assert_array_equal(value, b[path], err_msg=path)
 
 
-def test_a_run_then_the_same_again_then_new_then_evaluate(capsys):
+def test_run_twice_then_new_then_evaluate(capsys):
     assert train("--workdir", "r", "--set", "save_every=0.5") == 0
     out = capsys.readouterr().out
     assert re.search(r"test, last step +loss \d\.\d+  accuracy \d+\.\d\d %", out)
@@ -86,25 +81,25 @@ def test_a_run_then_the_same_again_then_new_then_evaluate(capsys):
     assert train("--workdir", "r", "--new") == 0
     assert json.loads(Path("r-2/result.json").read_text())["test"] == result["test"]
     capsys.readouterr()
-    assert verbs.main(["evaluate", "--experiment", TINY, "--workdir", "r", "--json"]) == 0
+    assert commands.main(["evaluate", "--experiment", TINY, "--workdir", "r", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["accuracy"] == result["test"]["accuracy"] and found["examples"] == 50
     assert found["step"] == 13 and len(found["recall"]) == 4
-    assert verbs.main(["evaluate", "--experiment", TINY, "--workdir", "r", "--checkpoint", "7"]) == 0
+    assert commands.main(["evaluate", "--experiment", TINY, "--workdir", "r", "--checkpoint", "7"]) == 0
     assert "step 7, test, 50 examples" in capsys.readouterr().out
 
 
-def test_evaluate_refuses_what_is_not_there(capsys):
-    assert "holds no run" in refused(capsys, verbs.main(["evaluate", "--workdir", "nowhere"]))
+def test_evaluate_refuses_missing_runs_checkpoints_and_splits(capsys):
+    assert "holds no run" in refused(capsys, commands.main(["evaluate", "--workdir", "nowhere"]))
     assert train("--workdir", "r", "--set", "eval_every=none") == 0
     capsys.readouterr()
-    code = verbs.main(["evaluate", "--experiment", TINY, "--workdir", "r", "--checkpoint", "5"])
-    assert "give best, latest or a kept step (13)" in refused(capsys, code)
-    code = verbs.main(["evaluate", "--experiment", TINY, "--workdir", "r", "--split", "valid"])
+    code = commands.main(["evaluate", "--experiment", TINY, "--workdir", "r", "--checkpoint", "5"])
+    assert "give best, latest or a saved step (13)" in refused(capsys, code)
+    code = commands.main(["evaluate", "--experiment", TINY, "--workdir", "r", "--split", "valid"])
     assert "has no valid split" in refused(capsys, code)
 
 
-def test_evaluate_refuses_an_experiment_that_has_changed_since(tmp_path, capsys):
+def test_evaluate_refuses_a_changed_experiment(tmp_path, capsys):
     text = Path(TINY).read_text()
     Path("here.py").write_text(text)
     assert run.main(["--experiment", "./here.py", "--workdir", "r"]) == 0
@@ -112,7 +107,7 @@ def test_evaluate_refuses_an_experiment_that_has_changed_since(tmp_path, capsys)
     record["config"]["model.widths"] = "(9,)"
     Path("r/config.json").write_text(json.dumps(record))
     capsys.readouterr()
-    error = refused(capsys, verbs.main(["evaluate", "--experiment", "./here.py", "--workdir", "r"]))
+    error = refused(capsys, commands.main(["evaluate", "--experiment", "./here.py", "--workdir", "r"]))
     assert "model.widths was (9,) and is (8)" in error
 
 
@@ -131,7 +126,7 @@ def test_evaluate_refuses_an_experiment_that_has_changed_since(tmp_path, capsys)
         (["--experiment", TINY, "--set", "model.classes=3"], "label 3 of example"),
         (["--experiment", TINY, "--workdir", TINY], "is a file: give a folder"),
         (["--experiment", TINY, "--workdir", f"{TINY}/sub"], "cannot be written (Not a directory)"),
-        (["--experiment", TINY, "--extend"], "name it with --workdir"),
+        (["--experiment", TINY, "--extend"], "give its folder with --workdir"),
         (["--experiment", TINY, "--overfit", "0"], "give a number of examples in 1..200"),
         (["--experiment", TINY, "--grace", "0"], "--grace 0: give seconds above 0"),
         (["--experiment", TINY, "--hang-after", "nan"], "--hang-after nan: give seconds above 0"),
@@ -142,7 +137,7 @@ def test_bad_input_is_one_line_and_exit_2(args, message, capsys):
     assert not Path("runs").exists()
 
 
-def test_files_of_the_users_own_are_refused_in_one_line(tmp_path, capsys):
+def test_broken_experiment_files_are_refused_in_one_line(tmp_path, capsys):
     for text, message in [
         ("EXPERIMENT = 3", "must define EXPERIMENT = Experiment(...)"),
         ("import nothing_of_the_kind", "cannot be imported: ModuleNotFoundError"),
@@ -151,7 +146,7 @@ def test_files_of_the_users_own_are_refused_in_one_line(tmp_path, capsys):
         assert message in refused(capsys, run.main(["--experiment", user_file(tmp_path, text)]))
 
 
-def test_channels_first_images_are_named_as_such(tmp_path, capsys):
+def test_channels_first_images_are_recognised(tmp_path, capsys):
     text = f"""
 from importlib.util import spec_from_file_location, module_from_spec
 spec = spec_from_file_location("tiny_again", {TINY!r})
@@ -164,8 +159,8 @@ EXPERIMENT = dataclasses.replace(tiny.EXPERIMENT, train=source, test=source, pre
     assert "looks like [batch, channel, height, width] (NCHW)" in error
 
 
-def test_data_that_cannot_be_fetched_names_the_command(capsys, monkeypatch):
-    """Nobody listens on port 1, so the answer comes at once."""
+def test_a_failed_download_names_the_command(capsys, monkeypatch):
+    """No server listens on port 1, so the connection is refused at once."""
     monkeypatch.setattr(
         download,
         "URLS",
@@ -178,8 +173,8 @@ def test_data_that_cannot_be_fetched_names_the_command(capsys, monkeypatch):
     assert "python -m jaxtrain prepare cifar10 --data-dir my/data --from" in error
 
 
-def test_a_folder_of_another_run_or_of_something_else_is_refused(capsys):
-    assert train("--workdir", "r", "--smoke") == 0  # a smoke test leaves nothing behind
+def test_a_folder_with_another_run_or_other_files_is_refused(capsys):
+    assert train("--workdir", "r", "--smoke") == 0  # a smoke test leaves no files
     assert not Path("r").exists()
     assert train("--workdir", "r") == 0
     before = {p: p.read_bytes() for p in Path("r").rglob("*") if p.is_file()}
@@ -196,19 +191,7 @@ def test_a_folder_of_another_run_or_of_something_else_is_refused(capsys):
     assert "is not empty and holds no run" in refused(capsys, train("--workdir", "mine"))
 
 
-def test_a_second_run_in_one_folder_is_refused(capsys):
-    process = start(*LONG, "--workdir", "r")
-    wait_for_step(process, 2)
-    in_use = rf"r is in use by another run \(pid {process.pid} on"
-    with pytest.raises(InputError, match=in_use), RunFolder("r").locked():
-        pass
-    process.kill()
-    process.communicate()
-    with RunFolder("r").locked():  # a killed run leaves no lock behind
-        pass
-
-
-def test_smoke_refuses_what_the_run_would(capsys):
+def test_smoke_refuses_what_a_run_refuses(capsys):
     assert "holdout=1.5 of 200" in refused(capsys, train("--smoke", "--set", "holdout=1.5"))
     assert "more than twice" in refused(capsys, train("--smoke", "--set", "batch=8000000"))
 
@@ -223,7 +206,7 @@ def test_a_damaged_record_is_exit_3(capsys):
     assert "config.json cannot be read" in refused(capsys, train("--workdir", "r"), 3)
 
 
-def test_cadence_and_devices_may_differ_on_resume_and_extend_goes_on(capsys):
+def test_logging_may_change_on_resume_and_extend_adds_epochs(capsys):
     assert train("--workdir", "r", "--set", "log_every=3", "--set", "max_to_keep=4") == 0
     assert train("--workdir", "r", "--set", "epochs=2", "--extend") == 0
     out = capsys.readouterr().out
@@ -251,7 +234,7 @@ def test_overfit_reaches_full_accuracy_on_its_examples(capsys):
     result = json.loads((folder / "result.json").read_text())
     assert result["steps"] == 200 and result["test"]["accuracy"] == 1.0
     capsys.readouterr()
-    assert verbs.main(["evaluate", "--experiment", TINY, "--workdir", str(folder)]) == 0
+    assert commands.main(["evaluate", "--experiment", TINY, "--workdir", str(folder)]) == 0
     assert "16 examples" in capsys.readouterr().out
 
 
@@ -268,7 +251,7 @@ def test_config_json_is_a_record_of_the_run():
     assert "0x" not in Path("r/config.json").read_text().replace(record["hash"], "")
 
 
-def test_what_a_failed_saves_threads_print_is_for_debug(monkeypatch):
+def test_errors_in_orbax_threads_are_shown_only_with_debug(monkeypatch):
     seen = []
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: seen.append(str(unraisable.exc_value)))
 
@@ -277,11 +260,11 @@ def test_what_a_failed_saves_threads_print_is_for_debug(monkeypatch):
             sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(text)))
         return 0
 
-    assert command_line.main(command, argparse.ArgumentParser(), []) == 0 and seen == ["anything else"]
-    assert command_line.main(command, argparse.ArgumentParser(), ["--debug"]) == 0 and len(seen) == 3
+    assert command_line.main(command, command_line.Parser("it", "It."), []) == 0 and seen == ["anything else"]
+    assert command_line.main(command, command_line.Parser("it", "It."), ["--debug"]) == 0 and len(seen) == 3
 
 
-def test_going_on_tells_what_no_setting_shows(tmp_path):
+def test_resuming_warns_of_changed_versions_and_code(tmp_path):
     file, folder = tmp_path / "mine.py", tmp_path / "r"
     file.write_text("x = 1")
     record = {"origin": str(file), "file": environment.file_digest(str(file))}
@@ -302,9 +285,9 @@ def test_going_on_tells_what_no_setting_shows(tmp_path):
     assert changed.startswith(f"{file} has changed since this run began")
 
 
-def test_list_starts_no_backend_and_loads_nothing_heavy(python):
+def test_list_long_starts_no_backend_and_imports_nothing_heavy(python):
     code = (
-        "import sys\nfrom jaxtrain import run\nassert run.main(['--list']) == 0\n"
+        "import sys\nfrom jaxtrain import run\nassert run.main(['--list', '--long']) == 0\n"
         "from jax._src import xla_bridge\nassert not xla_bridge._backends\n"
         "heavy = {'tensorflow', 'wandb', 'matplotlib', 'optuna', 'grain', 'orbax', 'sklearn', 'torch'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
@@ -323,136 +306,30 @@ def test_importing_jaxtrain_loads_nothing_heavy(python):
     assert python("-c", code).stdout.strip() == "set()"
 
 
-def test_list_shows_a_broken_file_and_the_others(capsys):
-    Path("experiments").mkdir()
-    Path("experiments/broken.py").write_text("1 / 0")
-    assert run.main(["--list"]) == 0
+def test_help_lists_the_commands_and_a_typo_gets_a_suggestion(capsys):
+    assert commands.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert "cannot be loaded" in out and "digits_cnn" in out
+    assert all(name in out for name in commands.SUMMARIES)
+    assert commands.main(["evalute"]) == 2
+    assert capsys.readouterr().err == "jaxtrain: unknown command evalute: did you mean evaluate?\n"
 
 
-def test_doctor_is_content_with_this_machine(python):
-    done = python("-m", "jaxtrain", "doctor", devices=8)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "no problem found" in done.stdout and "second step" in done.stdout
-
-
-def test_verbs(capsys):
-    assert verbs.main(["--help"]) == 0
-    out = capsys.readouterr().out
-    assert all(verb in out for verb in verbs.SUMMARIES)
-    assert verbs.main(["evalute"]) == 2
-    assert "did you mean evaluate?" in capsys.readouterr().err
-
-
-def start(*args, devices=1):
-    command = [sys.executable, "-m", "jaxtrain.run", "--experiment", TINY, *args]
-    env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-LONG = ("--set", "epochs=300", "--set", "eval_every=none", "--set", "log_every=1")
-
-
-def wait_for_step(process, step: int) -> None:
-    for line in process.stdout:
-        if line.startswith(f"step {step}/"):
-            return
-    raise AssertionError(process.stderr.read())
-
-
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_says_how_to_go_on(signum, code):
-    process = start(*LONG, "--workdir", "my run")
-    wait_for_step(process, 30)
-    process.send_signal(signum)
-    _, error = process.communicate()
-    assert process.returncode == code, error
-    stopped = int(re.search(r"stopped after step (\d+) of 3750", error).group(1))
-    with checkpoint.open(Path("my run")) as saved:
-        assert saved.latest().step == stopped >= 30
-    command = error.partition("resume with: ")[2]
-    words = shlex.split(command)
-    assert words[:3] == ["python", "-m", "jaxtrain.run"] and words[-1] == "my run"
-    resumed = start(*words[5:])
-    line = next(line for line in resumed.stdout if "going on" in line)
-    resumed.kill()
-    resumed.communicate()
-    assert f"resuming at step {stopped}/3750" in line
-
-
-@pytest.mark.parametrize("devices", [1, 8])
-def test_killed_and_resumed_is_bitwise_the_straight_run(devices):
-    """SIGKILL in mid-run: the last checkpoint and the pure order are all that is left."""
-    few = ("--set", "epochs=8", "--set", "eval_every=none", "--set", "log_every=1", "--set", "save_every=2")
-    straight = start(*few, "--workdir", "a", devices=devices)
-    killed = start(*few, "--workdir", "b", devices=devices)
-    wait_for_step(killed, 60)
-    while not list(Path("b/checkpoints").glob("*/manifest.json")):
-        time.sleep(0.01)
-    killed.kill()
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
-    assert straight.communicate() and straight.returncode == 0
-    resumed = start(*few, "--workdir", "b", devices=devices)
-    out, error = resumed.communicate()
-    assert resumed.returncode == 0, error
-    assert re.search(r"resuming at step (25|50)/100", out)
-    same(leaves("a"), leaves("b"))
-    a, b = (json.loads(Path(f, "result.json").read_text())["test"] for f in "ab")
-    assert a == b
-
-
-def test_a_second_interrupt_while_saving_does_not_hang(python):
-    """A save that is cut off leaves threads behind which wait for ever."""
-    code = f"""
-import os, signal, sys, threading, time
-from orbax.checkpoint import v1
-from jaxtrain import run
-from jaxtrain.cli import command_line
-
-def cut_off(*args, **kwargs):
-    threading.Thread(target=threading.Event().wait).start()
-    while True:  # in the thread that writes; two signals at once would be one
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.5)
-
-v1.save_async = cut_off
-command_line.leave(run.main(["--experiment", {TINY!r}, "--workdir", "r"]))
-"""
-    done = python("-c", code)
-    assert done.returncode == 130 and "interrupted at once" in done.stderr
-
-
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_second_signal_ends_at_once(signum, code):
-    """A step of this batch takes long enough that the second signal comes before the loop looks."""
-    process = start(*LONG, "--workdir", "r", "--set", "batch=20000", "--set", "epochs=30000")
-    wait_for_step(process, 2)
-    process.send_signal(signum)
-    time.sleep(0.05)
-    process.send_signal(signum)
-    _, error = process.communicate()
-    assert process.returncode == code and "interrupted at once" in error
-    assert error.count("\n") == 1
-
-
-def test_a_reader_that_leaves_ends_the_command_in_one_line(tmp_path):
+def test_a_closed_output_pipe_ends_the_command_in_one_line(tmp_path):
     words = [sys.executable, "-m", "jaxtrain", "plan", "--experiment", tiny.__file__]
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(words, check=False, stdout=write, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     os.close(write)
-    assert done.stderr == "jaxtrain plan: nobody reads the output any more\n"
+    assert done.stderr == "jaxtrain plan: output pipe closed\n"
     assert done.returncode == 141
 
 
-def test_an_interrupt_waits_until_jax_is_imported(tmp_path):
+def test_an_interrupt_is_delayed_until_jax_is_imported(tmp_path):
     (tmp_path / "jax.py").write_text(
         "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nprint('imported')\n"
     )
-    code = "import argparse; from jaxtrain.cli import command_line\n"
-    code += "parser = argparse.ArgumentParser(prog='it')\n"
+    code = "from jaxtrain.cli import command_line\n"
+    code += "parser = command_line.Parser('it', 'It.')\n"
     code += "print(command_line.main(lambda args: print('never here'), parser, []))"
     environment = {
         **os.environ,
@@ -461,4 +338,4 @@ def test_an_interrupt_waits_until_jax_is_imported(tmp_path):
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, check=True, env=environment, capture_output=True, text=True)
     assert done.stdout == "imported\n130\n"
-    assert done.stderr == "it: interrupted at once; the last checkpoint is kept\n"
+    assert done.stderr == "it: interrupted at once; the last checkpoint is intact\n"

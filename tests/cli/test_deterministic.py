@@ -1,4 +1,4 @@
-"""``--deterministic``: what is set and refused, that the bits are the same, and what it costs."""
+"""``--deterministic``: which flags are set and refused, identical bits, and the benchmark of its cost."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import test_scaling as scaling_cases
+from conftest import ROOT
 
-from jaxtrain import __main__ as verbs
+from jaxtrain import __main__ as commands
 from jaxtrain import checkpoint
 from jaxtrain.cli import devices, flags
 from jaxtrain.core.errors import InputError
@@ -29,8 +30,8 @@ def small(tmp_path, monkeypatch) -> str:
     return "small.py"
 
 
-def test_two_fresh_processes_end_with_the_same_bits(python, small):
-    """Each compiles for itself, with other hash seeds. On a CPU nothing is set for it."""
+def test_two_processes_compute_the_same_bits(python, small):
+    """Each compiles for itself, with another hash seed. On a CPU no flag is set."""
     records, cores = [], environment.cores()
     for folder in ("one", "other"):
         env = {"JAX_ENABLE_COMPILATION_CACHE": "false", "PYTHONHASHSEED": str(len(folder))}
@@ -41,8 +42,8 @@ def test_two_fresh_processes_end_with_the_same_bits(python, small):
         bits = json.loads(Path(folder, "config.json").read_text())["bits"]
         assert bits["deterministic"] is True and bits["cores"] == cores
         lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
-        kept = ("train/", "test/")
-        records.append([{k: v for k, v in x.items() if k == "step" or k.startswith(kept)} for x in lines])
+        metrics = ("train/", "test/")
+        records.append([{k: v for k, v in x.items() if k == "step" or k.startswith(metrics)} for x in lines])
     one, other = (checkpoint.arrays(folder) for folder in ("one", "other"))
     assert len(one) > 5 and one.keys() == other.keys()
     assert [path for path in one if one[path].tobytes() != other[path].tobytes()] == []
@@ -50,27 +51,28 @@ def test_two_fresh_processes_end_with_the_same_bits(python, small):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
-        ("--xla_gpu_deterministic_ops=false", "has --xla_gpu_deterministic_ops=false, the contrary"),
-        ("--xla_gpu_deterministic_ops --xla_gpu_deterministic_ops=0", "leave out one of the two"),
-        ("--xla_gpu_exclude_nondeterministic_ops=False", "the contrary of --deterministic"),
-        ("--xla_gpu_autotune_level=4", "has --xla_gpu_autotune_level=4, the contrary"),
+        ("--xla_gpu_deterministic_ops=false", "has --xla_gpu_deterministic_ops=false, which conflicts"),
+        (
+            "--xla_gpu_deterministic_ops --xla_gpu_deterministic_ops=0",
+            "conflicts with --deterministic: leave one out",
+        ),
+        ("--xla_gpu_exclude_nondeterministic_ops=False", "which conflicts with --deterministic"),
+        ("--xla_gpu_autotune_level=4", "has --xla_gpu_autotune_level=4, which conflicts"),
         ("flags.txt", "XLA_FLAGS names the file flags.txt"),
     ],
 )
-@pytest.mark.parametrize("words", [["run"], ["bench", "--deterministic"]])
-def test_what_contradicts_it_is_refused(words, flags, told, small, capsys, monkeypatch):
+def test_conflicting_flags_are_refused(flags, message, small, capsys, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", flags)
-    words = words if "--deterministic" in words else [*words, "--deterministic"]
-    assert verbs.main([*words, "--experiment", small]) == 2
+    assert commands.main(["run", "--deterministic", "--experiment", small]) == 2
     error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
     assert [path.name for path in Path().iterdir() if path.name != "__pycache__"] == [small]
 
 
 @pytest.mark.parametrize("flags", ["--xla_gpu_deterministic_ops", "--xla_gpu_deterministic_ops=1"])
-def test_flags_that_agree_are_left_as_they_are(flags, monkeypatch):
+def test_equal_flags_are_not_changed(flags, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", f"{flags} --xla_gpu_autotune_level=0")
     assert devices.deterministic_requested()
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to='a folder' --xla_gpu_exclude_nondeterministic_ops=true")
@@ -92,8 +94,8 @@ devices.set_deterministic()
 """
 
 
-def test_the_flag_is_set_behind_the_users_and_xla_takes_it(python):
-    """What XLA does not know it ends the process for: so this jaxlib knows the flag, and reads it in time."""
+def test_the_flag_is_appended_and_xla_accepts_it(python):
+    """XLA aborts on an unknown flag, so this jaxlib knows the flag and reads it in time."""
     env = {"JAX_PLATFORMS": "", "CUDA_VISIBLE_DEVICES": "", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=true"}
     done = python("-c", SETS, **env)
     first, second = done.stdout.splitlines()
@@ -111,31 +113,31 @@ def test_the_flag_is_set_behind_the_users_and_xla_takes_it(python):
 def test_another_backend_is_refused(monkeypatch):
     monkeypatch.setattr(devices, "first_devices", lambda count: [SimpleNamespace(platform="tpu")])
     args = argparse.Namespace(simulate_devices=None, deterministic=True, devices=None, mesh=None)
-    with pytest.raises(InputError, match="what CPUs and NVIDIA GPUs need, not tpu"):
+    with pytest.raises(InputError, match="supports CPUs and NVIDIA GPUs, not tpu"):
         devices.make_mesh(args)
 
 
-def test_going_on_in_other_circumstances_is_told(small, capsys, monkeypatch):
+def test_resuming_with_other_cores_or_flags_prints_a_warning(small, capsys, monkeypatch):
     words = ["run", "--experiment", small, "--workdir", "r", "--devices", "1"]
-    assert verbs.main(words) == 0
+    assert commands.main(words) == 0
     out = capsys.readouterr().out
     assert "deterministic" not in out and "the bits" not in out
-    assert verbs.main([*words, "--set", "epochs=3"]) == 0
+    assert commands.main([*words, "--set", "epochs=3"]) == 0
     assert "the bits" not in capsys.readouterr().out
-    assert verbs.main([*words, "--set", "epochs=4", "--deterministic"]) == 0
+    assert commands.main([*words, "--set", "epochs=4", "--deterministic"]) == 0
     out = capsys.readouterr().out  # the flag itself changes nothing on a CPU
     assert "deterministic: nothing to set on a CPU" in out and "the bits are" not in out
     monkeypatch.setattr(environment, "cores", lambda: 77)
-    monkeypatch.setenv("XLA_FLAGS", "--xla_other=1")  # this process has started long ago
-    assert verbs.main([*words, "--set", "epochs=5"]) == 0
+    monkeypatch.setenv("XLA_FLAGS", "--xla_other=1")  # this process has already started
+    assert commands.main([*words, "--set", "epochs=5"]) == 0
     out = capsys.readouterr().out
     assert "and is '--xla_other=1', cores was " in out and " and is 77: from here on the bits are not" in out
     assert json.loads(Path("r/config.json").read_text())["bits"]["cores"] == 77
-    assert verbs.main([*words, "--set", "epochs=5"]) == 0
+    assert commands.main([*words, "--set", "epochs=5"]) == 0
     assert "from here on" not in capsys.readouterr().out
 
 
-def test_the_record_names_the_flag_where_it_does_something(monkeypatch, mesh1):
+def test_the_record_has_the_flag_only_where_it_has_an_effect(monkeypatch, mesh1):
     monkeypatch.setenv("XLA_FLAGS", f"--xla_a=1 {environment.DETERMINISTIC_FLAG}")
     found = environment.bitwise_settings(mesh1, True)
     assert found == {"deterministic": True, "xla_flags": "--xla_a=1", "cores": environment.cores()}
@@ -146,68 +148,52 @@ def test_the_record_names_the_flag_where_it_does_something(monkeypatch, mesh1):
     }
 
 
-def test_the_flag_is_repeated_in_the_command_that_goes_on():
+def test_the_resume_command_repeats_the_flag():
     parser = argparse.ArgumentParser()
     flags.add(parser, many_processes=True)
     assert flags.typed_flags(parser.parse_args(["--deterministic"])) == ["--deterministic"]
     assert flags.typed_flags(parser.parse_args([])) == []
 
 
-def test_bench_measures_what_it_costs(small, capsys, monkeypatch):
-    monkeypatch.setenv("JAX_PLATFORMS", "")  # else nothing would be set, for a CPU
+@pytest.fixture
+def benchmark(small, monkeypatch):
+    """``python -m benchmarks.deterministic`` in this process; its two sides are processes."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    from benchmarks import deterministic
+
+    def run(*words: str) -> int:
+        return deterministic.main(["--experiment", small, "--steps", "2", "--rounds", "3", *words])
+
+    return run
+
+
+def test_the_benchmark_measures_both_sides(benchmark, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "")  # else no flag would be set, for a CPU
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=1")
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
-    words = ["bench", "--deterministic", "--experiment", small, "--steps", "2", "--rounds", "3"]
-    assert verbs.main([*words, "--json", "d.json"]) == 0
-    out, found = capsys.readouterr().out, json.loads(Path("d.json").read_text())
-    off, on = (np.array(found["round_seconds"][way]) for way in ("off", "on"))
+    assert benchmark("--out", "d.json") == 0
+    record = json.loads(Path("d.json").read_text())
+    assert json.loads(capsys.readouterr().out) == record
+    figures = record["figures"]
+    off, on = (np.array(figures["round_seconds"][side]) for side in ("off", "on"))
     assert len(off) == len(on) == 3 and off.min() > 0
-    assert found["cost"]["median"] == pytest.approx(np.median(on / off - 1))
-    assert found["step_ms"]["on"]["median"] == pytest.approx(1e3 * np.median(on) / 2)
-    assert found["xla_flags"]["off"] == "--xla_backend_optimization_level=1"
-    assert found["xla_flags"]["on"] == f"{found['xla_flags']['off']} {environment.DETERMINISTIC_FLAG}"
-    assert f"deterministic costs {100 * found['cost']['median']:+.1f} % a step" in out
-    assert "n = 3 rounds of 2 steps, 1 × cpu, " in out and "a CPU needs nothing set for it" in out
+    assert figures["cost"]["median"] == pytest.approx(np.median(on / off - 1))
+    assert figures["step_ms"]["on"]["median"] == pytest.approx(1e3 * np.median(on) / 2)
+    assert figures["xla_flags"]["off"] == "--xla_backend_optimization_level=1"
+    assert figures["xla_flags"]["on"] == f"{figures['xla_flags']['off']} {environment.DETERMINISTIC_FLAG}"
+    [result] = record["results"]
+    assert result["median"] == pytest.approx(np.median(on / off)) and result["n"] == 3
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["--scaling", "1"], "not allowed with argument"),
-        (["--weak"], "belong to --scaling"),
-        (["--plot", "x.png"], "belong to --scaling"),
-        (["--json", "none/d.json"], "there is no folder none"),
-        (["--rounds", "0"], "--rounds 0: give at least 1"),
-        (["--set", "batch=x"], "expected int"),
-    ],
-)
-def test_bad_input_of_bench_is_one_line(words, told, small, capsys):
-    try:
-        code = verbs.main(["bench", "--experiment", small, "--deterministic", *words])
-    except SystemExit as end:
-        code = end.code
-    error = capsys.readouterr().err
-    assert code == 2 and told in error and error.count("\n") == 1
+def test_the_benchmark_reports_what_a_process_refuses(benchmark, capfd):
+    assert benchmark("--mesh", "model=3", "--simulate-devices", "2") == 2
+    error = capfd.readouterr().err
+    assert "--mesh model=3 needs 3 devices" in error and "Traceback" not in error
 
 
-def test_what_a_process_of_bench_refuses_is_told(small, capsys):
-    words = [
-        "bench",
-        "--experiment",
-        small,
-        "--deterministic",
-        "--mesh",
-        "model=3",
-        "--simulate-devices",
-        "2",
-    ]
-    assert verbs.main(words) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("jaxtrain bench: --mesh model=3 needs 3 devices") and error.count("\n") == 1
-
-
-def test_flags_of_ones_own_leave_nothing_to_compare(small, capsys, monkeypatch):
+def test_the_benchmark_needs_a_side_without_the_flag(benchmark, capsys, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", environment.DETERMINISTIC_FLAG)
-    assert verbs.main(["bench", "--experiment", small, "--deterministic"]) == 2
-    assert "unset it, so that there is something to compare" in capsys.readouterr().err
+    assert benchmark() == 2
+    assert "unset it, to have a side without it" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A wheel carries the experiments; an editable install sees an edited one at once; README is true."""
+"""A wheel contains the experiments; an editable install sees edits; the commands in README work."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLOCKS = [block for page in (README, DOCS) for block in BLOCK.findall(page)]
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """A copy of the files that git knows, or would add."""
+    """A copy of all files that git tracks or would add."""
     copy = tmp_path_factory.mktemp("tree") / "jaxtrain"
     files = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -36,13 +36,13 @@ def tree(tmp_path_factory) -> Path:
 
 
 def clean_venv(folder: Path) -> Path:
-    """A new environment that sees our dependencies, and not our editable install of jaxtrain."""
+    """Make an environment with our dependencies, but without our editable install of jaxtrain."""
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     site = subprocess.check_output(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
     ).strip()
-    # A folder named in a .pth is searched, and the .pth files in it (ours is one) are not read.
+    # Python searches a folder named in a .pth file, but ignores the .pth files in it, such as ours.
     Path(site, "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
 
@@ -52,7 +52,7 @@ def install(python: Path, *args) -> None:
     subprocess.run([*pip, "--no-build-isolation", *args], check=True)
 
 
-def listed(python: Path, cwd: Path) -> str:
+def list_experiments(python: Path, cwd: Path) -> str:
     done = subprocess.run(
         [python, "-m", "jaxtrain.run", "--list"], cwd=cwd, capture_output=True, text=True, check=True
     )
@@ -67,7 +67,7 @@ def test_a_wheel_installed_elsewhere_finds_the_shipped_experiments(tree, tmp_pat
     where = [python, "-c", "import jaxtrain; print(jaxtrain.__file__, jaxtrain.__version__)"]
     assert str(tmp_path / "venv") in subprocess.check_output(where, text=True, cwd=tmp_path)
     shipped = {path.stem for path in (ROOT / "experiments").glob("[!_]*.py")}
-    out = listed(python, tmp_path)
+    out = list_experiments(python, tmp_path)
     assert shipped <= set(re.findall(r"^\w+", out, re.M))
     smoke = [
         python,
@@ -82,14 +82,14 @@ def test_a_wheel_installed_elsewhere_finds_the_shipped_experiments(tree, tmp_pat
     assert b"passed" in subprocess.check_output(smoke, cwd=tmp_path)
 
 
-def test_an_editable_install_sees_an_edited_experiment_at_once(tree, tmp_path):
+def test_an_editable_install_sees_an_edited_experiment(tree, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(tree, copy)
     python = clean_venv(tmp_path / "venv")
     install(python, "-e", copy)
     path = copy / "experiments" / "digits_cnn.py"
     path.write_text('"""Edited just now.\n' + path.read_text().partition("\n")[2])
-    assert "Edited just now." in listed(python, tmp_path)
+    assert "Edited just now." in list_experiments(python, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -119,21 +119,21 @@ def test_setup_picks_the_cuda_build_of_the_driver(header, extra, tmp_path):
 
 
 def runnable(language: str) -> list[str]:
-    """The blocks that are run, each once however often it is shown."""
+    """The blocks that are run, without duplicates."""
     return list(dict.fromkeys(t for name, info, t in BLOCKS if name == language and "no-run" not in info))
 
 
-def test_readme_shows_the_two_commands_and_every_verb():
+def test_readme_shows_the_two_scripts_and_every_command():
     commands = "\n".join(text for name, _, text in BLOCKS if name == "bash")
     assert "scripts/run --experiment digits_cnn" in commands and "scripts/test" in commands
     from jaxtrain.cli import SUMMARIES
 
-    for verb in SUMMARIES.keys() - {"run"}:
-        assert f"jaxtrain {verb}" in README
+    for command in SUMMARIES.keys() - {"run"}:
+        assert f"jaxtrain {command}" in README
 
 
-def test_commands_that_readme_only_shows_name_what_exists():
-    """Blocks marked no-run need a network, real data or an hour; their scripts and verbs must be there."""
+def test_no_run_commands_name_existing_scripts_and_experiments():
+    """Blocks marked no-run need a network, real data or an hour; their scripts and commands must exist."""
     from jaxtrain.cli import SUMMARIES
 
     shown = [text for name, info, text in BLOCKS if name == "bash" and "no-run" in info]
@@ -149,7 +149,7 @@ def test_commands_that_readme_only_shows_name_what_exists():
 
 @pytest.mark.parametrize("page", ["README", pytest.param("parallelism", marks=pytest.mark.full)])
 def test_commands_run_as_written(page, tree, tmp_path):
-    """In a copy of the tree, with an environment that is ready; ``scripts/test`` itself is left out."""
+    """In a copy of the tree with an installed environment; ``scripts/test`` itself is left out."""
     copy = tmp_path / "copy"
     shutil.copytree(tree, copy)
     install(clean_venv(copy / ".venv"), "-e", copy)
@@ -172,4 +172,4 @@ def test_readme_examples_run_as_written(text, python, tmp_path):
     path.write_text(text)
     done = python("-W", "error", path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip(), "an example shows something"
+    assert done.stdout.strip(), "an example prints something"

@@ -1,4 +1,4 @@
-"""scripts/launch_local.py, slurm.sbatch and jobset.yaml: what they start, and how that ends."""
+"""scripts/launch_local.py, slurm.sbatch and jobset.yaml: what they start, and how it exits."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import pytest
 import yaml  # flax and orbax need it
 from conftest import ROOT
 
-from jaxtrain import run, sharding
-from jaxtrain.cli import command_line
+from jaxtrain import sharding
+from jaxtrain.cli import run
 
 SCRIPTS = ROOT / "scripts"
 SBATCH = (SCRIPTS / "slurm.sbatch").read_text()
@@ -54,15 +54,15 @@ def launch(tmp_path) -> Callable[..., subprocess.Popen[str]]:
     return start
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, list[str], str]:
-    """Exit code, sorted lines of output, errors."""
+def finish(process: subprocess.Popen[str]) -> tuple[int, list[str], str]:
+    """Wait for the process; returns its exit code, its sorted output lines and its stderr."""
     with process:
         out, err = process.communicate(timeout=60)
     return process.returncode, sorted(out.splitlines()), err
 
 
-def test_each_process_gets_its_number_and_one_coordinator(launch) -> None:
-    code, lines, err = ended(launch("", "-n", "3", "--devices-per-process", "4"))
+def test_each_process_gets_its_index_and_the_same_coordinator(launch) -> None:
+    code, lines, err = finish(launch("", "-n", "3", "--devices-per-process", "4"))
     assert code == 0
     port = re.search(r"127\.0\.0\.1:(\d+)", lines[0])
     assert port is not None
@@ -73,20 +73,20 @@ def test_each_process_gets_its_number_and_one_coordinator(launch) -> None:
     assert sorted(err.splitlines()) == [f"[{i}] to stderr" for i in range(3)]
 
 
-def test_the_python_is_this_one_and_devices_are_simulated_only_where_asked(launch) -> None:
-    code, lines, _ = ended(launch("print(sys.executable)", "-n", "1"))
+def test_python_is_this_interpreter_and_devices_are_simulated_only_on_request(launch) -> None:
+    code, lines, _ = finish(launch("print(sys.executable)", "-n", "1"))
     assert code == 0 and not any("--simulate-devices" in line for line in lines)
     assert f"[0] {sys.executable}" in lines and os.access(SCRIPTS / "launch_local.py", os.X_OK)
 
 
-def test_one_that_fails_ends_the_others_and_its_exit_code_is_the_result(launch) -> None:
-    code, _, err = ended(launch("sys.exit(3) if number == 1 else wait()", "-n", "3"))
+def test_a_failed_process_terminates_the_others_and_sets_the_exit_code(launch) -> None:
+    code, _, err = finish(launch("sys.exit(3) if number == 1 else wait()", "-n", "3"))
     assert code == 3
-    assert "process 1 ended with 3: ending the others" in err and "killed" not in err
+    assert "process 1 exited with 3: terminating the others" in err and "killed" not in err
 
 
-def test_one_that_does_not_end_is_killed_with_what_it_has_started(launch, tmp_path) -> None:
-    deaf = f"""
+def test_a_process_that_ignores_sigterm_is_killed_with_its_children(launch, tmp_path) -> None:
+    ignores_sigterm = f"""
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 import os, pathlib
 if number == 0:
@@ -100,8 +100,8 @@ if child:
     temporary.rename({str(tmp_path / "child")!r})
 wait()
 """
-    code, _, err = ended(launch(deaf, "-n", "2", "--grace", "0.3"))
-    assert code == 128 + 9 and "1 of them did not end within 0.3 s: killed" in err
+    code, _, err = finish(launch(ignores_sigterm, "-n", "2", "--grace", "0.3"))
+    assert code == 128 + 9 and "1 of 2 processes did not exit within 0.3 s: killed" in err
     child = int((tmp_path / "child").read_text())
     for _ in range(500):
         state = Path(f"/proc/{child}/stat")
@@ -110,11 +110,11 @@ wait()
         time.sleep(0.01)
     else:
         os.kill(child, signal.SIGKILL)
-        raise AssertionError("a process that it had started lives on")
+        raise AssertionError("its child is still running")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_goes_to_all_once_and_they_may_save(launch, signum) -> None:
+def test_a_signal_is_forwarded_once_and_processes_can_save(launch, signum) -> None:
     saving = """
 caught = []
 for one in (signal.SIGINT, signal.SIGTERM):
@@ -131,10 +131,10 @@ sys.exit(128 + caught[0])
     while sum("ready" in line for line in before) < 3:
         before.append(process.stdout.readline())
     process.send_signal(signum)
-    code, lines, errors = ended(process)
+    code, lines, errors = finish(process)
     assert code == 128 + signum
     assert lines == [f"[{i}] saved {int(signum)}" for i in range(3)]
-    assert f"launch_local: ended by {signal.Signals(signum).name}" in str(errors)
+    assert f"launch_local: stopped by {signal.Signals(signum).name}" in str(errors)
 
 
 @pytest.mark.parametrize(
@@ -145,24 +145,21 @@ sys.exit(128 + caught[0])
         (["-n", "2", "--", "no-such-command"], "no-such-command cannot be started: No such file"),
     ],
 )
-def test_what_cannot_be_launched(options, text) -> None:
+def test_bad_input_is_refused(options, text) -> None:
     done = subprocess.run(
         [sys.executable, SCRIPTS / "launch_local.py", *options], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and text in done.stderr and "Traceback" not in done.stderr
 
 
-def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
-    """The words after ``python -m jaxtrain.run``, as it parses them."""
+def parse(words: list[str]) -> argparse.Namespace:
+    """Parse the words after ``python -m jaxtrain.run`` as it does."""
     assert words[:3] == ["python", "-m", "jaxtrain.run"]
-    parsers: list[argparse.ArgumentParser] = []
-    monkeypatch.setattr(command_line, "main", lambda _, parser, *__, **___: parsers.append(parser) or 0)
-    run.main(words[3:])
-    return parsers[0].parse_args(words[3:])
+    return run.make_parser().parse_args(words[3:])
 
 
 def options(text: str) -> dict[str, str]:
-    """The #SBATCH lines, each checked for its form."""
+    """Parse the #SBATCH lines, and check the form of each."""
     lines = [line for line in text.splitlines() if line.startswith("#SBATCH")]
     found = {}
     for line in lines:
@@ -173,10 +170,10 @@ def options(text: str) -> dict[str, str]:
     return found
 
 
-def test_the_slurm_script_is_bash_and_its_options_fit_what_jax_reads() -> None:
+def test_the_slurm_script_is_valid_bash_with_the_options_that_jax_needs() -> None:
     subprocess.run(["bash", "-n", SCRIPTS / "slurm.sbatch"], check=True)
     before_commands = SBATCH[: SBATCH.index("set -euo pipefail")]
-    assert before_commands.count("#SBATCH --") == SBATCH.count("#SBATCH --")  # later ones are not read
+    assert before_commands.count("#SBATCH --") == SBATCH.count("#SBATCH --")  # sbatch ignores later ones
     given = options(SBATCH)
     assert given["ntasks-per-node"] == given["gpus-per-node"] == "4" and given["nodes"] == "2"
     assert "gpus-per-task" not in given and "gpu-bind" not in given
@@ -185,21 +182,21 @@ def test_the_slurm_script_is_bash_and_its_options_fit_what_jax_reads() -> None:
     assert given.keys() == known | {"open-mode", "requeue", "signal"}
 
 
-def test_the_commands_of_both_files_are_ones_that_jaxtrain_takes(monkeypatch) -> None:
+def test_jaxtrain_accepts_the_commands_of_both_files() -> None:
     [line] = [line for line in SBATCH.splitlines() if line.startswith("srun ")]
     words = shlex.split(line)
     start = words.index("python")
     assert words[1:start] == ["--label", "--kill-on-bad-exit=1"]
     for command in (words[start:], container()["command"]):
-        args = parsed(command, monkeypatch)
+        args = parse(command)
         assert (args.experiment, args.distributed, args.mesh) == ("cifar_cnn", "auto", "data=*")
         assert sharding.parse_mesh(args.mesh, 8)["data"] == 8
         assert (args.coordinator, args.processes, args.process_id) == (None, None, None)
 
 
-def test_what_launch_local_adds_is_what_jaxtrain_takes(monkeypatch) -> None:
+def test_jaxtrain_accepts_what_launch_local_adds() -> None:
     added = "--simulate-devices 4 --coordinator 127.0.0.1:1 --processes 2 --process-id 1"
-    args = parsed(["python", "-m", "jaxtrain.run", "--experiment", "x", *added.split()], monkeypatch)
+    args = parse(["python", "-m", "jaxtrain.run", "--experiment", "x", *added.split()])
     assert (args.simulate_devices, args.coordinator) == (4, "127.0.0.1:1")
     assert (args.processes, args.process_id) == (2, 1)
 
@@ -210,7 +207,7 @@ def container() -> dict[str, Any]:
     return found
 
 
-def test_the_jobset_holds_what_jax_reads_of_kubernetes() -> None:
+def test_the_jobset_has_what_jax_needs_on_kubernetes() -> None:
     kinds = {document["kind"]: document for document in DOCUMENTS}
     assert list(kinds) == ["ServiceAccount", "Role", "RoleBinding", "JobSet"]
     assert JOBSET["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
@@ -222,7 +219,7 @@ def test_the_jobset_holds_what_jax_reads_of_kubernetes() -> None:
     assert "subdomain" not in JOBSET["spec"]["network"] and "subdomain" not in pod
     assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0
     assert all(re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", d["metadata"]["name"]) for d in DOCUMENTS)
-    # the pods' account may look at pods and jobs
+    # the service account may read pods and jobs
     rules = {name: rule for rule in kinds["Role"]["rules"] for name in rule["resources"]}
     assert rules["pods"]["apiGroups"] == [""] and "list" in rules["pods"]["verbs"]
     assert rules["jobs"]["apiGroups"] == ["batch"] and "get" in rules["jobs"]["verbs"]
@@ -233,3 +230,24 @@ def test_the_jobset_holds_what_jax_reads_of_kubernetes() -> None:
     mounted = {mount["name"] for mount in container()["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod["volumes"]}
     assert container()["resources"]["limits"]["nvidia.com/gpu"] == 4
+
+
+def test_huge_pages_are_enabled_unless_the_variable_is_set(launch, tmp_path, monkeypatch) -> None:
+    name, default = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
+    assert {"name": name, "value": default} in container()["env"]
+    exports = [
+        line
+        for file in ("run", "slurm.sbatch")
+        for line in (SCRIPTS / file).read_text().splitlines()
+        if line.startswith(f"export {name}=")
+    ]
+    assert len(exports) == 2
+    for value, expected in ((None, default), ("", ""), ("glibc.malloc.check=1", "glibc.malloc.check=1")):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+        for line in exports:
+            command = ["bash", "-euc", f'{line}\nprintf %s "${name}"']
+            assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == expected
+        _, lines, _ = finish(launch(f"import os; print('set to', os.environ['{name}'])", "-n", "1"))
+        assert f"[0] set to {expected}".rstrip() in lines

@@ -1,18 +1,22 @@
-"""``--help`` and ``--list`` do not wait for JAX, and a list that was made before is the same as a new one."""
+"""``run --list`` reads docstrings without importing anything; ``--long`` loads each experiment."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 from jaxtrain import run
 from jaxtrain.cli import listing
+from jaxtrain.experiment.registry import Entry
 
-LIGHT = """
+PROBE = """
 import sys
 sys.argv[1:] = {words!r}
 from jaxtrain.{module} import main
@@ -24,66 +28,85 @@ heavy = sorted(set(sys.modules) & {{"jax", "numpy", "flax", "optax"}})
 print("code", code, "heavy", heavy)
 """
 
+BROKEN = {
+    "exits": ('"""Exits."""\nimport sys\nsys.exit(5)\n', "SystemExit: 5"),
+    "raises": ('"""Raises."""\n1 / 0\n', "ZeroDivisionError: division by zero"),
+    "empty": ("", "must define EXPERIMENT"),
+    "syntax": ("def\n", "SyntaxError"),
+}
+
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """One experiment, found from the current folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    (tmp_path / "experiments").mkdir()
-    path = tmp_path / "experiments" / "mine.py"
-    path.write_text('"""A tiny one."""\n' + (ROOT / "tests" / "tiny.py").read_text().partition("\n")[2])
+def folder(tmp_path, monkeypatch) -> Path:
+    """A folder of experiments, found from the current folder: one that works, and broken ones."""
+    path = tmp_path / "experiments"
+    path.mkdir()
+    tiny = (ROOT / "tests" / "tiny.py").read_text().partition("\n")[2]
+    (path / "mine.py").write_text(f'"""A tiny one.\n\nMore text."""\n{tiny}')
+    for name, (text, _) in BROKEN.items():
+        (path / f"{name}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     return path
 
 
-def listed(capsys) -> str:
-    assert run.main(["--list"]) == 0
-    return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("mine"))
+def rows(capsys, *words: str) -> dict[str, str]:
+    """The rows of the table, by name."""
+    assert run.main(["--list", *words]) == 0
+    pairs = (line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    return {pair[0]: pair[-1].rstrip() for pair in pairs}
 
 
-def light(module, *words):
+def imported(module: str, *words: str) -> str:
+    """The exit code of a command, and which heavy packages it has imported."""
     done = subprocess.run(
-        [sys.executable, "-c", LIGHT.format(module=module, words=list(words))],
+        [sys.executable, "-c", PROBE.format(module=module, words=list(words))],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return done.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("module", "words"), [("run", ["--help"]), ("__main__", ["--help"])])
-def test_help_does_not_wait_for_jax(module, words):
-    assert light(module, *words)[-1] == "code 0 heavy []"
+@pytest.mark.parametrize(
+    ("module", "words"), [("run", ["--help"]), ("__main__", ["--help"]), ("run", ["--list"])]
+)
+def test_help_and_list_do_not_import_jax(module, words):
+    assert imported(module, *words) == "code 0 heavy []"
 
 
-def test_the_second_list_does_not_wait_for_jax_and_is_the_same(folder):
-    first, second = light("run", "--list"), light("run", "--list")
-    assert first[-1].startswith("code 0 heavy ['flax', 'jax'") and second[-1] == "code 0 heavy []"
-    assert first[:-1] == second[:-1] and len(first) > 10
+def test_list_shows_first_docstring_lines_of_files_that_cannot_be_imported(folder, capsys):
+    found = rows(capsys)
+    assert found["mine"] == "A tiny one." and "parameters" not in found["name"]
+    assert found["exits"] == "Exits." and found["raises"] == "Raises."
+    assert found["empty"] == "–"
+    assert found["syntax"].startswith("cannot be read: SyntaxError: invalid syntax")
+    assert "digits_cnn" in found
 
 
-def test_a_changed_file_is_loaded_again(folder, capsys, monkeypatch):
-    before = listed(capsys)
-    assert "A tiny one." in before and before.split()[-1] == "124"
-    monkeypatch.setattr(listing, "_described", lambda entry: pytest.fail(f"{entry.name} was loaded"))
-    assert listed(capsys) == before
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent.parent / "caches"))
-    monkeypatch.chdir(folder.parent.parent)
-    folder.write_text(folder.read_text().replace("A tiny one.", "Another."))
-    for name in [name for name in sys.modules if name.startswith("jaxtrain_file_mine")]:  # other tests', too
-        del sys.modules[name]
-    assert "Another." in listed(capsys)
+def test_list_sees_an_edited_file(folder, capsys):
+    (folder / "mine.py").write_text('"""Another."""\n')
+    assert rows(capsys)["mine"] == "Another."
 
 
-def test_what_cannot_be_loaded_is_tried_again(folder, capsys):
-    folder.write_text("1 / 0\n")
-    for _ in range(2):
-        assert "cannot be loaded" in listed(capsys)
+def test_long_shows_parameters_and_the_reason_of_each_broken_file(folder, capsys):
+    found = rows(capsys, "--long")
+    assert re.fullmatch(r"A tiny one\. +arrays +CNN +124", found["mine"])
+    assert re.search(r" digits +CNN +65,834$", found["digits_cnn"])
+    for name, (_, reason) in BROKEN.items():
+        assert found[name].startswith("cannot be loaded:")
+        assert reason in listing.describe(Entry(name, str(folder / f"{name}.py")))[0]  # the table wraps it
 
 
-def test_damaged_rows_are_made_again(folder, capsys):
-    before = listed(capsys)
-    (kept,) = (folder.parent.parent / "caches").rglob(listing.FILE)
-    for text in ("", "[]", '{"x": 5}', kept.read_text().replace('"124"', "124, 5")):
-        kept.write_text(text)
-        assert listed(capsys) == before
+def test_long_alone_is_refused(capsys):
+    assert run.main(["--experiment", "digits_cnn", "--long"]) == 2
+    assert capsys.readouterr().err == "jaxtrain.run: --long needs --list\n"
+
+
+def test_an_entry_point_is_read_without_importing_its_package(tmp_path, monkeypatch):
+    package = tmp_path / "package_of_mine"
+    package.mkdir()
+    (package / "__init__.py").write_text("1 / 0")
+    (package / "one.py").write_text('"""Of a package."""\n1 / 0')
+    monkeypatch.syspath_prepend(tmp_path)
+    for module, expected in [("package_of_mine.one", "Of a package."), ("gone.one", "entry point gone.one")]:
+        point = metadata.EntryPoint("one", module, "jaxtrain.experiments")
+        assert listing.summary(Entry("one", module, point)) == expected

@@ -1,4 +1,4 @@
-"""``python -m jaxtrain sample``: text from a run of a language model."""
+"""``python -m jaxtrain sample``: generate text with a run's language model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EXPERIMENT = Experiment(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: Any) -> Any:
-    """A run that has learnt the alphabet's first letters by heart."""
+    """A run that has memorised the first letters of the alphabet."""
     folder = tmp_path_factory.mktemp("sample")
     (folder / "abc.txt").write_text("abcdefgh" * 500)
     (folder / "abc.py").write_text(EXPERIMENT)
@@ -38,41 +38,41 @@ def folder(tmp_path_factory: Any) -> Any:
 
 
 @pytest.fixture
-def say(folder: Any, monkeypatch: Any, capsys: Any) -> Any:
+def sample_run(folder: Any, monkeypatch: Any, capsys: Any) -> Any:
     monkeypatch.chdir(folder)
 
-    def run_sample(*args: str) -> tuple[int, str, str]:
+    def call(*args: str) -> tuple[int, str, str]:
         code = sample.main(["--workdir", "run", "--experiment", "abc.py", *args])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
-    return run_sample
+    return call
 
 
-def test_it_goes_on_from_the_prompt_past_its_context(say: Any) -> None:
-    code, out, _ = say("--prompt", "cde", "--bytes", "21", "--temperature", "0")
+def test_the_text_continues_the_prompt_past_the_context(sample_run: Any) -> None:
+    code, out, _ = sample_run("--prompt", "cde", "--bytes", "21", "--temperature", "0")
     assert (code, out) == (0, "cdefghabcdefghabcdefghab\n")
 
 
-def test_the_text_is_not_needed_any_more(folder: Any, say: Any) -> None:
+def test_the_training_text_is_not_needed(folder: Any, sample_run: Any) -> None:
     (folder / "abc.txt").rename(folder / "elsewhere.txt")
     try:
-        code, out, err = say("--prompt", "cde", "--bytes", "3", "--temperature", "0")
+        code, out, err = sample_run("--prompt", "cde", "--bytes", "3", "--temperature", "0")
     finally:
         (folder / "elsewhere.txt").rename(folder / "abc.txt")
     assert (code, out, err) == (0, "cdefgh\n", "")
 
 
-def test_a_prompt_of_any_bytes_is_taken_as_it_is(say: Any) -> None:
-    """As a shell hands over the byte 255, which is no text in UTF-8; this model knows bytes up to 127."""
-    assert "token 255 of example 0" in say("--prompt", "\udcff")[2]
+def test_a_prompt_may_have_any_bytes(sample_run: Any) -> None:
+    """A shell passes the byte 255, which is not UTF-8, in this form; this model has bytes up to 127."""
+    assert "token 255 of example 0" in sample_run("--prompt", "\udcff")[2]
 
 
-def test_a_seed_says_which_text(say: Any) -> None:
+def test_the_text_depends_on_the_seed(sample_run: Any) -> None:
     hot = ["--temperature", "3", "--bytes", "30", "--prompt", "a"]
-    one, again, other = (say(*hot, "--seed", seed)[1] for seed in ("1", "1", "2"))
+    one, again, other = (sample_run(*hot, "--seed", seed)[1] for seed in ("1", "1", "2"))
     assert one == again != other
-    assert set(say(*hot, "--top-k", "1")[1]) <= set("abcdefgh\n")
+    assert set(sample_run(*hot, "--top-k", "1")[1]) <= set("abcdefgh\n")
 
 
 @pytest.mark.parametrize(
@@ -85,17 +85,17 @@ def test_a_seed_says_which_text(say: Any) -> None:
         (["--top-k", "0"], "--top-k 0: give at least 1"),
         (["--seed", str(2**70)], f"--seed {2**70}: it must be in [0, 2**31)"),
         (["--top-k", "129"], "top_k=129 of a vocabulary of 128"),
-        (["--checkpoint", "7"], "--checkpoint 7: give best, latest or a kept step"),
+        (["--checkpoint", "7"], "--checkpoint 7: give best, latest or a saved step"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(args: list[str], message: str, say: Any) -> None:
-    code, out, err = say(*args)
+def test_bad_input_is_one_line(args: list[str], message: str, sample_run: Any) -> None:
+    code, out, err = sample_run(*args)
     assert code == 2 and out == "" and message in err and err.count("\n") == 1
 
 
-def test_a_run_of_another_kind_is_refused(tmp_path: Any, monkeypatch: Any, capsys: Any) -> None:
+def test_a_run_of_another_model_is_refused(tmp_path: Any, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     tiny = str(ROOT / "tests" / "tiny.py")
     assert run.main(["--experiment", tiny, "--workdir", "run", "--set", "epochs=0.1"]) == 0
     assert sample.main(["--workdir", "run", "--experiment", tiny]) == 2
-    assert "tiny is no language model over bytes" in capsys.readouterr().err
+    assert "tiny is not a language model over bytes" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""``bench --scaling``: the core on 1, 2 and 4 of eight devices, what the command writes, what it refuses."""
+"""``bench --scaling``: the measurement on 1, 2 and 4 of eight devices, the output, and bad input."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxtrain import __main__ as verbs
-from jaxtrain.cli import bench as commands
+from jaxtrain import __main__ as commands
+from jaxtrain.cli import bench as bench_command
 from jaxtrain.core import files
 from jaxtrain.core.errors import InputError
 from jaxtrain.experiment import Experiment, find
@@ -62,7 +62,7 @@ def experiment(file) -> Experiment:
 
 @pytest.fixture
 def few(file) -> list[str]:
-    """Little to do, for the command."""
+    """Arguments for a short measurement."""
     return ["--experiment", file, "--steps", "2", "--rounds", "3"]
 
 
@@ -73,47 +73,47 @@ def console() -> Console:
 
 @pytest.fixture
 def rounds(monkeypatch) -> list[tuple[str, int]]:
-    """Every round that is run, as (mesh, steps)."""
+    """Record every round as (mesh size, steps)."""
     seen = []
     real = Lane.round
 
-    def spied(self, steps):
+    def record_round(self, steps):
         seen.append((self.mesh.size, steps))
         return real(self, steps)
 
-    monkeypatch.setattr(Lane, "round", spied)
+    monkeypatch.setattr(Lane, "round", record_round)
     return seen
 
 
 @pytest.fixture
 def unmeasured(monkeypatch):
-    """Whatever is refused is refused before anything is compiled."""
+    """Bad input must be refused before anything is compiled."""
 
     def never(*args, **kwargs):
-        raise AssertionError("measured all the same")
+        raise AssertionError("bad input was measured")
 
     monkeypatch.setattr(scaling, "assemble", never)
 
 
 @pytest.fixture
 def instant(monkeypatch):
-    """Figures without computing: a count n takes 1 / sqrt(n) seconds for its steps, the rounds differ."""
+    """Fake figures: n devices take 1 / sqrt(n) seconds for their steps; the rounds differ."""
 
-    def made_up(given, *, steps, rounds, console):
+    def fake_measure(given, *, steps, rounds, console):
         return [
             Measured(n, f"data={n}", layout.experiment.batch, True, steps, (n**-0.5, 2 * n**-0.5, n**-0.5))
             for n, layout in given.items()
         ]
 
-    monkeypatch.setattr(scaling, "measure", made_up)
+    monkeypatch.setattr(scaling, "measure", fake_measure)
 
 
 def bench(*args) -> int:
-    return verbs.main(["bench", *map(str, args)])
+    return commands.main(["bench", *map(str, args)])
 
 
 def refused(capsys, *args) -> str:
-    """The one line of an error, of exit code 2; nothing was written."""
+    """Check for exit code 2; returns the error, which must be one line."""
     code = bench(*args)
     error = capsys.readouterr().err
     assert code == 2, error
@@ -121,7 +121,7 @@ def refused(capsys, *args) -> str:
     return error
 
 
-def test_the_core_measures_the_program_of_a_run_in_interleaved_rounds(experiment, console, rounds):
+def test_rounds_of_all_device_counts_are_interleaved(experiment, console, rounds):
     found = measure(layouts(experiment, (1, 2, 4)), steps=2, rounds=3, console=console)
     assert [(one.devices, one.mesh, one.batch) for one in found] == [
         (1, "data=1", 16),
@@ -132,11 +132,11 @@ def test_the_core_measures_the_program_of_a_run_in_interleaved_rounds(experiment
     assert all(seconds > 0 for one in found for seconds in one.round_seconds)
     first, later = rounds[:3], rounds[3:]
     assert first == [(1, 1), (2, 1), (4, 1)]  # compile, one after another
-    there, back = [(1, 2), (2, 2), (4, 2)], [(4, 2), (2, 2), (1, 2)]
-    assert later == [*back, *there, *back, *there]  # the first of them is thrown away
+    up, down = [(1, 2), (2, 2), (4, 2)], [(4, 2), (2, 2), (1, 2)]
+    assert later == [*down, *up, *down, *up]  # the first is discarded
 
 
-def test_a_lane_trains_as_the_run_does_and_compiles_once(experiment, mesh8):
+def test_a_lane_trains_like_a_run_and_compiles_once(experiment, mesh8):
     lane = Lane(experiment, mesh8)
     state, program = lane.program.init(), lane.program
     for step in range(5):
@@ -157,7 +157,7 @@ def test_a_round_bounds_its_queue_and_waits_at_its_end(experiment, mesh1, monkey
     assert waited[-1][0] is lane.state
 
 
-def test_the_loader_is_closed_also_when_measuring_fails(experiment, console, monkeypatch):
+def test_the_loader_is_closed_if_measuring_fails(experiment, console, monkeypatch):
     closed, real = [], Program.close
     monkeypatch.setattr(Program, "close", lambda self: (closed.append(self), real(self)))
     given = layouts(dataclasses.replace(experiment, placement="stream"), (1, 2))
@@ -169,7 +169,7 @@ def test_the_loader_is_closed_also_when_measuring_fails(experiment, console, mon
     assert len(closed) == 3
 
 
-def test_strong_scaling_keeps_the_global_batch_and_weak_that_of_a_device(experiment):
+def test_strong_scaling_keeps_the_global_batch_and_weak_scaling_the_batch_per_device(experiment):
     counts = (1, 2, 8)
     batches = {
         weak: [found.experiment.batch for found in layouts(experiment, counts, "data=*", weak).values()]
@@ -179,7 +179,7 @@ def test_strong_scaling_keeps_the_global_batch_and_weak_that_of_a_device(experim
     given = layouts(experiment, (2, 4, 8), "model=2,fsdp=*", weak=True)
     assert [found.sizes["fsdp"] for found in given.values()] == [1, 2, 4]
     assert [found.experiment.batch for found in given.values()] == [32, 64, 128]
-    odd = dataclasses.replace(experiment, eval_batch=5)  # evaluation has no say in it
+    odd = dataclasses.replace(experiment, eval_batch=5)  # nothing is evaluated
     assert layouts(odd, (8,))[8].experiment.eval_batch is None
 
 
@@ -203,15 +203,15 @@ def test_figures_by_hand():
     }
 
 
-def test_turns_go_there_and_back():
+def test_every_other_round_is_reversed():
     assert list(interleaved((1, 2), 3)) == [(0, 2), (0, 1), (1, 1), (1, 2), (2, 2), (2, 1)]
 
 
 def test_the_command_prints_a_table_and_writes_json(few, tmp_path, capsys):
     words = ["bench", "--scaling", "4,1", *few, "--json", str(tmp_path / "s.json"), "--set", "seed=3"]
-    assert verbs.main(words) == 0
+    assert commands.main(words) == 0
     out = capsys.readouterr().out
-    assert "WARNING: these are simulated devices" in out
+    assert "WARNING: simulated devices share" in out
     assert "small, strong scaling on cpu, medians (and quartiles) of 3 rounds of 2 steps" in out
     row = r"^ +(\d) +(data=\d) +16 +[\d.]+ \([\d.]+–[\d.]+\) +([\d,]+) +([\d.]+) +([\d.]+ %)$"
     table = re.findall(row, out, re.M)
@@ -240,11 +240,11 @@ def test_one_cpu_device_is_not_simulated(few, instant, capsys):
     assert "WARNING" not in capsys.readouterr().out
 
 
-def test_the_plot_shows_what_was_measured_and_the_ideal():
+def test_the_plot_shows_measured_and_ideal_speed():
     pytest.importorskip("matplotlib")
     found = [Measured(n, "", 100, True, 1, (1 / n**0.5, 2 / n**0.5)) for n in (2, 8)]
     about = {"experiment": "small", "scaling": "weak", "device": "cpu", "simulated": True, **record(found)}
-    [axis] = commands._figure(about).axes
+    [axis] = bench_command._figure(about).axes
     labels = [text.get_text() for text in axis.get_legend().get_texts()]
     assert labels == ["ideal", "measured, with quartiles"]
     ideal, measured, *_ = (line.get_xydata() for line in axis.lines)
@@ -254,12 +254,12 @@ def test_the_plot_shows_what_was_measured_and_the_ideal():
     assert axis.get_title() == "small, weak scaling, cpu (simulated devices)"
 
 
-def test_the_plot_is_a_picture(few, instant, tmp_path):
+def test_the_plot_is_an_image(few, instant, tmp_path):
     pytest.importorskip("matplotlib")
     assert bench("--scaling", "1,2,4,8", *few, "--plot", tmp_path / "s.png") == 0
-    with Image.open(tmp_path / "s.png") as picture:
-        assert picture.format == "PNG" and min(picture.size) > 300
-        assert len(picture.convert("RGB").getcolors(1 << 20)) > 10  # lines in colour, not an empty page
+    with Image.open(tmp_path / "s.png") as image:
+        assert image.format == "PNG" and min(image.size) > 300
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 10  # coloured lines, not a blank image
 
 
 def test_a_plot_without_matplotlib_is_refused_before_measuring(
@@ -303,8 +303,8 @@ def test_a_plot_without_matplotlib_is_refused_before_measuring(
         ),
         (["--scaling", "1,8", "--set", "accumulate=4"], "into 32 parts (data=8, accumulate=4): leave 8 out"),
         (["--scaling", "3", "--weak", "--set", "accumulate=3"], "batch 48 does not divide into 9 parts"),
-        (["--scaling", "1", "--json", "none/s.json"], "there is no folder none"),
-        (["--scaling", "1", "--plot", "none/s.png"], "there is no folder none"),
+        (["--scaling", "1", "--json", "none/s.json"], "folder none does not exist"),
+        (["--scaling", "1", "--plot", "none/s.png"], "folder none does not exist"),
         (["--scaling", "1", "--json", "."], "is a folder: give a file"),
         (["--scaling", "1", "--plot", "s.pdf"], "give a name that ends in .png"),
         (["--scaling", "1", "--experiment", "digit_cnn"], "did you mean digits_cnn?"),
@@ -319,7 +319,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_every_suggested_batch_suits_all_counts(experiment):
+def test_every_suggested_batch_works_for_all_counts(experiment):
     for counts, mesh, weak, accumulate in itertools.product(
         ((1, 3, 8), (2, 6)), ("data=*", "fsdp=*"), (False, True), (1, 6)
     ):
@@ -333,7 +333,7 @@ def test_every_suggested_batch_suits_all_counts(experiment):
             layouts(dataclasses.replace(odd, batch=int(batch)), counts, mesh, weak)
 
 
-def test_a_disk_that_fails_after_measuring_is_exit_3(few, instant, tmp_path, capsys, monkeypatch):
+def test_a_failed_write_after_measuring_is_exit_3(few, instant, tmp_path, capsys, monkeypatch):
     def full(path, data):
         raise OSError(28, "No space left on device", str(path))
 
@@ -344,21 +344,21 @@ def test_a_disk_that_fails_after_measuring_is_exit_3(few, instant, tmp_path, cap
     assert not list(tmp_path.iterdir())
 
 
-def test_a_drawing_that_fails_leaves_no_file(few, instant, tmp_path, capsys, monkeypatch):
+def test_a_failed_plot_leaves_no_file(few, instant, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(commands, "_figure", lambda about: 1 / 0)
+    monkeypatch.setattr(bench_command, "_figure", lambda about: 1 / 0)
     code = bench("--scaling", "1,2", *few, "--json", tmp_path / "s.json", "--plot", tmp_path / "s.png")
     assert code == 1 and "ZeroDivisionError" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_place_that_cannot_be_written_is_refused(few, unmeasured, tmp_path, capsys, monkeypatch):
+def test_an_unwritable_folder_is_refused(few, unmeasured, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     error = refused(capsys, "--scaling", "1", *few, "--json", tmp_path / "s.json")
-    assert "s.json cannot be written: choose another place" in error
+    assert "s.json is not writable: give another file" in error
 
 
-def test_a_fresh_process_simulates_its_devices(few, python):
+def test_a_new_process_simulates_its_devices(few, python):
     done = python("-m", "jaxtrain", "bench", "--scaling", "1,2", "--simulate-devices", 2, *few)
     assert done.returncode == 0, done.stderr
     assert "2 devices (data=2): ready" in done.stdout and "WARNING" in done.stdout

@@ -1,4 +1,4 @@
-"""``python -m jaxtrain verify``: what is the same passes, and every kind of difference is found."""
+"""``python -m jaxtrain verify``: equal runs pass, and every kind of difference is found."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxtrain import __main__ as verbs
+from jaxtrain import __main__ as commands
 from jaxtrain.cli import verify_compare
 from jaxtrain.core.errors import RunError
 
 TINY = str(Path(__file__).parents[1] / "tiny.py")
 # The stage is traced once in each process, and draws another number each time.
-FORGETFUL = f"""
-    '''An experiment that does not go on exactly.'''
+NONDETERMINISTIC = f"""
+    '''An experiment that does not resume bit-for-bit.'''
     import dataclasses, importlib.util, os
     spec = importlib.util.spec_from_file_location("tiny_again", {TINY!r})
     tiny = importlib.util.module_from_spec(spec)
@@ -31,82 +31,86 @@ FORGETFUL = f"""
 
 
 def refused(capsys, *args) -> tuple[int, str]:
-    code = verbs.main(["verify", *map(str, args)])
+    code = commands.main(["verify", *map(str, args)])
     error = capsys.readouterr().err
     assert error.count("\n") == 1, error
     return code, error
 
 
-def test_a_killed_run_goes_on_bit_for_bit(capfd):
-    assert verbs.main(["verify", "--experiment", TINY, "--steps", "6"]) == 0
+def test_a_killed_run_resumes_bit_for_bit(capfd):
+    assert commands.main(["verify", "--experiment", TINY, "--steps", "6"]) == 0
     out = capfd.readouterr().out
-    assert "killed after the checkpoint of step 3" in out and "verified: the same bit for bit" in out
+    assert "killed after the checkpoint of step 3" in out and "verified: bit-for-bit identical" in out
     assert "params       the same: 5 arrays\n" in out and "the same in 6 records" in out
 
 
 @pytest.mark.full
 def test_two_processes_and_another_mesh(capfd):
     words = ["--experiment", TINY, "--steps", "4", "--simulate-devices", "4"]
-    assert verbs.main(["verify", *words, "--processes", "2"]) == 0
-    assert verbs.main(["verify", *words, "--against-mesh", "data=2,model=2"]) == 0
-    assert capfd.readouterr().out.count("verified: the same within 1e-05") == 2
+    assert commands.main(["verify", *words, "--processes", "2"]) == 0
+    assert commands.main(["verify", *words, "--against-mesh", "data=2,model=2"]) == 0
+    assert capfd.readouterr().out.count("verified: equal within 1e-05") == 2
 
 
 @pytest.mark.full
-def test_a_run_that_does_not_go_on_exactly_is_found(tmp_path, capfd):
-    path = tmp_path / "forgetful.py"
-    path.write_text(textwrap.dedent(FORGETFUL))
-    assert verbs.main(["verify", "--experiment", str(path), "--steps", "4"]) == 3
+def test_a_nondeterministic_run_is_found(tmp_path, capfd):
+    path = tmp_path / "nondeterministic.py"
+    path.write_text(textwrap.dedent(NONDETERMINISTIC))
+    assert commands.main(["verify", "--experiment", str(path), "--steps", "4"]) == 3
     assert "NOT the same: params/" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         (("--steps", "3"), "--steps 3: give an even number, at least 2"),
         (("--steps", "0"), "give an even number"),
         (("--tolerance", "nan"), "--tolerance nan: give a number in [0, 1)"),
         (("--processes", "2"), "add --simulate-devices 8"),
         (("--processes", "2", "--simulate-devices", "3"), "must be a multiple of it"),
-        (("--process-id", "0"), "give --processes N alone"),
+        (("--process-id", "0"), "give only --processes N"),
         (("--set", "batch=x"), "expected int"),
     ],
 )
-def test_bad_input_is_one_line(args, told, capsys):
+def test_bad_input_is_one_line(args, message, capsys):
     code, error = refused(capsys, "--experiment", TINY, *args)
-    assert code == 2 and told in error
+    assert code == 2 and message in error
 
 
-def test_what_a_child_refuses_is_told(capsys):
-    assert verbs.main(["verify", "--experiment", TINY, "--mesh", "model=3", "--simulate-devices", "2"]) == 2
+def test_an_error_of_a_process_is_reported_in_one_line(capsys):
+    assert (
+        commands.main(["verify", "--experiment", TINY, "--mesh", "model=3", "--simulate-devices", "2"]) == 2
+    )
     error = capsys.readouterr().err
     assert error.startswith("jaxtrain verify: --mesh model=3 needs 3 devices") and error.count("\n") == 1
 
 
-def fed(folder: Path, phase: str, ids: dict[int, list[int]], process: int = 0) -> None:
+def write_ids(folder: Path, phase: str, ids: dict[int, list[int]], process: int = 0) -> None:
     folder.mkdir(exist_ok=True)
-    lines = [json.dumps({"step": step, "ids": there}) + "\n" for step, there in ids.items()]
+    lines = [json.dumps({"step": step, "ids": some}) + "\n" for step, some in ids.items()]
     (folder / f"{phase}-{process}.jsonl").write_text("".join(lines))
 
 
 def test_examples_are_compared_step_by_step(tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
-    fed(one, "straight", {1: [0, 1], 2: [2, 3]})
-    fed(other, "killed", {1: [0, 1]})
-    fed(other, "resumed", {2: [2, 3]})
-    assert verify_compare._same_ids(one, other, 2) == "the same in 2 steps"
-    fed(other, "resumed", {2: [3, 2]})
-    with pytest.raises(RunError, match=r"step 2 was fed the examples \[2, 3\], and resumed \[3, 2\]"):
-        verify_compare._same_ids(one, other, 2)
-    fed(other, "resumed", {2: [3]})
-    fed(other, "resumed", {2: [2]}, process=1)  # two processes have their rows each
-    verify_compare._same_ids(one, other, 2)
-    fed(other, "resumed", {2: [2], 3: [4]}, process=1)
-    with pytest.raises(RunError, match=r"the steps \[2, 3\] were fed, not 2 to 2"):
-        verify_compare._same_ids(one, other, 2)
-    fed(other, "killed", {})
+    write_ids(one, "straight", {1: [0, 1], 2: [2, 3]})
+    write_ids(other, "killed", {1: [0, 1]})
+    write_ids(other, "resumed", {2: [2, 3]})
+    assert verify_compare._compare_ids(one, other, 2) == "the same in 2 steps"
+    write_ids(other, "resumed", {2: [3, 2]})
+    with pytest.raises(
+        RunError, match=r"step 2 trained on the examples \[2, 3\], and in phase resumed on \[3, 2\]"
+    ):
+        verify_compare._compare_ids(one, other, 2)
+    write_ids(other, "resumed", {2: [3]})
+    write_ids(other, "resumed", {2: [2]}, process=1)  # each process has its own rows
+    verify_compare._compare_ids(one, other, 2)
+    write_ids(other, "resumed", {2: [2], 3: [4]}, process=1)
+    with pytest.raises(RunError, match=r"trained the steps \[2, 3\], not 2 to 2"):
+        verify_compare._compare_ids(one, other, 2)
+    write_ids(other, "killed", {})
     with pytest.raises(RunError, match="no step"):
-        verify_compare._same_ids(one, other, 2)
+        verify_compare._compare_ids(one, other, 2)
 
 
 def test_arrays_are_compared_bit_for_bit_or_within_a_tolerance():
@@ -125,7 +129,7 @@ def test_arrays_are_compared_bit_for_bit_or_within_a_tolerance():
         verify_compare._distance("p", a, b * np.float32(np.nan), 1e-5)
     nan, zero = np.float32([np.nan]), np.float32([0.0])
     assert verify_compare._distance("p", nan, nan.copy(), 0.0) == 0
-    with pytest.raises(RunError):  # equal numbers, other bits
+    with pytest.raises(RunError):  # equal numbers, different bits
         verify_compare._distance("p", zero, -zero, 0.0)
 
 
@@ -135,8 +139,8 @@ def test_records_are_compared_by_step_and_name(tmp_path):
         folder.mkdir()
         record = {"step": 1, "epoch": 0.1, "train/loss": loss, "examples_per_second": loss}
         (folder / "metrics.jsonl").write_text(json.dumps(record) + '\n{"step": 1, "test/loss": 2}\n')
-    with pytest.raises(RunError, match=r"train/loss of step 1 is 0\.5, and then 0\.5000001"):
-        verify_compare._same_metrics(one, other, 1, 0.0)
-    assert verify_compare._same_metrics(one, other, 1, 1e-5) == "the same in 1 records"
+    with pytest.raises(RunError, match=r"train/loss of step 1 is 0\.5 in one run and 0\.5000001"):
+        verify_compare._compare_metrics(one, other, 1, 0.0)
+    assert verify_compare._compare_metrics(one, other, 1, 1e-5) == "the same in 1 records"
     with pytest.raises(RunError, match="train/loss of step 2 is None"):
-        verify_compare._same_metrics(one, other, 2, 1e-5)
+        verify_compare._compare_metrics(one, other, 2, 1e-5)

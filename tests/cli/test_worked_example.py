@@ -1,4 +1,4 @@
-"""The numerical example of an article, by hand and by autodiff, in float64.
+"""A numerical example from an article, by hand and by autodiff, in float64.
 
 Inputs 1 2 3; weights [[1 2 3], [4 5 6]]; biases 1 2; ReLU; squared error to [0, 1]. The article prints 12
 and 29 for the first layer, where the sums are 15 and 34. The shapes of its second layer do not fit; the one
@@ -46,7 +46,7 @@ def float64() -> Any:
 
 
 def params() -> dict[str, Any]:
-    """As Flax keeps them: kernels are [in, out]."""
+    """The parameters in Flax's layout: kernels are [in, out]."""
     return {
         "dense0": {"kernel": jnp.array(W1).T, "bias": jnp.array(B1)},
         "head": {"kernel": jnp.array(W2).T, "bias": jnp.array(B2)},
@@ -57,7 +57,7 @@ def batch() -> dict[str, Any]:
     return {"image": jnp.array([X]), "target": jnp.array([TARGET])}
 
 
-def test_forward_pass_is_what_the_hand_gives(float64: Any) -> None:
+def test_forward_pass_matches_the_hand_computation(float64: Any) -> None:
     net = MLP(widths=(2,), classes=2)
     y, seen = net.apply({"params": params()}, batch()["image"], capture_intermediates=True)
     hidden = seen["intermediates"]["dense0"]["__call__"][0]
@@ -68,7 +68,7 @@ def test_forward_pass_is_what_the_hand_gives(float64: Any) -> None:
     np.testing.assert_allclose(loss, LOSS, rtol=1e-14)
 
 
-def test_autodiff_is_what_the_hand_gives(float64: Any) -> None:
+def test_autodiff_matches_the_hand_computation(float64: Any) -> None:
     def loss(p: Any) -> Any:
         return MSE()(MLP(widths=(2,), classes=2).apply({"params": p}, batch()["image"]), batch())[0]
 
@@ -79,7 +79,7 @@ def test_autodiff_is_what_the_hand_gives(float64: Any) -> None:
     np.testing.assert_allclose(grads["dense0"]["bias"], DHIDDEN, rtol=1e-13)
 
 
-def test_the_train_step_takes_that_gradient_times_the_rate(float64: Any) -> None:
+def test_the_train_step_subtracts_the_gradient_times_the_learning_rate(float64: Any) -> None:
     net, tx = MLP(widths=(2,), classes=2), optax.sgd(0.01)
     state = make_init(net, tx)(jax.random.key(0), batch()).replace(params=params())
     state, metrics = jax.jit(make_train_step(net, MSE(), tx))(state, batch(), jax.random.key(0))
@@ -92,7 +92,7 @@ def test_the_train_step_takes_that_gradient_times_the_rate(float64: Any) -> None
     )
 
 
-def test_relu_stops_the_gradient_of_a_unit_below_zero(float64: Any) -> None:
+def test_relu_has_no_gradient_below_zero(float64: Any) -> None:
     below = params()
     below["dense0"]["bias"] = jnp.array([1.0, -33.0])  # the second sum is now 32 - 33 = -1
 

@@ -114,7 +114,7 @@ def test_no_secret_is_in_any_file_of_a_run_nor_in_what_it_prints(secretive, capf
     assert "test.token is <redacted " in capfd.readouterr().err
     assert verbs.main(["evaluate", "--workdir", "r", "--experiment", "mine.py"]) == 2
     out, err = capfd.readouterr()
-    assert "let the file read it from an environment variable" in err and leaks(out, err) == []
+    assert "read them from an environment variable in the file" in err and leaks(out, err) == []
 
 
 @pytest.mark.parametrize("debug", [[], ["--debug"]])
@@ -143,14 +143,13 @@ def test_no_secret_is_in_an_error_of_a_file_that_cannot_be_loaded(debug, secreti
 
 
 def test_no_secret_is_in_the_traceback_of_a_bug(secretive, capfd):
-    import argparse
 
     def bug(args):
         redact.register_secret("token", ["CANARY-Tok-1"])
         sys.stdout.writelines([f"{Path.cwd()}\n"])
         raise KeyError("CANARY-Tok-1")
 
-    assert command_line.main(bug, argparse.ArgumentParser(prog="p"), []) == 1
+    assert command_line.main(bug, command_line.Parser("p", ""), []) == 1
     out, err = capfd.readouterr()
     assert "KeyError: '<redacted>'" in err and leaks(out, err) == []
     assert out == f"{Path.cwd()}\n"  # though an environment variable called KEYRING has it too

@@ -222,9 +222,9 @@ def test_bad_numbers_are_refused(value, capsys):
 def test_verify_uses_the_same_steps_per_execution(capfd):
     words = ["verify", "--experiment", TINY, "--set", "steps_per_execution=3", "--steps", "8"]
     assert verbs.main(words) == 0
-    assert "verified: the same bit for bit" in capfd.readouterr().out
+    assert "verified: bit-for-bit identical" in capfd.readouterr().out
     assert verbs.main([*words[:-1], "2"]) == 0
-    assert "no dispatch of 3 updates in so few: --steps 12" in capfd.readouterr().out
+    assert "too few steps to test an execution of 3 updates: use --steps 12" in capfd.readouterr().out
 
 
 def test_verify_measures_once_for_all_its_phases(monkeypatch):
