@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 
 from jaxtrain.cli import SUMMARIES
+from jaxtrain.core.text import did_you_mean
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,9 +18,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write("usage: python -m jaxtrain VERB ...\n\n" + "\n".join(lines) + "\n")
         return 0
     if verb not in SUMMARIES:
-        near = difflib.get_close_matches(verb, SUMMARIES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(SUMMARIES)}"
-        sys.stderr.write(f"jaxtrain: no verb is called {verb}: {hint}\n")
+        sys.stderr.write(f"jaxtrain: no verb is called {verb}: {did_you_mean(verb, SUMMARIES)}\n")
         return 2
     module = "jaxtrain.run" if verb == "run" else f"jaxtrain.cli.{verb}"
     code: int = importlib.import_module(module).main(argv[1:])

@@ -17,6 +17,7 @@ from jaxtrain.checkpoint import folder as folders
 from jaxtrain.checkpoint import manifest as manifests
 from jaxtrain.checkpoint.manifest import CheckpointInfo, CorruptCheckpointError
 from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.text import first_line, size_text
 from jaxtrain.core.types import State, leaf_paths
 from jaxtrain.sharding import multihost
 
@@ -279,10 +280,11 @@ class Checkpoints:
         kept = [saved for saved in folders.list_checkpoints(self._folder) if saved.damage is None]
         safe = f"step {kept[-1].step} is safe" if kept else "no step has been saved"
         there = next(path for path in (self._folder, *self._folder.parents) if path.exists())
+        free = size_text(shutil.disk_usage(there).free)
         return RunError(
-            f"saving step {step} to {self._folder} failed ({_first_line(error)}); {safe}; a checkpoint needs "
-            f"{_bytes(size)} and {_bytes(shutil.disk_usage(there).free)} are free: free space or fix the "
-            "folder, then run the same command again"
+            f"saving step {step} to {self._folder} failed ({type(error).__name__}: "
+            f"{first_line(error)[:200]}); {safe}; a checkpoint needs {size_text(size)} and {free} are free: "
+            "free space or fix the folder, then run the same command again"
         )
 
     def _note(self, line: str) -> None:
@@ -311,7 +313,9 @@ def _load(
         with context:
             arrays: dict[str, jax.Array] = ocp.load(saved.folder / "state", abstract)
     except Exception as error:  # whatever Orbax, TensorStore or the disk has to say
-        raise CorruptCheckpointError(f"it cannot be read ({_first_line(error)})") from error
+        raise CorruptCheckpointError(
+            f"it cannot be read ({type(error).__name__}: {first_line(error)[:200]})"
+        ) from error
     if saved.has_checksums:
         then = saved.manifest["fingerprints"]
         for path, now in fingerprint.finish(arrays, fingerprint.start(arrays)).items():
@@ -330,16 +334,3 @@ def _flatten(state: State) -> tuple[dict[str, Any], Any]:
     if len(paths) != len(jax.tree.leaves(state)):
         raise InputError("two arrays of the state have one path: names must not contain '/'")
     return paths, tree
-
-
-def _bytes(count: int) -> str:
-    """``1.5 GB``."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

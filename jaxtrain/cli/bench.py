@@ -18,7 +18,7 @@ from typing import Any
 from jaxtrain import __version__
 from jaxtrain.cli import SUMMARIES, bench_deterministic, command_line, devices, experiments
 from jaxtrain.core.errors import InputError, RunError
-from jaxtrain.train import environment
+from jaxtrain.core.process import cores
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -177,7 +177,7 @@ def _environment(most: int, load: float) -> dict[str, Any]:
         "device": device.device_kind,
         "platform": device.platform,
         "simulated": device.platform == "cpu" and most > 1,
-        "cores": environment.cores(),
+        "cores": cores(),
         "load_before": load,
         "versions": {"python": platform.python_version(), "jaxtrain": __version__, **versions},
     }

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from jaxtrain import sharding
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.text import first_line
 from jaxtrain.sharding import multihost
 from jaxtrain.sharding.initialize import in_use
 from jaxtrain.train.environment import DETERMINISTIC_FLAG
@@ -130,10 +131,9 @@ def first_devices(count: int | None) -> list[jax.Device]:
     try:
         everything = jax.devices()
     except (RuntimeError, AssertionError) as error:
-        line = str(error).partition("\n")[0][:200] or type(error).__name__
         named = os.environ.get("JAX_PLATFORMS")
         asked = f"; JAX_PLATFORMS is {named!r}: unset it, or install what that needs" if named else ""
-        raise InputError(f"JAX cannot start its devices ({line}){asked}") from error
+        raise InputError(f"JAX cannot start its devices ({first_line(error)[:200]}){asked}") from error
     if count is None:
         return everything
     if not 1 <= count <= len(everything):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from jaxtrain.cli import SUMMARIES, command_line, huge_pages
 from jaxtrain.core import cache
+from jaxtrain.core.process import cores
 
 PACKAGES = (
     "jaxtrain",
@@ -78,7 +79,7 @@ def _versions() -> dict[str, str]:
 
 def _devices(problems: list[str]) -> dict[str, str]:
     driver = _driver()
-    rows = {"NVIDIA driver": driver or "none", "CPU cores": str(os.cpu_count())}
+    rows = {"NVIDIA driver": driver or "none", "CPU cores": str(cores())}
     try:
         import jax
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtrain import __version__
 from jaxtrain.core import cache, redact
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.files import write_json
 from jaxtrain.experiment.registry import PACKAGE, discover
 
 if TYPE_CHECKING:
@@ -93,7 +92,4 @@ def _write(rows: dict[str, list[str]]) -> None:
     if folder is None:
         return
     with contextlib.suppress(OSError):
-        handle, part = tempfile.mkstemp(dir=folder)
-        with os.fdopen(handle, "w") as file:
-            json.dump(dict(list(rows.items())[:MOST]), file)
-        Path(part).replace(folder / FILE)
+        write_json(folder / FILE, dict(list(rows.items())[:MOST]))

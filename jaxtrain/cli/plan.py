@@ -126,7 +126,7 @@ def _notes(mesh: Mesh, simulated: bool, experiment: Any, limit: Any) -> list[str
 
 def _progress(given: Any) -> Callable[[Any], None]:
     """Tells each result as it comes, where no bar moves."""
-    from jaxtrain.program.device_limits import size_text
+    from jaxtrain.core.text import size_text
 
     def told(tried: Any) -> None:
         if not sys.stdout.isatty():

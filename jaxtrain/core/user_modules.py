@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.text import first_line
 
 PREFIX = "jaxtrain_file_"
 
@@ -37,8 +38,7 @@ def load(path: str | Path) -> ModuleType:
         del sys.modules[name]
         if isinstance(error, InputError) or not isinstance(error, Exception):
             raise
-        line = str(error).partition("\n")[0]
-        raise InputError(f"{path} cannot be imported: {type(error).__name__}: {line}") from error
+        raise InputError(f"{path} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
     return module
 
 

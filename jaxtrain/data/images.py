@@ -12,13 +12,14 @@ import dataclasses
 import io
 import math
 import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.process import cores
+from jaxtrain.core.text import first_line
 from jaxtrain.data.randaugment import Draws, HostStage
 from jaxtrain.data.tfds import TFDS
 
@@ -284,7 +285,7 @@ class RandomCrops(Images):
 
 def _threads() -> int:
     """A loader's worker is one of several processes already: its batch is decoded in its own thread."""
-    return 1 if multiprocessing.parent_process() is not None else min(8, os.cpu_count() or 1)
+    return 1 if multiprocessing.parent_process() is not None else min(8, cores())
 
 
 def _opened(data: Any, where: str, feature: str) -> Image:
@@ -328,8 +329,7 @@ def _decoding(where: str, feature: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Each of Pillow's formats raises kinds of its own.
-        line = str(error).partition("\n")[0] or type(error).__name__
         raise RunError(
-            f"{where}: feature {feature!r} cannot be decoded ({line}): prepare the data set again, or leave "
-            "the example out with data.Subset"
+            f"{where}: feature {feature!r} cannot be decoded ({first_line(error)}): prepare the data set "
+            "again, or leave the example out with data.Subset"
         ) from error

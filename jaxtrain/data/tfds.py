@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import io
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.process import cores
+from jaxtrain.core.text import first_line
 from jaxtrain.data.data_dir import (
     check_features,
     file_formats,
@@ -260,7 +261,7 @@ class _Split:
         chunks = [indices[i : i + _CHUNK].tolist() for i in range(0, len(indices), _CHUNK)]
         if len(chunks) == 1:
             return self._chunk(chunks[0])
-        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        with concurrent.futures.ThreadPoolExecutor(min(8, cores())) as pool:
             parts = list(pool.map(self._chunk, chunks))
         return {key: self._join(key, [part[key] for part in parts], np.concatenate) for key in parts[0]}
 
@@ -293,7 +294,7 @@ class _Split:
 
     def _damaged(self, index: int, error: Exception) -> RunError:
         """For an example that cannot be read: its file and record, and what to do."""
-        line = str(error).partition("\n")[0].partition("; ")[0] or type(error).__name__
+        line = first_line(error).partition("; ")[0]
         again = _again(self.name, str(self.records.dataset_info.data_dir))
         return RunError(
             f"data set {self.name}: {self.place(index)} (example {index} of split {self.split}) cannot be "

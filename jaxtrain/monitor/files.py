@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from jaxtrain.core.errors import RunError
+from jaxtrain.core.files import write_text
 
 
 class Files:
@@ -103,7 +104,5 @@ def _continued(path: Path, start: int) -> TextIO:
                     kept.append(line + "\n")
             except (ValueError, KeyError):  # a line cut short by a kill
                 continue
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(kept))
-    part.replace(path)
+    write_text(path, "".join(kept))
     return path.open("a")

@@ -11,11 +11,9 @@ import dataclasses
 import datetime
 import json
 import math
-import os
 import platform
 import re
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -25,6 +23,9 @@ import jax
 
 from jaxtrain.core import cache
 from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.files import write_json
+from jaxtrain.core.process import cores
+from jaxtrain.core.text import first_line
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 CPU_SIZES, GPU_SIZES = (512, 1024, 2048), (4096, 8192, 16384)
@@ -170,7 +171,7 @@ def measure(device: jax.Device, precision: str, rounds: int = 5, sizes: Sequence
             if size == sizes[0]:
                 raise RunError(
                     f"{device.device_kind} multiplies no {precision} matrices of {size} rows: "
-                    f"{str(error).partition(chr(10))[0][:200]}"
+                    f"{first_line(error)[:200]}"
                 ) from error
     times: dict[int, list[float]] = {size: [] for size in works}
     for _ in range(rounds):
@@ -211,10 +212,7 @@ def store_peak(device: jax.Device, precision: str, peak: Peak) -> Path:
     everything = {**_read(path), _key(device, precision): dataclasses.asdict(peak)}
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, made = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(handle, "w") as file:
-            json.dump(everything, file, indent=1)
-        Path(made).replace(path)
+        write_json(path, everything)
     except OSError as error:
         raise RunError(
             f"{path} cannot be written ({error.strerror}): set XDG_CACHE_HOME to a folder of your own"
@@ -247,7 +245,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def name(device: jax.Device) -> str:
     """The device's kind; JAX calls every CPU ``cpu``, so here by its own name and the cores it lends us."""
-    return f"{_processor()}, {_cores()} cores" if device.platform == "cpu" else device.device_kind
+    return f"{_processor()}, {cores()} cores" if device.platform == "cpu" else device.device_kind
 
 
 def _key(device: jax.Device, precision: str) -> str:
@@ -261,8 +259,3 @@ def _processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    count = os.cpu_count() or 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxtrain.core.errors import RunError
+from jaxtrain.core.text import first_line
 from jaxtrain.data import Arrays, Source, Subset, holdout
 from jaxtrain.experiment import Experiment
 from jaxtrain.plan.collectives import Collective, collectives
@@ -172,8 +173,9 @@ def _compile(program: Program, mesh: Mesh) -> Any:
     try:
         return lowered.compile(compiler_options=quick)
     except jax.errors.JaxRuntimeError as error:
-        line = str(error).partition("\n")[0]
-        raise RunError(f"XLA does not compile the train step: {line[:300]} (--debug shows where)") from error
+        raise RunError(
+            f"XLA does not compile the train step: {first_line(error)[:300]} (--debug shows where)"
+        ) from error
 
 
 def _splits(arrays: list[DeviceArray]) -> set[str]:

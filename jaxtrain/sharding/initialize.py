@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.text import first_line
 from jaxtrain.sharding import rendezvous
 
 COORDINATOR = "127.0.0.1:29400"
@@ -154,8 +155,7 @@ def _initialize(address: str, processes: int, process_id: int, devices: Any, tim
         )
     except RuntimeError as error:
         raise RunError(
-            f"process {process_id}: JAX cannot join {processes} processes at {address}: "
-            f"{str(error).partition(chr(10))[0]}"
+            f"process {process_id}: JAX cannot join {processes} processes at {address}: {first_line(error)}"
         ) from error
     _crash_at_once()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.text import did_you_mean
 from jaxtrain.sharding import multihost
 
 AXES = ("data", "fsdp", "model")
@@ -158,9 +158,7 @@ def _check_axis(axis: str, text: str) -> None:
             "have; use data for more examples at a time"
         )
     if axis not in AXES:
-        near = difflib.get_close_matches(axis, AXES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(AXES)}"
-        raise InputError(f"--mesh {text}: no axis is called {axis!r}: {hint}")
+        raise InputError(f"--mesh {text}: no axis is called {axis!r}: {did_you_mean(axis, AXES)}")
 
 
 def describe_mesh(mesh: Mesh) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.text import first_line
 from jaxtrain.sharding.initialize import start
 
 __all__ = [
@@ -259,7 +260,7 @@ def _error_as_json(error: Exception) -> dict[str, Any]:
     """An error of process 0, for the others."""
     if isinstance(error, InputError | RunError):
         return {"error": str(error), "input": isinstance(error, InputError)}
-    return {"error": f"process 0: {type(error).__name__}: {str(error).partition(chr(10))[0]}", "input": False}
+    return {"error": f"process 0: {type(error).__name__}: {first_line(error)}", "input": False}
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ names: it splits the largest dimension that it divides (ZeRO stage 3, arXiv:1910
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.text import did_you_mean
 from jaxtrain.core.types import NOT_MODEL_STATE, Names, State, leaf_paths
 from jaxtrain.sharding.mesh import AXES, mesh_text
 
@@ -206,11 +206,11 @@ class _Placer:
             )
         for name in found:
             if name is not None and name not in self._logical:
-                near = difflib.get_close_matches(name, self._logical, n=1)
+                hint = did_you_mean(name, self._logical)
                 raise InputError(
                     f"no rule for the logical axis {name!r} of {path}: "
-                    f"{f'did you mean {near[0]}? Else ' if near else ''}add sharding.Rule({name!r}, 'model') "
-                    f"or sharding.Rule({name!r}, None) to the experiment's rules"
+                    f"{hint} (or add sharding.Rule({name!r}, 'model') or sharding.Rule({name!r}, None) to "
+                    "the experiment's rules)"
                 )
         axes = tuple(None if name is None else self._logical[name] for name in found)
         return self._divided(path, shape, axes, found)
@@ -265,8 +265,7 @@ class _Placer:
         names = {name for axes in self._names.values() for name in axes if name}
         for name in named:
             if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(names)) or 'none'}"
+                hint = did_you_mean(name, sorted(names))
                 raise InputError(
                     f"rules: the model has no logical axis {name!r}: {hint} (a regular expression needs one "
                     "entry for each dimension, in a tuple)"
@@ -276,9 +275,7 @@ class _Placer:
         entries = [axes for rule in self._paths for axes in rule.axes or ()]
         for axis in (axis for entry in [*entries, *named.values()] for axis in _entry(entry)):
             if axis not in AXES:
-                near = difflib.get_close_matches(axis, AXES, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(AXES)}"
-                raise InputError(f"rules: no mesh axis is called {axis!r}: {hint}")
+                raise InputError(f"rules: no mesh axis is called {axis!r}: {did_you_mean(axis, AXES)}")
 
     def _check_expressions(self) -> None:
         where = [("rules", rule.match) for rule in self._paths] + [("logical_axes", m) for m in self._names]

@@ -11,8 +11,9 @@ import jax
 
 from jaxtrain import checkpoint, sharding
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.text import size_text
 from jaxtrain.program import Program
-from jaxtrain.program.device_limits import limit_of, size_text
+from jaxtrain.program.device_limits import limit_of
 from jaxtrain.program.memory import device_arrays, mesh_of
 
 SAVED = 2  # checkpoints that are there at once, at least: the last good one and the one being written

@@ -17,7 +17,7 @@ from jaxtrain.core.errors import InputError
 SCRIPT = """
 import jax
 from jaxtrain.core import cache
-cache.compiled(lambda line: print("warned:", line))
+cache.enable_compilation_cache(lambda line: print("warned:", line))
 hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if "cache_hit" in name else None)
 jax.jit(lambda x: x + 1)(1.0)

@@ -97,7 +97,7 @@ def test_what_is_measured_is_kept_for_this_user_alone(home):
 
 def test_another_number_of_cores_has_no_peak(monkeypatch):
     peak_flops.store_peak(DEVICE, "float32", peak_flops.Peak(1e9, "measured 2026-11-22"))
-    monkeypatch.setattr(peak_flops, "_cores", lambda: 999)
+    monkeypatch.setattr(peak_flops, "cores", lambda: 999)
     assert peak_flops.peak_flops(DEVICE, "float32") is None
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from jaxtrain import __main__ as verbs
 from jaxtrain import plan
+from jaxtrain.core.text import size_text
 from jaxtrain.plan import report
 from jaxtrain.plan.variants import Variant
 from jaxtrain.program import device_limits, memory_text
@@ -216,7 +217,7 @@ def test_the_change_that_is_told_fits_when_it_is_planned(widths, batch, part, ex
     told = re.search(r"^it fits with (.+): ([\d.]+ [KM]?B)$", out, re.M)
     assert told[1].startswith(expected) and progress.splitlines()[-1] == f"tried {told[1]}: {told[2]}"
     again = json.loads(command(capsys, *args, *memory, *told[1].split(), "--json")[0])
-    assert again["fits"] is True and device_limits.size_text(again["bytes_per_device"]["total"]) == told[2]
+    assert again["fits"] is True and size_text(again["bytes_per_device"]["total"]) == told[2]
     assert "change" not in again
 
 
