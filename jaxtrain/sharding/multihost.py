@@ -178,43 +178,31 @@ def local_rows(sharding: NamedSharding, n: int, axis: int = 0) -> np.ndarray:
 
 
 def put_local_rows(tree: Any, shardings: Any, n: int, axis: int = 0) -> Any:
-    """Global arrays [n, ...] from this process's rows of them.
+    """Make global arrays [n, ...] from this process's rows of them.
 
     Args:
       tree: arrays [local, ...] on the host, whose rows are those of ``local_rows``.
       shardings: NamedShardings, as a pytree prefix of ``tree``.
       n: rows of the global arrays.
-      axis: which axis the rows are; those before it are whole.
+      axis: which axis the rows are; those before it are not split.
 
     Raises:
       ValueError: an array with another number of rows.
     """
-    if process_count() == 1:
-        return jax.device_put(tree, shardings)
-    wide = jax.tree.broadcast(shardings, tree)
-    return jax.tree.map(lambda x, sharding: _put(x, sharding, n, axis), tree, wide)
+    shapes = jax.tree.map(lambda x: (*x.shape[:axis], n, *x.shape[axis + 1 :]), tree)
+    return jax.make_array_from_process_local_data(shardings, tree, shapes)
 
 
 def put_replicated(tree: Any, sharding: NamedSharding) -> Any:
-    """``tree``, the same in every process, as global arrays.
+    """Make global arrays of ``tree``, which every process has with the same values.
 
-    JAX's own ``device_put`` compares the values of all processes, which moves and waits.
+    Unlike ``jax.device_put``, which compares the values of all processes, this does not communicate.
 
     Args:
-      tree: whole arrays, random keys among them.
+      tree: arrays, random keys among them.
       sharding: where they go, usually ``replicated``.
     """
-    if process_count() == 1:
-        return jax.device_put(tree, sharding)
-
-    def one(x: Any) -> jax.Array:
-        if not (isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)):
-            x = np.asarray(x)
-        return jax.make_array_from_callback(
-            x.shape, sharding, lambda index: x if sharding.is_fully_replicated else x[index]
-        )
-
-    return jax.tree.map(one, tree)
+    return jax.make_array_from_process_local_data(sharding, tree, jax.tree.map(jnp.shape, tree))
 
 
 def lost_process_error(error: BaseException) -> RunError | None:
@@ -241,19 +229,6 @@ def exit_process(code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-def _put(x: Any, sharding: NamedSharding, n: int, axis: int) -> jax.Array:
-    x, rows = np.asarray(x), local_rows(sharding, n, axis)
-    if x.shape[axis] != len(rows):
-        raise ValueError(f"an array of {x.shape[axis]} rows, where this process holds {len(rows)} of {n}")
-
-    def part(index: Any) -> np.ndarray:
-        start, stop, _ = index[axis].indices(n)
-        place = int(np.searchsorted(rows, start))  # its rows follow each other here too
-        return x[(*index[:axis], slice(place, place + stop - start), *index[axis + 1 :])]
-
-    return jax.make_array_from_callback((*x.shape[:axis], n, *x.shape[axis + 1 :]), sharding, part)
 
 
 def _error_as_json(error: Exception) -> dict[str, Any]:
