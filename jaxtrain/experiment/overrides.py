@@ -112,7 +112,7 @@ def _shown(name: str, value: Any) -> str:
     """The text of a setting called ``name``, or what stands for a secret."""
     texts = [str(v) for v in (value if isinstance(value, tuple | list | set) else [value]) if _is_text(v)]
     return (
-        redact.register_secret(name, texts)
+        redact.placeholder(name, texts)
         if texts and redact.is_secret(name)
         else redact.redact_urls(_leaf(value))
     )

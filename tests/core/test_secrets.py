@@ -146,7 +146,7 @@ def test_no_secret_is_in_the_traceback_of_a_bug(secretive, capfd):
     import argparse
 
     def bug(args):
-        redact.register_secret("token", ["CANARY-Tok-1"])
+        redact.placeholder("token", ["CANARY-Tok-1"])
         sys.stdout.writelines([f"{Path.cwd()}\n"])
         raise KeyError("CANARY-Tok-1")
 
@@ -192,6 +192,10 @@ def test_what_is_redacted_and_what_is_not(monkeypatch):
     assert dump(url="see https://host/a@b")["url"] == "'see https://host/a@b'"
     assert dump(url="ssh://git@host")["url"] == "'ssh://<redacted>@host'"
     assert dump(nested=("https://a:b@h", "x"))["nested"] == "('https://<redacted>@h', 'x')"
+
+
+def test_the_message_of_a_key_error_is_printed():
+    assert redact.redact("KeyError: 'image'") == "KeyError: 'image'"
 
 
 def test_long_output_is_masked_in_no_time(monkeypatch):

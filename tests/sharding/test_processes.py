@@ -49,7 +49,8 @@ def check_rows(order, shape, spec, n, mine):
         assert array.shape == expected.shape and array.dtype == jax.numpy.asarray(expected).dtype
         for shard in array.addressable_shards:
             assert np.array_equal(shard.data, expected[shard.index].astype(array.dtype))
-    assert "host data" in raised(ValueError, lambda: multihost.put_local_rows(np.zeros((len(rows) + 1, 4)), split, n))
+    more = np.zeros((len(rows) + 1, 4))
+    assert "host data" in raised(ValueError, lambda: multihost.put_local_rows(more, split, n))
 """
 
 TWO = """
