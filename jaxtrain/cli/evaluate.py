@@ -42,7 +42,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.split not in program.evals:
         raise InputError(f"{name} has no {args.split} split: it has {', '.join(program.evals)}")
     with checkpoint.open(
-        folder, tell=command_line.warn, older="take an older one with --checkpoint {step}"
+        folder, log=command_line.warn, older_hint="take an older one with --checkpoint {step}"
     ) as saved:
         chosen = command_line.choose_checkpoint(saved, args.checkpoint, folder)
         state = saved.restore(chosen, program.abstract_state)

@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> int:
     one = sharding.make_mesh(jax.local_devices()[:1])  # one text at a time has nothing to split
     abstract = abstract_state(experiment, one, example)
     with checkpoint.open(
-        folder, tell=command_line.warn, older="take an older one with --checkpoint {step}"
+        folder, log=command_line.warn, older_hint="take an older one with --checkpoint {step}"
     ) as saved:
         state = saved.restore(command_line.choose_checkpoint(saved, args.checkpoint, folder), abstract)
     params, extra = eval_state(state)

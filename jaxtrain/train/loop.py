@@ -145,7 +145,7 @@ def _train(
     trace: monitor.Trace = monitor.OFF,
 ) -> State:
     """The loop. Every line of it is ordered: evaluate, then save what the evaluation chose, then stop."""
-    flight, votes = InFlight(program.experiment.max_in_flight), multihost.Votes()
+    flight, votes = InFlight(program.experiment.max_in_flight), multihost.StopVotes()
     finished = MetricsConsumer(start, BadUpdateMonitor(program, folder, console.note), record)
     dispatch = Dispatch(program, console.note, strict, trace.mark)
     wait, save = trace.mark("waiting for the device", flight.add), trace.mark("checkpoint", saved.save)

@@ -88,7 +88,7 @@ def leaks(*texts: str) -> list[tuple[str, str]]:
     return [(where, secret) for where, data in found.items() for secret in SECRETS if secret.encode() in data]
 
 
-def test_no_secret_is_in_any_file_of_a_run_nor_in_what_it_prints(secretive, capfd, monkeypatch):
+def test_no_secret_in_the_files_and_the_output_of_a_run(secretive, capfd, monkeypatch):
     monkeypatch.setattr(
         "jaxtrain.core.signals._end", lambda line, code: None
     )  # or the watchdog would end pytest
@@ -118,7 +118,7 @@ def test_no_secret_is_in_any_file_of_a_run_nor_in_what_it_prints(secretive, capf
 
 
 @pytest.mark.parametrize("debug", [[], ["--debug"]])
-def test_no_secret_is_in_an_error(debug, secretive, capfd):
+def test_no_secret_in_an_error(debug, secretive, capfd):
     """A source that fails at once, and one that fails in the middle of the run."""
     assert run.main([*secretive, "--set", "train.bad=0", *debug]) == 3
     out, err = capfd.readouterr()
@@ -131,7 +131,7 @@ def test_no_secret_is_in_an_error(debug, secretive, capfd):
 
 
 @pytest.mark.parametrize("debug", [[], ["--debug"]])
-def test_no_secret_is_in_an_error_of_a_file_that_cannot_be_loaded(debug, secretive, capfd):
+def test_no_secret_in_the_error_of_a_file_that_cannot_be_loaded(debug, secretive, capfd):
     """Nothing is known of its secrets yet: what the traceback shows of the source is masked by its form."""
     bad = FILE.replace("batch=16", "batch=0").replace("train=Remote()", 'train=Remote(token="CANARY-Tok-1")')
     begins, made, rest = bad.partition("EXPERIMENT = Experiment(")
@@ -142,7 +142,7 @@ def test_no_secret_is_in_an_error_of_a_file_that_cannot_be_loaded(debug, secreti
     assert ('token="<redacted>"' in err) == bool(debug)
 
 
-def test_no_secret_is_in_the_traceback_of_a_bug(secretive, capfd):
+def test_no_secret_in_the_traceback_of_a_bug(secretive, capfd):
     import argparse
 
     def bug(args):
@@ -156,7 +156,7 @@ def test_no_secret_is_in_the_traceback_of_a_bug(secretive, capfd):
     assert out == f"{Path.cwd()}\n"  # though an environment variable called KEYRING has it too
 
 
-def test_the_command_that_goes_on_has_no_secret(secretive):
+def test_no_secret_in_the_resume_command(secretive):
     import argparse
 
     empty = argparse.Namespace(
@@ -168,7 +168,7 @@ def test_the_command_that_goes_on_has_no_secret(secretive):
     assert "--set batch=8" in command and command.count(redact.MARK) == 2 and leaks(command) == []
 
 
-def test_what_is_redacted_and_what_is_not(monkeypatch):
+def test_which_settings_are_redacted(monkeypatch):
     import dataclasses
 
     monkeypatch.setattr(redact, "_known", set())
@@ -198,7 +198,7 @@ def test_the_message_of_a_key_error_is_printed():
     assert redact.redact("KeyError: 'image'") == "KeyError: 'image'"
 
 
-def test_long_output_is_masked_in_no_time(monkeypatch):
+def test_long_output_is_masked_quickly(monkeypatch):
     monkeypatch.setattr(redact, "_known", {"CANARY-Tok-1"})
     began = time.perf_counter()
     for long in (
@@ -213,7 +213,7 @@ def test_long_output_is_masked_in_no_time(monkeypatch):
     assert time.perf_counter() - began < 10
 
 
-def test_runs_with_two_tokens_differ_and_those_with_two_passwords_do_not():
+def test_the_run_hash_depends_on_tokens_and_not_on_passwords():
     import dataclasses
 
     @dataclasses.dataclass(frozen=True)

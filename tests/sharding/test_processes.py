@@ -98,7 +98,7 @@ assert me == 0 or other.startswith("process 0: TypeError"), other
 multihost.barrier("middle")
 
 # votes: the same answer at the same call, two calls late
-votes = multihost.Votes()
+votes = multihost.StopVotes()
 flags = [0, 0, 15, 0, 0, 2, 0, 0] if me else [0, 2, 0, 0, 0, 0, 0, 0]
 assert [votes.any_process(flag) for flag in flags] == [0, 0, 0, 2, 15, 0, 0, 2]
 
@@ -129,7 +129,7 @@ THREE = """
 multihost.start("127.0.0.1:" + sys.argv[2], 3, int(sys.argv[1]), warn=print)
 me = multihost.process_index()
 assert multihost.broadcast_from_0(me, "me") == 0
-votes = multihost.Votes()
+votes = multihost.StopVotes()
 assert [votes.any_process(flag if me == 2 else 0) for flag in (7, 0, 0, 0)] == [0, 0, 7, 0]
 # data=2, model=3 over 3 × 2 devices: the middle process holds all rows, the others half of them
 check_rows(range(6), (2, 3), ["data"], 4, [[0, 1], [0, 1, 2, 3], [2, 3]][me])
@@ -175,7 +175,7 @@ def together(tmp_path) -> Iterator[Callable[..., list[tuple[int, str, str]]]]:
             process.kill()
 
 
-def test_two_processes_that_slurm_started_agree_share_arrays_and_end_by_sigterm(together, port) -> None:
+def test_two_slurm_processes_agree_share_arrays_and_end_by_sigterm(together, port) -> None:
     slurm = {
         "SLURM_JOB_ID": "1",
         "SLURM_STEP_NODELIST": "localhost",
@@ -189,7 +189,7 @@ def test_two_processes_that_slurm_started_agree_share_arrays_and_end_by_sigterm(
     assert zero[1].endswith("checked\n") and one[1].endswith("checked\n")
 
 
-def test_three_processes_hold_different_numbers_of_rows_and_a_failed_one_ends_at_once(together, port) -> None:
+def test_three_processes_with_different_numbers_of_rows_and_an_uncaught_error(together, port) -> None:
     ended = together(THREE, port, [{}, {}, {}])  # JAX's own way out takes 5 minutes
     assert [code for code, _, _ in ended] == [4, 4, 1], ended
     assert all(out.endswith("checked\n") for _, out, _ in ended)
@@ -235,7 +235,7 @@ def hello(process: int, **changes: Any) -> bytes:
     return json.dumps(who | changes).encode() + b"\n"
 
 
-def test_processes_meet_whatever_strangers_say(port) -> None:
+def test_rendezvous_ignores_other_programs(port) -> None:
     strangers = []
 
     def before() -> None:
@@ -258,7 +258,7 @@ def test_processes_meet_whatever_strangers_say(port) -> None:
         stranger.close()
 
 
-def test_processes_meet_at_an_ipv6_address() -> None:
+def test_rendezvous_at_an_ipv6_address() -> None:
     try:
         with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
             port = server.getsockname()[1]
@@ -272,7 +272,7 @@ def test_processes_meet_at_an_ipv6_address() -> None:
             assert one.result() == f"[::1]:{port}"
 
 
-def test_who_has_not_come_in_time_is_named_on_every_side(port) -> None:
+def test_missing_processes_are_named_in_every_process(port) -> None:
     zero, one = meeting(port, (4, 0), (4, 1), timeout=0.5)
     assert isinstance(zero, RunError) and isinstance(one, RunError) and str(zero) == str(one)
     assert str(zero).startswith(f"processes 2, 3 of 4 have not connected to 127.0.0.1:{port} within 0.5 s: ")
@@ -281,14 +281,14 @@ def test_who_has_not_come_in_time_is_named_on_every_side(port) -> None:
     assert str(alone).startswith(f"no process 0 at 127.0.0.1:{port} within 0.3 s (Connection refused): ")
 
 
-def test_a_process_0_that_hangs_is_not_waited_for_for_ever(port, monkeypatch) -> None:
+def test_a_hanging_process_0_is_a_timeout(port, monkeypatch) -> None:
     monkeypatch.setattr(rendezvous, "GRACE", 0.2)
     with socket.create_server(("127.0.0.1", port)):
         [one] = meeting(port, (2, 1), timeout=0.2)
     assert isinstance(one, RunError) and str(one).startswith(f"no process 0 at 127.0.0.1:{port} within 0.2 s")
 
 
-def test_jax_not_starting_on_process_0_is_an_error_elsewhere(port, monkeypatch) -> None:
+def test_a_service_that_does_not_start_is_an_error(port, monkeypatch) -> None:
     monkeypatch.setattr(rendezvous, "GRACE", 0.2)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         zero, one = (pool.submit(rendezvous.meet, f"127.0.0.1:{port}", 2, i, 10, print) for i in range(2))
@@ -305,14 +305,14 @@ def test_jax_not_starting_on_process_0_is_an_error_elsewhere(port, monkeypatch) 
     ],
     ids=["counts", "ids"],
 )
-def test_processes_that_do_not_fit_together_all_learn_it(port, people, text) -> None:
+def test_mismatching_processes_all_raise_the_same_error(port, people, text) -> None:
     errors = meeting(port, *people)
     assert len({str(error) for error in errors}) == 1 and text in str(errors[0])
     assert all(isinstance(error, InputError) for error in errors)
 
 
 @pytest.mark.parametrize("name", ["jaxtrain", "jax"])
-def test_another_version_is_refused(port, name) -> None:
+def test_a_version_mismatch_is_refused(port, name) -> None:
     answers = []
 
     def before() -> None:
@@ -324,7 +324,7 @@ def test_another_version_is_refused(port, name) -> None:
     assert (answers[0]["input"], answers[0]["error"]) == (True, str(error))
 
 
-def test_a_port_in_use_is_said_by_process_0_and_an_answer_of_another_program_by_the_others(port) -> None:
+def test_a_port_in_use_is_reported_by_all(port) -> None:
     with socket.create_server(("127.0.0.1", port)) as server, concurrent.futures.ThreadPoolExecutor() as pool:
         [zero] = meeting(port, (2, 0))
         one = pool.submit(functools.partial(meeting, port, (2, 1), timeout=0.2))
@@ -340,7 +340,7 @@ def test_a_port_in_use_is_said_by_process_0_and_an_answer_of_another_program_by_
     assert str(one).startswith(f"no process 0 at 127.0.0.1:{port} within 0.2 s (what answers there is not")
 
 
-def test_process_0_listens_at_its_own_address_only_and_warns_where_others_reach_it(port, monkeypatch) -> None:
+def test_process_0_listens_at_one_address_and_warns_if_it_is_public(port, monkeypatch) -> None:
     def before() -> None:
         say(port, b"").close()
         with pytest.raises(ConnectionRefusedError):
@@ -366,7 +366,7 @@ class FakeNumber:
     ("text", "expected"),
     [("a.b:1", ("a.b", 1)), ("10.0.0.1:65535", ("10.0.0.1", 65535)), ("[::1]:80", ("::1", 80))],
 )
-def test_addresses(text, expected) -> None:
+def test_parse_addresses(text, expected) -> None:
     assert rendezvous.parse(text) == expected
 
 
@@ -379,7 +379,7 @@ def test_malformed_addresses(text) -> None:
         rendezvous.parse(text)
 
 
-def test_addresses_that_cannot_be_used(monkeypatch) -> None:
+def test_unusable_addresses(monkeypatch) -> None:
     def meet(coordinator: str, process_id: int = 0) -> None:
         rendezvous.meet(coordinator, 2, process_id, 0.1, print)
 
@@ -413,13 +413,13 @@ def test_addresses_that_cannot_be_used(monkeypatch) -> None:
         ({"processes": 2, "process_id": 0}, "already uses JAX's devices"),
     ],
 )
-def test_start_with_flags_that_cannot_be(given, text) -> None:
+def test_start_refuses_bad_flags(given, text) -> None:
     jax.devices()
     with pytest.raises(InputError, match=text):
         multihost.start(**given, warn=print)
 
 
-def test_one_process_needs_nobody(monkeypatch, mesh8) -> None:
+def test_one_process_uses_no_network(monkeypatch, mesh8) -> None:
     monkeypatch.setattr(rendezvous, "meet", None)
     multihost.start(warn=print)
     multihost.start(processes=1, process_id=0, warn=print)
@@ -431,7 +431,7 @@ def test_one_process_needs_nobody(monkeypatch, mesh8) -> None:
     with pytest.raises(KeyError):
         multihost.on_process_0(lambda: {}["absent"])
     multihost.barrier("here")
-    assert multihost.Votes().any_process(15) == 15
+    assert multihost.StopVotes().any_process(15) == 15
     assert multihost.lost_process_error(jax.errors.JaxRuntimeError("Gloo")) is None
     split = sharding.batch_split(mesh8)
     assert multihost.local_rows(split, 16).tolist() == list(range(16))
@@ -446,7 +446,7 @@ def test_one_process_needs_nobody(monkeypatch, mesh8) -> None:
 @pytest.mark.parametrize(
     ("environment", "hint"),
     [
-        ({}, "this is none: start it there"),
+        ({}, "and found none: start it there"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI 5 does not say where process 0 is"),
         ({"SLURM_JOB_ID": "1"}, "srun has not started this process"),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "pip install kubernetes"),
@@ -454,7 +454,7 @@ def test_one_process_needs_nobody(monkeypatch, mesh8) -> None:
     ],
     ids=["nothing", "mpi5", "slurm", "kubernetes", "broken"],
 )
-def test_no_cluster_is_found(monkeypatch, environment, hint) -> None:
+def test_no_cluster_detected(monkeypatch, environment, hint) -> None:
     for name in list(os.environ):
         if name.startswith(("SLURM_", "OMPI_", "KUBERNETES_", "JAX_COORDINATOR")):
             monkeypatch.delenv(name)
@@ -465,7 +465,7 @@ def test_no_cluster_is_found(monkeypatch, environment, hint) -> None:
     assert hint in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_release_of_jax_that_is_not_asked_beforehand_looks_and_joins_in_one(monkeypatch) -> None:
+def test_a_jax_release_without_separate_cluster_detection(monkeypatch) -> None:
     called: list[dict[str, Any]] = []
     monkeypatch.delattr("jax._src.clusters.ClusterEnv.auto_detect_unset_distributed_params")
     monkeypatch.setattr(jax.distributed, "initialize", lambda **given: called.append(given))
@@ -487,7 +487,7 @@ def test_a_release_of_jax_that_is_not_asked_beforehand_looks_and_joins_in_one(mo
         ({"SLURM_GPUS_ON_NODE": "4", "SLURM_STEP_TASKS_PER_NODE": "1,4"}, [0], [0], ""),
     ],
 )
-def test_which_gpus_a_process_of_a_cluster_uses(monkeypatch, environment, found, expected, warned) -> None:
+def test_gpus_of_a_process_in_a_cluster(monkeypatch, environment, found, expected, warned) -> None:
     for name in (
         "CUDA_VISIBLE_DEVICES",
         "JAX_LOCAL_DEVICE_IDS",
@@ -503,12 +503,12 @@ def test_which_gpus_a_process_of_a_cluster_uses(monkeypatch, environment, found,
     assert initialize._devices(found, 1, None) == expected  # who is not the first says nothing
 
 
-def test_an_address_of_open_mpi_gets_its_brackets() -> None:
+def test_open_mpi_ipv6_addresses_get_brackets() -> None:
     for address, expected in (("a:1", "a:1"), ("fe80::1:80", "[fe80::1]:80"), ("[::1]:80", "[::1]:80")):
         assert initialize._bracketed(address) == expected
 
 
-def test_an_error_of_jax_because_another_process_has_ended_says_so(monkeypatch) -> None:
+def test_errors_of_jax_after_another_process_has_ended(monkeypatch) -> None:
     # What JAX says on CPU devices. It does not always come: then the processes hang until JAX aborts them.
     gloo = jax.errors.JaxRuntimeError(
         "UNKNOWN: Gloo AllGather failed: [pair.cc:547] Connection closed by peer [127.0.0.1]:20884\nmore"
@@ -521,7 +521,10 @@ def test_an_error_of_jax_because_another_process_has_ended_says_so(monkeypatch) 
 
     monkeypatch.setattr(multihost, "_all_devices_max", lambda: (None, fails))
     monkeypatch.setattr(multihost, "_own_row", lambda *_: None)
-    for call in (lambda: multihost.broadcast_from_0(1, "value"), lambda: multihost.Votes().any_process(1)):
+    for call in (
+        lambda: multihost.broadcast_from_0(1, "value"),
+        lambda: multihost.StopVotes().any_process(1),
+    ):
         with pytest.raises(
             RunError, match=r"^process 0: another process .* has ended .*own message$"
         ) as caught:
