@@ -389,7 +389,7 @@ def test_a_failed_save_reports_the_last_step_and_the_space_needed(kept_before, t
     monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage(2_500_000))
     monkeypatch.setattr(manifest, "write_json", fail)
     safe = "step 4 is safe" if kept_before else "no step has been saved"
-    needs = "74.3 kB and 2.5 MB are free"
+    needs = "74.28 KB and 2.50 MB are free"
     with pytest.raises(RunError, match=f"saving step 5 .*No space left.*{safe}; a checkpoint needs {needs}"):
         save(tmp_path, 5, mesh=mesh1)
     assert kept(tmp_path) == list(kept_before)

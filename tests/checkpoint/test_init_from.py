@@ -50,7 +50,7 @@ def test_reads_the_best_or_the_given_step_without_optimizer_state(source):
         "extra/batch_stats/body": 1,
         "opt_state/trace": 0,
     }
-    assert values(state) == want and "3 arrays of" in lines[0] and lines[0].endswith("0 new")
+    assert values(state) == want and "initialized 3 arrays from" in lines[0] and lines[0].endswith("0 new")
     assert values(checkpoint.init_from(f"{source}:2", [], make_state(0.0)))["params/body/kernel"] == 2
 
 

@@ -274,7 +274,7 @@ def test_a_checkpoint_runs_no_code(saved_run, mesh1, trap):
             kept = ("files", "fingerprints", "tree", "format", "step", "score")
             changed |= {name: json.loads(whole[path])[name] for name in kept}
         path.write_text(json.dumps(changed))
-        sums = {name: manifest._sum(file) for name, file in manifest._files(folder).items()}
+        sums = {name: manifest._checksum(file) for name, file in manifest._files(folder).items()}
         reseal(folder, files=sums)
         try:
             with checkpoint.open(saved_run) as saved:

@@ -333,6 +333,7 @@ def test_a_port_in_use_is_reported_by_all(port) -> None:
             while True:
                 connection, _ = server.accept()
                 with connection:
+                    connection.recv(4096)
                     connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         [one] = one.result()
     assert isinstance(zero, InputError) and isinstance(one, RunError)

@@ -154,8 +154,8 @@ def test_a_rule_can_match_optimizer_state_alone():
         ("data=8", {}, (Rule("up/kernel", (None, "tensor")),), "no mesh axis is called 'tensor'"),
         ("data=8", {}, (Rule("head/kernel", (None, "fsdp")),), "'head/kernel' matches no array of the state"),
         ("data=8", {}, (Rule("up/kernel", ("fsdp",)),), r"1 entries and params/up/kernel \[64, 256\] has 2"),
-        ("data=8", {}, (Rule("up/(kernel", ("fsdp",)),), "rules: .* is no regular expression"),
-        ("data=8", {"up/(kernel": ("embed",)}, (), "logical_axes: .* is no regular expression"),
+        ("data=8", {}, (Rule("up/(kernel", ("fsdp",)),), "rules: .* is not a regular expression"),
+        ("data=8", {"up/(kernel": ("embed",)}, (), "logical_axes: .* is not a regular expression"),
         ("data=8", {}, (Rule("mlp", "model"),), "the model has no logical axis 'mlp': there are none"),
         (
             "fsdp=2,model=4",
