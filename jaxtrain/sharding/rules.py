@@ -180,7 +180,7 @@ class _Placer:
         if len(axes) != len(shape):
             raise InputError(
                 f"rules: {rule.match!r} has {len(axes)} entries and {path} {list(shape)} has {len(shape)} "
-                "dimensions: give one entry for each, None where it stays whole"
+                "dimensions: give one entry for each, None where it is not split"
             )
         return self._divided(path, shape, axes)
 

@@ -22,14 +22,14 @@ from jaxtrain.core.types import State, leaf_paths
 
 
 def make_state(mesh, value=0.0, width=8, dtype=jnp.float32) -> State:
-    whole = sharding.replicated(mesh)
+    replicated = sharding.replicated(mesh)
     state = State(
         jnp.zeros((), jnp.int32),
         {"head": {"kernel": jnp.full((4, width), value, dtype)}},
         {"batch_stats": {"mean": jnp.full(3, float(value))}},
         ({"count": jnp.zeros((), jnp.int32)}, (), {"trace": jnp.full((4, width), float(value))}),
     )
-    return jax.device_put(state, whole)
+    return jax.device_put(state, replicated)
 
 
 def like(state: State) -> State:
@@ -61,9 +61,9 @@ def test_round_trip_between_one_and_eight_devices(tmp_path, mesh1, mesh8):
 def test_later_steps_do_not_change_a_pending_save(tmp_path, mesh1, mesh8):
     """The next step reuses the state's buffers while the file is still being written."""
     for number, mesh in enumerate((mesh1, mesh8)):
-        whole = sharding.replicated(mesh)
+        replicated = sharding.replicated(mesh)
         step = sharding.compile(
-            lambda s: jax.tree.map(lambda x: x + 1, s), args=(whole,), out=whole, donate=(0,)
+            lambda s: jax.tree.map(lambda x: x + 1, s), args=(replicated,), out=replicated, donate=(0,)
         )
         state = make_state(mesh, 0, width=200_000)
         with checkpoint.open(tmp_path / str(number)) as saved:
@@ -237,15 +237,15 @@ def one_checkpoint(tmp_path_factory, mesh1):
 
 @pytest.mark.parametrize("how", [flip, zero, truncate, lose])
 def test_damage_to_any_file_is_detected_and_the_file_is_named(how, one_checkpoint, tmp_path):
-    whole, wanted = one_checkpoint
-    files = [p.relative_to(whole) for p in whole.glob("checkpoints/000001/state/**/*") if p.is_file()]
-    assert sum((whole / name).stat().st_size for name in files) > 100_000  # the arrays are among them
-    shutil.copytree(whole, tmp_path / "r")
+    original, wanted = one_checkpoint
+    files = [p.relative_to(original) for p in original.glob("checkpoints/000001/state/**/*") if p.is_file()]
+    assert sum((original / name).stat().st_size for name in files) > 100_000  # the arrays are among them
+    shutil.copytree(original, tmp_path / "r")
     found = 0
     with checkpoint.open(tmp_path / "r") as saved:
         saved.restore(saved.latest(), wanted)
         for name in files:
-            was = (whole / name).read_bytes()
+            was = (original / name).read_bytes()
             for place in sorted({0, len(was) // 2, max(0, len(was) - 1)}) if was and how is not lose else [0]:
                 if was or how is lose:
                     how(tmp_path / "r" / name, place)
@@ -255,7 +255,7 @@ def test_damage_to_any_file_is_detected_and_the_file_is_named(how, one_checkpoin
                     assert how is not truncate or f"{place:,} bytes instead of {len(was):,}" in str(
                         error.value
                     )
-                    shutil.copy(whole / name, tmp_path / "r" / name)
+                    shutil.copy(original / name, tmp_path / "r" / name)
                     found += 1
     assert found >= len(files) > 3
 
@@ -482,11 +482,11 @@ def test_without_copies_orbax_takes_the_values_before_save_returns(tmp_path, mes
     state = jax.device_put(strong, sharding.replicated(mesh1))
     threads, real = [], async_save._start
 
-    def begun(*args):
+    def start(*args):
         threads.append(threading.current_thread())
         return real(*args)
 
-    monkeypatch.setattr(async_save, "_start", begun)
+    monkeypatch.setattr(async_save, "_start", start)
     with checkpoint.open(tmp_path) as saved:
         saved.restore_or(lambda: state, like(state))
         saved._compiled.result()

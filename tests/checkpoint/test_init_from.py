@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,12 +19,12 @@ TINY = Path(__file__).parents[1] / "tiny.py"
 
 
 def make_state(value, names=("body", "head"), classes=4, ema=False) -> State:
-    whole = sharding.replicated(sharding.make_mesh(jax.devices()[:1]))
+    replicated = sharding.replicated(sharding.make_mesh(jax.devices()[:1]))
     params = {name: {"kernel": jnp.full((3, classes if name == "head" else 5), value)} for name in names}
     extra = {"batch_stats": {"body": jnp.full(5, value)}}
     if ema:
         extra["ema"] = jax.tree.map(lambda x: x + 100, {"params": params, **extra})
-    return jax.device_put(State(jnp.int32(value), params, extra, {"trace": jnp.full(3, value)}), whole)
+    return jax.device_put(State(jnp.int32(value), params, extra, {"trace": jnp.full(3, value)}), replicated)
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +68,7 @@ def test_arrays_needs_no_experiment(source):
     state = make_state(2.0)
     found = checkpoint.arrays(f"{source}:2")
     assert found.keys() == leaf_paths(state).keys()
-    for path, leaf in leaf_paths(state).items():
-        assert found[path].dtype == leaf.dtype
-        np.testing.assert_array_equal(found[path], leaf)
+    chex.assert_trees_all_equal(found, leaf_paths(state), strict=True)
     assert checkpoint.arrays(Path(source)).keys() == found.keys()  # the best step
     with pytest.raises(InputError, match="there is no step 7: give one of 1, 2, 3"):
         checkpoint.arrays(f"{source}:7")

@@ -1,4 +1,4 @@
-"""What is kept from run to run: compiled programs, in a folder of the user's own and not without end."""
+"""The persistent compilation cache: a private folder of the user, limited in size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ print("hits", len(hits), "in", jax.config.jax_compilation_cache_dir)
 
 
 def start(**env):
-    """A process as a user would start it, without what the tests set."""
+    """Run a process without the cache settings of the tests."""
     kept = {k: v for k, v in os.environ.items() if "CACHE" not in k and k != "XDG_CACHE_HOME"}
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(
@@ -44,8 +44,8 @@ def test_programs_are_cached_in_a_private_folder_and_reused(tmp_path):
     again = start(XDG_CACHE_HOME=str(tmp_path))
     assert "hits 0" not in again and str(folder) in again
     (tmp_path / "jaxtrain").chmod(0o777)  # others could put their own folder in its place
-    told = start(XDG_CACHE_HOME=str(tmp_path))
-    assert "WARNING: others can write to" in told and f"chmod 700 {tmp_path / 'jaxtrain'}\n" in told
+    output = start(XDG_CACHE_HOME=str(tmp_path))
+    assert "WARNING: others can write to" in output and f"chmod 700 {tmp_path / 'jaxtrain'}\n" in output
 
 
 def test_jax_environment_variables_take_precedence(tmp_path):

@@ -1,4 +1,4 @@
-"""Secrets: no record of a run and nothing it prints has one, and which settings hold one."""
+"""No secret in a run's records and output; which settings are secrets."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class Remote:
         return 48
 
     def gather(self, indices):
-        told = (self.url, self.token, self.password, self.api_keys[0], os.environ["WANDB_API_KEY"])
+        texts = (self.url, self.token, self.password, self.api_keys[0], os.environ["WANDB_API_KEY"])
         if 0 in indices:  # not in each: threads go on for a moment when the run is over
-            print("fetching", *told)
-            print("fetched", *told, file=sys.stderr)
+            print("fetching", *texts)
+            print("fetched", *texts, file=sys.stderr)
         if self.bad in indices:
-            raise OSError(f"cannot fetch {' '.join(told)} CANARY-Url-2")
+            raise OSError(f"cannot fetch {' '.join(texts)} CANARY-Url-2")
         image = np.asarray(indices)[:, None, None, None] % np.full((1, 2, 2, 1), 7)
         return {"image": image.astype(np.uint8), "label": (np.asarray(indices) % 7 > 3).astype(np.int32)}
 

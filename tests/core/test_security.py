@@ -46,8 +46,8 @@ def pickles(source: str) -> list[tuple[int, str]]:
     """Line and name of everything in a Python source that opens or writes pickles."""
     tree = ast.parse(source)
     imports = [found for node in ast.walk(tree) for found in imported(node)]
-    called = {local: whole for _, whole, local in imports}
-    found = [(line, whole) for line, whole, _ in imports if PICKLES & {whole.split(".")[0], whole}]
+    called = {local: full for _, full, local in imports}
+    found = [(line, full) for line, full, _ in imports if PICKLES & {full.split(".")[0], full}]
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     return sorted([*found, *((call.lineno, name) for call in calls for name in opened(call, called))])
 
@@ -63,13 +63,13 @@ def imported(node: ast.AST) -> list[tuple[int, str, str]]:
 def opened(call: ast.Call, called: dict[str, str]) -> list[str]:
     """What a call opens that may be a pickle."""
     first, _, rest = ast.unparse(call.func).partition(".")
-    whole = ".".join(filter(None, (called.get(first, first), rest)))
-    found = [whole] if whole in OPENERS else []
-    if whole in ("__import__", "importlib.import_module"):
+    full = ".".join(filter(None, (called.get(first, first), rest)))
+    found = [full] if full in OPENERS else []
+    if full in ("__import__", "importlib.import_module"):
         texts = [str(a.value) for a in call.args if isinstance(a, ast.Constant)]
         found += [text for text in texts if text.split(".")[0] in PICKLES]
     allows = [k.value for k in call.keywords if k.arg == "allow_pickle"]
-    allows += call.args[2:3] if whole == "numpy.load" else []
+    allows += call.args[2:3] if full == "numpy.load" else []
     safe = all(isinstance(value, ast.Constant) and value.value is False for value in allows)
     return found if safe else [*found, "allow_pickle"]
 
@@ -159,9 +159,9 @@ def test_a_config_name_in_a_data_folder_cannot_leave_it(tmp_path):
 def reseal(folder: Path, **changes) -> None:
     """Change a checkpoint's manifest as somebody would who knows how it is made."""
     path = folder / "manifest.json"
-    whole = json.loads(path.read_text()) | changes
-    whole["seal"] = manifest._expected_seal(whole)
-    path.write_text(json.dumps(whole))
+    full = json.loads(path.read_text()) | changes
+    full["seal"] = manifest._expected_seal(full)
+    path.write_text(json.dumps(full))
 
 
 @pytest.fixture
@@ -263,16 +263,16 @@ def poison(value):
 
 def test_a_checkpoint_runs_no_code(saved_run, mesh1, trap):
     """Every JSON file of it, Orbax's included, names a module; its seal and checksums are made to fit."""
-    folder, told = saved_run / "checkpoints" / "000003", []
+    folder, errors = saved_run / "checkpoints" / "000003", []
     like = saving.like(saving.make_state(mesh1))
     texts = [p for p in folder.rglob("*") if p.is_file() and p.read_bytes()[:1] == b"{"]
     assert len(texts) > 2
-    whole = {path: path.read_bytes() for path in texts}
+    full = {path: path.read_bytes() for path in texts}
     for path in texts:
-        changed = poison(json.loads(whole[path]))
+        changed = poison(json.loads(full[path]))
         if path.name == "manifest.json":
             kept = ("files", "fingerprints", "tree", "format", "step", "score")
-            changed |= {name: json.loads(whole[path])[name] for name in kept}
+            changed |= {name: json.loads(full[path])[name] for name in kept}
         path.write_text(json.dumps(changed))
         sums = {name: manifest._checksum(file) for name, file in manifest._files(folder).items()}
         reseal(folder, files=sums)
@@ -280,11 +280,11 @@ def test_a_checkpoint_runs_no_code(saved_run, mesh1, trap):
             with checkpoint.open(saved_run) as saved:
                 saved.restore(saved.latest(), like)
         except (InputError, RunError) as error:
-            told.append(error)
-        for other, data in whole.items():
+            errors.append(error)
+        for other, data in full.items():
             other.write_bytes(data)
     assert not trap()
-    assert len(told) < len(texts)  # some were restored all the same: it was not only refused
+    assert len(errors) < len(texts)  # some were restored all the same: it was not only refused
 
 
 @pytest.mark.parametrize(

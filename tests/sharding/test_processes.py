@@ -1,4 +1,4 @@
-"""jaxtrain.sharding.multihost: real processes meet, agree and share arrays; and what keeps them apart."""
+"""jaxtrain.sharding.multihost: processes join, agree and share arrays; and the errors when they cannot."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def check_rows(order, shape, spec, n, mine):
     split = NamedSharding(Mesh(devices, ("data", "model")), P(*spec))
     rows = multihost.local_rows(split, n)
     assert rows.tolist() == mine, (order, shape, me, rows)
-    whole = {"a": np.arange(n), "b": {"c": np.random.default_rng(0).normal(size=(n, 4, 3))}}
-    here = jax.tree.map(lambda x: x[rows], whole)
-    for array, expected in zip(jax.tree.leaves(multihost.put_local_rows(here, split if len(spec) == 1 else
-            {"a": NamedSharding(split.mesh, P("data")), "b": split}, n)), jax.tree.leaves(whole)):
+    full = {"a": np.arange(n), "b": {"c": np.random.default_rng(0).normal(size=(n, 4, 3))}}
+    local = jax.tree.map(lambda x: x[rows], full)
+    for array, expected in zip(jax.tree.leaves(multihost.put_local_rows(local, split if len(spec) == 1 else
+            {"a": NamedSharding(split.mesh, P("data")), "b": split}, n)), jax.tree.leaves(full)):
         assert array.shape == expected.shape and array.dtype == jax.numpy.asarray(expected).dtype
         for shard in array.addressable_shards:
             assert np.array_equal(shard.data, expected[shard.index].astype(array.dtype))
@@ -67,21 +67,21 @@ try:
 except ConnectionRefusedError:
     pass
 
-# agree: any JSON, around the length of a block and beyond it
+# broadcast_from_0: any JSON, shorter and longer than a block
 assert multihost.broadcast_from_0({"me": me, "bad": float("inf")}, "value") == {"me": 0, "bad": float("inf")}
 base = len(json.dumps({"what": "size", "value": ""}))
 for length in (4087 - base, 4088 - base, 4089 - base, 20_000):
     assert multihost.broadcast_from_0("ab"[me] * length, "size") == "a" * length
 send = multihost.broadcast_from_0
-told = raised(RunError, lambda: send(1, "here")) if me else send(1, "there")
-assert told == 1 if me == 0 else "process 1 is at 'here' and process 0 at 'there'" in told, told
+message = raised(RunError, lambda: send(1, "here")) if me else send(1, "there")
+assert message == 1 if me == 0 else "process 1 is at 'here' and process 0 at 'there'" in message, message
 
 if me:
     assert "main__:" in raised(RunError, lambda: multihost.on_process_0(lambda: 1))
 else:
     assert multihost.on_process_0(lambda: 2) == 2  # another line: not the same place
 
-# first: the work is process 0's, its error everybody's
+# on_process_0: process 0 does the work, and all raise its error
 done = []
 assert multihost.on_process_0(lambda: done.append(me) or ["result", me]) == ["result", 0]
 assert done == [0] * (me == 0)
@@ -97,23 +97,23 @@ other = raised(RunError if me else TypeError, lambda: multihost.on_process_0(obj
 assert me == 0 or other.startswith("process 0: TypeError"), other
 multihost.barrier("middle")
 
-# votes: the same answer at the same call, two calls late
+# StopVotes: the same result at the same call, two calls later
 votes = multihost.StopVotes()
 flags = [0, 0, 15, 0, 0, 2, 0, 0] if me else [0, 2, 0, 0, 0, 0, 0, 0]
 assert [votes.any_process(flag) for flag in flags] == [0, 0, 0, 2, 15, 0, 0, 2]
 
-# arrays: in order, interleaved, and with both processes holding all rows
+# arrays: in order, interleaved, and with all rows in both processes
 check_rows([0, 1, 2, 3], (4, 1), ["data"], 8, [[0, 1, 2, 3], [4, 5, 6, 7]][me])
 check_rows([0, 2, 1, 3], (4, 1), ["data"], 8, [[0, 1, 4, 5], [2, 3, 6, 7]][me])
 check_rows([0, 2, 1, 3], (2, 2), ["data"], 4, [0, 1, 2, 3])
 check_rows([0, 1, 2, 3], (2, 2), ["data", "model"], 4, [[0, 1], [2, 3]][me])
 check_rows([0, 2, 1, 3], (2, 2), ["data", "model"], 4, [0, 1, 2, 3])
-whole = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), P())
+replicated = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), P())
 tree = {"mine": np.full(3, float(me)), "key": jax.random.key(7), "x": jax.numpy.arange(2)}
-tree = multihost.put_replicated(tree, whole)  # that "mine" differs is not looked at
-assert all(leaf.sharding == whole for leaf in jax.tree.leaves(tree))
+tree = multihost.put_replicated(tree, replicated)  # it does not compare the values of "mine"
+assert all(leaf.sharding == replicated for leaf in jax.tree.leaves(tree))
 assert tree["mine"].dtype == np.float32 and float(tree["mine"].addressable_data(0)[0]) == me
-drawn = jax.jit(jax.random.uniform, out_shardings=whole)(tree["key"])
+drawn = jax.jit(jax.random.uniform, out_shardings=replicated)(tree["key"])
 assert np.asarray(drawn) == np.asarray(jax.random.uniform(jax.random.key(7)))
 
 print("checked")
@@ -137,7 +137,7 @@ print("checked")
 sys.stdout.flush()
 time.sleep(me == 0)  # JAX in the others ends by SIGABRT when process 0 has gone
 if me == 2:
-    raise KeyError("nobody catches this")
+    raise KeyError("uncaught")
 multihost.exit_process(4)
 """
 
@@ -193,13 +193,13 @@ def test_three_processes_with_different_numbers_of_rows_and_an_uncaught_error(to
     ended = together(THREE, port, [{}, {}, {}])  # JAX's own way out takes 5 minutes
     assert [code for code, _, _ in ended] == [4, 4, 1], ended
     assert all(out.endswith("checked\n") for _, out, _ in ended)
-    assert "nobody catches this" in ended[2][2]
+    assert "uncaught" in ended[2][2]
 
 
 def meeting(
-    port: int, *people: tuple[int, int], timeout: float = 20, before: Callable[[], None] = lambda: None
+    port: int, *ids: tuple[int, int], timeout: float = 20, before: Callable[[], None] = lambda: None
 ) -> list[Any]:
-    """What ``meet`` gives or raises for each (processes, id), in threads; ``before`` runs when 0 listens."""
+    """Call ``meet`` for each (processes, id) in threads; ``before`` runs when process 0 listens."""
 
     def one(person: tuple[int, int]) -> Any:
         try:
@@ -212,11 +212,9 @@ def meeting(
         return address
 
     with contextlib.ExitStack() as service, concurrent.futures.ThreadPoolExecutor() as pool:
-        first = pool.submit(one, people[0])
+        first = pool.submit(one, ids[0])
         before()
-        return [
-            first.result() if i == 0 else done for i, done in enumerate([None, *pool.map(one, people[1:])])
-        ]
+        return [first.result() if i == 0 else done for i, done in enumerate([None, *pool.map(one, ids[1:])])]
 
 
 def say(port: int, data: bytes, address: str = "127.0.0.1") -> socket.socket:
@@ -227,7 +225,7 @@ def say(port: int, data: bytes, address: str = "127.0.0.1") -> socket.socket:
             connection.sendall(data)
             return connection
         time.sleep(0.01)
-    raise AssertionError("nobody listens")
+    raise AssertionError("nothing listens")
 
 
 def hello(process: int, **changes: Any) -> bytes:
@@ -236,7 +234,7 @@ def hello(process: int, **changes: Any) -> bytes:
 
 
 def test_rendezvous_ignores_other_programs(port) -> None:
-    strangers = []
+    others = []
 
     def before() -> None:
         for data in (
@@ -248,14 +246,14 @@ def test_rendezvous_ignores_other_programs(port) -> None:
             b'{"jaxtrain"',
             b"[" * 2000,
         ):
-            strangers.append(say(port, data))
+            others.append(say(port, data))
         say(port, hello(1)).close()  # came, and was killed: it comes again
 
     assert meeting(port, (3, 0), (3, 1), (3, 2), before=before) == [f"127.0.0.1:{port}"] * 3
-    for stranger in strangers:
+    for connection in others:
         with contextlib.suppress(ConnectionResetError):
-            assert stranger.recv(100) == b""
-        stranger.close()
+            assert connection.recv(100) == b""
+        connection.close()
 
 
 def test_rendezvous_at_an_ipv6_address() -> None:
@@ -298,15 +296,15 @@ def test_a_service_that_does_not_start_is_an_error(port, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("people", "text"),
+    ("ids", "text"),
     [
         ([(3, 0), (2, 1)], "process 1 has --processes 2 and process 0 has 3: "),
         ([(3, 0), (3, 1), (3, 1)], "with --process-id 1: give each its own, from 0 to 2"),
     ],
     ids=["counts", "ids"],
 )
-def test_mismatching_processes_all_raise_the_same_error(port, people, text) -> None:
-    errors = meeting(port, *people)
+def test_mismatching_processes_all_raise_the_same_error(port, ids, text) -> None:
+    errors = meeting(port, *ids)
     assert len({str(error) for error in errors}) == 1 and text in str(errors[0])
     assert all(isinstance(error, InputError) for error in errors)
 
@@ -390,7 +388,7 @@ def test_unusable_addresses(monkeypatch) -> None:
     with pytest.raises(
         InputError, match="give --coordinator an address of the machine on which process 0 runs"
     ):
-        meet("192.0.2.1:29400")  # set aside for examples: nobody has it
+        meet("192.0.2.1:29400")  # set aside for examples: assigned to no machine
 
     def unknown(*args: Any, **kwargs: Any) -> Any:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
