@@ -30,6 +30,7 @@ from flax import linen as nn
 
 from benchmarks import common
 from jaxtrain import losses, models, optim, sharding
+from jaxtrain.core.text import first_line
 from jaxtrain.step import make_init, make_train_step
 
 SPLIT = "a device a core"
@@ -124,7 +125,7 @@ def peers(
         compiled.steps(1)
         sides["torch.compile"] = compiled
     except Exception as error:  # no compiler, or a version that has none for this Python
-        skipped["torch.compile"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        skipped["torch.compile"] = f"{type(error).__name__}: {first_line(error)}"
     return sides
 
 

@@ -30,6 +30,7 @@ import optax
 from benchmarks import common, stock
 from benchmarks.sides import Case, Fit, Hand, experiment, lenet, unsaved
 from jaxtrain import data, models, optim
+from jaxtrain.core.text import first_line
 from jaxtrain.train import autotune
 
 UPDATES = 3  # whose losses must agree
@@ -128,7 +129,7 @@ def check(name: str, sides: Sides) -> dict[str, list[float]]:
         except Exception as error:
             if label != "torch.compile" and not label.startswith("torch.compile,"):
                 raise
-            line = str(error).partition("\n")[0]  # such as no C++ compiler
+            line = first_line(error)  # such as no C++ compiler
             sides.skipped[f"{name}: {label}"] = f"{type(error).__name__}: {line}"
             del sides.each[label]
     # Both libraries may round the factors of a product to 10 bits on a GPU (TF32).

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 
 from jaxtrain.cli import SUMMARIES
+from jaxtrain.core.text import did_you_mean
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,9 +18,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write("usage: python -m jaxtrain COMMAND ...\n\n" + "\n".join(lines) + "\n")
         return 0
     if command not in SUMMARIES:
-        near = difflib.get_close_matches(command, SUMMARIES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(SUMMARIES)}"
-        sys.stderr.write(f"jaxtrain: unknown command {command}: {hint}\n")
+        sys.stderr.write(f"jaxtrain: unknown command {command}: {did_you_mean(command, SUMMARIES)}\n")
         return 2
     module = "jaxtrain.run" if command == "run" else f"jaxtrain.cli.{command}"
     code: int = importlib.import_module(module).main(argv[1:])

@@ -68,9 +68,9 @@ class CrossEntropy:
         if "label_mixed" in batch:
             others += [batch["label_mixed"], batch["mix"].reshape(-1, *(1,) * (label.ndim - 1))]
         if isinstance(outputs, ChunkedLogits) and (self.iou or label.shape != outputs.shape[:-1]):
-            outputs = outputs.whole()
+            outputs = outputs.full()
         if isinstance(outputs, ChunkedLogits):
-            rows = outputs.each(
+            rows = outputs.map_chunks(
                 functools.partial(self._rows, hit=_ranked),
                 *(jnp.broadcast_to(x, label.shape) for x in others),
             )

@@ -1,4 +1,4 @@
-"""Checkpoints: Orbax writes the arrays, a manifest proves that they are complete and what was saved.
+"""Checkpoints: Orbax writes the arrays, a manifest proves that they are complete and unchanged.
 
 ``checkpoints/000400/state`` is Orbax's; ``checkpoints/000400/manifest.json`` is written after Orbax has
 committed. Nothing else imports orbax.

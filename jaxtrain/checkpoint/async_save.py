@@ -1,4 +1,4 @@
-"""Writing arrays while training goes on: what is copied first, and what is left for later."""
+"""Write arrays in the background while training continues."""
 
 from __future__ import annotations
 
@@ -13,48 +13,48 @@ from jaxtrain.sharding import multihost
 
 
 def start_save(folder: Path, arrays: dict[str, jax.Array]) -> Callable[[], jax.Array | None]:
-    """Take the values of ``arrays`` now; returns what writes them, waits for the disk and gives fingerprints.
+    """Take the values of ``arrays`` now; returns a function that writes them and waits for the disk.
 
-    Where ``uses_copies`` says so the values are copied here, and all else is left to the function that is
-    returned. Orbax by itself shares memory with the state, which JAX then copies with one thread when the
-    next step would reuse it, and its own beginnings take 20 to 70 ms. On other devices it copies to the
-    host, and among several processes it waits for the others: both here.
+    Where ``uses_copies(arrays)`` is true, this copies the values, and the returned function does the rest.
+    Without a copy, Orbax shares memory with the state, JAX copies that memory with one thread when the next
+    step reuses it, and starting Orbax takes 20 to 70 ms. Elsewhere this starts Orbax, which copies from the
+    devices to the host and, with several processes, waits for the others.
 
     Args:
-      folder: of the arrays, which is replaced.
+      folder: of the arrays; it is replaced.
       arrays: by path; they may be donated when this has returned.
 
     Returns:
-      A function without arguments; its result is for ``fingerprint.finish``.
+      A function without arguments that returns the argument of ``fingerprint.finish``.
     """
     if uses_copies(arrays):
-        copied = _copy(arrays)
+        copies = _copy(arrays)
 
         def write() -> jax.Array | None:
-            jax.block_until_ready(copied)  # the next step waits for it: nothing else may take its cores
-            return _wait(fingerprint.start(copied), _start(folder, copied))
+            jax.block_until_ready(copies)  # first: the next step waits for them and needs the cores
+            return _wait(fingerprint.start(copies), _start(folder, copies))
 
         return write
-    prints = fingerprint.start(arrays)  # now: the next step is given the state's memory
+    prints = fingerprint.start(arrays)  # now: the next step reuses the state's memory
     wait = _start(folder, arrays)
     return lambda: _wait(prints, wait)
 
 
 def uses_copies(arrays: dict[str, Any]) -> bool:
-    """Does ``start_save`` copy such arrays? It does in the memory of CPUs, which has room, for one process.
+    """Return whether ``start_save`` copies such arrays: in one process on CPUs, where memory is plentiful.
 
     Args:
-      arrays: by path, or anything with their shardings.
+      arrays: by path, or other objects with their shardings.
     """
     everywhere = set().union(*(x.sharding.device_set for x in arrays.values()))
     return multihost.process_count() == 1 and all(device.platform == "cpu" for device in everywhere)
 
 
 def _copy(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Copies that are being made; of arrays that all are replicated, one of each."""
+    """Start copying; where all arrays are replicated, one copy of each."""
     if all(x.is_fully_replicated for x in arrays.values()):
         arrays = {path: x.addressable_data(0) for path, x in arrays.items()}
-    # A jitted copy takes twice as long, and is another program; NumPy's waits for the step.
+    # A jitted copy takes twice as long and compiles a program; a NumPy copy waits for the step.
     return jax.device_put(arrays, {path: x.sharding for path, x in arrays.items()}, may_alias=False)
 
 
@@ -62,10 +62,10 @@ def _start(folder: Path, arrays: dict[str, jax.Array]) -> Callable[[], None]:
     from orbax.checkpoint import v1 as ocp
 
     context = ocp.Context()
-    # Else every replica writes a slice, by a program compiled for each array and device: training
-    # stood still for 35 s at the first save of 30 arrays on 8 CPU devices.
+    # Otherwise every replica writes a slice, with a program compiled for each array and device: the first
+    # save of 30 arrays on 8 CPU devices stopped training for 35 s.
     context.array.saving.use_replica_parallel = False
-    # zstd made a trained state 8 % smaller and took more processor time than all the rest.
+    # zstd made a trained state 8 % smaller and took more CPU time than everything else.
     context.array.saving.use_compression = False
     with context:
         return ocp.save_async(folder, arrays, overwrite=True).result

@@ -1,7 +1,7 @@
 """Fingerprints of arrays: 64 bits that any flipped bit, swapped or lost element changes.
 
-They are summed where the arrays lie, in integers that wrap around, so the order of the sum and with it the
-mesh and the number of processes make no difference, and no array is ever gathered.
+They are sums of wrapping integers, computed on the devices. The order of a sum does not matter, so neither do
+the mesh and the number of processes, and no array is gathered.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxtrain.core.types import leaf_paths
 
 
 def fingerprint(tree: Any) -> dict[str, jax.Array]:
-    """The fingerprint of every array by its path: uint32 [2]. Pure; neither shape nor dtype are part of it.
+    """Compute the fingerprint of every array, by path: uint32 [2]. Ignores shape and dtype.
 
     Args:
       tree: arrays of any shape and dtype, random keys among them.
@@ -29,7 +29,7 @@ def fingerprint(tree: Any) -> dict[str, jax.Array]:
     >>> one.tolist() == other.tolist()
     False
     """
-    return {path: _of(jnp.asarray(leaf)) for path, leaf in leaf_paths(tree).items()}
+    return {path: _fingerprint(jnp.asarray(leaf)) for path, leaf in leaf_paths(tree).items()}
 
 
 def start(tree: Any) -> jax.Array | None:
@@ -39,14 +39,14 @@ def start(tree: Any) -> jax.Array | None:
       tree: arrays, which may be split over a mesh; after the call they may be donated.
 
     Returns:
-      An array for ``finish``, the same on every device; None where there is no array.
+      The argument of ``finish``, replicated; None for a tree without arrays.
     """
     leaves = jax.tree.leaves(tree)
     return _program(_mesh(leaves))(leaves) if leaves else None
 
 
 def prepare(tree: Any) -> None:
-    """Compile what ``start`` will run, which then takes no time for it.
+    """Compile the program of ``start`` beforehand.
 
     Args:
       tree: shapes, dtypes and shardings (``jax.ShapeDtypeStruct`` leaves) of the arrays.
@@ -57,18 +57,18 @@ def prepare(tree: Any) -> None:
 
 
 def finish(tree: Any, started: jax.Array | None) -> dict[str, str]:
-    """What ``start`` computes, by path, in hexadecimal: waits for it.
+    """Wait for ``start`` and return the fingerprints by path, in hexadecimal.
 
     Args:
-      tree: what was given to ``start``, or anything with the same paths.
-      started: its result.
+      tree: the argument of ``start``, or another tree with the same paths.
+      started: the result of ``start``.
     """
     rows = np.zeros((0, 2), ">u4") if started is None else np.asarray(jax.device_get(started), ">u4")
     return {path: row.tobytes().hex() for path, row in zip(leaf_paths(tree), rows, strict=True)}
 
 
 def _mesh(leaves: list[Any]) -> Any:
-    """That the arrays are split over, None where they are on one device."""
+    """Return the mesh of the arrays; None where they are on one device."""
     return next(
         (x.sharding.mesh for x in leaves if isinstance(getattr(x, "sharding", None), NamedSharding)), None
     )
@@ -77,22 +77,21 @@ def _mesh(leaves: list[Any]) -> Any:
 @functools.cache
 def _program(mesh: Any) -> Any:
     def fingerprints(leaves: list[Any]) -> jax.Array:
-        return jnp.stack([_of(jnp.asarray(leaf)) for leaf in leaves])
+        return jnp.stack([_fingerprint(jnp.asarray(leaf)) for leaf in leaves])
 
     return jax.jit(fingerprints, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 
 @jax.jit  # traced once for each shape
-def _of(x: jax.Array) -> jax.Array:
-    """Each word is mixed with its place, one to one, so that a single change always changes the sums."""
+def _fingerprint(x: jax.Array) -> jax.Array:
+    """Sum the words, each mixed one-to-one with its position, so that any single change changes the sum."""
     words = _words(x)
-    first = _mix(words ^ _mix(_places(words.shape)))
+    first = _mix(words ^ _mix(_positions(words.shape)))
     second = _mix(first + jnp.uint32(0x9E3779B9))
     zero = jnp.uint32(0)
     axes = tuple(range(words.ndim))
-    both = jax.lax.reduce(
-        (first, second), (zero, zero), _add, axes
-    )  # one pass; two compile for twice as long
+    # one reduction over both: two would take twice as long to compile
+    both = jax.lax.reduce((first, second), (zero, zero), _add, axes)
     return jnp.stack(both)
 
 
@@ -101,7 +100,7 @@ def _add(one: Any, other: Any) -> Any:
 
 
 def _words(x: jax.Array) -> jax.Array:
-    """The bits of ``x``: uint32 [...], one an element, or [..., n] for elements of more than 32 bits."""
+    """Return the bits of ``x``: uint32 [...], or [..., n] for elements of more than 32 bits."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
@@ -113,20 +112,20 @@ def _words(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
 
 
-def _places(shape: tuple[int, ...]) -> jax.Array:
-    """The place of each element in row-major order, from 0, modulo 2^32: uint32 [*shape].
+def _positions(shape: tuple[int, ...]) -> jax.Array:
+    """Return the position of each element in row-major order, from 0, modulo 2^32: uint32 [*shape].
 
-    Without a reshape, which would move the parts of an array that is split.
+    A reshape would be shorter and would communicate for an array that is split.
     """
-    place = jnp.zeros(shape, jnp.uint32)
+    position = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
         stride = math.prod(shape[axis + 1 :]) % 2**32
-        place += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
-    return place
+        position += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+    return position
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """A one-to-one function of 32 bits, each of which reaches all (the end of MurmurHash3)."""
+    """Mix 32 bits one-to-one; each input bit affects every output bit (the finalizer of MurmurHash3)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: which are there, and what is removed or set aside. Follows no link."""
+"""The folder of a run's checkpoints: list, clean, remove and set aside. Follows no links."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxtrain.checkpoint.manifest import CheckpointInfo
 from jaxtrain.core.errors import InputError
 
 SAVING = ".saving"
-"""A file in a step's folder from before its save begins until its manifest is written."""
+"""A file in a step's folder from the start of its save until its manifest is written."""
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -20,22 +20,22 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def list_checkpoints(folder: Path) -> list[CheckpointInfo]:
-    """The checkpoints that this process sees, damaged ones too, oldest first; unfinished saves are none."""
+    """Return the checkpoints in ``folder``, damaged ones too, oldest first; not the unfinished saves."""
     steps = [(step, p) for p in folder.glob("*") if (step := _step(p)) is not None and not is_unfinished(p)]
     return [manifest.read(path, step) for step, path in sorted(steps)]
 
 
 def clean(folder: Path) -> list[str]:
-    """Remove unfinished saves and what is half deleted; returns a line to tell of each thing found.
+    """Remove unfinished saves and half-deleted steps; returns a line for the user about each finding.
 
     Raises:
-      InputError: the folder is a file; or a link, and what is removed in it would be another run's.
+      InputError: the folder is a file, or a link, behind which may be another run's checkpoints.
     """
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file, and checkpoints go into a folder of that name: move it away")
+        raise InputError(f"{folder} is a file where the folder of checkpoints must be: move it away")
     if folder.is_symlink():
         raise InputError(
-            f"{folder} is a link, which is not followed: put the whole run there instead, with --workdir"
+            f"{folder} is a link, which is not followed: give the run's real folder with --workdir"
         )
     lines, strays = [], []
     for path in sorted(folder.glob("*")):
@@ -45,14 +45,14 @@ def clean(folder: Path) -> list[str]:
             strays += [] if path.name.startswith("damaged-") else [path.name]
         elif is_unfinished(path):
             remove(path)
-            lines.append(f"step {path.name} was never completely saved and has been removed")
+            lines.append(f"the save of step {path.name} was unfinished and has been removed")
     if strays:
-        lines.append(f"{folder} also holds {', '.join(strays)}: no checkpoint, and left alone")
+        lines.append(f"{folder} also contains {', '.join(strays)}: not a checkpoint, ignored")
     return lines
 
 
 def remove(path: Path) -> None:
-    """Rename first: a kill half-way through deleting must not leave something that looks like a step."""
+    """Delete a checkpoint. Rename it first, so that a kill leaves nothing that looks like a checkpoint."""
     trash = path
     if path.parent.is_symlink():
         raise OSError(f"{path.parent} is a link, which is not followed")
@@ -62,11 +62,11 @@ def remove(path: Path) -> None:
     if trash.is_symlink() or trash.is_file():
         trash.unlink()
     else:
-        shutil.rmtree(trash, ignore_errors=True)  # it does not follow links either
+        shutil.rmtree(trash, ignore_errors=True)  # follows no links either
 
 
 def set_aside(path: Path) -> str:
-    """Rename a damaged checkpoint, so that it counts as none and its step can be saved again."""
+    """Rename a damaged checkpoint, so that its step can be saved again; returns the new name."""
     number, to = 2, path.with_name(f"damaged-{path.name}")
     while to.exists() or to.is_symlink():
         to = path.with_name(f"damaged-{path.name}-{number}")
@@ -76,7 +76,7 @@ def set_aside(path: Path) -> str:
 
 
 def _step(path: Path) -> int | None:
-    """The step that a folder is named for, None where it is not one of ours: ``99`` is a stray."""
+    """Return the step in a folder's name; None for a folder that no save made, such as ``99``."""
     if not (path.name.isascii() and path.name.isdigit()) or not (path.is_dir() or path.is_symlink()):
         return None
     step = int(path.name)
@@ -84,14 +84,14 @@ def _step(path: Path) -> int | None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Is it empty, or is something in it that a save makes?"""
+    """Return whether a folder is empty or contains a file that a save writes."""
     names = {child.name for child in path.iterdir()}
-    begun = all(name.startswith("state.orbax-checkpoint-tmp") for name in names)
-    return begun or bool(names & {SAVING, "state", "manifest.json"})
+    started = all(name.startswith("state.orbax-checkpoint-tmp") for name in names)
+    return started or bool(names & {SAVING, "state", "manifest.json"})
 
 
 def is_unfinished(path: Path) -> bool:
-    """Was there never a manifest? (Where one has been lost there is no ``SAVING``, and that is damage.)"""
+    """Return whether the manifest was never written. (A lost one is damage: then there is no ``SAVING``.)"""
     if path.is_symlink() or (path / "manifest.json").exists() or (path / "manifest.json").is_symlink():
         return False
     return (path / SAVING).exists() or not (path / "state").exists()

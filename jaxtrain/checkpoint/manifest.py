@@ -1,4 +1,4 @@
-"""What a manifest says of a checkpoint, and whether its files still are what was saved."""
+"""The manifest of a checkpoint: its contents, and the checksums that detect damage."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from jaxtrain.core.files import write_json
 
 FORMAT = 2
 READABLE = (1, 2)
-"""Format 1 had neither checksums nor fingerprints: such a checkpoint is restored without a proof."""
+"""Format 1 had neither checksums nor fingerprints: such a checkpoint is restored unverified."""
 
 
 class CorruptCheckpointError(RunError):
-    """A checkpoint is not what was saved."""
+    """A checkpoint differs from what was saved."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointInfo:
-    """One checkpoint: its step, its folder and what its manifest says.
+    """One checkpoint: its step, its folder and its manifest.
 
     Attributes:
-      step: the number of updates it was saved after.
-      folder: where it is.
+      step: number of updates before the save.
+      folder: of this step.
       manifest: empty where it cannot be used.
-      damage: why it cannot; None where the manifest is whole, whatever the arrays may be.
+      damage: why it cannot be used; None where the manifest is valid, whatever the state of the arrays.
     """
 
     step: int
@@ -42,17 +42,17 @@ class CheckpointInfo:
 
     @property
     def score(self) -> float | None:
-        """The validation score (higher is better), None when it was not evaluated."""
+        """The validation score (higher is better); None when it was not evaluated."""
         return self.manifest.get("score")
 
     @property
     def has_checksums(self) -> bool:
-        """Does the manifest hold checksums and fingerprints?"""
+        """Whether the manifest has checksums and fingerprints."""
         return self.manifest.get("format") != 1
 
 
 def read(folder: Path, step: int) -> CheckpointInfo:
-    """The checkpoint in ``folder``; what is wrong with its manifest is told in ``damage``."""
+    """Read the checkpoint in ``folder``; ``damage`` says what is wrong with its manifest."""
     path = folder / "manifest.json"
     if folder.is_symlink() or path.is_symlink():
         return CheckpointInfo(step, folder, {}, f"{(folder if folder.is_symlink() else path).name} is a link")
@@ -62,31 +62,29 @@ def read(folder: Path, step: int) -> CheckpointInfo:
         if manifest["format"] in READABLE and manifest.get("seal") != _expected_seal(manifest):
             return CheckpointInfo(step, folder, {}, "its manifest.json has been changed")
         if manifest["format"] in READABLE and manifest["step"] != step:
-            return CheckpointInfo(
-                step, folder, {}, f"it is of step {manifest['step']}, as its manifest.json says"
-            )
+            return CheckpointInfo(step, folder, {}, f"its manifest.json is of step {manifest['step']}")
     except FileNotFoundError:
-        return CheckpointInfo(step, folder, {}, "it has its arrays and no manifest.json")
+        return CheckpointInfo(step, folder, {}, "its manifest.json is missing")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return CheckpointInfo(step, folder, {}, "its manifest.json cannot be read")
     return CheckpointInfo(step, folder, manifest)
 
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:
-    """Complete the checkpoint in ``folder``: write its manifest, with every file's checksum.
+    """Complete the checkpoint in ``folder``: write its manifest, with the checksum of every file.
 
     Args:
       folder: of the step; Orbax has committed ``state`` in it.
-      manifest: all the rest, as JSON.
+      manifest: everything else, as JSON.
     """
-    whole = {**manifest, "files": {name: _sum(path) for name, path in _files(folder).items()}}
-    write_json(folder / "manifest.json", {**whole, "seal": _expected_seal(whole)})
+    content = {**manifest, "files": {name: _checksum(path) for name, path in _files(folder).items()}}
+    write_json(folder / "manifest.json", {**content, "seal": _expected_seal(content)})
 
 
 def find_damage(saved: CheckpointInfo) -> str | None:
-    """The first file of a checkpoint that is not as it was saved, and how; None when all are.
+    """Describe the first file of a checkpoint that has changed since the save; None when none has.
 
-    Reads every file, about 1 GB a second. Other formats are not looked into.
+    Reads every file, at about 1 GB/s. Other formats are not checked.
     """
     if saved.damage is not None or saved.manifest["format"] != FORMAT:
         return saved.damage
@@ -96,8 +94,8 @@ def find_damage(saved: CheckpointInfo) -> str | None:
             return f"the file {name} is missing"
         try:
             if (now := there[name].stat().st_size) != size:
-                return f"the file {name} has {now:,} bytes and had {size:,}"
-            if _sum(there[name])[1] != digest:
+                return f"the file {name} has {now:,} bytes instead of {size:,}"
+            if _checksum(there[name])[1] != digest:
                 return f"the file {name} has changed (its checksum differs)"
         except OSError as error:
             return f"the file {name} cannot be read ({error.strerror})"
@@ -105,12 +103,12 @@ def find_damage(saved: CheckpointInfo) -> str | None:
 
 
 def spec(leaf: Any) -> str:
-    """``float32[4, 8]``."""
+    """Return dtype and shape as text, such as ``float32[4, 8]``."""
     return f"{leaf.dtype}{list(leaf.shape)}"
 
 
 def parse_spec(text: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype of what ``spec`` tells.
+    """Parse the text of ``spec``: shape and dtype.
 
     >>> parse_spec("bfloat16[4, 8]")
     ((4, 8), dtype(bfloat16))
@@ -133,7 +131,7 @@ def check_format(saved: CheckpointInfo) -> None:
 def check_same(saved: CheckpointInfo, want: dict[str, Any]) -> None:
     """Raise InputError unless ``saved`` has exactly the arrays of ``want``, by path, shape and dtype.
 
-    Orbax casts dtypes and reshapes in silence, so the manifest decides.
+    Orbax would cast and reshape silently, so the manifest is compared.
     """
     check_format(saved)
     there, here = saved.manifest["tree"], {path: spec(leaf) for path, leaf in want.items()}
@@ -141,18 +139,18 @@ def check_same(saved: CheckpointInfo, want: dict[str, Any]) -> None:
         if there.get(path) != here.get(path):
             raise InputError(
                 f"checkpoint {saved.folder} is of another model: {path} is {there.get(path, 'absent')} there "
-                f"and {here.get(path, 'absent')} here; use another --workdir, or --new"
+                f"and {here.get(path, 'absent')} here: use another --workdir, or --new"
             )
 
 
 def best(steps: list[CheckpointInfo]) -> CheckpointInfo | None:
-    """The one with the highest score, the earliest of equals."""
+    """Return the checkpoint with the highest score, the earliest of equals; None where none has a score."""
     scored = [(s.score, -s.step, s) for s in steps if s.score is not None]
     return max(scored, key=lambda one: one[:2])[2] if scored else None
 
 
 def _expected_seal(manifest: dict[str, Any]) -> str | None:
-    """A checksum of everything else in the manifest, such as the score; format 1 has none."""
+    """Return the checksum of the rest of the manifest, such as the score; format 1 has none."""
     if manifest["format"] == 1:
         return None
     rest = {name: value for name, value in manifest.items() if name != "seal"}
@@ -160,7 +158,7 @@ def _expected_seal(manifest: dict[str, Any]) -> str | None:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The plain files under ``state`` by name, sorted; links are not followed."""
+    """Return the plain files under ``state`` by name, sorted; follows no links."""
     found = {}
     top = folder / "state"
     for parent, _, names in os.walk(top) if not top.is_symlink() else ():
@@ -170,8 +168,8 @@ def _files(folder: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _sum(path: Path) -> tuple[int, str]:
-    """Size and SHA-256, which processors have instructions for: half the time of BLAKE2b."""
+def _checksum(path: Path) -> tuple[int, str]:
+    """Return size and SHA-256, for which CPUs have instructions: it takes half the time of BLAKE2b."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return os.fstat(file.fileno()).st_size, digest

@@ -1,4 +1,4 @@
-"""Saving and restoring through Orbax, and the proof that what is restored is what was saved."""
+"""Save and restore through Orbax, and verify that what is restored is what was saved."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import jax
 from jaxtrain.checkpoint import async_save, fingerprint
 from jaxtrain.checkpoint import folder as folders
 from jaxtrain.checkpoint import manifest as manifests
+from jaxtrain.checkpoint.load import flatten, load_arrays
 from jaxtrain.checkpoint.manifest import CheckpointInfo, CorruptCheckpointError
 from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.text import first_line, size_text
 from jaxtrain.core.types import State, leaf_paths
 from jaxtrain.sharding import multihost
 
@@ -26,26 +28,26 @@ def open(
     workdir: Path,
     max_to_keep: int = 2,
     about: dict[str, Any] | None = None,
-    tell: Callable[[str], None] = lambda line: None,
-    older: str = "go on from an older one with --resume last-good",
+    log: Callable[[str], None] = lambda line: None,
+    older_hint: str = "resume from an older one with --resume last-good",
 ) -> Iterator[Checkpoints]:
-    """The checkpoints of a run; leaving the block waits for the save under way, and raises if it failed.
+    """Open the checkpoints of a run; the end of the block waits for a pending save, and raises if it failed.
 
     Args:
       workdir: the run's folder.
-      max_to_keep: how many of the latest steps to keep, at least 1; the best one is kept beside them.
-      about: JSON put into every manifest (experiment, config hash, versions); with ``run``, the run's own
-        name, checkpoints that another run has written are refused.
-      tell: called in process 0 with each line that a person should read.
-      older: what to do about a damaged checkpoint when there is an older one, of step ``{step}``.
+      max_to_keep: how many of the latest steps to keep, at least 1; the best one is kept too.
+      about: JSON for every manifest (experiment, config hash, versions). With ``run``, the name of the run,
+        checkpoints that another run has written are refused.
+      log: called in process 0 with a line for the user.
+      older_hint: what to do about a damaged checkpoint when there is an older one, of step ``{step}``.
     """
-    saved = Checkpoints(Path(workdir).resolve() / "checkpoints", max_to_keep, about or {}, tell, older)
+    saved = Checkpoints(Path(workdir).resolve() / "checkpoints", max_to_keep, about or {}, log, older_hint)
     wait = True
     try:
         yield saved
         saved.wait()
     except KeyboardInterrupt:
-        wait = False  # a save cut off in the middle may never end
+        wait = False  # an interrupted save may never end
         raise
     finally:
         saved.close(wait)
@@ -55,109 +57,113 @@ class Checkpoints:
     """Save, list and restore. Made by ``open``."""
 
     def __init__(
-        self, folder: Path, max_to_keep: int, about: dict[str, Any], tell: Callable[[str], None], older: str
+        self,
+        folder: Path,
+        max_to_keep: int,
+        about: dict[str, Any],
+        log: Callable[[str], None],
+        older_hint: str,
     ) -> None:
-        self._folder, self._max_to_keep, self._about, self._tell = folder, max_to_keep, about, tell
-        self._older = older
+        self._folder, self._max_to_keep, self._about, self._log = folder, max_to_keep, about, log
+        self._older_hint = older_hint
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, int, Future[None]] | None = None
         self._compiled: Future[None] | None = None
 
     def steps(self) -> list[CheckpointInfo]:
-        """Complete checkpoints, oldest first; the same in every process.
+        """Return the complete checkpoints, oldest first; the same in every process.
 
         Raises:
-          Damaged: a manifest that cannot be read.
+          CorruptCheckpointError: a manifest is damaged.
         """
-        steps = self._agreed(
+        steps = self._on_process_0(
             lambda: [(saved, saved.damage) for saved in folders.list_checkpoints(self._folder)]
         )
         for saved, damage in steps:
             if damage is not None:
-                raise self._damaged(saved, damage)
+                raise self._corrupt_error(saved, damage)
         return [saved for saved, _ in steps]
 
     def latest(self) -> CheckpointInfo | None:
-        """The newest complete checkpoint."""
+        """Return the newest complete checkpoint."""
         steps = self.steps()
         return steps[-1] if steps else None
 
     def best(self) -> CheckpointInfo | None:
-        """The complete checkpoint with the highest validation score, the earliest of equals."""
+        """Return the complete checkpoint with the highest validation score, the earliest of equals."""
         return manifests.best(self.steps())
 
     def best_score(self) -> float | None:
-        """The score of ``best()``."""
+        """Return the score of ``best()``."""
         best = self.best()
         return None if best is None else best.score
 
     def clean(self) -> None:
-        """Remove what a killed process left, unfinished saves and half-deleted steps, and tell of it."""
+        """Remove and report what a killed process left: unfinished saves and half-deleted steps."""
         for line in multihost.on_process_0(lambda: folders.clean(self._folder)):
-            self._note(line)
+            self._log_on_process_0(line)
 
     def restore_or(
         self, init: Callable[[], State], abstract: State, resume: str = "newest"
     ) -> tuple[State, int]:
-        """The newest state and its step, or ``init()`` and 0 when nothing was ever saved.
+        """Restore the newest state and its step, or return ``init()`` and 0 when there is no checkpoint.
 
         Args:
-          init: makes the first state.
+          init: creates the first state.
           abstract: its shapes, dtypes and shardings (``jax.ShapeDtypeStruct`` leaves).
-          resume: ``"newest"``, or ``"last-good"``: damaged checkpoints are told of and set aside as
-            ``damaged-000400``, whether newer or older, and the newest of the others is taken.
+          resume: ``"newest"``, or ``"last-good"``: every damaged checkpoint, newer or older, is reported and
+            renamed to ``damaged-000400``, and the newest of the others is restored.
 
         Raises:
           InputError: the checkpoint is of another model or a newer format.
-          Damaged: it is there and not what was saved; with ``"last-good"``, all are.
+          CorruptCheckpointError: the newest is damaged; with ``"last-good"``, all are.
         """
         if resume == "last-good":
             return self._last_good(abstract) or (init(), 0)
         newest = self.latest()
         if newest is None:
             state, paths = init(), leaf_paths(abstract)
-            if multihost.process_count() == 1 and not async_save.uses_copies(
-                paths
-            ):  # which the first save would wait for
+            if multihost.process_count() == 1 and not async_save.uses_copies(paths):
+                # The first save would wait for it.
                 self._compiled = self._writer.submit(fingerprint.prepare, paths)
             return state, 0
         self._check_run(newest)
         return self.restore(newest, abstract), newest.step
 
     def restore(self, saved: CheckpointInfo, abstract: State) -> State:
-        """The state in ``saved``, placed as ``like`` says, and proven. Raises as ``restore_or``."""
-        paths, tree = _flatten(abstract)
+        """Restore and verify the state in ``saved``, sharded as ``abstract``. Raises as ``restore_or``."""
+        paths, tree = flatten(abstract)
         manifests.check_same(saved, paths)
         arrays = self.restore_some(saved, paths)
         return jax.tree.unflatten(tree, [arrays[path] for path in paths])
 
     def check(self, saved: CheckpointInfo) -> None:
-        """Raise Damaged unless every file of ``saved`` is what was saved."""
+        """Raise CorruptCheckpointError unless every file of ``saved`` is what was saved."""
         damage = multihost.on_process_0(lambda: manifests.find_damage(saved))
         if damage is not None:
-            raise self._damaged(saved, damage)
+            raise self._corrupt_error(saved, damage)
 
     def _check_run(self, saved: CheckpointInfo) -> None:
-        """Raise InputError for a checkpoint that another run has written, where both say which they are."""
+        """Raise InputError for a checkpoint that another run has written, where both runs have a name."""
         theirs, ours = saved.manifest.get("run"), self._about.get("run")
         if theirs is not None and ours is not None and theirs != ours:
             raise InputError(
                 f"checkpoint {saved.folder} was written by another run ({saved.manifest.get('experiment')}, "
-                f"config {saved.manifest.get('hash')}): take it out of the folder; to begin with its "
-                "parameters use --init-from"
+                f"config {saved.manifest.get('hash')}): move it out of the folder, or start from "
+                "its parameters with --init-from"
             )
 
     def restore_some(self, saved: CheckpointInfo, abstract: dict[str, Any]) -> dict[str, jax.Array]:
-        """Some of the arrays in ``saved`` by path, which must have the shapes and dtypes of ``abstract``."""
+        """Restore the arrays of ``saved`` that ``abstract`` names, by path; shapes and dtypes must match."""
         self.check(saved)
         try:
-            return _load(saved, abstract, self._note)
+            return load_arrays(saved, abstract, self._log_on_process_0)
         except CorruptCheckpointError as error:
-            raise self._damaged(saved, str(error)) from error
+            raise self._corrupt_error(saved, str(error)) from error
 
     def _last_good(self, abstract: State) -> tuple[State, int] | None:
-        """The newest good state and its step, None where nothing was saved; sets the damaged aside."""
-        steps = self._agreed(
+        """Restore the newest undamaged state, and rename the damaged; None where nothing was saved."""
+        steps = self._on_process_0(
             lambda: [(s, manifests.find_damage(s)) for s in folders.list_checkpoints(self._folder)]
         )
         bad = {saved.step: damage for saved, damage in steps if damage is not None}
@@ -165,36 +171,38 @@ class Checkpoints:
         for saved, damage in reversed(steps):
             if damage is None:
                 self._check_run(saved)
-                paths, tree = _flatten(abstract)
+                paths, tree = flatten(abstract)
                 manifests.check_same(saved, paths)
                 try:
-                    arrays = _load(saved, paths, self._note)
+                    arrays = load_arrays(saved, paths, self._log_on_process_0)
                     state = jax.tree.unflatten(tree, [arrays[path] for path in paths]), saved.step
                     break
                 except CorruptCheckpointError as error:
                     bad[saved.step] = str(error)
         if steps and state is None:
             raise CorruptCheckpointError(
-                f"no checkpoint in {self._folder} is good (step {max(bad)}: {bad[max(bad)]}): restore one "
-                "from a copy, or start again with --new"
+                f"all checkpoints in {self._folder} are damaged (step {max(bad)}: {bad[max(bad)]}): restore "
+                "one from a copy, or start again with --new"
             )
         for step, damage in sorted(bad.items()):
             path = folders.step_folder(self._folder, step)
             now = multihost.on_process_0(functools.partial(folders.set_aside, path))
-            self._note(f"WARNING: checkpoint {path} is damaged and has been renamed to {now}: {damage}")
+            self._log_on_process_0(
+                f"WARNING: checkpoint {path} is damaged and has been renamed to {now}: {damage}"
+            )
         return state
 
     def save(self, step: int, state: State, score: float | None = None) -> None:
-        """Start saving ``state``, which may be donated at once; the disk is written in the background.
+        """Start saving ``state`` in the background; it may be donated when this returns.
 
-        A save that is still under way is waited for first. A step that is already there is left alone.
-        On CPUs it does not even wait for the copy, which the next step does before it reuses the memory.
+        This waits for a pending save. It does nothing for a step that is saved already. On CPUs it does not
+        wait for the copy either: the next step does, before it reuses the memory.
         """
         self.wait()
         folder = folders.step_folder(self._folder, step)
         if multihost.broadcast_from_0((folder / "manifest.json").exists(), "checkpoint"):
             return
-        paths, _ = _flatten(state)
+        paths, _ = flatten(state)
         manifest = {
             "format": manifests.FORMAT,
             "step": step,
@@ -211,19 +219,19 @@ class Checkpoints:
             if multihost.is_process_0():
                 (folder / folders.SAVING).touch()
             if self._compiled is not None:
-                self._compiled.exception()  # waits; an error is left to the call
+                self._compiled.exception()  # waits; the call below raises the error
             write = async_save.start_save(folder / "state", paths)
         except Exception as error:
-            raise self._failed(step, size, error) from error
+            raise self._save_error(step, size, error) from error
         self._pending = step, size, self._writer.submit(self._finish, write, folder, manifest)
 
     def poll(self) -> None:
-        """Raise RunError if the save under way has failed; costs about a microsecond."""
+        """Raise RunError if the pending save has failed; costs about a microsecond."""
         if self._pending is not None and self._pending[2].done() and self._pending[2].exception():
             self.wait()
 
     def wait(self) -> None:
-        """Block until the save under way is on disk, in every process. Raises RunError if it failed."""
+        """Wait until the pending save is on disk, in every process. Raises RunError if it failed."""
         if self._pending is None:
             return
         step, size, future = self._pending
@@ -231,11 +239,11 @@ class Checkpoints:
         try:
             future.result()
         except Exception as error:
-            raise self._failed(step, size, error) from error
+            raise self._save_error(step, size, error) from error
         multihost.barrier("checkpoint")
 
     def close(self, wait: bool = True) -> None:
-        """Let go of the writer thread, without waiting for what it does if ``wait`` is false."""
+        """End the writer thread; with ``wait=False`` without waiting for a pending save."""
         self._writer.shutdown(wait, cancel_futures=not wait)
 
     def _finish(self, write: Callable[[], Any], folder: Path, manifest: dict[str, Any]) -> None:
@@ -250,96 +258,51 @@ class Checkpoints:
             if best is None or old.step != best.step:
                 folders.remove(old.folder)
 
-    def _agreed(
-        self, look: Callable[[], list[tuple[CheckpointInfo, str | None]]]
+    def _on_process_0(
+        self, find: Callable[[], list[tuple[CheckpointInfo, str | None]]]
     ) -> list[tuple[CheckpointInfo, str | None]]:
-        """What process 0 finds, in every process: checkpoints, and what is damaged of each."""
+        """Run ``find`` on process 0 and return its checkpoints and their damage in every process."""
         found = multihost.on_process_0(
-            lambda: [(s.step, s.folder.name, s.manifest, s.damage, more) for s, more in look()]
+            lambda: [(s.step, s.folder.name, s.manifest, s.damage, more) for s, more in find()]
         )
         return [
             (CheckpointInfo(step, self._folder / name, manifest, damage), more)
             for step, name, manifest, damage, more in found
         ]
 
-    def _damaged(self, saved: CheckpointInfo, damage: str) -> CorruptCheckpointError:
+    def _corrupt_error(self, saved: CheckpointInfo, damage: str) -> CorruptCheckpointError:
         older = [
             s for s in folders.list_checkpoints(self._folder) if s.step < saved.step and s.damage is None
         ]
-        fix = self._older.format(step=older[-1].step) if older else "start again with --new"
+        fix = self._older_hint.format(step=older[-1].step) if older else "start again with --new"
         return CorruptCheckpointError(
             f"checkpoint {saved.folder} is damaged: {damage}; restore it from a copy, or {fix}"
         )
 
-    def _failed(self, step: int, size: int, error: Exception) -> RunError:
+    def _save_error(self, step: int, size: int, error: Exception) -> RunError:
         unfinished = folders.step_folder(self._folder, step)
         if multihost.is_process_0() and folders.is_unfinished(unfinished):
-            with contextlib.suppress(OSError):  # what was written of it would keep the space
+            with contextlib.suppress(OSError):  # to free the space
                 folders.remove(unfinished)
-        kept = [saved for saved in folders.list_checkpoints(self._folder) if saved.damage is None]
-        safe = f"step {kept[-1].step} is safe" if kept else "no step has been saved"
-        there = next(path for path in (self._folder, *self._folder.parents) if path.exists())
+        complete = [saved for saved in folders.list_checkpoints(self._folder) if saved.damage is None]
+        safe = f"step {complete[-1].step} is safe" if complete else "no step has been saved"
+        existing = next(path for path in (self._folder, *self._folder.parents) if path.exists())
+        free = size_text(shutil.disk_usage(existing).free)
         return RunError(
-            f"saving step {step} to {self._folder} failed ({_first_line(error)}); {safe}; a checkpoint needs "
-            f"{_bytes(size)} and {_bytes(shutil.disk_usage(there).free)} are free: free space or fix the "
-            "folder, then run the same command again"
+            f"saving step {step} to {self._folder} failed ({type(error).__name__}: "
+            f"{first_line(error)[:200]}); {safe}; a checkpoint needs {size_text(size)} and {free} are free: "
+            "free space or fix the folder, then run the same command again"
         )
 
-    def _note(self, line: str) -> None:
+    def _log_on_process_0(self, line: str) -> None:
         if multihost.is_process_0():
-            self._tell(line)
+            self._log(line)
 
 
 def space(state: Any) -> int:
-    """Bytes on a disk that a checkpoint of ``state`` may take, at most: Orbax compresses, and adds its own.
+    """Return the bytes on disk that a checkpoint of ``state`` takes at most.
 
-    Measured on 10 and on 12 arrays: up to 78 kB more than the arrays hold.
+    Measured on 10 and on 12 arrays: Orbax adds up to 78 kB.
     """
     leaves = jax.tree.leaves(state)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) + 64_000 + 2_000 * len(leaves)
-
-
-def _load(
-    saved: CheckpointInfo, abstract: dict[str, Any], note: Callable[[str], None]
-) -> dict[str, jax.Array]:
-    """Arrays out of files that are known to be what was saved. Raises Damaged if the arrays are not."""
-    from orbax.checkpoint import v1 as ocp
-
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    try:
-        with context:
-            arrays: dict[str, jax.Array] = ocp.load(saved.folder / "state", abstract)
-    except Exception as error:  # whatever Orbax, TensorStore or the disk has to say
-        raise CorruptCheckpointError(f"it cannot be read ({_first_line(error)})") from error
-    if saved.has_checksums:
-        then = saved.manifest["fingerprints"]
-        for path, now in fingerprint.finish(arrays, fingerprint.start(arrays)).items():
-            if now != then.get(path):
-                raise CorruptCheckpointError(
-                    f"the array {path} is not what was saved (its fingerprint differs)"
-                )
-    else:
-        note(f"checkpoint {saved.folder} has no checksums (an older version wrote it): not verified")
-    return arrays
-
-
-def _flatten(state: State) -> tuple[dict[str, Any], Any]:
-    """Leaves by path (``params/head/kernel``), and the structure to put them back."""
-    paths, tree = leaf_paths(state), jax.tree.structure(state)
-    if len(paths) != len(jax.tree.leaves(state)):
-        raise InputError("two arrays of the state have one path: names must not contain '/'")
-    return paths, tree
-
-
-def _bytes(count: int) -> str:
-    """``1.5 GB``."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""What other runs have learned: read by path, without their experiments."""
+"""Read another run's checkpoint by path, without its experiment: warm starts, and plain arrays."""
 
 from __future__ import annotations
 
@@ -17,60 +17,60 @@ from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import NOT_MODEL_STATE, State, leaf_paths
 
 COPIES = ("extra/ema/", "extra/lookahead/")
-"""Where a state holds averages of parameters and statistics, which begin as copies of them."""
+"""Where a state has averages of parameters and statistics; they start as copies of these."""
 
 
 def init_from(
-    source: str, renames: Sequence[str], state: State, tell: Callable[[str], None] = lambda line: None
+    source: str, renames: Sequence[str], state: State, log: Callable[[str], None] = lambda line: None
 ) -> State:
-    """``state`` with the parameters and the model's statistics of another run's checkpoint.
+    """Return ``state`` with the parameters and the model's statistics of another run's checkpoint.
 
-    Those that ``evaluate`` uses: the averaged ones where that run kept an average. The optimizer, the step
-    and all else stay as they are.
+    They are those that ``evaluate`` uses: the averages where that run has them. The optimizer state, the step
+    and the rest do not change.
 
     Args:
-      source: ``RUN`` or ``RUN:STEP``, the folder of a run; without a step the best on its validation set, or
-        the latest.
-      renames: ``OLD=NEW``, prefixes of names there and here, such as ``encoder/block0=block0``; ``head=``
-        keeps the values that ``head`` has in ``state``.
+      source: ``RUN`` or ``RUN:STEP``, the folder of a run; without a step, the best on its validation set or
+        else the latest.
+      renames: ``OLD=NEW``, prefixes of names in the checkpoint and in ``state``, such as
+        ``encoder/block0=block0``; ``head=`` keeps the values of ``head`` in ``state``.
       state: of step 0, with its shardings.
-      tell: called with a line of what was taken.
+      log: called with a line that says what was read.
 
     Raises:
-      InputError: there is no such checkpoint, or it has not the arrays that are needed.
-      Damaged: it is not what was saved.
+      InputError: there is no such checkpoint, or it lacks an array.
+      CorruptCheckpointError: it is damaged.
     """
     here = leaf_paths(state)
-    with _found(source, renames, here, tell) as (checkpoints, chosen, wanted):
+    with _open_source(source, renames, here, log) as (checkpoints, chosen, wanted):
         abstract = {name: _abstract_leaf(here[path]) for path, name in wanted.items()}
         arrays = checkpoints.restore_some(chosen, abstract)
     seen: set[str] = set()
     values = []
     for path, leaf in here.items():
         name = wanted.get(path)
-        # One buffer must not be in the state twice: the train step is given them to reuse.
+        # One buffer must not be in the state twice: the train step donates them.
         value = leaf if name is None else arrays[name].copy() if name in seen else arrays[name]
         seen |= {name} if name is not None else set()
         values.append(value)
-    tell(f"{len(seen)} arrays of {chosen.folder} to begin with, {_fresh(here, wanted)} new")
+    log(f"initialized {len(seen)} arrays from {chosen.folder}, {_count_new(here, wanted)} new")
     return jax.tree.unflatten(jax.tree.structure(state), values)
 
 
 def check_init_from(source: str, renames: Sequence[str], abstract: State) -> None:
-    """Raise as ``init_from`` would for a state of these shapes, which need not be there yet."""
-    with _found(source, renames, leaf_paths(abstract), lambda line: None) as (checkpoints, chosen, _):
+    """Raise the errors of ``init_from`` before a state of these shapes exists."""
+    with _open_source(source, renames, leaf_paths(abstract), lambda line: None) as (checkpoints, chosen, _):
         checkpoints.check(chosen)
 
 
 @contextlib.contextmanager
-def _found(
-    source: str, renames: Sequence[str], here: dict[str, Any], tell: Callable[[str], None]
+def _open_source(
+    source: str, renames: Sequence[str], here: dict[str, Any], log: Callable[[str], None]
 ) -> Iterator[tuple[store.Checkpoints, CheckpointInfo, dict[str, str]]]:
-    """The checkpoint that is meant, and the name there of each path here that is taken from it."""
+    """Open the chosen checkpoint; also yield, by path in the state, the path to read in it."""
     folder, step = _parse(source)
     pairs = [_pair(text) for text in renames]
-    older = f"begin with an older one: --init-from {folder}:{{step}}"
-    with store.open(folder, tell=tell, older=older) as checkpoints:
+    older_hint = f"start from an older one: --init-from {folder}:{{step}}"
+    with store.open(folder, log=log, older_hint=older_hint) as checkpoints:
         chosen = _choose(checkpoints, step, f"--init-from {source}")
         wanted = {path: name for path in here if (name := _source_of(path, pairs, chosen)) is not None}
         _check(chosen, here, wanted, pairs)
@@ -78,26 +78,26 @@ def _found(
 
 
 def arrays(source: str | Path) -> dict[str, np.ndarray]:
-    """Every array of a run's checkpoint by path, verified, on the host; needs no experiment file.
+    """Read and verify every array of a run's checkpoint, by path, on the host; needs no experiment file.
 
     Args:
       source: ``RUN`` or ``RUN:STEP``, as for ``init_from``.
 
     Raises:
       InputError: there is no such checkpoint, or this version cannot read it.
-      Damaged: it is not what was saved.
+      CorruptCheckpointError: it is damaged.
 
     >>> found = arrays("runs/digits_mlp/3f9a12c4-seed0:400")  # doctest: +SKIP
     >>> found["params/Dense_0/kernel"].shape  # doctest: +SKIP
     (64, 128)
     """
     folder, step = _parse(str(source))
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with store.open(folder, older=f"read an older one: {folder}:{{step}}") as checkpoints:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with store.open(folder, older_hint=f"read an older one: {folder}:{{step}}") as checkpoints:
         chosen = _choose(checkpoints, step, str(source))
         manifests.check_format(chosen)
         shapes = {name: manifests.parse_spec(text) for name, text in chosen.manifest["tree"].items()}
-        abstract = {name: jax.ShapeDtypeStruct(*spec, sharding=place) for name, spec in shapes.items()}
+        abstract = {name: jax.ShapeDtypeStruct(*spec, sharding=sharding) for name, spec in shapes.items()}
         return {name: np.asarray(leaf) for name, leaf in checkpoints.restore_some(chosen, abstract).items()}
 
 
@@ -118,18 +118,18 @@ def _pair(text: str) -> tuple[str, str]:
 def _choose(checkpoints: store.Checkpoints, step: int | None, what: str) -> CheckpointInfo:
     steps = checkpoints.steps()
     if not steps:
-        raise InputError(f"{what}: there is no checkpoint in it; give the folder a run printed")
+        raise InputError(f"{what}: there is no checkpoint in it: give the folder that a run printed")
     if step is None:
         return manifests.best(steps) or steps[-1]
     for saved in steps:
         if saved.step == step:
             return saved
-    kept = ", ".join(str(saved.step) for saved in steps)
-    raise InputError(f"{what}: step {step} is not kept there; give one of {kept}")
+    present = ", ".join(str(saved.step) for saved in steps)
+    raise InputError(f"{what}: there is no step {step}: give one of {present}")
 
 
 def _source_of(path: str, pairs: Sequence[tuple[str, str]], chosen: CheckpointInfo) -> str | None:
-    """The path in the checkpoint of what begins as ``path`` here; None for what stays as it is."""
+    """Return the path in the checkpoint for ``path`` of the state; None for an array that keeps its value."""
     for copy in COPIES:
         if path.startswith(copy):
             rest = path.removeprefix(copy)
@@ -179,5 +179,5 @@ def _abstract_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def _fresh(here: dict[str, Any], wanted: dict[str, str]) -> int:
+def _count_new(here: dict[str, Any], wanted: dict[str, str]) -> int:
     return sum(path.startswith("params/") and path not in wanted for path in here)

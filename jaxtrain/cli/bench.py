@@ -18,7 +18,7 @@ from typing import Any
 from jaxtrain import __version__
 from jaxtrain.cli import SUMMARIES, command_line, devices, experiments, flags
 from jaxtrain.core.errors import InputError, RunError
-from jaxtrain.train import environment
+from jaxtrain.core.process import cores
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -151,7 +151,7 @@ def _environment(max_devices: int, load: float) -> dict[str, Any]:
         "device": device.device_kind,
         "platform": device.platform,
         "simulated": device.platform == "cpu" and max_devices > 1,
-        "cores": environment.cores(),
+        "cores": cores(),
         "load_before": load,
         "versions": {"python": platform.python_version(), "jaxtrain": __version__, **versions},
     }

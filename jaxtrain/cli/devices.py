@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from jaxtrain import sharding
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.text import first_line
 from jaxtrain.sharding import multihost
 from jaxtrain.sharding.initialize import in_use
 from jaxtrain.train.environment import DETERMINISTIC_FLAG
@@ -129,10 +130,9 @@ def first_devices(count: int | None) -> list[jax.Device]:
     try:
         available = jax.devices()
     except (RuntimeError, AssertionError) as error:
-        line = str(error).partition("\n")[0][:200] or type(error).__name__
         platforms = os.environ.get("JAX_PLATFORMS")
         hint = f"; JAX_PLATFORMS is {platforms!r}: unset it, or install its plugin" if platforms else ""
-        raise InputError(f"JAX cannot start a backend ({line}){hint}") from error
+        raise InputError(f"JAX cannot start a backend ({first_line(error)[:200]}){hint}") from error
     if count is None:
         return available
     if not 1 <= count <= len(available):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from jaxtrain.cli import SUMMARIES, command_line
 from jaxtrain.core import cache
+from jaxtrain.core.process import cores
 
 PACKAGES = (
     "jaxtrain",
@@ -75,10 +76,9 @@ def _versions() -> dict[str, str]:
 
 
 def _devices(problems: list[str]) -> dict[str, str]:
-    from jaxtrain.train import environment
 
     driver = _driver()
-    rows = {"NVIDIA driver": driver or "none", "CPU cores": str(environment.cores())}
+    rows = {"NVIDIA driver": driver or "none", "CPU cores": str(cores())}
     try:
         import jax
 

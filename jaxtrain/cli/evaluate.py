@@ -49,7 +49,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.split not in program.evals:
         raise InputError(f"{name} has no {args.split} split: it has {', '.join(program.evals)}")
     with checkpoint.open(
-        folder, tell=command_line.warn, older="use an older one with --checkpoint {step}"
+        folder, log=command_line.warn, older_hint="use an older one with --checkpoint {step}"
     ) as saved:
         selected = command_line.choose_checkpoint(saved, args.checkpoint, folder)
         state = saved.restore(selected, program.abstract_state)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jaxtrain.core import redact
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.text import first_line
 from jaxtrain.experiment.registry import Entry, discover
 
 UNKNOWN = "–"
@@ -75,7 +76,5 @@ def _module_file(name: str) -> Path | None:
 
 
 def _reason(error: BaseException) -> str:
-    line = next((line for line in str(error).splitlines() if line.strip()), "")
-    if isinstance(error, InputError):
-        return line
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+    line, kind = first_line(error), type(error).__name__
+    return line if isinstance(error, InputError) or line == kind else f"{kind}: {line}"

@@ -132,7 +132,7 @@ def _notes(mesh: Mesh, simulated: bool, experiment: Any, limit: Any) -> list[str
 
 def _progress(base: Any) -> Callable[[Any], None]:
     """Make a callback that prints each result where no progress bar is shown."""
-    from jaxtrain.program.device_limits import size_text
+    from jaxtrain.core.text import size_text
 
     def report(trial: Any) -> None:
         if not sys.stdout.isatty():

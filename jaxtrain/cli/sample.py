@@ -67,7 +67,7 @@ def _run(args: argparse.Namespace) -> int:
     mesh = sharding.make_mesh(jax.local_devices()[:1])  # a single text cannot be sharded
     abstract = abstract_state(experiment, mesh, example)
     with checkpoint.open(
-        folder, tell=command_line.warn, older="use an older one with --checkpoint {step}"
+        folder, log=command_line.warn, older_hint="use an older one with --checkpoint {step}"
     ) as saved:
         state = saved.restore(command_line.choose_checkpoint(saved, args.checkpoint, folder), abstract)
     params, extra = eval_state(state)

@@ -10,6 +10,7 @@ from jaxtrain import monitor
 from jaxtrain.cli import command_line, devices, experiments, flags
 from jaxtrain.core import redact
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.process import cores
 from jaxtrain.experiment import Experiment
 from jaxtrain.monitor import make_console
 from jaxtrain.sharding import multihost
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     folder = _folder(name, experiment, args)
     if args.deterministic:
         on_cpu = mesh.devices.flat[0].platform == "cpu"
-        cpu_note = f"nothing to set on a CPU, {environment.cores()} cores"
+        cpu_note = f"nothing to set on a CPU, {cores()} cores"
         console.note(f"deterministic: {cpu_note if on_cpu else environment.DETERMINISTIC_FLAG}")
     record = {
         "origin": origin,

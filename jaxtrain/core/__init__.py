@@ -1,1 +1,1 @@
-"""The ground: what a state, a batch and a model are; errors; and this process (cache, signals, files)."""
+"""Types shared by every room (state, batch, model), errors, and helpers for this process."""

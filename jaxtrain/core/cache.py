@@ -1,6 +1,6 @@
-"""What is kept for this user from run to run: compiled programs above all.
+"""Folders of this user's cache, and the persistent compilation cache in one of them.
 
-Compiling takes longer than anything else at the start of a run, and the next start needs the same programs.
+Compilation takes longer than anything else at the start of a run, and the next start needs the same programs.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from pathlib import Path
 
 from jaxtrain.core.errors import InputError
 
-CAP = 4 * 2**30  # bytes of compiled programs; the least recently used go first
-LEFT = 0.8  # of the cap, after some were removed
+CAP = 4 * 2**30  # bytes of compiled programs; the least recently used are removed first
+LEFT = 0.8  # fraction of the cap that is used after a removal
 
 
 def user_folder(*names: str) -> Path:
-    """A folder of this user's own: ``jaxtrain/NAMES`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``.
+    """Return the path ``jaxtrain/NAMES`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``, without creating it.
 
-    It is not made. Raises RuntimeError where the user has no home.
+    Raises:
+      RuntimeError: the user has no home folder.
     """
     base = os.environ.get("XDG_CACHE_HOME")
     return Path(base if base and Path(base).is_absolute() else Path.home() / ".cache", "jaxtrain", *names)
 
 
 def make_private(folder: Path) -> bool:
-    """Make ``private_folder`` for this user alone where it is missing; False where others can write to it.
+    """Create ``folder`` with mode 0700 where it is missing; returns False where others can write to it.
 
     Raises:
-      OSError: it cannot be made.
+      OSError: it cannot be created.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     about = folder.stat()
@@ -40,25 +41,22 @@ def make_private(folder: Path) -> bool:
 
 
 def is_disabled() -> bool:
-    """Is nothing to be kept (``JAXTRAIN_CACHE=off``)?
+    """Return whether ``JAXTRAIN_CACHE=off`` disables jaxtrain's caches.
 
     Raises:
-      InputError: the variable says something else.
+      InputError: the variable has another value.
     """
     value = os.environ.get("JAXTRAIN_CACHE", "")
     if value.lower() not in ("", "off"):
         raise InputError(
-            f"JAXTRAIN_CACHE is {value}: set it to off, or leave it out "
-            "(a folder is named by JAX_COMPILATION_CACHE_DIR)"
+            f"JAXTRAIN_CACHE is {value}: set it to off, or unset it "
+            "(JAX_COMPILATION_CACHE_DIR chooses the folder)"
         )
     return value != ""
 
 
 def private_folder(name: str) -> Path | None:
-    """``user_folder(name)``, made for this user alone; None where there is to be none, or cannot be.
-
-    ``JAXTRAIN_CACHE=off`` keeps nothing of jaxtrain's own.
-    """
+    """Create and return ``user_folder(name)``; None where caches are disabled or it would not be private."""
     if is_disabled():
         return None
     try:
@@ -68,20 +66,20 @@ def private_folder(name: str) -> Path | None:
 
 
 def enable_compilation_cache(warn: Callable[[str], None]) -> None:
-    """Keep compiled programs on the disk, and find those of earlier processes there.
+    """Turn on JAX's persistent compilation cache.
 
-    They are in ``JAX_COMPILATION_CACHE_DIR`` or, where that is not set, in a folder of this user and this
-    kind of CPU, for whose instructions they are. ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps none, and
-    ``JAXTRAIN_CACHE=off`` none where it is not set. What is in the folder is run as it is found, so it must
-    be this user's alone.
+    Its folder is ``JAX_COMPILATION_CACHE_DIR`` or, where that is not set, a private folder of this user for
+    this kind of CPU, because programs contain its instructions. ``JAX_ENABLE_COMPILATION_CACHE=false``
+    disables the cache; ``JAXTRAIN_CACHE=off`` does unless ``JAX_COMPILATION_CACHE_DIR`` is set. JAX runs
+    what it finds in the folder, so nobody else may write to it.
 
     Args:
-      warn: takes a line that whoever runs this should read.
+      warn: called with a line for the user.
 
     Raises:
-      InputError: ``JAX_COMPILATION_CACHE_DIR`` cannot be made, or ``JAXTRAIN_CACHE`` is no setting.
+      InputError: ``JAX_COMPILATION_CACHE_DIR`` cannot be created, or ``JAXTRAIN_CACHE`` has an unknown value.
     """
-    import jax  # here: what is kept is looked up by --list too, which does not wait for JAX
+    import jax  # here: --list uses this module and does not wait for JAX
 
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
     if is_disabled() and not named:
@@ -96,16 +94,18 @@ def enable_compilation_cache(warn: Callable[[str], None]) -> None:
         if open_to_others:
             where = "JAX_COMPILATION_CACHE_DIR" if named else str(open_to_others[0])
             fix = f"chmod 700 {shlex.join(map(str, open_to_others))}"
-            warn(f"WARNING: others can write to {where}, and what is in it is run: {fix}")
+            warn(f"WARNING: others can write to {where}, and JAX runs the programs in it: {fix}")
             if not named:
                 return
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         if named:
             raise InputError(
-                f"JAX_COMPILATION_CACHE_DIR is {named}, which cannot be made ({reason}): set another"
+                f"JAX_COMPILATION_CACHE_DIR is {named}, which cannot be created ({reason}): set another"
             ) from error
-        warn(f"compiled programs are not kept ({reason}): set JAX_COMPILATION_CACHE_DIR to a folder of yours")
+        warn(
+            f"compiled programs are not cached ({reason}): set JAX_COMPILATION_CACHE_DIR to a folder of yours"
+        )
         return
     if not named:
         trim(folder)
@@ -115,7 +115,7 @@ def enable_compilation_cache(warn: Callable[[str], None]) -> None:
 
 
 def trim(folder: Path, cap: int = CAP) -> None:
-    """Remove the least recently used files of ``folder`` until they are at most ``cap`` bytes together."""
+    """Remove the least recently used files of ``folder`` when they are more than ``cap`` bytes together."""
     found = []
     for path in folder.iterdir():
         with contextlib.suppress(OSError):  # another process removes files too
@@ -133,7 +133,7 @@ def trim(folder: Path, cap: int = CAP) -> None:
 
 
 def cpu_kind() -> str:
-    """Eight hex digits of the kind of CPU: programs for one may hold instructions that another lacks."""
+    """Return eight hex digits for this kind of CPU; another may lack instructions that programs use."""
     text = platform.machine()
     with contextlib.suppress(OSError):
         lines = set(Path("/proc/cpuinfo").read_text().splitlines())

@@ -1,8 +1,8 @@
-"""The two errors a run may end with; the command line turns each into one line and an exit code."""
+"""The two errors for users; the command line prints each as one line and exits with its code."""
 
 
 class InputError(ValueError):
-    """The user gave something that cannot work: exit code 2.
+    """The user's input cannot work: exit code 2.
 
     The message is one line that says what is wrong, where, and what to do about it.
 
@@ -16,6 +16,6 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """The input was fine and the run failed all the same (NaN, disk, data): exit code 3."""
+    """The input was valid and the run failed (NaN, disk, data): exit code 3."""
 
     exit_code = 3

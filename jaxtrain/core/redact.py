@@ -1,7 +1,8 @@
-"""Secrets: which settings hold one, what stands for them in a run's records, and output without them.
+"""Keep secrets out of a run's records and out of its output.
 
-A setting holds a secret when its name has ``token``, ``key``, ``secret``, ``password`` or the like in it and
-its value is text. So does the part of a URL before its host.
+A setting or an environment variable is a secret when its name contains ``token``, ``key``, ``secret``,
+``password`` or the like and its value is text. So are the user and password in a URL, and such parameters
+of its query.
 """
 
 from __future__ import annotations
@@ -18,32 +19,25 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 MARK = "<redacted>"
+SHORTEST = 6  # characters; masking shorter texts would remove "true" and "image" from every line
 
 _WORDS = "token|key|secret|password|passwd|passphrase|credential"
 _SECRET = re.compile(_WORDS, re.IGNORECASE)
-# Such are long and random, or no secrets at all (label_key="fine"): a digest gives nothing away, and tells
-# two runs apart. What people choose themselves could be guessed from one.
-_RANDOM = re.compile("token|key", re.IGNORECASE)
-_CHOSEN = re.compile("secret|pass|credential", re.IGNORECASE)
+_CHOSEN_BY_PEOPLE = re.compile("secret|pass|credential", re.IGNORECASE)
 _USER = re.compile(r"(?<=://)[^/\s?#'\"]+(?=@)")
 _QUERY = re.compile(
     rf"([?&;][\w.%-]{{0,64}}(?:{_WORDS}|signature)[\w.%-]{{0,64}}=)[^&;#\s'\"]+", re.IGNORECASE
 )
-# token="..." in a line of source or a repr, and "token": "..." in a dict.
+# token="..." in a line of source, which a traceback shows, and "token": "..." in a dict.
 _QUOTED = re.compile(
-    rf"((?:{_WORDS})[\w.-]{{0,64}}(?:\s?=|['\"]\s?:)\s?[bru]?)(['\"])(?!<redacted)(?:\\.|(?!\2)[^\\])+\2",
-    re.IGNORECASE,
+    rf"((?:{_WORDS})[\w.-]{{0,64}}(?:\s?=|['\"]\s?:)\s?)(['\"])(?:\\.|(?!\2)[^\\])+\2", re.IGNORECASE
 )
-_BEARER = re.compile(r"(\bbearer\s+|authorization:\s*\w+\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
-_SHORTEST = 6  # a shorter one would take "true" and "image" out of every line
-_SHORTEST_IN_ENVIRONMENT = 8  # where much is called key and is none
-
-_WRITING = threading.RLock()  # two threads in one TextIOWrapper.write have crashed CPython 3.11
-_known: set[str] = set()  # what must not be printed: a process has one output
+_LOCK = threading.RLock()  # two threads in one TextIOWrapper.write have crashed CPython 3.11
+_known: set[str] = set()  # texts to mask; global, because a process has one output
 
 
 def is_secret(name: str) -> bool:
-    """Does a setting of this name hold a secret, where its value is text?
+    """Return whether a setting or an environment variable of this name holds a secret.
 
     >>> [is_secret(name) for name in ("api_key", "HF_TOKEN", "vocab", "name")]
     [True, True, False, False]
@@ -51,75 +45,73 @@ def is_secret(name: str) -> bool:
     return _SECRET.search(name) is not None
 
 
-def register_secret(name: str, values: Sequence[str]) -> str:
-    """What stands in a record for the text of a secret setting; ``redact`` masks it from now on.
+def register(value: str) -> None:
+    """Mask ``value`` in everything printed from now on, also quoted for a URL or by ``repr``."""
+    for line in value.splitlines():
+        for form in (line, urllib.parse.quote(line, safe=""), urllib.parse.unquote(line), repr(line)[1:-1]):
+            if len(form.strip()) >= SHORTEST and MARK not in form:
+                _known.add(form.strip())
 
-    A token's or key's has 32 bits of a slow digest, so that two of them differ in a run's hash.
 
-    >>> register_secret("password", ["hunter2"]), register_secret("api_key", ["5bd91e77a0"])
+def placeholder(name: str, values: Sequence[str]) -> str:
+    """Return the text that stands in a record for the secret setting ``name``, and mask its values.
+
+    A token is long and random, or no secret at all (``label_key="fine"``). So its placeholder has 32 bits of
+    a slow digest: two runs that differ in it have different hashes. A password could be guessed from one.
+
+    >>> placeholder("password", ["hunter2"]), placeholder("api_key", ["5bd91e77a0"])
     ('<redacted>', '<redacted efeb2708>')
     """
     for value in values:
-        register_secrets(value)
-    if _CHOSEN.search(name) or not _RANDOM.search(name):
+        register(value)
+    if _CHOSEN_BY_PEOPLE.search(name):
         return MARK
     return f"<redacted {_digest(name.rpartition('.')[2], tuple(values))}>"
 
 
-def register_secrets(value: str, shortest: int = _SHORTEST) -> None:
-    """Mask ``value`` in all that ``redact`` is given from now on, also quoted for a URL or by ``repr``."""
-    for line in value.splitlines():
-        for form in (line, urllib.parse.quote(line, safe=""), urllib.parse.unquote(line), repr(line)[1:-1]):
-            if len(form.strip()) >= shortest and MARK not in form:
-                _known.add(form.strip())
-
-
-def redact_urls(line: str) -> str:
-    """``line`` without the users and passwords of the URLs in it, and the secrets in their queries.
+def redact_urls(text: str) -> str:
+    """Mask the users and passwords of the URLs in ``text``, and the secrets in their queries.
 
     >>> redact_urls("cannot fetch https://me:hunter2@host/x?page=2&token=abc")
     'cannot fetch https://<redacted>@host/x?page=2&token=<redacted>'
     """
-    if "://" not in line:
-        return line
-    for user in _USER.findall(line):
-        register_secrets(user.rpartition(":")[2])
-    return _QUERY.sub(rf"\1{MARK}", _USER.sub(MARK, line))
+    if "://" not in text:
+        return text
+    for user in _USER.findall(text):
+        register(user.rpartition(":")[2])
+    return _QUERY.sub(rf"\1{MARK}", _USER.sub(MARK, text))
 
 
 def redact_setting(pair: str) -> str:
-    """An override ``path=value`` as it may be shown and recorded.
+    """Return an override ``path=value`` as it may be shown and recorded; mask its value if it is a secret.
 
     >>> redact_setting("train.token=5bd91e77a0"), redact_setting("batch=64")
     ('train.token=<redacted>', 'batch=64')
     """
-    path, equals, value = pair.partition("=")
-    names = [name for name in path.split(".") if not name.isdigit()]
-    if not equals or not names or not is_secret(names[-1]) or value.lower() in ("", "none", "null"):
+    path, _, value = pair.partition("=")
+    names = [name for name in path.split(".") if not name.isdigit()]  # tokens.0 is an item of tokens
+    if not names or not is_secret(names[-1]) or value.lower() in ("", "none", "null"):
         return redact_urls(pair)
-    register_secrets(value.strip("'\""))
+    register(value.strip("'\""))
     return f"{path}={MARK}"
 
 
-def redact(line: str) -> str:
-    """``line`` without any secret that is known or that looks like one."""
+def redact(text: str) -> str:
+    """Mask the registered secrets in ``text``, and what looks like one: in a URL, or ``token="..."``."""
     for value in sorted(_known, key=len, reverse=True):
-        line = line.replace(value, MARK)
-    return _BEARER.sub(rf"\1{MARK}", _QUOTED.sub(rf"\1\2{MARK}\2", redact_urls(line)))
+        text = text.replace(value, MARK)
+    return _QUOTED.sub(rf"\1\2{MARK}\2", redact_urls(text))
 
 
 @contextlib.contextmanager
 def redact_output() -> Iterator[None]:
-    """In this block what goes to ``sys.stdout`` and ``sys.stderr`` goes through ``redact``."""
+    """Redact what this block writes to ``sys.stdout`` and ``sys.stderr``."""
     for name, value in os.environ.items():
-        if is_secret(name) and not os.path.exists(value):  # noqa: PTH110 - Path minds long ones
-            register_secrets(value, _SHORTEST_IN_ENVIRONMENT)
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _RedactedStream(sys.stdout), _RedactedStream(sys.stderr)
-    try:
+        if is_secret(name) and not os.path.exists(value):  # noqa: PTH110 - Path raises for long ones
+            register(value)
+    out, err = _RedactedStream(sys.stdout), _RedactedStream(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         yield
-    finally:
-        sys.stdout, sys.stderr = before
 
 
 class _RedactedStream:
@@ -128,10 +120,10 @@ class _RedactedStream:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def write(self, line: str) -> int:
-        with _WRITING:
-            self._stream.write(redact(line))
-        return len(line)
+    def write(self, text: str) -> int:
+        with _LOCK:
+            self._stream.write(redact(text))
+        return len(text)
 
     def writelines(self, lines: Sequence[str]) -> None:
         for line in lines:
@@ -143,6 +135,6 @@ class _RedactedStream:
 
 @functools.lru_cache(maxsize=256)
 def _digest(name: str, values: tuple[str, ...]) -> str:
-    """Slow on purpose, about 30 ms: guessing is for whoever has much time."""
+    """Return 32 bits in hexadecimal; slow on purpose (30 ms), against guessing."""
     value = repr(values).encode()
     return hashlib.pbkdf2_hmac("sha256", value, b"jaxtrain " + name.encode(), 100_000, dklen=4).hex()

@@ -1,4 +1,4 @@
-"""Names that become names of folders: which may, and where they may lead."""
+"""Check names before they become folders: no path separators, and no links out of the parent folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 def is_name(text: object) -> bool:
-    """Is it a name that cannot lead out of a folder: letters, digits, ``.``, ``_``, ``-``, and not ``..``?
+    """Return whether ``text`` is safe as a folder name: letters, digits, ``.``, ``_``, ``-``, and not ``..``.
 
     >>> [is_name(text) for text in ("cifar10", "100k-ratings", "..", "a/b", "a b", "", None)]
     [True, True, False, False, False, False, False]
@@ -20,15 +20,15 @@ def is_name(text: object) -> bool:
 
 
 def check(text: str, what: str, fix: str) -> str:
-    """``text``, if it is a name.
+    """Return ``text`` if it is safe as a folder name.
 
     Args:
-      text: what is to become the name of a folder or a part of it.
-      what: it is, for the message.
-      fix: what to do about it.
+      text: the name, or a part of it.
+      what: the kind of name, for the message.
+      fix: what to do about it, for the message.
 
     Raises:
-      InputError: it is none.
+      InputError: it is not.
     """
     if not is_name(text):
         raise InputError(f"{what} {text!r} cannot name a folder (letters, digits, '.', '_' and '-'): {fix}")
@@ -36,13 +36,13 @@ def check(text: str, what: str, fix: str) -> str:
 
 
 def inside(root: Path, *names: str, what: str, fix: str) -> Path:
-    """The path ``root/NAME/NAME...``, which is inside ``root``, links included. What ``root`` is, is free.
+    """Return ``root/NAME/NAME...`` if it is inside ``root`` after links are resolved; ``root`` may be a link.
 
     >>> inside(Path("runs"), "mnist", "5c3b-seed0", what="experiment", fix="rename it").as_posix()
     'runs/mnist/5c3b-seed0'
 
     Raises:
-      InputError: one of ``names`` is no name, or a link there leads out of ``root``.
+      InputError: one of ``names`` is not safe, or a link leads out of ``root``.
     """
     path = root.joinpath(*(check(name, what, fix) for name in names))
     if not path.resolve().is_relative_to(root.resolve()):

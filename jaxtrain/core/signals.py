@@ -1,8 +1,8 @@
-"""Stopping: on request, when a request takes too long, and when nothing moves any more.
+"""Stop a run on SIGINT or SIGTERM, and end a run that hangs.
 
-The first signal asks, the loop saves and leaves; the second ends at once. Python runs a signal's handler only
-when the main thread comes back from whatever it waits for, a device or a disk. So a thread of its own reads
-the signals too (``signal.set_wakeup_fd``) and ends the process when the main thread does not.
+After the first signal the loop saves and exits; the second one ends the process. Python runs a signal's
+handler only when the main thread returns from what it waits for, such as a device or a disk. So a separate
+thread reads the signals too (``signal.set_wakeup_fd``) and ends the process when the main thread does not.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from types import FrameType
 from typing import Any
 
 GRACE = 30.0
-"""Seconds from the first signal to the end, at most: what SLURM gives a job by default (KillWait)."""
-AT_ONCE = 1.0  # seconds that the main thread has to leave by itself after the second signal
-ASKING = (signal.SIGINT, signal.SIGTERM)
+"""Seconds from the first signal to the end of the process at most: SLURM's default (KillWait)."""
+GRACE_SECOND = 1.0  # the same, from the second signal
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved. ``exit_code`` is 128 + the signal's number."""
+    """The run has stopped after a signal and has saved. ``exit_code`` is 128 + the signal's number."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
@@ -36,7 +36,7 @@ class Stopped(Exception):
 
 
 class SecondSignal(KeyboardInterrupt):
-    """A second signal: the run ends at once, with 128 + the number of the first."""
+    """A second signal: the run ends immediately, with exit code 128 + the number of the first."""
 
     def __init__(self, signum: int) -> None:
         super().__init__()
@@ -44,18 +44,18 @@ class SecondSignal(KeyboardInterrupt):
 
 
 class Request:
-    """Whether a signal has asked for a stop; ``signum`` is None until then."""
+    """A request to stop; ``signum`` is None until a signal arrives."""
 
     signum: int | None = None
 
 
 @contextlib.contextmanager
 def on_signals(grace: float = GRACE) -> Iterator[Request]:
-    """Turn SIGINT and SIGTERM into a request, until the block is left.
+    """Turn SIGINT and SIGTERM into a request to stop, within the block.
 
-    A second signal raises ``SecondSignal``, a KeyboardInterrupt. When the block is not left ``grace`` seconds
-    after the first signal, or a second after the second, the process ends with 128 + the first one's number,
-    whatever it is doing. Outside the main thread signals cannot be caught and the request never comes.
+    A second signal raises ``SecondSignal``, a KeyboardInterrupt. If the block has not ended ``grace`` seconds
+    after the first signal, or one second after the second, the process exits with 128 + the first signal's
+    number, whatever it is doing. Outside the main thread signals cannot be caught and no request arrives.
 
     Args:
       grace: seconds, above 0.
@@ -70,7 +70,7 @@ def on_signals(grace: float = GRACE) -> Iterator[Request]:
             raise SecondSignal(request.signum)
         request.signum = signum
 
-    before: dict[int, Any] = {s: signal.signal(s, handle) for s in ASKING}
+    before: dict[int, Any] = {s: signal.signal(s, handle) for s in STOP_SIGNALS}
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -88,60 +88,62 @@ def on_signals(grace: float = GRACE) -> Iterator[Request]:
 
 
 def _end_in_time(reader: int, grace: float) -> None:
-    """Reads the numbers of signals until the other end is closed; ends the process when it must."""
-    asked: list[int] = []
+    """Read signal numbers until the pipe is closed; end the process at the deadline."""
+    received: list[int] = []
     deadline = None
     while True:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         if not select.select([reader], [], [], left)[0]:
-            what = "interrupted at once" if len(asked) > 1 else f"not stopped within {grace:g} s, so ended"
-            _end(f"jaxtrain: {what}; the last complete checkpoint is kept", 128 + asked[0])
+            what = "interrupted at once" if len(received) > 1 else f"not stopped within {grace:g} s, so ended"
+            _end(f"jaxtrain: {what}; the last complete checkpoint is kept", 128 + received[0])
         numbers = os.read(reader, 64)
         if not numbers:
             return
         for number in numbers:
-            if number in ASKING:
-                asked.append(number)
-                limit = time.monotonic() + (grace if len(asked) == 1 else AT_ONCE)
+            if number in STOP_SIGNALS:
+                received.append(number)
+                limit = time.monotonic() + (grace if len(received) == 1 else GRACE_SECOND)
                 deadline = limit if deadline is None else min(deadline, limit)
 
 
-_moved = 0.0  # when something last moved, by the monotonic clock
+_last_beat = 0.0  # time of the last heartbeat, by the monotonic clock
 
 
 def heartbeat() -> None:
-    """Say that something has moved: a step or a batch of an evaluation. Costs about 0.1 µs."""
-    global _moved  # noqa: PLW0603 - a process has one pulse
-    _moved = time.monotonic()
+    """Report progress to ``watchdog``: a step, or a batch of an evaluation. Costs about 0.1 µs."""
+    global _last_beat  # noqa: PLW0603 - a process has one heartbeat
+    _last_beat = time.monotonic()
 
 
 @contextlib.contextmanager
 def watchdog(seconds: float | None, file: Path) -> Iterator[None]:
-    """End the process with exit code 3 when ``heartbeat`` is not called for ``seconds``, in this block.
+    """End the process with exit code 3 when ``heartbeat`` is not called for ``seconds`` within the block.
 
-    Before that the stacks of all threads go to ``file``, so that one can see what it was waiting for.
+    Before that it writes the stacks of all threads to ``file``, which show what the run was waiting for.
 
     Args:
-      seconds: longer than the first step takes with its compilation, and than a save; None is no watchdog.
-      file: is written only then.
+      seconds: longer than the first step with its compilation, and than a save; None disables the watchdog.
+      file: written only when the watchdog ends the process.
     """
     if seconds is None:
         yield
         return
-    left = threading.Event()
-    thread = threading.Thread(target=_watch, args=(seconds, file, left), name="watchdog", daemon=True)
+    stop = threading.Event()
+    thread = threading.Thread(
+        target=_end_when_silent, args=(seconds, file, stop), name="watchdog", daemon=True
+    )
     heartbeat()
     thread.start()
     try:
         yield
     finally:
-        left.set()
+        stop.set()
         thread.join()
 
 
-def _watch(seconds: float, file: Path, left: threading.Event) -> None:
-    while not left.wait(min(1.0, seconds / 4)):
-        if time.monotonic() - _moved <= seconds:
+def _end_when_silent(seconds: float, file: Path, stop: threading.Event) -> None:
+    while not stop.wait(min(1.0, seconds / 4)):
+        if time.monotonic() - _last_beat <= seconds:
             continue
         where = f"the stacks of its threads are in {file}"
         try:
@@ -150,11 +152,11 @@ def _watch(seconds: float, file: Path, left: threading.Event) -> None:
         except OSError as error:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
             where = f"{file} cannot be written ({error.strerror}), so the stacks are above"
-        _end(f"jaxtrain: nothing has moved for {seconds:g} s, so the run has been ended; {where}", 3)
+        _end(f"jaxtrain: no progress for {seconds:g} s, so the run has been ended; {where}", 3)
 
 
 def _end(line: str, code: int) -> None:
-    """End the process now; no other thread is asked."""
+    """Print ``line`` and end the process now, without any cleanup."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The few types every part shares. Imports jax only."""
+"""Types shared by every room. Imports jax only."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Batch = Mapping[str, Any]
 """Named arrays with a common leading axis, such as ``image: uint8 [batch, height, width, channel]``.
 
 Reserved names: ``mask: bool [batch]``, false on rows that only pad the last evaluation batch; and in training
-``example_id: int32 [batch]`` and ``epoch: int32 [batch]``, the place of each example in its source and the
-pass that it is seen in, for stages that need to know.
+``example_id: int32 [batch]`` and ``epoch: int32 [batch]``, each example's index in its source and the epoch
+that it is part of, for stages that need them.
 """
 
 Metrics = dict[str, Any]
@@ -24,15 +24,15 @@ Names = tuple[str | None, ...]
 """Logical axes of an array, one for each dimension, such as ``("embed", "mlp")``."""
 
 NOT_MODEL_STATE = frozenset({"ema", "lookahead", "masks", "loss_scale"})
-"""Names in ``State.extra`` that belong to the training, not to the model's own statistics."""
+"""Names in ``State.extra`` that belong to training, not to the model's statistics."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Everything that changes while training, as one pytree of arrays.
+    """Everything that changes during training, as one pytree of arrays.
 
-    Static things (the model, the loss, the optimizer) are closed over by the step, so sharding,
+    Static objects (the model, the loss, the optimizer) are closed over by the step, so sharding,
     ``jax.eval_shape``, donation and checkpoints need no special cases.
 
     Attributes:
@@ -48,7 +48,7 @@ class State:
     opt_state: Any
 
     def replace(self, **changes: Any) -> State:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
 
@@ -59,13 +59,13 @@ class Model(NamedTuple):
       init: ``(key, batch) -> (params, extra)``.
       apply: ``(params, extra, batch, *, train, key) -> (outputs, extra)``. ``key`` may be None when
         ``train`` is false; ``extra`` comes back with its statistics updated when ``train`` is true.
-      check: ``(raw batch, example ids)``, which raises InputError for values that the model cannot take, such
-        as a token outside the vocabulary; called on the host. None accepts everything.
+      check: ``(raw batch, example ids)``, called on the host, which raises InputError for values that the
+        model cannot take, such as a token outside the vocabulary. None accepts everything.
       axes: ``batch -> {regular expression: names}``, the logical axes of each parameter whose path the
-        expression finds, one name or None for each dimension (``jaxtrain.sharding.Rule``). None names none.
-      flops: ``batch -> float``, the floating-point operations of an update on a prepared batch of those
-        shapes, for a model that has a formula for them (``GPT.update_flops``), which may answer None. They
-        are else counted in the program.
+        expression matches, one name or None for each dimension (``jaxtrain.sharding.Rule``).
+      flops: ``batch -> float | None``, floating-point operations of an update on a prepared batch of those
+        shapes, for a model with a formula for them (``GPT.update_flops``). Without it, or where it returns
+        None, they are counted in the program.
     """
 
     init: Callable[..., tuple[Any, dict[str, Any]]]
@@ -76,7 +76,7 @@ class Model(NamedTuple):
 
 
 def leaf_paths(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree by their path, in its order.
+    """Return the leaves of a pytree by path, in its order.
 
     >>> leaf_paths({"head": {"bias": 0, "kernel": 1}})
     {'head/bias': 0, 'head/kernel': 1}
@@ -90,7 +90,7 @@ Prepare = Callable[[Batch, jax.Array | None], Batch]
 
 
 def split_extra(extra: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A state's ``extra`` as what is the model's, and the rest (``NOT_MODEL_STATE``).
+    """Split a state's ``extra`` into the model's statistics and the rest (``NOT_MODEL_STATE``).
 
     >>> split_extra({"batch_stats": 1, "ema": 2})
     ({'batch_stats': 1}, {'ema': 2})

@@ -1,4 +1,4 @@
-"""Python files loaded by their path, under a module name that any other process can restore."""
+"""Load Python files by path, under module names that another process can restore."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from pathlib import Path
 from types import ModuleType
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.text import first_line
 
 PREFIX = "jaxtrain_file_"
 
 
 def load(path: str | Path) -> ModuleType:
-    """The module of the file at ``path``; the same object when it is asked for again.
+    """Import the file at ``path``; a second call returns the same module.
 
-    The module is registered in ``sys.modules`` before it runs (dataclasses need that) under a name made
-    of its stem and its path, so two files of one name never meet.
+    The module is registered in ``sys.modules`` before it runs (dataclasses need that), under a name made
+    of its stem and its path, so that two files with the same name do not collide.
 
     Raises:
-      InputError: the file is missing, or raises while it is imported.
+      InputError: the file is missing, or raises an error while it is imported.
     """
     path = Path(path).resolve()
     name = f"{PREFIX}{path.stem}_{zlib.crc32(str(path).encode()):08x}"
@@ -33,20 +34,19 @@ def load(path: str | Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException as error:  # sys.exit() and Ctrl-C too: nothing half-loaded may stay
+    except BaseException as error:  # sys.exit() and Ctrl-C too: no half-loaded module may stay
         del sys.modules[name]
         if isinstance(error, InputError) or not isinstance(error, Exception):
             raise
-        line = str(error).partition("\n")[0]
-        raise InputError(f"{path} cannot be imported: {type(error).__name__}: {line}") from error
+        raise InputError(f"{path} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
     return module
 
 
 class UserModule:
-    """The files loaded so far; unpickling it loads them again, before whatever comes after it.
+    """The files loaded so far; unpickling it loads them again.
 
-    A worker process that is sent an object of a class from such a file cannot import the class's module
-    by name. Sent after this, it can.
+    A worker process cannot import such a file by its module name, so it could not unpickle an object of a
+    class from it. Send this first.
     """
 
     def __init__(self, paths: tuple[str, ...] | None = None) -> None:

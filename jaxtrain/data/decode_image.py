@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.text import first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,7 +60,7 @@ def _decode_errors(where: str, feature: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Each of Pillow's formats raises its own types.
-        line = str(error).partition("\n")[0] or type(error).__name__
+        line = first_line(error)
         raise RunError(
             f"{where}: feature {feature!r} cannot be decoded ({line}): prepare the data set again, or leave "
             "the example out with data.Subset"

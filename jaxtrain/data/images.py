@@ -10,13 +10,13 @@ import concurrent.futures
 import dataclasses
 import math
 import multiprocessing
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.process import cores
 from jaxtrain.data.decode_image import decode_mask, decode_rgb, open_image
 from jaxtrain.data.randaugment import Draws, HostStage
 from jaxtrain.data.tfds import TFDS
@@ -282,4 +282,4 @@ class RandomCrops(Images):
 
 def _thread_count() -> int:
     """Return how many threads decode a batch: one in a loader's worker process, which is one of several."""
-    return 1 if multiprocessing.parent_process() is not None else min(8, os.cpu_count() or 1)
+    return 1 if multiprocessing.parent_process() is not None else min(8, cores())

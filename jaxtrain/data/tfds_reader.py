@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.process import cores
+from jaxtrain.core.text import first_line
 from jaxtrain.data.data_dir import check_features
 
 # Enough records to repay handing a chunk to a thread, few enough to keep all threads busy.
@@ -108,7 +109,7 @@ class SplitReader:
         chunks = [indices[i : i + _CHUNK].tolist() for i in range(0, len(indices), _CHUNK)]
         if len(chunks) == 1:
             return self._read_chunk(chunks[0])
-        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        with concurrent.futures.ThreadPoolExecutor(min(8, cores())) as pool:
             parts = list(pool.map(self._read_chunk, chunks))
         return {key: self._stack(key, [part[key] for part in parts], np.concatenate) for key in parts[0]}
 
@@ -149,7 +150,7 @@ class SplitReader:
 
     def _damaged(self, index: int, error: Exception) -> RunError:
         """Return the error for an example that cannot be read: its file and record, and what to do."""
-        line = str(error).partition("\n")[0].partition("; ")[0] or type(error).__name__
+        line = first_line(error).partition("; ")[0]
         again = _prepare_again(self.name, str(self.records.dataset_info.data_dir))
         return RunError(
             f"data set {self.name}: {self.locate(index)} (example {index} of split {self.split}) cannot be "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import enum
 import functools
 import hashlib
@@ -25,6 +24,7 @@ import pydantic
 
 from jaxtrain.core import redact
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.text import did_you_mean
 
 T = TypeVar("T")
 LINEN_FIELDS = frozenset({"parent", "name"})
@@ -112,7 +112,7 @@ def _shown(name: str, value: Any) -> str:
     """The text of a setting called ``name``, or what stands for a secret."""
     texts = [str(v) for v in (value if isinstance(value, tuple | list | set) else [value]) if _is_text(v)]
     return (
-        redact.register_secret(name, texts)
+        redact.placeholder(name, texts)
         if texts and redact.is_secret(name)
         else redact.redact_urls(_leaf(value))
     )
@@ -180,10 +180,7 @@ def _names(value: Any) -> list[str]:
 def _unknown(where: str, name: str, names: list[str], value: Any) -> str:
     if not names:
         return f"{where} is unknown: {where.rpartition('.')[0]} is {_leaf(value)}, which has no fields"
-    near = difflib.get_close_matches(name, names, n=1)
-    prefix = where[: len(where) - len(name)]
-    hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(names)}"
-    return f"{where} is unknown: {hint}"
+    return f"{where} is unknown: {did_you_mean(name, names, prefix=where[: len(where) - len(name)])}"
 
 
 def _hint(cls: type, name: str) -> Any:

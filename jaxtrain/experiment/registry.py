@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import sys
 from importlib import metadata
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxtrain.core import user_modules
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.text import did_you_mean, first_line
 
 if TYPE_CHECKING:
     from jaxtrain.experiment.definition import Experiment
@@ -56,7 +56,7 @@ class Entry:
         if not isinstance(experiment, Experiment):
             raise InputError(f"{self.origin} must define EXPERIMENT = Experiment(...)")
         home = module if self.point is None else sys.modules[self.point.module]
-        return experiment, (home.__doc__ or "").strip().partition("\n")[0]
+        return experiment, first_line(home.__doc__ or "")
 
 
 def find(name: str) -> Entry:
@@ -76,8 +76,8 @@ def find(name: str) -> Entry:
     entries = discover()
     named = [entry for entry in entries if entry.name == name]
     if not named:
-        near = difflib.get_close_matches(name, [e.name for e in entries], n=1)
-        hint = f"did you mean {near[0]}?" if near else "see python -m jaxtrain.run --list"
+        names = [entry.name for entry in entries]
+        hint = did_you_mean(name, names, otherwise="see python -m jaxtrain.run --list")
         raise InputError(f"no experiment is called {name}: {hint}")
     for other in named[1:]:
         if not _same(named[0], other):

@@ -11,6 +11,7 @@ import jax
 from flax import linen as nn
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.text import first_line
 from jaxtrain.core.types import Batch, Model, Names, split_extra
 from jaxtrain.models.remat import Remat, check_remat, remat_model
 
@@ -100,7 +101,7 @@ def _from_linen(module: nn.Module, remat: Remat) -> Model:
             shapes = ", ".join(f"{k} {v.shape}" for k, v in batch.items())
             raise InputError(
                 f"the batch ({shapes}) does not fit the parameters of {type(module).__name__}, which "
-                f"were made for another shape: {str(error).splitlines()[0]}"
+                f"were made for another shape: {first_line(error)}"
             ) from error
         if not train:
             return result, extra

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.text import first_line
 
 Attention = Literal["auto", "xla", "cudnn"]
 """``auto`` takes cuDNN's kernel where there is one for the shapes, ``xla`` never does, ``cudnn`` insists."""
@@ -84,7 +85,7 @@ def _jax_refuses(shape: tuple[int, ...], dtype: Any, causal: bool, _: tuple[int,
     try:
         jax.eval_shape(jax.grad(total), jax.ShapeDtypeStruct(shape, dtype))
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        return first_line(error).rstrip(".")
     return None
 
 

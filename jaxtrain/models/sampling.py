@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.core.chunked_logits import whole
+from jaxtrain.core.chunked_logits import full_logits
 from jaxtrain.core.errors import InputError
 from jaxtrain.models.adapter import as_model
 
@@ -95,7 +95,7 @@ def _generate(
         # model does not see them.
         window = jax.lax.dynamic_slice_in_dim(text, start, size, axis=1)
         logits, _ = apply(params, extra, {"tokens": window}, train=False, key=None)
-        logits = whole(logits)
+        logits = full_logits(logits)
         if logits.ndim != 3 or logits.shape[:2] != window.shape:
             raise InputError(
                 f"the model gives {logits.shape} for tokens {window.shape}: one row a token is needed"

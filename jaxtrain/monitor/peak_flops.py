@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import platform
 import re
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from typing import Any
 import jax
 
 from jaxtrain.core import cache
+from jaxtrain.core.process import cores
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 
@@ -177,7 +177,7 @@ def read_measured() -> dict[str, Any]:
 
 def device_name(device: jax.Device) -> str:
     """Return the device's kind; of a CPU, which JAX only calls ``cpu``, the model and its usable cores."""
-    return f"{_processor()}, {_cores()} cores" if device.platform == "cpu" else device.device_kind
+    return f"{_processor()}, {cores()} cores" if device.platform == "cpu" else device.device_kind
 
 
 def _processor() -> str:
@@ -187,8 +187,3 @@ def _processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    count = os.cpu_count() or 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count

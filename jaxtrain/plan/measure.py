@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxtrain.core.errors import RunError
+from jaxtrain.core.text import first_line
 from jaxtrain.data import Arrays, Source, Subset, holdout
 from jaxtrain.experiment import Experiment
 from jaxtrain.plan.collectives import Collective, collectives
@@ -174,7 +175,7 @@ def _compile(program: Program, mesh: Mesh) -> Any:
     try:
         return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-        line = str(error).partition("\n")[0]
+        line = first_line(error)
         raise RunError(f"XLA cannot compile the train step: {line[:300]} (--debug shows where)") from error
 
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxtrain import sharding
+from jaxtrain.core.text import size_text
 from jaxtrain.plan.measure import Plan
 from jaxtrain.plan.nearest import Nearest
 from jaxtrain.plan.search import SearchResult
 from jaxtrain.plan.variants import Trial, Variant
-from jaxtrain.program.device_limits import Limit, size_text
+from jaxtrain.program.device_limits import Limit
 from jaxtrain.program.memory import DeviceArray
 from jaxtrain.program.memory_text import memory_text, table
 

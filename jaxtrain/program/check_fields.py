@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.text import first_line
 from jaxtrain.core.types import Batch, State
 from jaxtrain.data import Arrays, Source, compose
 from jaxtrain.experiment import Experiment
@@ -68,9 +69,8 @@ def trace(fn: Callable[..., Any], *args: Any, what: str) -> Any:
     except InputError:
         raise
     except Exception as error:  # user code: anything may come out of it
-        line = next((t for t in str(error).splitlines() if t.strip()), type(error).__name__)
         raise InputError(
-            f"{what} cannot be built: {type(error).__name__}: {line.strip()[:300]} (--debug shows where)"
+            f"{what} cannot be built: {type(error).__name__}: {first_line(error)[:300]} (--debug shows where)"
         ) from error
 
 

@@ -9,6 +9,7 @@ import re
 from jax.sharding import Mesh
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.text import size_text  # noqa: F401 - until every user imports it from core
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -68,18 +69,6 @@ def parse_size(text: str, flag: str) -> int:
     if found is None or size is None or not float(found[1]):
         raise InputError(f"{flag} {text}: give a number above 0 and a unit ({', '.join(UNITS)})")
     return round(float(found[1]) * size)
-
-
-def size_text(size: float) -> str:
-    """Bytes for people.
-
-    >>> size_text(0), size_text(4_977_496), size_text(80e9)
-    ('0 B', '4.98 MB', '80.00 GB')
-    """
-    for unit in ("TB", "GB", "MB", "KB"):
-        if size >= 0.99995 * UNITS[unit]:
-            return f"{size / UNITS[unit]:,.2f} {unit}"
-    return f"{size:.0f} B"
 
 
 def _fraction() -> tuple[float, str]:

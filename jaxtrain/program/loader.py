@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from jaxtrain import sharding
 from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.text import first_line
 from jaxtrain.core.types import Batch
 from jaxtrain.core.user_modules import UserModule
 from jaxtrain.data.order import Order, Sequential
@@ -194,11 +195,10 @@ class Streamed:
         except (InputError, RunError):
             raise
         except Exception as error:  # a user's own source, or a disk that is gone: anything may come out
-            line = next((t for t in str(error).splitlines() if t.strip()), "")
             raise RunError(
                 f"{type(self._batches.source).__name__}.gather failed at batch {step + 1}: "
-                f"{type(error).__name__}: {line}; earlier checkpoints are kept: mend the data, then run the "
-                "same command again (--debug shows where)"
+                f"{type(error).__name__}: {first_line(error)}; earlier checkpoints are kept: mend the "
+                "data, then run the same command again (--debug shows where)"
             ) from error
 
     def _look(self, batch: Batch, ids: np.ndarray) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jaxtrain.program.device_limits import size_text
+from jaxtrain.core.text import size_text
 
 WIDTH = 99
 

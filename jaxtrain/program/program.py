@@ -269,7 +269,7 @@ def _model(exp: Experiment, abstract: State | None = None) -> Model:
     """The model as it is computed; with the state's shardings, as it is computed on their mesh."""
     model = as_model(exp.model, exp.remat)
     if abstract is not None:
-        model = sharding.gather_params(model, _shardings(abstract.params), again=exp.remat != "none")
+        model = sharding.gather_params(model, _shardings(abstract.params), regather=exp.remat != "none")
     return compute_in(model, exp.precision)
 
 
@@ -296,7 +296,7 @@ def _abstract(
     def placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-    return jax.tree.map(placed, shapes, placement.shardings), placement.whole
+    return jax.tree.map(placed, shapes, placement.shardings), placement.unsplit
 
 
 def _shardings(abstract: Any) -> Any:

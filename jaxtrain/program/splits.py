@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from jaxtrain import sharding
 from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.text import first_line
 from jaxtrain.core.types import Batch
 from jaxtrain.data import Arrays, Order, Sequential, Source, Subset, holdout, in_memory
 from jaxtrain.experiment import Experiment
@@ -35,9 +36,8 @@ def open_sources(exp: Experiment, mesh: Mesh) -> dict[str, Source]:
         except (InputError, RunError):
             raise
         except Exception as error:  # a user's own source: anything may come out of it
-            line = str(error).partition("\n")[0]
             raise RunError(
-                f"{name}: {type(source).__name__}.gather failed: {type(error).__name__}: {line} "
+                f"{name}: {type(source).__name__}.gather failed: {type(error).__name__}: {first_line(error)} "
                 "(--debug shows where)"
             ) from error
 

@@ -1,6 +1,6 @@
-"""The mesh, where each array of a run lives on it, and the one place where a step is compiled.
+"""The mesh, the placement of each array on it, and the only place where a step is compiled.
 
-A laptop is a mesh of one device; nothing here or above has a second path for more.
+A laptop is a mesh of one device; there is no second code path for more.
 """
 
 from jaxtrain.sharding.compile import KEEP_BARRIERS, compile

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
-"""For CPUs, where XLA drops optimization barriers before it plans memory, and then finds what is to be
-computed or gathered again to be there already, and keeps it."""
+"""Compiler options for CPUs. There XLA removes optimization barriers before it plans memory, then merges what
+should be recomputed or gathered again with the first computation, and keeps that in memory."""
 
 
 def compile(
@@ -20,12 +20,12 @@ def compile(
     donate: tuple[int, ...] = (),
     options: Mapping[str, str] | None = None,
 ) -> Callable[..., Any]:
-    """``jax.jit`` with shardings; XLA puts in the communication that they imply.
+    """``jax.jit`` with shardings; XLA inserts the collectives that they imply.
 
     Args:
       fn: a pure function of arrays.
       args: one sharding, or a pytree prefix of shardings, for each argument.
-      out: the same for the result.
+      out: the same, for the result.
       donate: positions of arguments whose buffers the result may reuse.
       options: of XLA's compiler, such as ``KEEP_BARRIERS``.
     """

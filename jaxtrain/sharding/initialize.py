@@ -1,4 +1,4 @@
-"""Joining the processes of a run: flags or what a cluster says, then a meeting, then ``jax.distributed``."""
+"""Join the processes of a run: read flags or the cluster, rendezvous, then ``jax.distributed.initialize``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.text import first_line
 from jaxtrain.sharding import rendezvous
 
 COORDINATOR = "127.0.0.1:29400"
@@ -30,26 +31,26 @@ def start(
     *,
     warn: Callable[[str], None],
 ) -> None:
-    """Join the other processes of this run, before JAX is used for anything else; nothing for one process.
+    """Join the other processes of this run; no effect with one process. Call it before any use of JAX.
 
     Args:
-      coordinator: ``HOST:PORT`` on the machine of process 0, which listens there and nowhere else; None is
-        port 29400 of this machine alone.
+      coordinator: ``HOST:PORT`` on the machine of process 0, which listens at that address only; None is port
+        29400 of this machine's loopback.
       processes: how many there are.
       process_id: which of them this is, from 0.
-      auto: ask SLURM, Open MPI or Kubernetes for all three.
+      auto: get all three from SLURM, Open MPI or Kubernetes.
       timeout: seconds to wait for the others.
-      warn: takes a line that whoever runs this should read.
+      warn: called with a line for the user.
 
     Raises:
       InputError: values that are missing, wrong, or differ between the processes; JAX is in use already.
-      RunError: another process has not come in time.
+      RunError: another process is missing after ``timeout``.
     """
-    given = (coordinator, processes, process_id) != (None, None, None)
+    explicit = (coordinator, processes, process_id) != (None, None, None)
     devices = None
-    if auto and given:
+    if auto and explicit:
         raise InputError(
-            "--distributed auto finds the processes itself: leave it out, or leave out --coordinator, "
+            "--distributed auto finds the processes itself: remove it, or remove --coordinator, "
             "--processes and --process-id"
         )
     if auto:
@@ -57,11 +58,11 @@ def start(
         if found is None:
             return
         coordinator, processes, process_id, devices = found
-    elif not given:
+    elif not explicit:
         return
     if processes is None or process_id is None:
         missing = "--processes" if processes is None else "--process-id"
-        raise InputError(f"{missing} is missing: --processes and --process-id go together")
+        raise InputError(f"{missing} is missing: give both --processes and --process-id")
     if processes < 1:
         raise InputError(f"--processes {processes}: give at least 1")
     if not 0 <= process_id < processes:
@@ -72,21 +73,21 @@ def start(
         return
     if jax.distributed.is_initialized() or in_use():
         raise InputError(
-            "processes are joined before anything else: this one already uses JAX's devices, or has joined"
+            "cannot join processes: this one already uses JAX's devices, or has joined (call start first)"
         )
     address = rendezvous.meet(coordinator or COORDINATOR, processes, process_id, timeout, warn)
     _initialize(address, processes, process_id, devices, timeout)
 
 
 def _detect(timeout: float, warn: Callable[[str], None]) -> tuple[str, int, int, list[int] | None] | None:
-    """Coordinator, processes, process id and devices as JAX finds them in the environment.
+    """Return coordinator, processes, process id and devices as JAX detects them in the environment.
 
-    None after JAX has joined them too, in a release of it that does not let itself be asked beforehand.
+    None when JAX has joined the processes too: a release without a separate function for detection.
     """
     arguments = (os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, int(timeout))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Kubernetes without its Python package; the hint says it
+            warnings.simplefilter("ignore")  # about a missing kubernetes package; _hint says so too
             try:
                 from jax._src.clusters import ClusterEnv
 
@@ -94,13 +95,13 @@ def _detect(timeout: float, warn: Callable[[str], None]) -> tuple[str, int, int,
             except (ImportError, AttributeError, TypeError):
                 jax.distributed.initialize(initialization_timeout=int(timeout))
                 return None
-    except Exception as error:  # whatever a cluster's interface has to say
+    except Exception as error:  # each cluster's interface raises its own types
         text = " ".join(str(error).split())
         raise InputError(f"--distributed auto: {text}; it looks for {CLUSTERS}{_hint()}") from error
     address, processes, process_id, devices = found
     if address is None or processes is None or process_id is None:
         raise InputError(
-            f"--distributed auto looks for {CLUSTERS}, and this is none{_hint()}: start it there, or give "
+            f"--distributed auto looks for {CLUSTERS} and found none{_hint()}: start it there, or give "
             "--coordinator HOST:PORT, --processes N and --process-id I"
         )
     return _bracketed(address), processes, process_id, _devices(devices, process_id, warn)
@@ -117,60 +118,59 @@ def _hint() -> str:
 
 
 def _devices(found: Any, process_id: int, warn: Callable[[str], None]) -> list[int] | None:
-    """Which of the devices here this process uses; None is all of them, or JAX_LOCAL_DEVICE_IDS.
+    """Return the local devices that this process uses; None means all, or JAX_LOCAL_DEVICE_IDS.
 
-    JAX counts on one process for each GPU under SLURM and Open MPI, and would leave the others idle.
+    Under SLURM and Open MPI, JAX expects one process per GPU and would leave other GPUs idle.
     """
     if found is None or "JAX_LOCAL_DEVICE_IDS" in os.environ:
         return None
     if "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ","):
-        return [0]  # SLURM has given each process its own (--gpus-per-task), which has number 0 there
+        return [0]  # SLURM assigns each process its own GPU (--gpus-per-task), with number 0
     here = re.fullmatch(r"(\d+)(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     if here and here[1] == "1":
         return None
     gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
     if here and gpus.isdigit() and int(here[1]) < int(gpus) and process_id == 0:
         warn(
-            f"a node has {gpus} GPUs and {here[1]} processes, which use one each: the others are idle; use "
-            f"--ntasks-per-node={gpus}, or 1 for one process that uses them all"
+            f"a node has {gpus} GPUs and {here[1]} processes, which use one each, so GPUs are idle: use "
+            f"--ntasks-per-node={gpus}, or 1 for one process with all of them"
         )
     return list(found)
 
 
 def _initialize(address: str, processes: int, process_id: int, devices: Any, timeout: float) -> None:
     with contextlib.suppress(AttributeError):  # a release without it
-        # JAX's handler takes SIGTERM and does nothing: the process would not end before or after training.
+        # JAX's handler catches SIGTERM and does nothing: it would not end the process outside training.
         jax.config.update("jax_enable_preemption_service", False)
-    _go_past_proxies(address)
+    _bypass_proxies(address)
     try:
         jax.distributed.initialize(
             coordinator_address=address,
             num_processes=processes,
             process_id=process_id,
             local_device_ids=devices,
-            cluster_detection_method="deactivate",  # else a SLURM job around it chooses one device
+            cluster_detection_method="deactivate",  # or a surrounding SLURM job chooses one device
             initialization_timeout=max(10, int(timeout)),
             coordinator_bind_address=address,
         )
     except RuntimeError as error:
         raise RunError(
-            f"process {process_id}: JAX cannot join {processes} processes at {address}: "
-            f"{str(error).partition(chr(10))[0]}"
+            f"process {process_id}: JAX cannot join {processes} processes at {address}: {first_line(error)}"
         ) from error
-    _crash_at_once()
+    _exit_on_uncaught_error()
 
 
-def _go_past_proxies(address: str) -> None:
-    """Where the environment names a proxy, gRPC would ask it for the way to process 0, and wait for ever."""
+def _bypass_proxies(address: str) -> None:
+    """Exempt process 0 from the environment's proxies: gRPC would connect through one and wait for ever."""
     if not any(name in os.environ for name in PROXIES):
         return
-    past = os.environ.get(NO_PROXY, os.environ.get("no_proxy", ""))
+    exempt = os.environ.get(NO_PROXY, os.environ.get("no_proxy", ""))
     host, _ = rendezvous.parse(address)
-    os.environ[NO_PROXY] = ",".join(filter(None, (past, host)))
+    os.environ[NO_PROXY] = ",".join(filter(None, (exempt, host)))
 
 
-def _crash_at_once() -> None:
-    """An error that nobody catches ends the process at once: JAX would first wait minutes for the others."""
+def _exit_on_uncaught_error() -> None:
+    """End the process after an uncaught error; without this, JAX waits minutes for the other processes."""
     show = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -183,7 +183,7 @@ def _crash_at_once() -> None:
 
 
 def in_use() -> bool:
-    """Has this process started JAX's devices? After that they cannot be joined to those of others."""
+    """Return whether this process has started JAX's backends; after that it cannot join other processes."""
     try:
         from jax._src import xla_bridge
 
@@ -193,6 +193,6 @@ def in_use() -> bool:
 
 
 def _bracketed(address: str) -> str:
-    """Open MPI's IPv6 addresses come without brackets."""
+    """Add the brackets that Open MPI's IPv6 addresses lack."""
     host, _, port = address.rpartition(":")
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else address

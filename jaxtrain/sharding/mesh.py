@@ -1,8 +1,7 @@
-"""The mesh: which devices a run has, and along which axes its work is split."""
+"""The mesh: the devices of a run, and the axes that split its work."""
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -11,25 +10,28 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.text import did_you_mean
 from jaxtrain.sharding import multihost
 
 AXES = ("data", "fsdp", "model")
-"""``data`` splits the batch; ``fsdp`` the batch, and parameters with all that belongs to them; ``model``
-the work on each example (tensor parallelism). Every mesh has them all, unused ones with size 1."""
+"""``data`` shards the batch; ``fsdp`` the batch, parameters and optimizer state; ``model`` is tensor
+parallelism.
+
+Every mesh has all three axes, unused ones with size 1."""
 
 BATCH_AXES = ("data", "fsdp")
 RESERVED = "replica"  # for independent seeds in one program
 
 
 def parse_mesh(text: str, devices: int) -> dict[str, int]:
-    """``"data=2,fsdp=4"`` as sizes of every axis; one size may be ``*``, for all devices that are left.
+    """Parse ``"data=2,fsdp=4"`` into the size of every axis; one size may be ``*``: all remaining devices.
 
     Args:
       text: ``axis=size`` pairs, separated by commas.
-      devices: how many devices there are; the sizes must multiply to it.
+      devices: number of devices; the product of the sizes.
 
     Raises:
-      InputError: the text is wrong, or the sizes do not use exactly ``devices``.
+      InputError: the text is malformed, or the sizes do not use exactly ``devices``.
 
     >>> parse_mesh("model=2,data=*", 8)
     {'data': 4, 'fsdp': 1, 'model': 2}
@@ -59,22 +61,22 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
     elif known < devices:
         raise InputError(
             f"--mesh {text} uses {known} of {devices} devices and leaves {devices - known} idle: use "
-            f"--devices {known} if that is meant, or put * for a size"
+            f"--devices {known} if that is intended, or write * for a size"
         )
     elif known > devices:
         raise InputError(
-            f"--mesh {text} needs {known} devices and there are {devices}: lower a size, put * for one, or "
-            f"try it out with --simulate-devices {known}"
+            f"--mesh {text} needs {known} devices and there are {devices}: lower a size, write * for one, or "
+            f"try it with --simulate-devices {known}"
         )
     return {axis: sizes.get(axis) or 1 for axis in AXES}
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, sizes: Mapping[str, int] | None = None) -> Mesh:
-    """A mesh of ``devices`` (default: all of this run, on every process) with the axes ``AXES``.
+    """Create a mesh of ``devices`` (default: those of all processes) with the axes ``AXES``.
 
     Args:
-      devices: in order; neighbours share the axes that are named last.
-      sizes: of the axes, multiplying to the number of devices; None puts all of them on ``data``.
+      devices: in order; neighbours differ in the last axes first.
+      sizes: of the axes; their product is the number of devices. None puts all devices on ``data``.
 
     >>> dict(make_mesh(jax.devices()[:1]).shape)
     {'data': 1, 'fsdp': 1, 'model': 1}
@@ -85,13 +87,13 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, sizes: Mapping[str, i
         _check_axis(axis, mesh_text(sizes))
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     if math.prod(shape) != len(devices):
-        raise InputError(f"mesh {mesh_text(sizes)} is not of {len(devices)} devices")
+        raise InputError(f"mesh {mesh_text(sizes)} does not have {len(devices)} devices")
     # Auto: make_mesh defaults to Explicit axes, under which flax.linen.Embed raises.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def mesh_text(sizes: Mapping[str, int]) -> str:
-    """The axes that split something, as ``--mesh`` takes them.
+    """Write the axes larger than 1 in the syntax of ``--mesh``.
 
     >>> mesh_text({"data": 4, "fsdp": 1, "model": 2})
     'data=4,model=2'
@@ -100,32 +102,32 @@ def mesh_text(sizes: Mapping[str, int]) -> str:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same array whole on every device."""
+    """Return the sharding of an array that every device has in full."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_split(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over the devices of ``data`` and ``fsdp``."""
+    """Return the sharding that splits the leading axis over ``data`` and ``fsdp``."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def stacked(sharding: NamedSharding) -> NamedSharding:
-    """Of several arrays behind each other on a new leading axis, each of which is split like ``sharding``."""
+    """Return the sharding of arrays that are stacked on a new leading axis, each with ``sharding``."""
     return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts a batch is split."""
+    """Return the number of parts of a split batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_batch(batch: int, mesh: Mesh, name: str = "batch", accumulate: int = 1) -> None:
     """Raise InputError unless the global ``batch`` divides over the mesh, and into ``accumulate`` parts."""
     parts = batch_parts(mesh)
-    whole = parts * accumulate
-    if batch >= 1 and batch % whole == 0:
+    divisor = parts * accumulate
+    if batch >= 1 and batch % divisor == 0:
         return
-    low, high = batch // whole * whole, (batch // whole + 1) * whole
+    low, high = batch // divisor * divisor, (batch // divisor + 1) * divisor
     fixes = " or ".join(str(n) for n in (low, high) if n > 0)
     if batch >= 1 and batch % parts == 0:
         raise InputError(
@@ -143,7 +145,7 @@ def check_batch(batch: int, mesh: Mesh, name: str = "batch", accumulate: int = 1
 
 
 def device_memory(mesh: Mesh) -> int:
-    """Bytes of memory for one device of the mesh; CPU devices share the host's."""
+    """Return the bytes of memory of one device of the mesh; CPU devices share the host's."""
     stats = mesh.local_devices[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
@@ -158,13 +160,11 @@ def _check_axis(axis: str, text: str) -> None:
             "have; use data for more examples at a time"
         )
     if axis not in AXES:
-        near = difflib.get_close_matches(axis, AXES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(AXES)}"
-        raise InputError(f"--mesh {text}: no axis is called {axis!r}: {hint}")
+        raise InputError(f"--mesh {text}: no axis is called {axis!r}: {did_you_mean(axis, AXES)}")
 
 
 def describe_mesh(mesh: Mesh) -> str:
-    """``4 × cpu (data=2,fsdp=2), 2 processes``."""
+    """Describe a mesh in a few words: ``4 × cpu (data=2,fsdp=2), 2 processes``."""
     text = f"{mesh.size} × {mesh.devices.flat[0].device_kind}"
     if mesh.shape["data"] < mesh.size:
         text += f" ({mesh_text(mesh.shape)})"

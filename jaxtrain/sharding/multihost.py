@@ -1,8 +1,8 @@
-"""Several processes that run one program: how they start, agree, and hand their rows to their devices.
+"""Several processes that run one program: start, agreement between them, and arrays from local rows.
 
-Each process runs the same program in the same order: every process calls ``broadcast_from_0``,
-``on_process_0``, ``barrier`` and ``Votes.any_process``, or none does. With one process they cost nothing
-and use no network.
+All processes run the same program in the same order: every process calls ``broadcast_from_0``,
+``on_process_0``, ``barrier`` and ``StopVotes.any_process``, or none does. With one process
+these cost nothing and use no network.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.text import first_line
 from jaxtrain.sharding.initialize import start
 
 __all__ = [
-    "Votes",
+    "StopVotes",
     "barrier",
     "broadcast_from_0",
     "exit_process",
@@ -43,18 +44,18 @@ __all__ = [
 
 T = TypeVar("T")
 
-BLOCK = 4096  # bytes that one broadcast carries; one program is compiled for it
-LAST_WORDS_SECONDS = 1.0  # seconds that the first process outlives an error, for the others to tell theirs
+BLOCK = 4096  # bytes of one broadcast, for which one program is compiled
+EXIT_DELAY = 1.0  # seconds that process 0 waits after an error, for the others to print theirs
 VOTE_DELAY = 2  # calls until a vote is read
 
 
 def process_index() -> int:
-    """Which process this is, from 0."""
+    """Return the number of this process, from 0."""
     return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
 def process_count() -> int:
-    """How many processes run this program; starts no backend where there is one.
+    """Return the number of processes; with a single one this does not start a backend.
 
     >>> process_count()
     1
@@ -63,19 +64,19 @@ def process_count() -> int:
 
 
 def is_process_0() -> bool:
-    """Is this process 0, which writes and prints for all?"""
+    """Return whether this is process 0, which writes files and prints."""
     return process_index() == 0
 
 
 def broadcast_from_0(value: T, what: str) -> T:
-    """``value`` of process 0, in every process; with one process ``value`` itself.
+    """Return the ``value`` of process 0 in every process; with one process, ``value`` itself.
 
     Args:
-      value: what JSON can hold; only that of process 0 counts.
+      value: JSON; ignored in the other processes.
       what: its name, the same in every process.
 
     Raises:
-      RunError: the processes are not at the same place, or one has ended.
+      RunError: the processes are at different calls, or one has ended.
 
     >>> broadcast_from_0({"step": 3}, "step")
     {'step': 3}
@@ -84,15 +85,15 @@ def broadcast_from_0(value: T, what: str) -> T:
 
 
 def on_process_0(work: Callable[[], T], what: str | None = None) -> T:
-    """The result of ``work()``, which only process 0 does; an error there is raised in every process.
+    """Run ``work()`` on process 0 only and return its result, or raise its error, in every process.
 
     Args:
-      work: returns what JSON can hold. With several processes its tuples come back as lists.
-      what: its name, the same in every process; None is the line of the caller.
+      work: returns JSON. With several processes, tuples in it become lists.
+      what: its name, the same in every process; None uses the module and line of the caller.
 
     Raises:
-      InputError, RunError: as ``work`` raises them, with its text; RunError in the other processes for
-        anything else that it raises, and where the processes are not at the same place.
+      InputError, RunError: as ``work`` raises them. In the other processes, RunError for any other error,
+        and where the processes are at different calls.
     """
     if process_count() == 1:
         return work()
@@ -104,7 +105,7 @@ def on_process_0(work: Callable[[], T], what: str | None = None) -> T:
     if is_process_0():
         try:
             text = json.dumps({"what": what, "value": work()}).encode()
-        except Exception as error:  # the others wait for an answer, whatever it is
+        except Exception as error:  # any: the other processes wait for an answer
             failure = error
             text = json.dumps({"what": what, **_error_as_json(error)}).encode()
     answer = json.loads(_broadcast(text))
@@ -122,14 +123,14 @@ def on_process_0(work: Callable[[], T], what: str | None = None) -> T:
 
 
 def barrier(name: str) -> None:
-    """Return when every process is here. Raises RunError as ``broadcast_from_0``."""
+    """Wait for all processes. Raises RunError as ``broadcast_from_0``."""
     broadcast_from_0(name, f"barrier {name}")
 
 
-class Votes:
-    """What any process wants all to do, such as to stop, agreed without waiting for the devices.
+class StopVotes:
+    """Agree on a flag that any process raises, such as to stop, without waiting for the devices.
 
-    >>> Votes().any_process(15)
+    >>> StopVotes().any_process(15)
     15
     """
 
@@ -138,9 +139,9 @@ class Votes:
         self._queue: collections.deque[jax.Array] = collections.deque()
 
     def any_process(self, flag: int) -> int:
-        """Give this process's flag; returns the highest that was given two calls ago, 0 before that.
+        """Submit this process's flag; returns the highest flag of two calls ago, and 0 before that.
 
-        All processes get the same answer from the same call. One process gets its flag at once.
+        All processes get the same result from the same call. A single process gets its flag back.
 
         Args:
           flag: an int32 of 0 or more, such as a signal's number.
@@ -162,65 +163,53 @@ class Votes:
 
 @functools.lru_cache(maxsize=64)
 def local_rows(sharding: NamedSharding, n: int, axis: int = 0) -> np.ndarray:
-    """Which rows of ``n`` this process's devices hold: int64 [rows], sorted, each once.
+    """Return the rows, of ``n``, that this process's devices have: int64 [rows], sorted, each once.
 
     Args:
-      sharding: of an array with ``n`` rows; only how it splits them counts.
-      n: rows of the whole array, which must divide over the split.
-      axis: which axis of the array the rows are.
+      sharding: of an array with ``n`` rows; only its split of the rows matters.
+      n: rows of the global array, which must divide over the split.
+      axis: the axis of the rows.
     """
     leading = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[axis : axis + 1]))
     slices = leading.addressable_devices_indices_map((n,)).values()
     rows = np.unique(np.concatenate([np.arange(n)[index] for index in slices if index is not None]))
-    rows.flags.writeable = False  # it is handed out again
+    rows.flags.writeable = False  # the cache returns it again
     return rows
 
 
 def put_local_rows(tree: Any, shardings: Any, n: int, axis: int = 0) -> Any:
-    """Global arrays [n, ...] from this process's rows of them.
+    """Make global arrays [n, ...] from this process's rows of them.
 
     Args:
       tree: arrays [local, ...] on the host, whose rows are those of ``local_rows``.
       shardings: NamedShardings, as a pytree prefix of ``tree``.
       n: rows of the global arrays.
-      axis: which axis the rows are; those before it are whole.
+      axis: the axis of the rows; those before it are not split.
 
     Raises:
       ValueError: an array with another number of rows.
     """
-    if process_count() == 1:
-        return jax.device_put(tree, shardings)
-    wide = jax.tree.broadcast(shardings, tree)
-    return jax.tree.map(lambda x, sharding: _put(x, sharding, n, axis), tree, wide)
+    shapes = jax.tree.map(lambda x: (*x.shape[:axis], n, *x.shape[axis + 1 :]), tree)
+    return jax.make_array_from_process_local_data(shardings, tree, shapes)
 
 
 def put_replicated(tree: Any, sharding: NamedSharding) -> Any:
-    """``tree``, the same in every process, as global arrays.
+    """Make global arrays of ``tree``, which every process has with the same values.
 
-    JAX's own ``device_put`` compares the values of all processes, which moves and waits.
+    Unlike ``jax.device_put``, which compares the values of all processes, this does not communicate.
 
     Args:
-      tree: whole arrays, random keys among them.
+      tree: arrays, random keys among them.
       sharding: where they go, usually ``replicated``.
     """
-    if process_count() == 1:
-        return jax.device_put(tree, sharding)
-
-    def one(x: Any) -> jax.Array:
-        if not (isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)):
-            x = np.asarray(x)
-        return jax.make_array_from_callback(
-            x.shape, sharding, lambda index: x if sharding.is_fully_replicated else x[index]
-        )
-
-    return jax.tree.map(one, tree)
+    return jax.make_array_from_process_local_data(sharding, tree, jax.tree.map(jnp.shape, tree))
 
 
 def lost_process_error(error: BaseException) -> RunError | None:
-    """What to say of an error of JAX that comes from another process having ended; None for any other."""
-    text = str(error)  # raw text of Gloo or NCCL: it says how it was noticed, and not what has happened
-    of_others = any(word in text for word in ("Gloo", "NCCL", "coordination service", "CoordinationService"))
-    if process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError) or not of_others:
+    """Translate an error of JAX after another process has ended; None for any other error."""
+    text = str(error)  # by Gloo or NCCL: it says how the loss was noticed, not what has happened
+    lost = any(word in text for word in ("Gloo", "NCCL", "coordination service", "CoordinationService"))
+    if process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError) or not lost:
         return None
     return RunError(
         f"process {process_index()}: another process of this run has ended or cannot be reached: see its "
@@ -229,81 +218,68 @@ def lost_process_error(error: BaseException) -> RunError | None:
 
 
 def exit_process(code: int) -> NoReturn:
-    """End this process with ``code``; one of several ends at once if it failed.
+    """Exit with ``code``; one of several processes exits immediately after a failure.
 
-    At the end of a process JAX waits minutes for the others to end too, and they may be waiting for this one.
-    The first waits a moment: without it JAX aborts the others, who have their own line to say.
+    When a process exits, JAX waits minutes for the others, and they may be waiting for this one. Process 0
+    waits a moment: when it is gone JAX aborts the others, which must print their own message first.
     """
     if code and process_count() > 1:
-        time.sleep(LAST_WORDS_SECONDS if is_process_0() else 0)
+        time.sleep(EXIT_DELAY if is_process_0() else 0)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
-def _put(x: Any, sharding: NamedSharding, n: int, axis: int) -> jax.Array:
-    x, rows = np.asarray(x), local_rows(sharding, n, axis)
-    if x.shape[axis] != len(rows):
-        raise ValueError(f"an array of {x.shape[axis]} rows, where this process holds {len(rows)} of {n}")
-
-    def part(index: Any) -> np.ndarray:
-        start, stop, _ = index[axis].indices(n)
-        place = int(np.searchsorted(rows, start))  # its rows follow each other here too
-        return x[(*index[:axis], slice(place, place + stop - start), *index[axis + 1 :])]
-
-    return jax.make_array_from_callback((*x.shape[:axis], n, *x.shape[axis + 1 :]), sharding, part)
-
-
 def _error_as_json(error: Exception) -> dict[str, Any]:
-    """An error of process 0, for the others."""
+    """Return an error of process 0 as JSON for the others."""
     if isinstance(error, InputError | RunError):
         return {"error": str(error), "input": isinstance(error, InputError)}
-    return {"error": f"process 0: {type(error).__name__}: {str(error).partition(chr(10))[0]}", "input": False}
+    return {"error": f"process 0: {type(error).__name__}: {first_line(error)}", "input": False}
 
 
 @contextlib.contextmanager
 def _translate_lost_process() -> Iterator[None]:
-    """Errors of JAX that come from another process having ended, as RunError."""
+    """Turn errors of JAX after another process has ended into RunError."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        told = lost_process_error(error)
-        if told is None:
+        lost = lost_process_error(error)
+        if lost is None:
             raise
-        raise told from error
+        raise lost from error
 
 
 def _broadcast(data: bytes) -> bytes:
-    """``data`` of process 0, in every process; what the others give must be empty."""
+    """Return the ``data`` of process 0 in every process; that of the others must be empty."""
     with _translate_lost_process():
-        head = _all_max((len(data).to_bytes(8, "big") + data[: BLOCK - 8]).ljust(BLOCK, b"\0"))
+        head = _bytewise_max((len(data).to_bytes(8, "big") + data[: BLOCK - 8]).ljust(BLOCK, b"\0"))
         size, rest = int.from_bytes(head[:8], "big"), b""
-        if size > BLOCK - 8:  # in powers of two, so that few lengths are compiled
+        if size > BLOCK - 8:  # in powers of two, so that few programs are compiled
             padded = 1 << (size - BLOCK + 8 - 1).bit_length()
-            rest = _all_max(data[BLOCK - 8 :].ljust(padded, b"\0"))
+            rest = _bytewise_max(data[BLOCK - 8 :].ljust(padded, b"\0"))
     return (head[8:] + rest)[:size]
 
 
-def _all_max(row: bytes) -> bytes:
-    """The bytewise highest of all processes' rows, which have one length."""
+def _bytewise_max(row: bytes) -> bytes:
+    """Return the bytewise maximum of all processes' rows, which have the same length."""
     split, highest = _all_devices_max()
     own = _own_row(np.frombuffer(row, np.uint8)[None], split)
     return np.asarray(highest(own)).tobytes()
 
 
 def _own_row(row: np.ndarray, split: NamedSharding) -> jax.Array:
-    """An array [devices, ...] that holds ``row`` for each device of this process."""
+    """Return an array [devices, ...] with ``row`` for each device of this process."""
     shape = (jax.device_count(), *row.shape[1:])
     return jax.make_array_from_callback(shape, split, lambda index: row)
 
 
 @functools.cache
 def _all_devices_max() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
-    """A row for each device of every process, and the highest over these rows, on all of them.
+    """Return the sharding of one row per device of every process, and a function for the maximum of the rows.
 
-    ``multihost_utils`` has such functions, for the same number of devices in each process.
+    The functions of ``multihost_utils`` need the same number of devices in each process.
     """
     mesh = Mesh(np.array(jax.devices()), ("all",))
-    split, whole = NamedSharding(mesh, PartitionSpec("all")), NamedSharding(mesh, PartitionSpec())
-    return split, jax.jit(lambda x: x.max(axis=0), out_shardings=whole)
+    split, replicated = NamedSharding(mesh, PartitionSpec("all")), NamedSharding(mesh, PartitionSpec())
+    return split, jax.jit(lambda x: x.max(axis=0), out_shardings=replicated)

@@ -1,17 +1,16 @@
-"""Have all processes come? Asked over plain TCP first: where one is missing, JAX itself ends by SIGABRT.
+"""Wait for all processes over plain TCP before JAX starts: where one is missing, JAX itself ends by SIGABRT.
 
-Process 0 listens where JAX's coordinator will listen a moment later. Each of the others says in one line of
-JSON who it is. When all have come, process 0 closes the port and tells them to go on, and they wait until
-JAX has opened it again. Whoever connects and says anything else is not heard.
+Process 0 listens where JAX's coordinator will listen a moment later. Each other process connects and sends
+one line of JSON: its number, the number of processes and its versions. When all are there, process 0 closes
+the port and answers each of them; they wait until JAX has opened the port again. Other programs that connect
+are ignored.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import ipaddress
 import json
-import selectors
 import socket
 import time
 from collections.abc import Callable
@@ -22,8 +21,9 @@ import jax
 from jaxtrain import __version__
 from jaxtrain.core.errors import InputError, RunError
 
-LINE = 2048  # bytes; no line of ours is longer
-GRACE = 5.0  # seconds, for what takes a moment on a machine that is there
+LINE = 2048  # bytes; the longest message
+GRACE = 5.0  # seconds beyond the timeout in which process 0 reports who is missing
+ANSWER_SECONDS = 1.0  # in which a client must have sent its line
 
 
 def meet(
@@ -36,29 +36,30 @@ def meet(
       processes: how many there are, 2 or more.
       process_id: which of them this is, from 0.
       timeout: seconds to wait for the others.
-      warn: takes a line on process 0 when other machines can reach it.
+      warn: called with a line on process 0 when other machines can reach it.
 
     Raises:
-      InputError: an address that cannot be used, or processes that do not fit together.
-      RunError: somebody has not come in time.
+      InputError: an address that cannot be used; processes with different settings or versions.
+      RunError: a process is missing after ``timeout``.
     """
     addresses = _resolve(coordinator)
-    who = {"jaxtrain": __version__, "jax": jax.__version__, "process": process_id, "processes": processes}
+    own = {"jaxtrain": __version__, "jax": jax.__version__, "process": process_id, "processes": processes}
     if process_id:
-        return _join(coordinator, addresses, who, timeout)
+        return _join(coordinator, own, timeout)
     with _listen(coordinator, addresses) as server:
         address = server.getsockname()
-        if not _number(address).is_loopback:
+        if not _ip(address).is_loopback:
             warn(
-                f"whoever can reach {coordinator} can join this run, because JAX's coordinator asks nobody "
-                "who they are: keep it inside a private network"
+                f"everyone who can reach {coordinator} can join this run (JAX's coordinator has no "
+                "authentication): keep it inside a private network"
             )
-        _Reception(server, coordinator, who, timeout).run()
+        where = coordinator if address[0] in coordinator else f"{coordinator} (here {address[0]})"
+        _wait_for_all(server, where, own, timeout)
     return _text(address)
 
 
 def parse(coordinator: str) -> tuple[str, int]:
-    """The host and the port of ``HOST:PORT``.
+    """Split ``HOST:PORT``.
 
     Raises:
       InputError: it is not of that form.
@@ -77,235 +78,186 @@ def parse(coordinator: str) -> tuple[str, int]:
     return host, number
 
 
-class _Reception:
-    """Process 0's side: lets the others come, refuses what does not fit, and ignores strangers."""
-
-    def __init__(self, server: socket.socket, where: str, who: dict[str, Any], timeout: float) -> None:
-        self._server, self._where, self._who, self._timeout = server, where, who, timeout
-        self._came: dict[int, socket.socket] = {}
-        self._heard: dict[socket.socket, bytes] = {}  # of every connection
-        self._selector = selectors.DefaultSelector()
-
-    def run(self) -> None:
+def _wait_for_all(server: socket.socket, where: str, own: dict[str, Any], timeout: float) -> None:
+    """Process 0: let the others connect, then answer all of them, with the error that it raises if any."""
+    joined: dict[int, socket.socket] = {}
+    with contextlib.ExitStack() as connections:
         try:
-            self._wait()
-            # The port is free before anybody goes on, and they look for JAX's service there.
-            self._server.close()
-            self._tell("go", "")
-            for connection in self._came.values():  # whoever closes first keeps the port busy for a minute
-                with contextlib.suppress(OSError):
-                    while connection.recv(LINE):
-                        pass
-        except InputError as error:
-            self._tell("input", str(error))
+            _accept_all(server, where, own, timeout, joined, connections)
+        except (InputError, RunError) as error:
+            _answer(joined, {"error": str(error), "input": isinstance(error, InputError)})
             raise
-        except RunError as error:
-            self._tell("run", str(error))
-            raise
-        finally:
-            self._selector.close()
-            for connection in self._heard:
-                connection.close()
-
-    def _wait(self) -> None:
-        deadline = time.monotonic() + self._timeout
-        self._selector.register(self._server, selectors.EVENT_READ)
-        while missing := [i for i in range(1, self._who["processes"]) if i not in self._came]:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise RunError(self._nobody(missing))
-            for key, _ in self._selector.select(left):
-                if key.fileobj is self._server:
-                    with contextlib.suppress(OSError):  # it has hung up already
-                        connection, _ = self._server.accept()
-                        connection.settimeout(GRACE)
-                        self._selector.register(connection, selectors.EVENT_READ)
-                        self._heard[connection] = b""
-                else:
-                    assert isinstance(key.fileobj, socket.socket)
-                    self._hear(key.fileobj)
-
-    def _hear(self, connection: socket.socket) -> None:
-        try:
-            data = connection.recv(LINE)
-        except OSError:
-            data = b""
-        known = connection in self._came.values()
-        if data and not known:
-            self._heard[connection] += data
-            heard = self._heard[connection]
-            if b"\n" not in heard and len(heard) < LINE:
-                return
-            message = _message(heard)
-            if message is not None:
-                self._admit(message, connection)
-                return
-        if not data or not known:  # a process that is gone and may come again, or a stranger
-            self._selector.unregister(connection)
-            del self._heard[connection]
-            self._came = {i: other for i, other in self._came.items() if other is not connection}
-            connection.close()
-
-    def _admit(self, message: dict[str, Any], connection: socket.socket) -> None:
-        came, known = message.get("process"), self._came
-        self._came = {**known, -1: connection}  # whatever is wrong, it is told too
-        if message.get("processes") != self._who["processes"]:
-            raise InputError(
-                f"process {came} was started with --processes {message.get('processes')} and process 0 with "
-                f"--processes {self._who['processes']}: give all the same number"
-            )
-        for name in ("jaxtrain", "jax"):
-            if message.get(name) != self._who[name]:
-                raise InputError(
-                    f"process {came} has {name} {message.get(name)} and process 0 has {self._who[name]}: "
-                    "install the same everywhere"
-                )
-        if came in (0, *known):
-            raise InputError(
-                f"two processes came to {self._where} with --process-id {came}: give each its own, of 0 to "
-                f"{self._who['processes'] - 1}, and each run its own port"
-            )
-        self._came = {**known, message["process"]: connection}
-
-    def _tell(self, verdict: str, text: str) -> None:
-        for connection in self._came.values():
+        server.close()  # before the answer, after which all look for JAX's service at this port
+        _answer(joined, {"error": None})
+        for connection in joined.values():  # the side that closes first keeps the port busy for a minute
             with contextlib.suppress(OSError):
-                connection.sendall(_line({"jaxtrain": __version__, "verdict": verdict, "text": text}))
+                connection.recv(1)
 
-    def _nobody(self, missing: list[int]) -> str:
-        many = len(missing) > 1
-        host, _ = parse(self._where)
-        own = self._server.getsockname()
-        here = f" (here {own[0]})" if own[0] != host else ""
-        return (
-            f"process{'es' if many else ''} {', '.join(map(str, missing))} of {self._who['processes']} "
-            f"{'have' if many else 'has'} not come to {self._where}{here} within {self._timeout:g} s: see "
-            "whether they were started, with the same --coordinator, and can reach it"
+
+def _accept_all(
+    server: socket.socket,
+    where: str,
+    own: dict[str, Any],
+    timeout: float,
+    joined: dict[int, socket.socket],
+    connections: contextlib.ExitStack,
+) -> None:
+    """Fill ``joined`` with a connection to each other process; one that ended may connect again."""
+    deadline = time.monotonic() + timeout
+    others = range(1, own["processes"])
+    while missing := [i for i in others if i not in joined or not _is_open(joined[i])]:
+        server.settimeout(max(0.001, deadline - time.monotonic()))
+        try:
+            connection, _ = server.accept()
+        except OSError:  # the timeout, or a client that has closed its connection already
+            if time.monotonic() < deadline:
+                continue
+            raise RunError(_missing(missing, where, own, timeout)) from None
+        connections.enter_context(connection).settimeout(ANSWER_SECONDS)
+        message = _receive(connection, "process")
+        if message is None:  # another program
+            continue
+        number = message["process"]
+        duplicate = number == 0 or (number in joined and _is_open(joined[number]))
+        joined[-1 if duplicate else number] = connection  # before the check: it gets the answer too
+        _check(message, own, where, duplicate)
+
+
+def _check(message: dict[str, Any], own: dict[str, Any], where: str, duplicate: bool) -> None:
+    for name, what in (("processes", "--processes"), ("jaxtrain", "jaxtrain"), ("jax", "jax")):
+        if message.get(name) != own[name]:
+            raise InputError(
+                f"process {message['process']} has {what} {message.get(name)} and process 0 has {own[name]}: "
+                "use the same for all"
+            )
+    if duplicate:
+        raise InputError(
+            f"two processes came to {where} with --process-id {message['process']}: give each its own, "
+            f"from 0 to {own['processes'] - 1}, and each run its own port"
         )
 
 
-def _join(where: str, addresses: list[Any], who: dict[str, Any], timeout: float) -> str:
-    """The side of every other process; returns the address at which process 0 answered."""
+def _missing(missing: list[int], where: str, own: dict[str, Any], timeout: float) -> str:
+    many = len(missing) > 1
+    return (
+        f"process{'es' if many else ''} {', '.join(map(str, missing))} of {own['processes']} "
+        f"{'have' if many else 'has'} not connected to {where} within {timeout:g} s: check that "
+        f"{'they were' if many else 'it was'} started with the same --coordinator and can reach it"
+    )
+
+
+def _join(coordinator: str, own: dict[str, Any], timeout: float) -> str:
+    """Every other process: connect to process 0, again until it is there; returns its address."""
     deadline = time.monotonic() + timeout
-    why = "nothing listens there"
     while True:
-        for family, _, _, _, address in addresses:
-            try:
-                with socket.socket(family, socket.SOCK_STREAM) as connection:
-                    connection.settimeout(max(0.1, min(GRACE, deadline - time.monotonic())))
-                    connection.connect(address)
-                    connection.sendall(_line(who))
-                    # Process 0 has its own time-out and says so; this one is for a process 0 that is stuck.
-                    connection.settimeout(timeout + GRACE)
-                    answer = _answer(connection, where)
-            except OSError as error:
-                why = error.strerror or str(error)
-                continue
-            if answer is None:
-                why = "it hung up"
-            elif answer["verdict"] == "go":
-                return _opened(family, address)
-            else:
-                kind = InputError if answer["verdict"] == "input" else RunError
-                raise kind(str(answer["text"]))
+        try:
+            with socket.create_connection(parse(coordinator), max(0.1, min(GRACE, timeout))) as connection:
+                connection.sendall(_line(own))
+                address = connection.getpeername()
+                connection.settimeout(
+                    timeout + GRACE
+                )  # process 0 has the same timeout, and says who is missing
+                answer = _receive(connection, "error")
+            reason = "what answers there is not jaxtrain"
+        except OSError as error:
+            answer, reason = None, error.strerror or str(error)
+        if answer is not None and answer["error"] is None:
+            return _wait_for_service(address)
+        if answer is not None:
+            raise (InputError if answer["input"] else RunError)(answer["error"])
         if time.monotonic() > deadline:
             raise RunError(
-                f"no process 0 at {where} within {timeout:g} s ({why}): see whether it was started, with the "
-                "same --coordinator, and whether this machine can reach it"
+                f"no process 0 at {coordinator} within {timeout:g} s ({reason}): check that it was started "
+                "with the same --coordinator and that this machine can reach it"
             )
         time.sleep(0.1)
 
 
-def _answer(connection: socket.socket, where: str) -> dict[str, Any] | None:
-    """What process 0 says; None when it hangs up without a word."""
-    heard = b""
-    while b"\n" not in heard and len(heard) < LINE:
-        data = connection.recv(LINE)
-        if not data:
-            break
-        heard += data
-    if not heard:
-        return None
-    message = _message(heard)
-    if message is None or not {"verdict", "text"} <= message.keys():
-        raise InputError(f"another program than jaxtrain answers at {where}: choose another port")
-    return message
-
-
-def _opened(family: int, address: Any) -> str:
-    """Wait until JAX's service is there: its client ends the process where nobody answers."""
+def _wait_for_service(address: Any) -> str:
+    """Wait until JAX's service listens at ``address``: its client aborts the process where nothing does."""
     deadline = time.monotonic() + 2 * GRACE
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as connection:
-            connection.settimeout(GRACE)
-            connection.connect(address)
+        with contextlib.suppress(OSError), socket.create_connection(address[:2], GRACE):
             return _text(address)
         time.sleep(0.02)
     raise RunError(f"process 0 at {_text(address)} did not start JAX's service: see its own message")
 
 
 def _resolve(coordinator: str) -> list[Any]:
-    """Where to try, as ``socket.getaddrinfo`` has it."""
+    """Look up the addresses of the coordinator, as ``socket.getaddrinfo`` returns them."""
     host, port = parse(coordinator)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise InputError(
-            f"--coordinator {coordinator}: no machine is called {host} "
+            f"--coordinator {coordinator}: unknown host {host} "
             f"({getattr(error, 'strerror', None) or error}): give its address"
         ) from error
-    for _, _, _, _, address in found:
-        if _number(address).is_unspecified:
-            raise InputError(
-                f"--coordinator {coordinator} is every address of this machine and none that the others can "
-                "go to: give one, in a private network"
-            )
+    if any(_ip(address).is_unspecified for *_, address in found):
+        raise InputError(
+            f"--coordinator {coordinator} means every address of this machine, and the others cannot connect "
+            "to that: give one address, in a private network"
+        )
     return found
 
 
 def _listen(coordinator: str, addresses: list[Any]) -> socket.socket:
     """Listen at the first of ``addresses`` that is this machine's."""
+    reasons = []
     for family, _, _, _, address in addresses:
         server = socket.socket(family, socket.SOCK_STREAM)
         try:
-            # Connections of an earlier run that linger do not keep the port; a listener does.
+            # Connections of an earlier run that linger do not keep the port busy; a listener does.
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             server.bind(address)
             server.listen(1024)
         except OSError as error:
             server.close()
-            if error.errno == errno.EADDRNOTAVAIL:
-                continue
-            if error.errno == errno.EADDRINUSE:
-                raise InputError(
-                    f"process 0: port {address[1]} of {address[0]} is in use, by another run or program: "
-                    "choose another in --coordinator"
-                ) from error
-            raise InputError(
-                f"process 0: cannot listen at {coordinator} ({error.strerror}): choose another --coordinator"
-            ) from error
-        return server
+            reasons.append(error.strerror)
+        else:
+            return server
     raise InputError(
-        f"process 0: {coordinator} is no address of this machine: process 0 runs where --coordinator points"
+        f"process 0 cannot listen at {coordinator} ({reasons[0]}): give --coordinator an address of the "
+        "machine on which process 0 runs, and a free port"
     )
 
 
-def _number(address: Any) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    return ipaddress.ip_address(address[0])
-
-
-def _text(address: Any) -> str:
-    return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
+def _answer(connections: dict[int, socket.socket], message: dict[str, Any]) -> None:
+    for connection in connections.values():
+        with contextlib.suppress(OSError):
+            connection.sendall(_line({"jaxtrain": __version__, **message}))
 
 
 def _line(message: dict[str, Any]) -> bytes:
     return json.dumps(message).encode() + b"\n"
 
 
-def _message(heard: bytes) -> dict[str, Any] | None:
-    """The first line, if it is one of ours."""
+def _receive(connection: socket.socket, key: str) -> dict[str, Any] | None:
+    """Read one message that has ``key``; None for anything else."""
     try:
-        message = json.loads(heard.partition(b"\n")[0])
-    except (ValueError, RecursionError):
+        with connection.makefile("rb") as file:
+            message = json.loads(file.readline(LINE))
+    except (OSError, ValueError, RecursionError):
         return None
-    return message if isinstance(message, dict) and "jaxtrain" in message else None
+    return message if isinstance(message, dict) and {"jaxtrain", key} <= message.keys() else None
+
+
+def _is_open(connection: socket.socket) -> bool:
+    """Return whether the process at the other end is still there."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(1, socket.MSG_PEEK) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        connection.settimeout(ANSWER_SECONDS)
+
+
+def _ip(address: Any) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    return ipaddress.ip_address(address[0])
+
+
+def _text(address: Any) -> str:
+    return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtrain.core.chunked_logits import whole
+from jaxtrain.core.chunked_logits import full_logits
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Batch, Metrics, Prepare, State, split_extra
 from jaxtrain.metrics import Mean
@@ -212,7 +212,7 @@ def make_eval_step(
         params, extra = eval_state(state)
         outputs, _ = pair.apply(params, split_extra(extra)[0], batch, train=False, key=None)
         _, metrics = evaluate_loss(loss_fn, outputs, batch)
-        return {**metrics, **(metrics_fn(whole(outputs), batch) if metrics_fn else {})}
+        return {**metrics, **(metrics_fn(full_logits(outputs), batch) if metrics_fn else {})}
 
     return eval_step
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.core.chunked_logits import whole
+from jaxtrain.core.chunked_logits import full_logits
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Batch, Metrics, Model, leaf_paths, split_extra
 from jaxtrain.metrics import Mean, merge
@@ -134,7 +134,7 @@ def split_rows(batch: Batch, parts: int) -> Batch:
 
 def evaluate_loss(loss_fn: LossFn, outputs: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
     """``loss_fn(outputs, batch)``, or InputError where that is no scalar with mergeable metrics."""
-    result = loss_fn(outputs if getattr(loss_fn, "chunked", False) else whole(outputs), batch)
+    result = loss_fn(outputs if getattr(loss_fn, "chunked", False) else full_logits(outputs), batch)
     name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
         raise InputError(f"{name} must return (loss, metrics): a scalar and a dict of mergeable metrics")

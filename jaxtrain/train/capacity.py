@@ -11,8 +11,9 @@ import jax
 
 from jaxtrain import checkpoint, sharding
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.text import size_text
 from jaxtrain.program import Program
-from jaxtrain.program.device_limits import limit_of, size_text
+from jaxtrain.program.device_limits import limit_of
 from jaxtrain.program.memory import device_arrays, mesh_of
 
 CHECKPOINTS_AT_ONCE = 2  # at least: the last complete one and the one being written

@@ -18,6 +18,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxtrain import __version__
+from jaxtrain.core.process import cores
 
 DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
 """The XLA flag that ``run --deterministic`` sets for GPUs."""
@@ -37,12 +38,6 @@ def bitwise_settings(mesh: Mesh, deterministic: bool) -> dict[str, Any]:
     if mesh.devices.flat[0].platform != "cpu":
         return {**found, "xla_flags": flags}
     return {**found, "xla_flags": flags.replace(DETERMINISTIC_FLAG, "").strip(), "cores": cores()}
-
-
-def cores() -> int:
-    """How many CPU cores this process may use; XLA:CPU divides its programs by this number."""
-    count = os.cpu_count() or 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count
 
 
 def file_digest(origin: str) -> str | None:

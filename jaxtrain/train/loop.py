@@ -144,7 +144,7 @@ def _train(
     trace: monitor.Trace = monitor.OFF,
 ) -> State:
     """The loop. The order is fixed: evaluate, then save what the evaluation chose, then stop."""
-    in_flight, votes = InFlight(program.experiment.max_in_flight), multihost.Votes()
+    in_flight, votes = InFlight(program.experiment.max_in_flight), multihost.StopVotes()
     metrics_consumer = MetricsConsumer(start, BadUpdateMonitor(program, folder, console.note), record)
     dispatch = Dispatch(program, console.note, strict, trace.mark)
     wait, save = trace.mark("waiting for the device", in_flight.add), trace.mark("checkpoint", saved.save)

@@ -14,11 +14,11 @@ from jax.sharding import NamedSharding
 
 from jaxtrain import sharding
 from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.text import size_text
 from jaxtrain.core.types import leaf_paths
 from jaxtrain.experiment import find
 from jaxtrain.monitor import Console
 from jaxtrain.program import Program
-from jaxtrain.program.device_limits import size_text
 from jaxtrain.program.memory import bytes_per_device, device_arrays, mesh_of
 from jaxtrain.program.memory_text import memory_text, table
 from jaxtrain.sharding import rules

@@ -22,14 +22,14 @@ from jaxtrain.core.types import State, leaf_paths
 
 
 def make_state(mesh, value=0.0, width=8, dtype=jnp.float32) -> State:
-    whole = sharding.replicated(mesh)
+    replicated = sharding.replicated(mesh)
     state = State(
         jnp.zeros((), jnp.int32),
         {"head": {"kernel": jnp.full((4, width), value, dtype)}},
         {"batch_stats": {"mean": jnp.full(3, float(value))}},
         ({"count": jnp.zeros((), jnp.int32)}, (), {"trace": jnp.full((4, width), float(value))}),
     )
-    return jax.device_put(state, whole)
+    return jax.device_put(state, replicated)
 
 
 def like(state: State) -> State:
@@ -58,12 +58,12 @@ def test_round_trip_between_one_and_eight_devices(tmp_path, mesh1, mesh8):
         assert state.params["head"]["kernel"].sharding == sharding.replicated(there)
 
 
-def test_a_save_is_not_touched_by_the_steps_that_follow_it(tmp_path, mesh1, mesh8):
+def test_later_steps_do_not_change_a_pending_save(tmp_path, mesh1, mesh8):
     """The next step reuses the state's buffers while the file is still being written."""
     for number, mesh in enumerate((mesh1, mesh8)):
-        whole = sharding.replicated(mesh)
+        replicated = sharding.replicated(mesh)
         step = sharding.compile(
-            lambda s: jax.tree.map(lambda x: x + 1, s), args=(whole,), out=whole, donate=(0,)
+            lambda s: jax.tree.map(lambda x: x + 1, s), args=(replicated,), out=replicated, donate=(0,)
         )
         state = make_state(mesh, 0, width=200_000)
         with checkpoint.open(tmp_path / str(number)) as saved:
@@ -85,7 +85,7 @@ def test_keeps_the_latest_and_the_best(tmp_path, mesh1):
         assert saved.best().step == 2 and saved.best_score() == 0.9
 
 
-def test_nothing_saved_starts_afresh(tmp_path, mesh1):
+def test_no_checkpoint_starts_from_init(tmp_path, mesh1):
     with checkpoint.open(tmp_path) as saved:
         assert saved.restore_or(lambda: "new", None) == ("new", 0)
         assert saved.latest() is None and saved.best() is None
@@ -93,7 +93,7 @@ def test_nothing_saved_starts_afresh(tmp_path, mesh1):
 
 def test_an_unfinished_save_is_not_a_checkpoint_and_is_cleaned_up(tmp_path, mesh1):
     save(tmp_path, 1, 2, mesh=mesh1)
-    folder, told = tmp_path / "checkpoints", []
+    folder, lines = tmp_path / "checkpoints", []
     (folder / "000002" / "manifest.json").unlink()  # killed before the last write
     (folder / "000002" / ".saving").touch()
     (folder / "000003" / "state.orbax-checkpoint-tmp").mkdir(parents=True)  # by an older version
@@ -101,15 +101,15 @@ def test_an_unfinished_save_is_not_a_checkpoint_and_is_cleaned_up(tmp_path, mesh
     (folder / "99").mkdir()  # not ours: Orbax alone would take it for the latest step
     (folder / "notes").mkdir()
     assert kept(tmp_path) == [1]
-    with checkpoint.open(tmp_path, tell=told.append) as saved:
+    with checkpoint.open(tmp_path, log=lines.append) as saved:
         saved.clean()
     assert sorted(p.name for p in folder.iterdir()) == ["000001", "99", "notes"]
-    removed = [f"step 00000{k} was never completely saved and has been removed" for k in (2, 3)]
-    assert told == [*removed, f"{folder} also holds 99, notes: no checkpoint, and left alone"]
+    removed = [f"the save of step 00000{k} was unfinished and has been removed" for k in (2, 3)]
+    assert lines == [*removed, f"{folder} also contains 99, notes: not a checkpoint, ignored"]
 
 
 def test_a_save_marks_its_folder_until_it_is_complete(tmp_path, mesh1, monkeypatch):
-    """So that a kill in between is told from a manifest that was lost."""
+    """It distinguishes a save that was killed from a lost manifest."""
     real, seen = manifest.write, []
     monkeypatch.setattr(manifest, "write", lambda f, m: seen.append((f / ".saving").exists()) or real(f, m))
     save(tmp_path, 1, mesh=mesh1)
@@ -178,20 +178,20 @@ def lose_everything(folder):
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (damage_types, "its manifest.json cannot be read"),
         (damage_manifest, "its manifest.json cannot be read"),
         (damage_score, "its manifest.json has been changed"),
-        (lose_manifest, "it has its arrays and no manifest.json"),
+        (lose_manifest, "its manifest.json is missing"),
         (lose_arrays, r"the file state/\S+ is missing"),
         (lose_everything, r"the file state/\S+ is missing"),
     ],
 )
-def test_a_damaged_checkpoint_is_an_error_that_names_it(damage, told, tmp_path, mesh1):
+def test_a_damaged_checkpoint_is_named_in_the_error(damage, message, tmp_path, mesh1):
     save(tmp_path, 1, 2, mesh=mesh1)
     damage(tmp_path / "checkpoints" / "000002")
-    pattern = f"000002 is damaged: {told}.*go on from an older one with --resume last-good"
+    pattern = f"000002 is damaged: {message}.*resume from an older one with --resume last-good"
     with (
         pytest.raises(checkpoint.CorruptCheckpointError, match=pattern) as error,
         checkpoint.open(tmp_path) as saved,
@@ -221,7 +221,7 @@ def lose(path, place):
     path.unlink()
 
 
-TOLD = {flip: "has changed", zero: "has changed", truncate: "has ", lose: "is missing"}
+MESSAGES = {flip: "has changed", zero: "has changed", truncate: "has ", lose: "is missing"}
 
 
 @pytest.fixture(scope="module")
@@ -236,30 +236,32 @@ def one_checkpoint(tmp_path_factory, mesh1):
 
 
 @pytest.mark.parametrize("how", [flip, zero, truncate, lose])
-def test_damage_of_any_file_is_found_and_the_file_is_named(how, one_checkpoint, tmp_path):
-    whole, wanted = one_checkpoint
-    files = [p.relative_to(whole) for p in whole.glob("checkpoints/000001/state/**/*") if p.is_file()]
-    assert sum((whole / name).stat().st_size for name in files) > 100_000  # the arrays are among them
-    shutil.copytree(whole, tmp_path / "r")
+def test_damage_to_any_file_is_detected_and_the_file_is_named(how, one_checkpoint, tmp_path):
+    original, wanted = one_checkpoint
+    files = [p.relative_to(original) for p in original.glob("checkpoints/000001/state/**/*") if p.is_file()]
+    assert sum((original / name).stat().st_size for name in files) > 100_000  # the arrays are among them
+    shutil.copytree(original, tmp_path / "r")
     found = 0
     with checkpoint.open(tmp_path / "r") as saved:
         saved.restore(saved.latest(), wanted)
         for name in files:
-            was = (whole / name).read_bytes()
+            was = (original / name).read_bytes()
             for place in sorted({0, len(was) // 2, max(0, len(was) - 1)}) if was and how is not lose else [0]:
                 if was or how is lose:
                     how(tmp_path / "r" / name, place)
                     with pytest.raises(checkpoint.CorruptCheckpointError) as error:
                         saved.restore(saved.latest(), wanted)
-                    assert f"the file {Path(*name.parts[2:])} {TOLD[how]}" in str(error.value)
-                    assert how is not truncate or f"{place:,} bytes and had {len(was):,}" in str(error.value)
-                    shutil.copy(whole / name, tmp_path / "r" / name)
+                    assert f"the file {Path(*name.parts[2:])} {MESSAGES[how]}" in str(error.value)
+                    assert how is not truncate or f"{place:,} bytes instead of {len(was):,}" in str(
+                        error.value
+                    )
+                    shutil.copy(original / name, tmp_path / "r" / name)
                     found += 1
     assert found >= len(files) > 3
 
 
-def test_arrays_that_come_back_changed_are_found_and_named(one_checkpoint, tmp_path, monkeypatch):
-    """Whatever the files are: what is proven is what is in the device's memory."""
+def test_changed_arrays_are_detected_and_named(one_checkpoint, tmp_path, monkeypatch):
+    """Fingerprints check the arrays in device memory, whatever is in the files."""
     from orbax.checkpoint import v1 as ocp
 
     folder, wanted = one_checkpoint
@@ -272,7 +274,7 @@ def test_arrays_that_come_back_changed_are_found_and_named(one_checkpoint, tmp_p
     monkeypatch.setattr(ocp, "load", changed)
     with (
         pytest.raises(
-            checkpoint.CorruptCheckpointError, match="the array extra/batch_stats/mean is not what was saved"
+            checkpoint.CorruptCheckpointError, match="the array extra/batch_stats/mean has changed"
         ),
         checkpoint.open(folder) as saved,
     ):
@@ -281,12 +283,12 @@ def test_arrays_that_come_back_changed_are_found_and_named(one_checkpoint, tmp_p
 
 def test_last_good_falls_back_and_renames(tmp_path, mesh1):
     save(tmp_path, 1, 2, 3, 4, mesh=mesh1, scores=(0.9, 0.1, 0.2, 0.3))
-    folder, told = tmp_path / "checkpoints", []
+    folder, lines = tmp_path / "checkpoints", []
     damage_manifest(folder / "000004")
     lose_arrays(folder / "000003")
     zero(next(p for p in (folder / "000001" / "state").rglob("*") if p.is_file()), 0)  # the best
     (folder / "damaged-000004").mkdir()  # it happened before
-    with checkpoint.open(tmp_path, tell=told.append) as saved:
+    with checkpoint.open(tmp_path, log=lines.append) as saved:
         state, step = saved.restore_or(
             lambda: pytest.fail("started afresh"), like(make_state(mesh1)), "last-good"
         )
@@ -295,12 +297,12 @@ def test_last_good_falls_back_and_renames(tmp_path, mesh1):
         saved.save(3, make_state(mesh1, 3))
     names = ["000002", "000003", "damaged-000001", "damaged-000003", "damaged-000004", "damaged-000004-2"]
     assert sorted(p.name for p in folder.iterdir()) == names
-    assert [line.partition(" is damaged")[0] for line in told] == [
+    assert [line.partition(" is damaged")[0] for line in lines] == [
         f"WARNING: checkpoint {folder / name}" for name in ("000001", "000003", "000004")
     ]
 
 
-def test_where_none_is_good_nothing_is_renamed_and_nothing_started(tmp_path, mesh1):
+def test_last_good_with_all_damaged_is_an_error_and_renames_nothing(tmp_path, mesh1):
     save(tmp_path, 1, 2, mesh=mesh1)
     for name in ("000001", "000002"):
         lose_arrays(tmp_path / "checkpoints" / name)
@@ -310,7 +312,7 @@ def test_where_none_is_good_nothing_is_renamed_and_nothing_started(tmp_path, mes
     assert "last-good" not in str(error.value)  # there is no older one
     with (
         pytest.raises(
-            checkpoint.CorruptCheckpointError, match=r"no checkpoint in \S+ is good \(step 2: the file"
+            checkpoint.CorruptCheckpointError, match=r"all checkpoints in \S+ are damaged \(step 2: the file"
         ),
         checkpoint.open(tmp_path) as saved,
     ):
@@ -319,16 +321,16 @@ def test_where_none_is_good_nothing_is_renamed_and_nothing_started(tmp_path, mes
 
 
 @pytest.mark.parametrize("resume", ["newest", "last-good"])
-def test_a_checkpoint_of_format_1_is_restored_and_told_of(resume, tmp_path, mesh1):
+def test_a_checkpoint_of_format_1_is_restored_with_a_notice(resume, tmp_path, mesh1):
     save(tmp_path, 1, mesh=mesh1)
-    path, told = tmp_path / "checkpoints" / "000001" / "manifest.json", []
+    path, lines = tmp_path / "checkpoints" / "000001" / "manifest.json", []
     old = json.loads(path.read_text()) | {"format": 1}
     for new in ("seal", "files", "fingerprints"):
         del old[new]
     path.write_text(json.dumps(old))
-    with checkpoint.open(tmp_path, tell=told.append) as saved:
+    with checkpoint.open(tmp_path, log=lines.append) as saved:
         assert saved.restore_or(lambda: None, like(make_state(mesh1)), resume)[1] == 1
-    assert len(told) == 1 and "has no checksums" in told[0]
+    assert len(lines) == 1 and "has no checksums" in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -338,14 +340,14 @@ def test_a_checkpoint_of_format_1_is_restored_and_told_of(resume, tmp_path, mesh
         ({"dtype": jnp.bfloat16}, r"params/head/kernel is float32\[4, 8\] there and bfloat16\[4, 8\] here"),
     ],
 )
-def test_a_checkpoint_of_another_model_is_refused_by_path(other, message, tmp_path, mesh1):
+def test_a_checkpoint_of_another_model_is_refused_and_the_path_named(other, message, tmp_path, mesh1):
     """Orbax alone would cast and reshape."""
     save(tmp_path, 1, mesh=mesh1)
     with pytest.raises(InputError, match=message), checkpoint.open(tmp_path) as saved:
         saved.restore_or(lambda: None, like(make_state(mesh1, **other)))
 
 
-def test_missing_and_surplus_arrays_are_refused(tmp_path, mesh1):
+def test_missing_and_extra_arrays_are_refused(tmp_path, mesh1):
     save(tmp_path, 1, mesh=mesh1)
     state = make_state(mesh1)
     more = state.replace(extra={**state.extra, "ema": jnp.zeros(3)})
@@ -369,7 +371,7 @@ def test_a_newer_format_is_refused(tmp_path, mesh1):
         saved.restore(saved.latest(), like(make_state(mesh1)))
 
 
-def test_the_manifest_says_what_it_is(tmp_path, mesh1):
+def test_the_manifest_contains_about(tmp_path, mesh1):
     with checkpoint.open(tmp_path, about={"experiment": "mine", "hash": "abc"}) as saved:
         saved.save(3, make_state(mesh1), 0.5)
     manifest = json.loads((tmp_path / "checkpoints" / "000003" / "manifest.json").read_text())
@@ -378,7 +380,7 @@ def test_the_manifest_says_what_it_is(tmp_path, mesh1):
 
 
 @pytest.mark.parametrize("kept_before", [(), (4,)])
-def test_a_failed_save_says_what_is_safe_and_what_space_it_needs(kept_before, tmp_path, mesh1, monkeypatch):
+def test_a_failed_save_reports_the_last_step_and_the_space_needed(kept_before, tmp_path, mesh1, monkeypatch):
     def fail(path, data):
         raise OSError(28, "No space left on device")
 
@@ -387,7 +389,7 @@ def test_a_failed_save_says_what_is_safe_and_what_space_it_needs(kept_before, tm
     monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage(2_500_000))
     monkeypatch.setattr(manifest, "write_json", fail)
     safe = "step 4 is safe" if kept_before else "no step has been saved"
-    needs = "74.3 kB and 2.5 MB are free"
+    needs = "74.28 KB and 2.50 MB are free"
     with pytest.raises(RunError, match=f"saving step 5 .*No space left.*{safe}; a checkpoint needs {needs}"):
         save(tmp_path, 5, mesh=mesh1)
     assert kept(tmp_path) == list(kept_before)
@@ -410,7 +412,7 @@ def test_a_complete_checkpoint_survives_an_error_after_it(tmp_path, mesh1, monke
 
 def test_a_state_with_colliding_paths_is_refused(tmp_path, mesh1):
     state = make_state(mesh1).replace(extra={"a/b": jnp.zeros(1), "a": {"b": jnp.zeros(1)}})
-    with pytest.raises(InputError, match="one path"), checkpoint.open(tmp_path) as saved:
+    with pytest.raises(InputError, match="the same path"), checkpoint.open(tmp_path) as saved:
         saved.save(1, state)
 
 
@@ -435,7 +437,7 @@ def test_a_save_on_eight_devices_compiles_the_fingerprints_only(mesh8, tmp_path,
 
 
 @pytest.mark.parametrize("axes", ["data=1", "data=2,fsdp=4"])
-def test_a_save_copies_and_waits_for_nothing_else(axes, tmp_path, monkeypatch):
+def test_a_save_on_cpus_only_copies(axes, tmp_path, monkeypatch):
     """Orbax may take its time: steps go on in the state's memory, and its step is what is saved."""
     size = 1 if axes == "data=1" else 8
     mesh = sharding.make_mesh(jax.devices()[:size], sharding.parse_mesh(axes, size))
@@ -465,7 +467,7 @@ def test_a_save_copies_and_waits_for_nothing_else(axes, tmp_path, monkeypatch):
     assert threads == [t for t in threads if t is not threading.main_thread()] and len(threads) == 1
 
 
-def test_what_is_copied_is_in_memory_of_its_own(mesh1):
+def test_copies_do_not_share_memory(mesh1):
     """Else JAX would copy it with one thread, in the step that is given the state."""
     arrays = leaf_paths(make_state(mesh1, 1, width=4000))
     copied = async_save._copy(arrays)
@@ -473,18 +475,18 @@ def test_what_is_copied_is_in_memory_of_its_own(mesh1):
     assert not places[0] & places[1]
 
 
-def test_elsewhere_orbax_takes_the_values_before_save_returns(tmp_path, mesh1, monkeypatch, compiled):
+def test_without_copies_orbax_takes_the_values_before_save_returns(tmp_path, mesh1, monkeypatch, compiled):
     """On accelerators, whose memory a copy would fill; the fingerprints' program is there by then."""
     monkeypatch.setattr(async_save, "uses_copies", lambda arrays: False)
     strong = jax.tree.map(np.asarray, make_state(mesh1, 3, width=11))  # as a compiled step's results are
     state = jax.device_put(strong, sharding.replicated(mesh1))
     threads, real = [], async_save._start
 
-    def begun(*args):
+    def start(*args):
         threads.append(threading.current_thread())
         return real(*args)
 
-    monkeypatch.setattr(async_save, "_start", begun)
+    monkeypatch.setattr(async_save, "_start", start)
     with checkpoint.open(tmp_path) as saved:
         saved.restore_or(lambda: state, like(state))
         saved._compiled.result()
@@ -508,7 +510,7 @@ EXPERIMENT = dataclasses.replace(
 """
 
 
-def test_last_good_resumes_to_the_bits_of_an_undisturbed_run(tmp_path, capsys):
+def test_last_good_resumes_bit_for_bit(tmp_path, capsys):
     """A finished run loses its result and its newest checkpoint, and gets both back."""
     (tmp_path / "mlp.py").write_text(MLP)
     words = ["--experiment", str(tmp_path / "mlp.py"), "--workdir", str(tmp_path := tmp_path / "r")]
@@ -539,7 +541,7 @@ def test_last_good_resumes_to_the_bits_of_an_undisturbed_run(tmp_path, capsys):
     assert newest.with_name("damaged-000013").is_dir()
 
 
-def test_steps_that_have_changed_places_are_damage(tmp_path, mesh1):
+def test_swapped_step_folders_are_damage(tmp_path, mesh1):
     save(tmp_path, 1, 2, 3, mesh=mesh1)
     folder = tmp_path / "checkpoints"
     (folder / "000003").rename(folder / "third")
@@ -547,7 +549,7 @@ def test_steps_that_have_changed_places_are_damage(tmp_path, mesh1):
     (folder / "third").rename(folder / "000002")
     with (
         checkpoint.open(tmp_path) as saved,
-        pytest.raises(RunError, match="000002 is damaged: it is of step 3"),
+        pytest.raises(RunError, match=r"000002 is damaged: its manifest\.json is of step 3"),
     ):
         saved.latest()
     with checkpoint.open(tmp_path) as saved:
@@ -569,19 +571,19 @@ def test_a_checkpoint_of_another_run_is_refused(resume, tmp_path, mesh1):
         saved.restore_or(lambda: pytest.fail("afresh"), like(make_state(mesh1)), resume)
 
 
-def test_what_is_no_save_of_ours_is_left_alone_and_told(tmp_path, mesh1):
+def test_other_folders_are_ignored_and_reported(tmp_path, mesh1):
     save(tmp_path, 1, mesh=mesh1)
     stray = tmp_path / "checkpoints" / "000077"
     stray.mkdir()
     (stray / "notes.txt").write_text("precious")
-    told = []
-    with checkpoint.open(tmp_path, tell=told.append) as saved:
+    lines = []
+    with checkpoint.open(tmp_path, log=lines.append) as saved:
         saved.clean()
         assert [s.step for s in saved.steps()] == [1]
-    assert (stray / "notes.txt").read_text() == "precious" and "also holds 000077" in told[0]
+    assert (stray / "notes.txt").read_text() == "precious" and "also contains 000077" in lines[0]
 
 
-def test_a_file_where_checkpoints_go_is_refused_before_training(tmp_path):
+def test_a_file_in_place_of_the_checkpoint_folder_is_refused(tmp_path):
     (tmp_path / "checkpoints").write_text("a")
-    with checkpoint.open(tmp_path) as saved, pytest.raises(InputError, match="is a file, and checkpoints go"):
+    with checkpoint.open(tmp_path) as saved, pytest.raises(InputError, match="is a file where the folder"):
         saved.clean()

@@ -1,4 +1,4 @@
-"""Fingerprints: the same on any mesh, different for any change, and no array is gathered for them."""
+"""Fingerprints: the same on any mesh, different after any change, computed without gathering arrays."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def one(x):
     return prints({"x": x})["x"]
 
 
-def test_they_are_the_same_on_every_mesh_and_nothing_is_gathered(mesh1, mesh8):
+def test_fingerprints_are_equal_on_every_mesh_and_nothing_is_gathered(mesh1, mesh8):
     split = sharding.make_mesh(jax.devices(), sharding.parse_mesh("data=2,fsdp=2,model=2", 8))
     found = []
     for mesh in (mesh1, mesh8, split):
@@ -60,7 +60,7 @@ def test_one_program_for_all_arrays(mesh1, caplog):
     assert len([r for r in caplog.records if r.getMessage().startswith("Compiling")]) == 1
 
 
-def test_a_prepared_program_is_the_one_that_is_run(mesh8, caplog):
+def test_prepare_compiles_the_program_of_start(mesh8, caplog):
     place = NamedSharding(mesh8, PartitionSpec("data"))
     tree = jax.device_put({f"w{i}": np.ones((8 * i + 8, 3), np.float32) for i in range(2)}, place)
     fingerprint.prepare(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree))
@@ -71,7 +71,7 @@ def test_a_prepared_program_is_the_one_that_is_run(mesh8, caplog):
 
 
 @pytest.mark.parametrize("name", [name for name in ARRAYS if name != "empty"])
-def test_any_flipped_bit_changes_them(name):
+def test_any_flipped_bit_changes_the_fingerprint(name):
     x = jnp.asarray(ARRAYS[name])
     if name in ("bool", "int4", "complex64"):
         changed = [x.at[(0,) * x.ndim].set(~x[0, 0] if name == "bool" else x[(0,) * x.ndim] + 1)]
@@ -86,10 +86,10 @@ def test_any_flipped_bit_changes_them(name):
     was = one(x)
     for other in changed:
         now = one(other)
-        assert now[:8] != was[:8] and now[8:] != was[8:]  # either half would tell
+        assert now[:8] != was[:8] and now[8:] != was[8:]  # either half detects it
 
 
-def test_a_swap_a_shift_a_zero_and_a_negative_zero_change_them():
+def test_swaps_shifts_and_zeros_change_the_fingerprint():
     x = jnp.asarray(FLOATS)
     swapped = x.at[0, 0, 0].set(x[9, 2, 5]).at[9, 2, 5].set(x[0, 0, 0])
     zeroed = x.at[3].set(0)
@@ -104,7 +104,7 @@ def test_a_swap_a_shift_a_zero_and_a_negative_zero_change_them():
     assert len({one(y) for y in [x, *others]}) == len(others) + 1
 
 
-def test_elements_of_64_bits():
+def test_64_bit_elements():
     with jax.enable_x64(True):
         x = jnp.asarray(FLOATS[0], jnp.float64)
         low = x.at[2, 2].set(np.nextafter(float(x[2, 2]), 9.0))  # the last bit
@@ -113,5 +113,5 @@ def test_elements_of_64_bits():
         assert len({one(y) for y in (x, low, high, scalar, scalar + 1)}) == 5
 
 
-def test_a_tree_without_arrays():
+def test_empty_tree():
     assert prints({}) == {} and fingerprint.start({}) is None

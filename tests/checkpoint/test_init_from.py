@@ -1,10 +1,11 @@
-"""A run that begins with another's parameters: by path, renamed where asked, nothing left out in silence."""
+"""checkpoint.init_from: read another run's parameters by path, renamed on request, none left out silently."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,12 +19,12 @@ TINY = Path(__file__).parents[1] / "tiny.py"
 
 
 def make_state(value, names=("body", "head"), classes=4, ema=False) -> State:
-    whole = sharding.replicated(sharding.make_mesh(jax.devices()[:1]))
+    replicated = sharding.replicated(sharding.make_mesh(jax.devices()[:1]))
     params = {name: {"kernel": jnp.full((3, classes if name == "head" else 5), value)} for name in names}
     extra = {"batch_stats": {"body": jnp.full(5, value)}}
     if ema:
         extra["ema"] = jax.tree.map(lambda x: x + 100, {"params": params, **extra})
-    return jax.device_put(State(jnp.int32(value), params, extra, {"trace": jnp.full(3, value)}), whole)
+    return jax.device_put(State(jnp.int32(value), params, extra, {"trace": jnp.full(3, value)}), replicated)
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +41,9 @@ def values(state: State) -> dict[str, float]:
     return {path: float(np.ravel(leaf)[0]) for path, leaf in leaf_paths(state).items()}
 
 
-def test_the_best_or_the_named_step_and_nothing_of_the_optimizer(source):
-    told = []
-    state = checkpoint.init_from(source, [], make_state(0.0), told.append)
+def test_reads_the_best_or_the_given_step_without_optimizer_state(source):
+    lines = []
+    state = checkpoint.init_from(source, [], make_state(0.0), lines.append)
     want = {
         "step": 0,
         "params/body/kernel": 1,
@@ -50,32 +51,30 @@ def test_the_best_or_the_named_step_and_nothing_of_the_optimizer(source):
         "extra/batch_stats/body": 1,
         "opt_state/trace": 0,
     }
-    assert values(state) == want and "3 arrays of" in told[0] and told[0].endswith("0 new")
+    assert values(state) == want and "initialized 3 arrays from" in lines[0] and lines[0].endswith("0 new")
     assert values(checkpoint.init_from(f"{source}:2", [], make_state(0.0)))["params/body/kernel"] == 2
 
 
-def test_averages_are_read_and_begun(source):
-    """What evaluation uses there; and an average here begins with what its parameters begin with."""
+def test_averages_are_read_and_initialized(source):
+    """The averages that evaluation uses are read; averages of this state start as copies of them."""
     state = checkpoint.init_from(f"{source}:3", [], make_state(0.0, ema=True))
     found = values(state)
     assert {found.pop("step"), found.pop("opt_state/trace")} == {0} and set(found.values()) == {103}
     pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
-    assert len(set(pointers)) == len(pointers)  # else the train step could not be given them to reuse
+    assert len(set(pointers)) == len(pointers)  # or the train step could not donate them
 
 
-def test_a_checkpoint_is_read_without_its_experiment(source):
+def test_arrays_needs_no_experiment(source):
     state = make_state(2.0)
     found = checkpoint.arrays(f"{source}:2")
     assert found.keys() == leaf_paths(state).keys()
-    for path, leaf in leaf_paths(state).items():
-        assert found[path].dtype == leaf.dtype
-        np.testing.assert_array_equal(found[path], leaf)
+    chex.assert_trees_all_equal(found, leaf_paths(state), strict=True)
     assert checkpoint.arrays(Path(source)).keys() == found.keys()  # the best step
-    with pytest.raises(InputError, match="step 7 is not kept there; give one of 1, 2, 3"):
+    with pytest.raises(InputError, match="there is no step 7: give one of 1, 2, 3"):
         checkpoint.arrays(f"{source}:7")
 
 
-def test_renamed_and_fresh_parts(source):
+def test_renamed_and_new_parameters(source):
     fresh = make_state(0.0, names=("trunk", "head"), classes=9)
     found = values(checkpoint.init_from(f"{source}:2", ["body=trunk", "head="], fresh))
     assert found["params/trunk/kernel"] == 2 and found["params/head/kernel"] == 0
@@ -93,17 +92,17 @@ def test_renamed_and_fresh_parts(source):
         ("", [], {"names": ("body", "tail")}, r"params/tail/kernel is absent there.*--init-map tail="),
         ("", ["hed="], {}, "no parameter here is under hed"),
         ("", ["head"], {}, "--init-map head: give OLD=NEW"),
-        (":9", [], {}, "step 9 is not kept there; give one of 1, 2, 3"),
+        (":9", [], {}, "there is no step 9: give one of 1, 2, 3"),
         ("/gone", [], {}, "there is no checkpoint in it"),
     ],
 )
-def test_what_does_not_fit_is_refused(step, renames, other, message, source):
+def test_mismatching_parameters_are_refused(step, renames, other, message, source):
     with pytest.raises(InputError, match=message) as error:
         checkpoint.init_from(source + step, renames, make_state(0.0, **other))
     assert "\n" not in str(error.value)
 
 
-def test_damage_is_found_here_too(source, monkeypatch):
+def test_damage_is_detected(source, monkeypatch):
     from orbax.checkpoint import v1 as ocp
 
     real = ocp.load
@@ -122,7 +121,7 @@ EXPERIMENT = dataclasses.replace(EXPERIMENT, model=models.MLP(widths=(8,), class
 """
 
 
-def test_a_run_records_what_it_began_with_and_reads_it_once(tmp_path, capsys):
+def test_a_run_records_its_init_from_and_reads_it_once(tmp_path, capsys):
     file, first, second = tmp_path / "mlp.py", tmp_path / "first", tmp_path / "second"
     file.write_text(MLP)
     words = ["--experiment", str(file), "--workdir"]
@@ -133,7 +132,7 @@ def test_a_run_records_what_it_began_with_and_reads_it_once(tmp_path, capsys):
     again = [*words, str(second), "--init-from", f"{first}:13"]
     assert run.main(again) == 0
     out = capsys.readouterr().out
-    assert f"4 arrays of {first / 'checkpoints' / '000013'} to begin with, 0 new" in out
+    assert f"initialized 4 arrays from {first / 'checkpoints' / '000013'}, 0 new" in out
     assert json.loads((second / "config.json").read_text())["init_from"] == [f"{first}:13", []]
     (second / "result.json").unlink()
     (first / "checkpoints").rename(first / "moved")  # it is not needed any more

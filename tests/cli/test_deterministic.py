@@ -15,6 +15,7 @@ from conftest import ROOT
 from jaxtrain import __main__ as commands
 from jaxtrain import checkpoint
 from jaxtrain.cli import devices, flags
+from jaxtrain.core import process
 from jaxtrain.core.errors import InputError
 from jaxtrain.train import environment
 
@@ -32,7 +33,7 @@ def small(tmp_path, monkeypatch) -> str:
 
 def test_two_processes_compute_the_same_bits(python, small):
     """Each compiles for itself, with another hash seed. On a CPU no flag is set."""
-    records, cores = [], environment.cores()
+    records, cores = [], process.cores()
     for folder in ("one", "other"):
         env = {"JAX_ENABLE_COMPILATION_CACHE": "false", "PYTHONHASHSEED": str(len(folder))}
         words = ["-m", "jaxtrain.run", "--experiment", small, "--workdir", folder, "--deterministic"]
@@ -140,7 +141,7 @@ def test_resuming_with_other_cores_or_flags_prints_a_warning(small, capsys, monk
 def test_the_record_has_the_flag_only_where_it_has_an_effect(monkeypatch, mesh1):
     monkeypatch.setenv("XLA_FLAGS", f"--xla_a=1 {environment.DETERMINISTIC_FLAG}")
     found = environment.bitwise_settings(mesh1, True)
-    assert found == {"deterministic": True, "xla_flags": "--xla_a=1", "cores": environment.cores()}
+    assert found == {"deterministic": True, "xla_flags": "--xla_a=1", "cores": process.cores()}
     gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
     assert environment.bitwise_settings(gpu, True) == {
         "deterministic": True,

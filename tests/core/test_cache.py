@@ -1,4 +1,4 @@
-"""What is kept from run to run: compiled programs, in a folder of the user's own and not without end."""
+"""The persistent compilation cache: a private folder of the user, limited in size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxtrain.core.errors import InputError
 SCRIPT = """
 import jax
 from jaxtrain.core import cache
-cache.compiled(lambda line: print("warned:", line))
+cache.enable_compilation_cache(lambda line: print("warned:", line))
 hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if "cache_hit" in name else None)
 jax.jit(lambda x: x + 1)(1.0)
@@ -26,7 +26,7 @@ print("hits", len(hits), "in", jax.config.jax_compilation_cache_dir)
 
 
 def start(**env):
-    """A process as a user would start it, without what the tests set."""
+    """Run a process without the cache settings of the tests."""
     kept = {k: v for k, v in os.environ.items() if "CACHE" not in k and k != "XDG_CACHE_HOME"}
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(
@@ -35,7 +35,7 @@ def start(**env):
     return done.stdout
 
 
-def test_programs_are_kept_in_a_private_folder_and_found_again(tmp_path):
+def test_programs_are_cached_in_a_private_folder_and_reused(tmp_path):
     first = start(XDG_CACHE_HOME=str(tmp_path))
     folder = tmp_path / "jaxtrain" / "compiled" / cache.cpu_kind()
     assert first == f"hits 0 in {folder}\n"
@@ -44,34 +44,34 @@ def test_programs_are_kept_in_a_private_folder_and_found_again(tmp_path):
     again = start(XDG_CACHE_HOME=str(tmp_path))
     assert "hits 0" not in again and str(folder) in again
     (tmp_path / "jaxtrain").chmod(0o777)  # others could put their own folder in its place
-    told = start(XDG_CACHE_HOME=str(tmp_path))
-    assert "WARNING: others can write to" in told and f"chmod 700 {tmp_path / 'jaxtrain'}\n" in told
+    output = start(XDG_CACHE_HOME=str(tmp_path))
+    assert "WARNING: others can write to" in output and f"chmod 700 {tmp_path / 'jaxtrain'}\n" in output
 
 
-def test_what_the_user_sets_counts(tmp_path):
+def test_jax_environment_variables_take_precedence(tmp_path):
     named = start(XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"))
     assert named == f"hits 0 in {tmp_path / 'mine'}\n" and not (tmp_path / "jaxtrain").exists()
     off = start(XDG_CACHE_HOME=str(tmp_path), JAX_ENABLE_COMPILATION_CACHE="false")
     assert off == "hits 0 in None\n" and not (tmp_path / "jaxtrain").exists()
 
 
-def test_a_home_that_cannot_be_written_costs_a_line_and_no_run(tmp_path, monkeypatch):
+def test_an_unwritable_home_is_a_warning(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     before, lines = jax.config.jax_compilation_cache_dir, []
     cache.enable_compilation_cache(lines.append)
-    assert len(lines) == 1 and "compiled programs are not kept (Not a directory)" in lines[0]
+    assert len(lines) == 1 and "compiled programs are not cached (Not a directory)" in lines[0]
     assert jax.config.jax_compilation_cache_dir == before
 
 
-def test_home_is_the_users_own(monkeypatch):
+def test_user_folder_follows_xdg_cache_home(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which the standard says to ignore
     monkeypatch.setenv("HOME", "/home/someone")
     assert cache.user_folder("compiled") == Path("/home/someone/.cache/jaxtrain/compiled")
 
 
-def test_the_least_recently_used_go_first(tmp_path):
+def test_trim_removes_the_least_recently_used(tmp_path):
     for k in range(10):
         path = tmp_path / str(k)
         path.write_bytes(bytes(100))
@@ -84,16 +84,16 @@ def test_the_least_recently_used_go_first(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["missing", "damaged"])
-def test_trimming_what_is_not_there_is_no_error(folder, tmp_path):
+def test_trim_ignores_missing_files(folder, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / folder)
     cache.trim(tmp_path, cap=0)
     assert list(tmp_path.iterdir()) == []  # the link itself is gone
 
 
-def test_a_setting_that_means_nothing_is_refused(monkeypatch):
+def test_an_unknown_cache_setting_is_refused(monkeypatch):
     for value, off in (("off", True), ("OFF", True), ("", False)):
         monkeypatch.setenv("JAXTRAIN_CACHE", value)
         assert cache.is_disabled() is off
     monkeypatch.setenv("JAXTRAIN_CACHE", "/somewhere")
-    with pytest.raises(InputError, match="JAXTRAIN_CACHE is /somewhere: set it to off, or leave it out"):
+    with pytest.raises(InputError, match="JAXTRAIN_CACHE is /somewhere: set it to off, or unset it"):
         cache.is_disabled()

@@ -78,22 +78,22 @@ def test_chunks_change_nothing_in_float64(loss: Any, case: Any, chunk: int) -> N
         assert abs(expected[1][1]).max() > 0.01
 
 
-def test_of_equal_logits_the_first_is_the_best() -> None:
+def test_the_first_of_equal_logits_is_the_prediction() -> None:
     label = np.arange(VOCAB)[None]
     logits = ChunkedLogits.of(jnp.zeros((1, VOCAB, 2)), jnp.ones((VOCAB, 2)), 4)
-    for outputs in (logits, logits.whole()):
+    for outputs in (logits, logits.full()):
         metrics = CrossEntropy(top=3)(outputs, {"label": label})[1]
         assert (float(metrics["accuracy"].total), float(metrics["top3"].total)) == (1, 3)
 
 
-def test_class_counts_and_labels_of_another_shape_are_given_whole_logits() -> None:
+def test_class_counts_and_labels_of_another_shape_get_full_logits() -> None:
     features, table, batch = example()
     logits = ChunkedLogits.of(jnp.float32(features), jnp.float32(table), 2)
     counted = CrossEntropy(iou=True)(logits, batch)[1]
     assert counted["mean_iou"].counts.shape == (VOCAB, VOCAB) and counted["mean_iou"].counts.sum() == 21
 
 
-def test_other_losses_and_metrics_are_given_whole_logits() -> None:
+def test_other_losses_and_metrics_get_full_logits() -> None:
     features, table, batch = example()
     logits = ChunkedLogits.of(jnp.float32(features), jnp.float32(table), 2)
 
@@ -116,7 +116,7 @@ def test_other_losses_and_metrics_are_given_whole_logits() -> None:
     assert seen == [(2, 8, 11)] and set(out) >= {"loss", "accuracy", "largest"}
 
 
-def test_labels_out_of_range_are_seen() -> None:
+def test_labels_out_of_range_are_detected() -> None:
     features, table, batch = example()
     logits = ChunkedLogits.of(features, table, 2)
     batch["label"][1, 2] = VOCAB
@@ -125,7 +125,7 @@ def test_labels_out_of_range_are_seen() -> None:
         CrossEntropy().check(logits, batch, np.array([7, 8, 9]))  # type: ignore[arg-type]
 
 
-def test_gpt_in_chunks_trains_as_the_plain_one_and_can_be_sampled_from() -> None:
+def test_gpt_with_chunks_trains_and_samples_like_gpt_without() -> None:
     rng = np.random.default_rng(0)
     text = rng.integers(0, 11, (4, 9))
     batch = {"tokens": text[:, :-1].astype(np.uint8), "label": text[:, 1:].astype(np.int32)}
@@ -142,7 +142,7 @@ def test_gpt_in_chunks_trains_as_the_plain_one_and_can_be_sampled_from() -> None
     assert sampled.shape == (1, 11)
 
 
-def test_experiment_with_chunks_is_assembled(mesh1: Any) -> None:
+def test_experiment_with_chunks_can_be_assembled(mesh1: Any) -> None:
     text = np.random.default_rng(0).integers(0, 11, (16, 9))
     source = data.Arrays({"tokens": text[:, :-1].astype(np.uint8), "label": text[:, 1:].astype(np.int32)})
     exp = Experiment(
@@ -218,7 +218,7 @@ def large(chunk: int | None, mesh: Any = None) -> Any:
     def objective(features: Any, table: Any, label: Any) -> Any:
         logits = ChunkedLogits.of(features, table, chunk or LARGE[1])
         loss, metrics = CrossEntropy(smoothing=0.1, top=3)(
-            logits.whole() if chunk is None else logits, {"label": label}
+            logits.full() if chunk is None else logits, {"label": label}
         )
         return loss, metrics
 
@@ -228,7 +228,7 @@ def large(chunk: int | None, mesh: Any = None) -> Any:
     return run.lower(*parts).compile(), parts
 
 
-def test_logits_are_never_whole_and_memory_falls() -> None:
+def test_full_logits_are_never_in_memory() -> None:
     plain, chunked = (large(chunk)[0] for chunk in (None, 2))
     shape = re.compile(r"\[(16,32,4096|512,4096|4096,512|4096,16,32)\]")
     assert shape.search(plain.as_text()) and not shape.search(chunked.as_text())
@@ -236,7 +236,7 @@ def test_logits_are_never_whole_and_memory_falls() -> None:
     assert temporaries[0] > WHOLE > 2 * temporaries[1]
 
 
-def test_mesh_computes_the_same_and_sends_no_logits() -> None:
+def test_a_mesh_computes_the_same_and_sends_no_logits() -> None:
     mesh = sharding.make_mesh(jax.devices(), sharding.parse_mesh("data=2,model=4", 8))
     (one, parts), (split, _) = large(4), large(4, mesh)
     sent = collectives(split.as_text(), mesh)

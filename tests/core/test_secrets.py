@@ -1,4 +1,4 @@
-"""Secrets: no record of a run and nothing it prints has one, and which settings hold one."""
+"""No secret in a run's records and output; which settings are secrets."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class Remote:
         return 48
 
     def gather(self, indices):
-        told = (self.url, self.token, self.password, self.api_keys[0], os.environ["WANDB_API_KEY"])
+        texts = (self.url, self.token, self.password, self.api_keys[0], os.environ["WANDB_API_KEY"])
         if 0 in indices:  # not in each: threads go on for a moment when the run is over
-            print("fetching", *told)
-            print("fetched", *told, file=sys.stderr)
+            print("fetching", *texts)
+            print("fetched", *texts, file=sys.stderr)
         if self.bad in indices:
-            raise OSError(f"cannot fetch {' '.join(told)} CANARY-Url-2")
+            raise OSError(f"cannot fetch {' '.join(texts)} CANARY-Url-2")
         image = np.asarray(indices)[:, None, None, None] % np.full((1, 2, 2, 1), 7)
         return {"image": image.astype(np.uint8), "label": (np.asarray(indices) % 7 > 3).astype(np.int32)}
 
@@ -88,7 +88,7 @@ def leaks(*texts: str) -> list[tuple[str, str]]:
     return [(where, secret) for where, data in found.items() for secret in SECRETS if secret.encode() in data]
 
 
-def test_no_secret_is_in_any_file_of_a_run_nor_in_what_it_prints(secretive, capfd, monkeypatch):
+def test_no_secret_in_the_files_and_the_output_of_a_run(secretive, capfd, monkeypatch):
     monkeypatch.setattr(
         "jaxtrain.core.signals._end", lambda line, code: None
     )  # or the watchdog would end pytest
@@ -118,7 +118,7 @@ def test_no_secret_is_in_any_file_of_a_run_nor_in_what_it_prints(secretive, capf
 
 
 @pytest.mark.parametrize("debug", [[], ["--debug"]])
-def test_no_secret_is_in_an_error(debug, secretive, capfd):
+def test_no_secret_in_an_error(debug, secretive, capfd):
     """A source that fails at once, and one that fails in the middle of the run."""
     assert run.main([*secretive, "--set", "train.bad=0", *debug]) == 3
     out, err = capfd.readouterr()
@@ -131,7 +131,7 @@ def test_no_secret_is_in_an_error(debug, secretive, capfd):
 
 
 @pytest.mark.parametrize("debug", [[], ["--debug"]])
-def test_no_secret_is_in_an_error_of_a_file_that_cannot_be_loaded(debug, secretive, capfd):
+def test_no_secret_in_the_error_of_a_file_that_cannot_be_loaded(debug, secretive, capfd):
     """Nothing is known of its secrets yet: what the traceback shows of the source is masked by its form."""
     bad = FILE.replace("batch=16", "batch=0").replace("train=Remote()", 'train=Remote(token="CANARY-Tok-1")')
     begins, made, rest = bad.partition("EXPERIMENT = Experiment(")
@@ -142,10 +142,10 @@ def test_no_secret_is_in_an_error_of_a_file_that_cannot_be_loaded(debug, secreti
     assert ('token="<redacted>"' in err) == bool(debug)
 
 
-def test_no_secret_is_in_the_traceback_of_a_bug(secretive, capfd):
+def test_no_secret_in_the_traceback_of_a_bug(secretive, capfd):
 
     def bug(args):
-        redact.register_secret("token", ["CANARY-Tok-1"])
+        redact.placeholder("token", ["CANARY-Tok-1"])
         sys.stdout.writelines([f"{Path.cwd()}\n"])
         raise KeyError("CANARY-Tok-1")
 
@@ -155,7 +155,7 @@ def test_no_secret_is_in_the_traceback_of_a_bug(secretive, capfd):
     assert out == f"{Path.cwd()}\n"  # though an environment variable called KEYRING has it too
 
 
-def test_the_command_that_goes_on_has_no_secret(secretive):
+def test_no_secret_in_the_resume_command(secretive):
     import argparse
 
     empty = argparse.Namespace(
@@ -167,7 +167,7 @@ def test_the_command_that_goes_on_has_no_secret(secretive):
     assert "--set batch=8" in command and command.count(redact.MARK) == 2 and leaks(command) == []
 
 
-def test_what_is_redacted_and_what_is_not(monkeypatch):
+def test_which_settings_are_redacted(monkeypatch):
     import dataclasses
 
     monkeypatch.setattr(redact, "_known", set())
@@ -193,7 +193,11 @@ def test_what_is_redacted_and_what_is_not(monkeypatch):
     assert dump(nested=("https://a:b@h", "x"))["nested"] == "('https://<redacted>@h', 'x')"
 
 
-def test_long_output_is_masked_in_no_time(monkeypatch):
+def test_the_message_of_a_key_error_is_printed():
+    assert redact.redact("KeyError: 'image'") == "KeyError: 'image'"
+
+
+def test_long_output_is_masked_quickly(monkeypatch):
     monkeypatch.setattr(redact, "_known", {"CANARY-Tok-1"})
     began = time.perf_counter()
     for long in (
@@ -208,7 +212,7 @@ def test_long_output_is_masked_in_no_time(monkeypatch):
     assert time.perf_counter() - began < 10
 
 
-def test_runs_with_two_tokens_differ_and_those_with_two_passwords_do_not():
+def test_the_run_hash_depends_on_tokens_and_not_on_passwords():
     import dataclasses
 
     @dataclasses.dataclass(frozen=True)

@@ -46,8 +46,8 @@ def pickles(source: str) -> list[tuple[int, str]]:
     """Line and name of everything in a Python source that opens or writes pickles."""
     tree = ast.parse(source)
     imports = [found for node in ast.walk(tree) for found in imported(node)]
-    called = {local: whole for _, whole, local in imports}
-    found = [(line, whole) for line, whole, _ in imports if PICKLES & {whole.split(".")[0], whole}]
+    called = {local: full for _, full, local in imports}
+    found = [(line, full) for line, full, _ in imports if PICKLES & {full.split(".")[0], full}]
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     return sorted([*found, *((call.lineno, name) for call in calls for name in opened(call, called))])
 
@@ -63,13 +63,13 @@ def imported(node: ast.AST) -> list[tuple[int, str, str]]:
 def opened(call: ast.Call, called: dict[str, str]) -> list[str]:
     """What a call opens that may be a pickle."""
     first, _, rest = ast.unparse(call.func).partition(".")
-    whole = ".".join(filter(None, (called.get(first, first), rest)))
-    found = [whole] if whole in OPENERS else []
-    if whole in ("__import__", "importlib.import_module"):
+    full = ".".join(filter(None, (called.get(first, first), rest)))
+    found = [full] if full in OPENERS else []
+    if full in ("__import__", "importlib.import_module"):
         texts = [str(a.value) for a in call.args if isinstance(a, ast.Constant)]
         found += [text for text in texts if text.split(".")[0] in PICKLES]
     allows = [k.value for k in call.keywords if k.arg == "allow_pickle"]
-    allows += call.args[2:3] if whole == "numpy.load" else []
+    allows += call.args[2:3] if full == "numpy.load" else []
     safe = all(isinstance(value, ast.Constant) and value.value is False for value in allows)
     return found if safe else [*found, "allow_pickle"]
 
@@ -106,7 +106,7 @@ def test_the_search_for_pickles_finds_them(source, line):
     assert [at for at, _ in pickles(source)] == [line]
 
 
-def test_the_search_for_pickles_lets_other_things_pass():
+def test_the_search_for_pickles_ignores_other_calls():
     good = "import numpy as np, json\nnp.load(p)\nnp.load(p, allow_pickle=False)\njson.load(f)\nnet.load()"
     assert pickles(good) == []
 
@@ -117,13 +117,13 @@ def test_the_search_for_pickles_lets_other_things_pass():
 @pytest.mark.parametrize(
     "bad", ["", ".", "..", "...", "a/b", "../a", "/a", "a b", "a\n", "ä", "a\\b", "a:b", "~", "a\0", None, 3]
 )
-def test_what_is_no_name(bad):
+def test_unsafe_names(bad):
     assert not safe_names.is_name(bad)
     with pytest.raises(InputError, match=r"cannot name a folder .*: rename it"):
         safe_names.check(bad, "experiment", "rename it")
 
 
-def test_a_link_out_of_the_root_is_refused_and_the_root_itself_may_be_one(tmp_path):
+def test_a_link_out_of_the_root_is_refused_and_the_root_may_be_a_link(tmp_path):
     real, root = tmp_path / "real", tmp_path / "root"
     (real / "inner").mkdir(parents=True)
     root.symlink_to(real)
@@ -133,7 +133,7 @@ def test_a_link_out_of_the_root_is_refused_and_the_root_itself_may_be_one(tmp_pa
         safe_names.inside(root, "out", "x", what="w", fix="f")
 
 
-def test_the_name_of_an_experiment_must_be_one_where_it_names_the_folder(tmp_path, monkeypatch, capsys):
+def test_an_experiment_name_must_be_safe_as_a_folder_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("my exp.py").write_text((ROOT / "tests" / "tiny.py").read_text())
     assert run.main(["--experiment", "my exp.py"]) == 2
@@ -149,7 +149,7 @@ def test_names_of_data_sets_stay_in_their_folder(name, tmp_path):
             look(name)
 
 
-def test_a_config_that_a_data_folder_names_stays_in_it(tmp_path):
+def test_a_config_name_in_a_data_folder_cannot_leave_it(tmp_path):
     (tmp_path / "mine" / ".config").mkdir(parents=True)
     (tmp_path / "mine" / ".config" / "metadata.json").write_text('{"default_config_name": "../../other"}')
     with pytest.raises(InputError, match=r"mine: default config '../../other' cannot name a folder"):
@@ -159,9 +159,9 @@ def test_a_config_that_a_data_folder_names_stays_in_it(tmp_path):
 def reseal(folder: Path, **changes) -> None:
     """Change a checkpoint's manifest as somebody would who knows how it is made."""
     path = folder / "manifest.json"
-    whole = json.loads(path.read_text()) | changes
-    whole["seal"] = manifest._expected_seal(whole)
-    path.write_text(json.dumps(whole))
+    full = json.loads(path.read_text()) | changes
+    full["seal"] = manifest._expected_seal(full)
+    path.write_text(json.dumps(full))
 
 
 @pytest.fixture
@@ -172,7 +172,9 @@ def saved_run(tmp_path, mesh1):
 
 
 @pytest.mark.parametrize("name", ["../../../outside", "/outside", "state/../../../../outside"])
-def test_a_manifest_that_lists_files_outside_opens_none(name, saved_run, tmp_path, mesh1, monkeypatch):
+def test_files_outside_the_checkpoint_in_a_manifest_are_not_opened(
+    name, saved_run, tmp_path, mesh1, monkeypatch
+):
     (tmp_path / "outside").write_text("x")
     listed = {name.replace("/outside", f"{tmp_path}/outside") if name[0] == "/" else name: [1, "0" * 64]}
     folder = saved_run / "checkpoints" / "000003"
@@ -200,7 +202,7 @@ def test_nothing_is_deleted_through_a_link(tmp_path):
     assert list(folder.iterdir()) == []
 
 
-def test_a_folder_of_checkpoints_that_is_a_link_is_refused(tmp_path):
+def test_a_checkpoint_folder_that_is_a_link_is_refused(tmp_path):
     mine, other = tmp_path / "mine", tmp_path / "other" / "checkpoints"
     (other / ".trash-000001-7").mkdir(parents=True)
     (other / "000002").mkdir()
@@ -213,7 +215,7 @@ def test_a_folder_of_checkpoints_that_is_a_link_is_refused(tmp_path):
     assert sorted(p.name for p in other.iterdir()) == [".trash-000001-7", "000002"]
 
 
-def test_what_preparing_sweeps_up_is_never_behind_a_link(tmp_path):
+def test_prepare_deletes_nothing_through_a_link(tmp_path):
     root, outside = tmp_path / "root", tmp_path / "outside"
     for path in (outside / "incomplete.a", root / "incomplete.mine"):
         path.mkdir(parents=True)
@@ -259,30 +261,30 @@ def poison(value):
     return "trap_module.Trap" if isinstance(value, str) else value
 
 
-def test_a_checkpoint_names_no_code(saved_run, mesh1, trap):
+def test_a_checkpoint_runs_no_code(saved_run, mesh1, trap):
     """Every JSON file of it, Orbax's included, names a module; its seal and checksums are made to fit."""
-    folder, told = saved_run / "checkpoints" / "000003", []
+    folder, errors = saved_run / "checkpoints" / "000003", []
     like = saving.like(saving.make_state(mesh1))
     texts = [p for p in folder.rglob("*") if p.is_file() and p.read_bytes()[:1] == b"{"]
     assert len(texts) > 2
-    whole = {path: path.read_bytes() for path in texts}
+    full = {path: path.read_bytes() for path in texts}
     for path in texts:
-        changed = poison(json.loads(whole[path]))
+        changed = poison(json.loads(full[path]))
         if path.name == "manifest.json":
             kept = ("files", "fingerprints", "tree", "format", "step", "score")
-            changed |= {name: json.loads(whole[path])[name] for name in kept}
+            changed |= {name: json.loads(full[path])[name] for name in kept}
         path.write_text(json.dumps(changed))
-        sums = {name: manifest._sum(file) for name, file in manifest._files(folder).items()}
+        sums = {name: manifest._checksum(file) for name, file in manifest._files(folder).items()}
         reseal(folder, files=sums)
         try:
             with checkpoint.open(saved_run) as saved:
                 saved.restore(saved.latest(), like)
         except (InputError, RunError) as error:
-            told.append(error)
-        for other, data in whole.items():
+            errors.append(error)
+        for other, data in full.items():
             other.write_bytes(data)
     assert not trap()
-    assert len(told) < len(texts)  # some were restored all the same: it was not only refused
+    assert len(errors) < len(texts)  # some were restored all the same: it was not only refused
 
 
 @pytest.mark.parametrize(
@@ -291,7 +293,7 @@ def test_a_checkpoint_names_no_code(saved_run, mesh1, trap):
      "optimizer=__import__('trap_module')", "step_factory=trap_module.Trap", "augment=(trap_module.Trap,)",
      "model.__class__=trap_module.Trap", "batch=__import__('trap_module').Trap"],
 )  # fmt: skip
-def test_an_override_names_no_code(setting, trap):
+def test_an_override_runs_no_code(setting, trap):
     import tiny
 
     with pytest.raises(InputError):
@@ -302,7 +304,7 @@ def test_an_override_names_no_code(setting, trap):
 @pytest.mark.parametrize(
     "name", ["trap_file", "{}/modules/trap_module.py", "os.system", "../modules/trap_module.py"]
 )
-def test_a_record_of_a_run_names_no_code(name, tmp_path, trap, capsys, monkeypatch):
+def test_a_run_record_runs_no_code(name, tmp_path, trap, capsys, monkeypatch):
     """An edited config.json: the experiment is looked for among those that are listed, and nowhere else."""
     monkeypatch.chdir(tmp_path)
     Path("r").mkdir()
@@ -318,7 +320,7 @@ def test_a_record_of_a_run_names_no_code(name, tmp_path, trap, capsys, monkeypat
 @pytest.mark.parametrize(
     "wrong", [{"name": 3}, {"config": []}, {"config": {"a": 1}}, {"overrides": [1]}, {"init_from": "x"}]
 )
-def test_a_record_that_is_none_is_one_line(wrong, tmp_path):
+def test_a_malformed_run_record_is_a_one_line_error(wrong, tmp_path):
     record = {"name": "a", "config": {}} | wrong
     (tmp_path / "config.json").write_text(json.dumps(record))
     with pytest.raises(RunError, match="restore it from a copy"):
@@ -326,7 +328,7 @@ def test_a_record_that_is_none_is_one_line(wrong, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["pythonClassName", "python_class_name", "type"])
-def test_a_prepared_data_set_names_no_code(form, tmp_path, trap):
+def test_a_prepared_data_set_runs_no_code(form, tmp_path, trap):
     """TFDS imports the classes that features.json names."""
     folder = tmp_path / "mine" / "1.0.0"
     folder.mkdir(parents=True)
@@ -353,7 +355,7 @@ def mode(path) -> int:
     return stat.S_IMODE(Path(path).stat().st_mode)
 
 
-def test_caches_of_programs_are_private(umask0, tmp_path, monkeypatch, capsys):
+def test_compilation_cache_is_private(umask0, tmp_path, monkeypatch, capsys):
     cache = tmp_path / "a" / "cache"
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
@@ -362,15 +364,15 @@ def test_caches_of_programs_are_private(umask0, tmp_path, monkeypatch, capsys):
     cache.chmod(0o770)
     assert verbs.main(["prepare", "no_such/data set"]) == 2
     assert (
-        f"WARNING: others can write to JAX_COMPILATION_CACHE_DIR, and what is in it is run: chmod 700 {cache}"
-        in (capsys.readouterr().err)
+        "WARNING: others can write to JAX_COMPILATION_CACHE_DIR, and JAX runs the programs in it: "
+        f"chmod 700 {cache}" in (capsys.readouterr().err)
     )
     (tmp_path / "file").touch()
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file" / "x"))
     assert verbs.main(["prepare", "x"]) == 2
-    assert "cannot be made (Not a directory): set another" in capsys.readouterr().err
+    assert "cannot be created (Not a directory): set another" in capsys.readouterr().err
 
 
-def test_places_for_what_is_fetched_are_private(umask0, tmp_path):
+def test_download_folders_are_private(umask0, tmp_path):
     with download.fetch("x", [], lambda *_: None, tmp_path / "root") as place:
         assert mode(place) == 0o700

@@ -44,7 +44,7 @@ def start(text: str, cwd: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_request_that_is_not_met_within_the_grace_ends_the_process(signum, tmp_path):
+def test_the_process_ends_after_the_grace_period(signum, tmp_path):
     process = start("with signals.on_signals(grace=0.5): stuck()", tmp_path)
     began = time.monotonic()
     process.send_signal(signum)
@@ -53,7 +53,7 @@ def test_a_request_that_is_not_met_within_the_grace_ends_the_process(signum, tmp
     assert error == "jaxtrain: not stopped within 0.5 s, so ended; the last complete checkpoint is kept\n"
 
 
-def test_a_second_signal_ends_a_process_that_waits_in_c(tmp_path):
+def test_a_second_signal_ends_a_process_blocked_in_c(tmp_path):
     process = start("with signals.on_signals(grace=1e6): stuck()", tmp_path)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
@@ -76,14 +76,14 @@ def test_the_first_signal_is_a_request_and_the_second_an_interrupt():
     assert "signals" not in [thread.name for thread in threading.enumerate()]
 
 
-def test_a_request_that_is_met_leaves_the_process_alone():
+def test_a_request_handled_in_time_does_not_end_the_process():
     with on_signals(grace=0.2) as request:
         os.kill(os.getpid(), signal.SIGINT)
         assert request.signum == signal.SIGINT
     time.sleep(0.4)  # the deadline has passed outside of the block
 
 
-def test_other_threads_get_no_requests():
+def test_no_requests_outside_the_main_thread():
     seen = []
 
     def work() -> None:
@@ -96,23 +96,23 @@ def test_other_threads_get_no_requests():
     assert seen == [None]
 
 
-def test_a_run_that_hangs_is_ended_and_its_stacks_are_kept(tmp_path):
+def test_watchdog_ends_a_hanging_run_and_writes_its_stacks(tmp_path):
     process = start("with signals.watchdog(0.5, pathlib.Path('hang.txt')): stuck()", tmp_path)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 3
-    assert re.fullmatch(r"jaxtrain: nothing has moved for 0.5 s, .* are in hang.txt\n", error)
+    assert re.fullmatch(r"jaxtrain: no progress for 0.5 s, .* are in hang.txt\n", error)
     stacks = (tmp_path / "hang.txt").read_text()
     assert "in stuck" in stacks and "Current thread" in stacks
 
 
-def test_stacks_that_cannot_be_written_are_shown(tmp_path):
+def test_watchdog_prints_stacks_that_cannot_be_written(tmp_path):
     process = start("with signals.watchdog(0.5, pathlib.Path('no/hang.txt')): stuck()", tmp_path)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 3 and "in stuck" in error
     assert "no/hang.txt cannot be written (No such file or directory)" in error
 
 
-def test_what_moves_is_left_alone(tmp_path):
+def test_watchdog_does_not_end_a_run_with_heartbeats(tmp_path):
     with watchdog(0.4, tmp_path / "hang.txt"):
         for _ in range(8):
             time.sleep(0.1)
@@ -144,7 +144,7 @@ EXPERIMENT = Experiment(
 """
 
 
-def test_a_run_whose_data_stop_coming_is_ended(tmp_path, python):
+def test_watchdog_ends_a_run_whose_data_stop(tmp_path, python):
     (tmp_path / "hangs.py").write_text(HANGS)
     words = ["-m", "jaxtrain.run", "--experiment", "./hangs.py", "--workdir", "r", "--hang-after", "5"]
     done = python(*words, cwd=tmp_path)

@@ -39,7 +39,9 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_file_is_loaded_once_by_whatever_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_is_loaded_once_for_all_spellings_of_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(tmp_path / "mine.py", "LOADED = []")
     link = tmp_path / "link.py"
     link.symlink_to(path)
@@ -48,7 +50,7 @@ def test_file_is_loaded_once_by_whatever_path(tmp_path: Path, monkeypatch: pytes
     assert load(link) is load(path)
 
 
-def test_files_of_one_name_are_different_modules(tmp_path: Path) -> None:
+def test_files_with_the_same_name_are_different_modules(tmp_path: Path) -> None:
     one, two = (load(write(tmp_path / str(n) / "same.py", CLASS.format(size=n))) for n in (1, 2))
     assert (one.Thing().size, two.Thing().size) == (1, 2)
     assert one.__name__ != two.__name__
@@ -60,7 +62,7 @@ def test_dataclasses_with_postponed_annotations_work_and_pickle(tmp_path: Path) 
     assert pickle.loads(pickle.dumps(thing)) == thing
 
 
-def test_what_was_loaded_can_be_restored_before_an_object_of_its_class(tmp_path: Path) -> None:
+def test_unpickling_user_modules_makes_their_classes_importable(tmp_path: Path) -> None:
     module = load(write(tmp_path / "mine.py", CLASS.format(size=3)))
     sent = pickle.dumps((UserModule(), module.Thing(size=7)))
     alone = pickle.dumps(module.Thing())
@@ -79,21 +81,21 @@ def test_what_was_loaded_can_be_restored_before_an_object_of_its_class(tmp_path:
     ],
     ids=["import", "syntax", "two lines"],
 )
-def test_broken_file_is_named_with_its_error_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+def test_broken_file_is_a_one_line_error(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path / "broken.py", text)
     with pytest.raises(InputError, match=f"broken.py cannot be imported: {message}") as raised:
         load(path)
     assert "\n" not in str(raised.value)
 
 
-def test_input_error_of_a_file_passes_as_it_is(tmp_path: Path) -> None:
+def test_input_error_of_a_file_is_raised_unchanged(tmp_path: Path) -> None:
     text = "from jaxtrain.losses import CrossEntropy\nCrossEntropy(smoothing=2)"
     with pytest.raises(InputError, match=r"^loss.smoothing is 2"):
         load(write(tmp_path / "bad.py", text))
 
 
 @pytest.mark.parametrize("error", ["ValueError()", "SystemExit(3)", "KeyboardInterrupt()"])
-def test_file_that_failed_is_not_kept_half_loaded(tmp_path: Path, error: str) -> None:
+def test_failed_file_leaves_no_module(tmp_path: Path, error: str) -> None:
     path = write(tmp_path / "mine.py", f"FIRST = 1\nraise {error}")
     with pytest.raises((InputError, SystemExit, KeyboardInterrupt)):
         load(path)
@@ -102,7 +104,7 @@ def test_file_that_failed_is_not_kept_half_loaded(tmp_path: Path, error: str) ->
 
 
 @pytest.mark.parametrize("name", ["absent.py", "folder.py", "notes.txt"])
-def test_what_is_no_python_file_is_refused_by_its_path(tmp_path: Path, name: str) -> None:
+def test_path_that_is_not_a_python_file_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder.py").mkdir()
     write(tmp_path / "notes.txt", "hello")
     with pytest.raises(InputError, match=rf"{name} is not a Python file"):

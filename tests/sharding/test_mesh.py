@@ -23,7 +23,7 @@ from jaxtrain.core.errors import InputError
         ("data=8,fsdp=*", (8, 1, 1)),
     ],
 )
-def test_text_gives_sizes_of_every_axis(text, sizes):
+def test_parse_mesh(text, sizes):
     assert tuple(sharding.parse_mesh(text, 8).values()) == sizes
     assert tuple(sharding.parse_mesh(text, 8)) == ("data", "fsdp", "model")
 
@@ -49,24 +49,24 @@ def test_text_gives_sizes_of_every_axis(text, sizes):
         ("data=4,fsdp=4", "needs 16 devices and there are 8: lower a size.* --simulate-devices 16"),
     ],
 )
-def test_bad_text_is_refused_with_the_fix(text, message):
+def test_malformed_mesh_is_refused_with_a_fix(text, message):
     with pytest.raises(InputError, match=message):
         sharding.parse_mesh(text, 8)
 
 
 def test_a_mesh_never_leaves_devices_idle():
-    with pytest.raises(InputError, match="not of 8 devices"):
+    with pytest.raises(InputError, match="does not have 8 devices"):
         sharding.make_mesh(jax.devices(), {"data": 3, "model": 2})
 
 
-def test_axes_are_automatic_and_neighbours_share_the_last():
+def test_axis_types_are_auto_and_neighbours_differ_in_the_last_axis():
     mesh = sharding.make_mesh(jax.devices(), {"data": 4, "model": 2})
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
     assert [d.id for d in mesh.devices[1, 0]] == [2, 3]
 
 
 @pytest.mark.parametrize("text", ["data=8", "data=2,fsdp=4", "data=2,fsdp=2,model=2", "model=8"])
-def test_a_batch_is_split_over_data_and_fsdp_and_repeated_over_model(text):
+def test_a_batch_is_split_over_data_and_fsdp_and_replicated_over_model(text):
     mesh = sharding.make_mesh(jax.devices(), sharding.parse_mesh(text, 8))
     rows = jax.device_put(np.arange(16), sharding.batch_split(mesh))
     parts = sharding.batch_parts(mesh)
@@ -89,7 +89,7 @@ def test_a_batch_is_split_over_data_and_fsdp_and_repeated_over_model(text):
         (0, "data=8", 1, r"batch 0 does not divide"),
     ],
 )  # fmt: skip
-def test_a_batch_that_does_not_divide_is_refused_with_the_fix(batch, text, accumulate, message):
+def test_a_batch_that_does_not_divide_is_refused_with_a_fix(batch, text, accumulate, message):
     mesh = sharding.make_mesh(jax.devices(), sharding.parse_mesh(text, 8))
     with pytest.raises(InputError, match=message):
         sharding.check_batch(batch, mesh, accumulate=accumulate)

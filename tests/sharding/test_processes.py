@@ -1,9 +1,10 @@
-"""jaxtrain.sharding.multihost: real processes meet, agree and share arrays; and what keeps them apart."""
+"""jaxtrain.sharding.multihost: processes join, agree and share arrays; and the errors when they cannot."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -42,14 +43,15 @@ def check_rows(order, shape, spec, n, mine):
     split = NamedSharding(Mesh(devices, ("data", "model")), P(*spec))
     rows = multihost.local_rows(split, n)
     assert rows.tolist() == mine, (order, shape, me, rows)
-    whole = {"a": np.arange(n), "b": {"c": np.random.default_rng(0).normal(size=(n, 4, 3))}}
-    here = jax.tree.map(lambda x: x[rows], whole)
-    for array, expected in zip(jax.tree.leaves(multihost.put_local_rows(here, split if len(spec) == 1 else
-            {"a": NamedSharding(split.mesh, P("data")), "b": split}, n)), jax.tree.leaves(whole)):
+    full = {"a": np.arange(n), "b": {"c": np.random.default_rng(0).normal(size=(n, 4, 3))}}
+    local = jax.tree.map(lambda x: x[rows], full)
+    for array, expected in zip(jax.tree.leaves(multihost.put_local_rows(local, split if len(spec) == 1 else
+            {"a": NamedSharding(split.mesh, P("data")), "b": split}, n)), jax.tree.leaves(full)):
         assert array.shape == expected.shape and array.dtype == jax.numpy.asarray(expected).dtype
         for shard in array.addressable_shards:
             assert np.array_equal(shard.data, expected[shard.index].astype(array.dtype))
-    assert "holds" in raised(ValueError, lambda: multihost.put_local_rows(np.zeros(len(rows) + 1), split, n))
+    more = np.zeros((len(rows) + 1, 4))
+    assert "host data" in raised(ValueError, lambda: multihost.put_local_rows(more, split, n))
 """
 
 TWO = """
@@ -65,21 +67,21 @@ try:
 except ConnectionRefusedError:
     pass
 
-# agree: any JSON, around the length of a block and beyond it
+# broadcast_from_0: any JSON, shorter and longer than a block
 assert multihost.broadcast_from_0({"me": me, "bad": float("inf")}, "value") == {"me": 0, "bad": float("inf")}
 base = len(json.dumps({"what": "size", "value": ""}))
 for length in (4087 - base, 4088 - base, 4089 - base, 20_000):
     assert multihost.broadcast_from_0("ab"[me] * length, "size") == "a" * length
 send = multihost.broadcast_from_0
-told = raised(RunError, lambda: send(1, "here")) if me else send(1, "there")
-assert told == 1 if me == 0 else "process 1 is at 'here' and process 0 at 'there'" in told, told
+message = raised(RunError, lambda: send(1, "here")) if me else send(1, "there")
+assert message == 1 if me == 0 else "process 1 is at 'here' and process 0 at 'there'" in message, message
 
 if me:
     assert "main__:" in raised(RunError, lambda: multihost.on_process_0(lambda: 1))
 else:
     assert multihost.on_process_0(lambda: 2) == 2  # another line: not the same place
 
-# first: the work is process 0's, its error everybody's
+# on_process_0: process 0 does the work, and all raise its error
 done = []
 assert multihost.on_process_0(lambda: done.append(me) or ["result", me]) == ["result", 0]
 assert done == [0] * (me == 0)
@@ -95,23 +97,23 @@ other = raised(RunError if me else TypeError, lambda: multihost.on_process_0(obj
 assert me == 0 or other.startswith("process 0: TypeError"), other
 multihost.barrier("middle")
 
-# votes: the same answer at the same call, two calls late
-votes = multihost.Votes()
+# StopVotes: the same result at the same call, two calls later
+votes = multihost.StopVotes()
 flags = [0, 0, 15, 0, 0, 2, 0, 0] if me else [0, 2, 0, 0, 0, 0, 0, 0]
 assert [votes.any_process(flag) for flag in flags] == [0, 0, 0, 2, 15, 0, 0, 2]
 
-# arrays: in order, interleaved, and with both processes holding all rows
+# arrays: in order, interleaved, and with all rows in both processes
 check_rows([0, 1, 2, 3], (4, 1), ["data"], 8, [[0, 1, 2, 3], [4, 5, 6, 7]][me])
 check_rows([0, 2, 1, 3], (4, 1), ["data"], 8, [[0, 1, 4, 5], [2, 3, 6, 7]][me])
 check_rows([0, 2, 1, 3], (2, 2), ["data"], 4, [0, 1, 2, 3])
 check_rows([0, 1, 2, 3], (2, 2), ["data", "model"], 4, [[0, 1], [2, 3]][me])
 check_rows([0, 2, 1, 3], (2, 2), ["data", "model"], 4, [0, 1, 2, 3])
-whole = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), P())
+replicated = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), P())
 tree = {"mine": np.full(3, float(me)), "key": jax.random.key(7), "x": jax.numpy.arange(2)}
-tree = multihost.put_replicated(tree, whole)  # that "mine" differs is not looked at
-assert all(leaf.sharding == whole for leaf in jax.tree.leaves(tree))
+tree = multihost.put_replicated(tree, replicated)  # it does not compare the values of "mine"
+assert all(leaf.sharding == replicated for leaf in jax.tree.leaves(tree))
 assert tree["mine"].dtype == np.float32 and float(tree["mine"].addressable_data(0)[0]) == me
-drawn = jax.jit(jax.random.uniform, out_shardings=whole)(tree["key"])
+drawn = jax.jit(jax.random.uniform, out_shardings=replicated)(tree["key"])
 assert np.asarray(drawn) == np.asarray(jax.random.uniform(jax.random.key(7)))
 
 print("checked")
@@ -127,7 +129,7 @@ THREE = """
 multihost.start("127.0.0.1:" + sys.argv[2], 3, int(sys.argv[1]), warn=print)
 me = multihost.process_index()
 assert multihost.broadcast_from_0(me, "me") == 0
-votes = multihost.Votes()
+votes = multihost.StopVotes()
 assert [votes.any_process(flag if me == 2 else 0) for flag in (7, 0, 0, 0)] == [0, 0, 7, 0]
 # data=2, model=3 over 3 × 2 devices: the middle process holds all rows, the others half of them
 check_rows(range(6), (2, 3), ["data"], 4, [[0, 1], [0, 1, 2, 3], [2, 3]][me])
@@ -135,7 +137,7 @@ print("checked")
 sys.stdout.flush()
 time.sleep(me == 0)  # JAX in the others ends by SIGABRT when process 0 has gone
 if me == 2:
-    raise KeyError("nobody catches this")
+    raise KeyError("uncaught")
 multihost.exit_process(4)
 """
 
@@ -173,7 +175,7 @@ def together(tmp_path) -> Iterator[Callable[..., list[tuple[int, str, str]]]]:
             process.kill()
 
 
-def test_two_processes_that_slurm_started_agree_share_arrays_and_end_by_sigterm(together, port) -> None:
+def test_two_slurm_processes_agree_share_arrays_and_end_by_sigterm(together, port) -> None:
     slurm = {
         "SLURM_JOB_ID": "1",
         "SLURM_STEP_NODELIST": "localhost",
@@ -187,17 +189,17 @@ def test_two_processes_that_slurm_started_agree_share_arrays_and_end_by_sigterm(
     assert zero[1].endswith("checked\n") and one[1].endswith("checked\n")
 
 
-def test_three_processes_hold_different_numbers_of_rows_and_a_failed_one_ends_at_once(together, port) -> None:
+def test_three_processes_with_different_numbers_of_rows_and_an_uncaught_error(together, port) -> None:
     ended = together(THREE, port, [{}, {}, {}])  # JAX's own way out takes 5 minutes
     assert [code for code, _, _ in ended] == [4, 4, 1], ended
     assert all(out.endswith("checked\n") for _, out, _ in ended)
-    assert "nobody catches this" in ended[2][2]
+    assert "uncaught" in ended[2][2]
 
 
 def meeting(
-    port: int, *people: tuple[int, int], timeout: float = 20, before: Callable[[], None] = lambda: None
+    port: int, *ids: tuple[int, int], timeout: float = 20, before: Callable[[], None] = lambda: None
 ) -> list[Any]:
-    """What ``meet`` gives or raises for each (processes, id), in threads; ``before`` runs when 0 listens."""
+    """Call ``meet`` for each (processes, id) in threads; ``before`` runs when process 0 listens."""
 
     def one(person: tuple[int, int]) -> Any:
         try:
@@ -210,11 +212,9 @@ def meeting(
         return address
 
     with contextlib.ExitStack() as service, concurrent.futures.ThreadPoolExecutor() as pool:
-        first = pool.submit(one, people[0])
+        first = pool.submit(one, ids[0])
         before()
-        return [
-            first.result() if i == 0 else done for i, done in enumerate([None, *pool.map(one, people[1:])])
-        ]
+        return [first.result() if i == 0 else done for i, done in enumerate([None, *pool.map(one, ids[1:])])]
 
 
 def say(port: int, data: bytes, address: str = "127.0.0.1") -> socket.socket:
@@ -225,7 +225,7 @@ def say(port: int, data: bytes, address: str = "127.0.0.1") -> socket.socket:
             connection.sendall(data)
             return connection
         time.sleep(0.01)
-    raise AssertionError("nobody listens")
+    raise AssertionError("nothing listens")
 
 
 def hello(process: int, **changes: Any) -> bytes:
@@ -233,8 +233,8 @@ def hello(process: int, **changes: Any) -> bytes:
     return json.dumps(who | changes).encode() + b"\n"
 
 
-def test_processes_meet_whatever_strangers_say(port) -> None:
-    strangers = []
+def test_rendezvous_ignores_other_programs(port) -> None:
+    others = []
 
     def before() -> None:
         for data in (
@@ -246,17 +246,17 @@ def test_processes_meet_whatever_strangers_say(port) -> None:
             b'{"jaxtrain"',
             b"[" * 2000,
         ):
-            strangers.append(say(port, data))
+            others.append(say(port, data))
         say(port, hello(1)).close()  # came, and was killed: it comes again
 
     assert meeting(port, (3, 0), (3, 1), (3, 2), before=before) == [f"127.0.0.1:{port}"] * 3
-    for stranger in strangers:
+    for connection in others:
         with contextlib.suppress(ConnectionResetError):
-            assert stranger.recv(100) == b""
-        stranger.close()
+            assert connection.recv(100) == b""
+        connection.close()
 
 
-def test_processes_meet_at_an_ipv6_address() -> None:
+def test_rendezvous_at_an_ipv6_address() -> None:
     try:
         with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
             port = server.getsockname()[1]
@@ -270,23 +270,23 @@ def test_processes_meet_at_an_ipv6_address() -> None:
             assert one.result() == f"[::1]:{port}"
 
 
-def test_who_has_not_come_in_time_is_named_on_every_side(port) -> None:
+def test_missing_processes_are_named_in_every_process(port) -> None:
     zero, one = meeting(port, (4, 0), (4, 1), timeout=0.5)
     assert isinstance(zero, RunError) and isinstance(one, RunError) and str(zero) == str(one)
-    assert str(zero).startswith(f"processes 2, 3 of 4 have not come to 127.0.0.1:{port} within 0.5 s: ")
+    assert str(zero).startswith(f"processes 2, 3 of 4 have not connected to 127.0.0.1:{port} within 0.5 s: ")
     [alone] = meeting(port, (2, 1), timeout=0.3)
     assert isinstance(alone, RunError)
     assert str(alone).startswith(f"no process 0 at 127.0.0.1:{port} within 0.3 s (Connection refused): ")
 
 
-def test_a_process_0_that_hangs_is_not_waited_for_for_ever(port, monkeypatch) -> None:
+def test_a_hanging_process_0_is_a_timeout(port, monkeypatch) -> None:
     monkeypatch.setattr(rendezvous, "GRACE", 0.2)
     with socket.create_server(("127.0.0.1", port)):
         [one] = meeting(port, (2, 1), timeout=0.2)
-    assert isinstance(one, RunError) and "timed out" in str(one)
+    assert isinstance(one, RunError) and str(one).startswith(f"no process 0 at 127.0.0.1:{port} within 0.2 s")
 
 
-def test_jax_not_starting_on_process_0_is_an_error_elsewhere(port, monkeypatch) -> None:
+def test_a_service_that_does_not_start_is_an_error(port, monkeypatch) -> None:
     monkeypatch.setattr(rendezvous, "GRACE", 0.2)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         zero, one = (pool.submit(rendezvous.meet, f"127.0.0.1:{port}", 2, i, 10, print) for i in range(2))
@@ -296,46 +296,50 @@ def test_jax_not_starting_on_process_0_is_an_error_elsewhere(port, monkeypatch) 
 
 
 @pytest.mark.parametrize(
-    ("people", "text"),
+    ("ids", "text"),
     [
-        ([(3, 0), (2, 1)], "process 1 was started with --processes 2 and process 0 with --processes 3: "),
-        ([(3, 0), (3, 1), (3, 1)], "with --process-id 1: give each its own, of 0 to 2"),
+        ([(3, 0), (2, 1)], "process 1 has --processes 2 and process 0 has 3: "),
+        ([(3, 0), (3, 1), (3, 1)], "with --process-id 1: give each its own, from 0 to 2"),
     ],
     ids=["counts", "ids"],
 )
-def test_processes_that_do_not_fit_together_all_learn_it(port, people, text) -> None:
-    errors = meeting(port, *people)
+def test_mismatching_processes_all_raise_the_same_error(port, ids, text) -> None:
+    errors = meeting(port, *ids)
     assert len({str(error) for error in errors}) == 1 and text in str(errors[0])
     assert all(isinstance(error, InputError) for error in errors)
 
 
 @pytest.mark.parametrize("name", ["jaxtrain", "jax"])
-def test_another_version_is_refused(port, name) -> None:
-    told = []
+def test_a_version_mismatch_is_refused(port, name) -> None:
+    answers = []
 
     def before() -> None:
         with say(port, hello(1, **{name: "0.0"})) as connection:
-            told.append(json.loads(connection.recv(4096)))
+            answers.append(json.loads(connection.recv(4096)))
 
     [error] = meeting(port, (3, 0), before=before)
     assert isinstance(error, InputError) and f"process 1 has {name} 0.0 and process 0 has" in str(error)
-    assert (told[0]["verdict"], told[0]["text"]) == ("input", str(error))
+    assert (answers[0]["input"], answers[0]["error"]) == (True, str(error))
 
 
-def test_a_port_in_use_is_said_by_process_0_and_an_answer_of_another_program_by_the_others(port) -> None:
+def test_a_port_in_use_is_reported_by_all(port) -> None:
     with socket.create_server(("127.0.0.1", port)) as server, concurrent.futures.ThreadPoolExecutor() as pool:
         [zero] = meeting(port, (2, 0))
-        one = pool.submit(meeting, port, (2, 1))
-        connection, _ = server.accept()
-        with connection:
-            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-            [one] = one.result()
-    assert isinstance(zero, InputError) and isinstance(one, InputError)
-    assert str(zero).startswith(f"process 0: port {port} of 127.0.0.1 is in use")
-    assert str(one).startswith(f"another program than jaxtrain answers at 127.0.0.1:{port}")
+        one = pool.submit(functools.partial(meeting, port, (2, 1), timeout=0.2))
+        with contextlib.suppress(TimeoutError):
+            server.settimeout(1)
+            while True:
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(4096)
+                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        [one] = one.result()
+    assert isinstance(zero, InputError) and isinstance(one, RunError)
+    assert str(zero).startswith(f"process 0 cannot listen at 127.0.0.1:{port} (Address already in use)")
+    assert str(one).startswith(f"no process 0 at 127.0.0.1:{port} within 0.2 s (what answers there is not")
 
 
-def test_process_0_listens_at_its_own_address_only_and_warns_where_others_reach_it(port, monkeypatch) -> None:
+def test_process_0_listens_at_one_address_and_warns_if_it_is_public(port, monkeypatch) -> None:
     def before() -> None:
         say(port, b"").close()
         with pytest.raises(ConnectionRefusedError):
@@ -345,7 +349,7 @@ def test_process_0_listens_at_its_own_address_only_and_warns_where_others_reach_
     warned: list[str] = []
     for number, loopback in ((0, True), (0, False), (1, False)):
         monkeypatch.setattr(
-            rendezvous, "_number", lambda _, yes=loopback: FakeNumber(is_loopback=yes, is_unspecified=False)
+            rendezvous, "_ip", lambda _, yes=loopback: FakeNumber(is_loopback=yes, is_unspecified=False)
         )
         with pytest.raises(RunError):
             rendezvous.meet(f"127.0.0.1:{port}", 2, number, 0.1, warned.append)
@@ -361,7 +365,7 @@ class FakeNumber:
     ("text", "expected"),
     [("a.b:1", ("a.b", 1)), ("10.0.0.1:65535", ("10.0.0.1", 65535)), ("[::1]:80", ("::1", 80))],
 )
-def test_addresses(text, expected) -> None:
+def test_parse_addresses(text, expected) -> None:
     assert rendezvous.parse(text) == expected
 
 
@@ -374,22 +378,24 @@ def test_malformed_addresses(text) -> None:
         rendezvous.parse(text)
 
 
-def test_addresses_that_cannot_be_used(monkeypatch) -> None:
+def test_unusable_addresses(monkeypatch) -> None:
     def meet(coordinator: str, process_id: int = 0) -> None:
         rendezvous.meet(coordinator, 2, process_id, 0.1, print)
 
     for wild in ("0.0.0.0:29400", "[::]:29400"):
         with pytest.raises(InputError, match="every address of this machine"):
             meet(wild)
-    with pytest.raises(InputError, match="process 0 runs where --coordinator points"):
-        meet("192.0.2.1:29400")  # set aside for examples: nobody has it
+    with pytest.raises(
+        InputError, match="give --coordinator an address of the machine on which process 0 runs"
+    ):
+        meet("192.0.2.1:29400")  # set aside for examples: assigned to no machine
 
     def unknown(*args: Any, **kwargs: Any) -> Any:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     for number in range(2):
-        with pytest.raises(InputError, match=r"no machine is called nowhere \(Name or service not known\)"):
+        with pytest.raises(InputError, match=r"unknown host nowhere \(Name or service not known\)"):
             meet("nowhere:29400", number)
 
 
@@ -406,13 +412,13 @@ def test_addresses_that_cannot_be_used(monkeypatch) -> None:
         ({"processes": 2, "process_id": 0}, "already uses JAX's devices"),
     ],
 )
-def test_start_with_flags_that_cannot_be(given, text) -> None:
+def test_start_refuses_bad_flags(given, text) -> None:
     jax.devices()
     with pytest.raises(InputError, match=text):
         multihost.start(**given, warn=print)
 
 
-def test_one_process_needs_nobody(monkeypatch, mesh8) -> None:
+def test_one_process_uses_no_network(monkeypatch, mesh8) -> None:
     monkeypatch.setattr(rendezvous, "meet", None)
     multihost.start(warn=print)
     multihost.start(processes=1, process_id=0, warn=print)
@@ -424,7 +430,7 @@ def test_one_process_needs_nobody(monkeypatch, mesh8) -> None:
     with pytest.raises(KeyError):
         multihost.on_process_0(lambda: {}["absent"])
     multihost.barrier("here")
-    assert multihost.Votes().any_process(15) == 15
+    assert multihost.StopVotes().any_process(15) == 15
     assert multihost.lost_process_error(jax.errors.JaxRuntimeError("Gloo")) is None
     split = sharding.batch_split(mesh8)
     assert multihost.local_rows(split, 16).tolist() == list(range(16))
@@ -439,7 +445,7 @@ def test_one_process_needs_nobody(monkeypatch, mesh8) -> None:
 @pytest.mark.parametrize(
     ("environment", "hint"),
     [
-        ({}, "this is none: start it there"),
+        ({}, "and found none: start it there"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI 5 does not say where process 0 is"),
         ({"SLURM_JOB_ID": "1"}, "srun has not started this process"),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "pip install kubernetes"),
@@ -447,7 +453,7 @@ def test_one_process_needs_nobody(monkeypatch, mesh8) -> None:
     ],
     ids=["nothing", "mpi5", "slurm", "kubernetes", "broken"],
 )
-def test_no_cluster_is_found(monkeypatch, environment, hint) -> None:
+def test_no_cluster_detected(monkeypatch, environment, hint) -> None:
     for name in list(os.environ):
         if name.startswith(("SLURM_", "OMPI_", "KUBERNETES_", "JAX_COORDINATOR")):
             monkeypatch.delenv(name)
@@ -458,7 +464,7 @@ def test_no_cluster_is_found(monkeypatch, environment, hint) -> None:
     assert hint in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_release_of_jax_that_is_not_asked_beforehand_looks_and_joins_in_one(monkeypatch) -> None:
+def test_a_jax_release_without_separate_cluster_detection(monkeypatch) -> None:
     called: list[dict[str, Any]] = []
     monkeypatch.delattr("jax._src.clusters.ClusterEnv.auto_detect_unset_distributed_params")
     monkeypatch.setattr(jax.distributed, "initialize", lambda **given: called.append(given))
@@ -480,7 +486,7 @@ def test_a_release_of_jax_that_is_not_asked_beforehand_looks_and_joins_in_one(mo
         ({"SLURM_GPUS_ON_NODE": "4", "SLURM_STEP_TASKS_PER_NODE": "1,4"}, [0], [0], ""),
     ],
 )
-def test_which_gpus_a_process_of_a_cluster_uses(monkeypatch, environment, found, expected, warned) -> None:
+def test_gpus_of_a_process_in_a_cluster(monkeypatch, environment, found, expected, warned) -> None:
     for name in (
         "CUDA_VISIBLE_DEVICES",
         "JAX_LOCAL_DEVICE_IDS",
@@ -496,12 +502,12 @@ def test_which_gpus_a_process_of_a_cluster_uses(monkeypatch, environment, found,
     assert initialize._devices(found, 1, None) == expected  # who is not the first says nothing
 
 
-def test_an_address_of_open_mpi_gets_its_brackets() -> None:
+def test_open_mpi_ipv6_addresses_get_brackets() -> None:
     for address, expected in (("a:1", "a:1"), ("fe80::1:80", "[fe80::1]:80"), ("[::1]:80", "[::1]:80")):
         assert initialize._bracketed(address) == expected
 
 
-def test_an_error_of_jax_because_another_process_has_ended_says_so(monkeypatch) -> None:
+def test_errors_of_jax_after_another_process_has_ended(monkeypatch) -> None:
     # What JAX says on CPU devices. It does not always come: then the processes hang until JAX aborts them.
     gloo = jax.errors.JaxRuntimeError(
         "UNKNOWN: Gloo AllGather failed: [pair.cc:547] Connection closed by peer [127.0.0.1]:20884\nmore"
@@ -514,7 +520,10 @@ def test_an_error_of_jax_because_another_process_has_ended_says_so(monkeypatch) 
 
     monkeypatch.setattr(multihost, "_all_devices_max", lambda: (None, fails))
     monkeypatch.setattr(multihost, "_own_row", lambda *_: None)
-    for call in (lambda: multihost.broadcast_from_0(1, "value"), lambda: multihost.Votes().any_process(1)):
+    for call in (
+        lambda: multihost.broadcast_from_0(1, "value"),
+        lambda: multihost.StopVotes().any_process(1),
+    ):
         with pytest.raises(
             RunError, match=r"^process 0: another process .* has ended .*own message$"
         ) as caught:

@@ -41,7 +41,7 @@ def texts(params, on, **settings):
     return {path: spec_text(leaf) for path, leaf in leaf_paths(placed.shardings.params).items()}
 
 
-def test_names_split_over_model_and_size_over_fsdp():
+def test_model_splits_by_name_and_fsdp_by_size():
     assert texts(PAIR, "data=2,fsdp=2,model=2", names=NAMES) == {
         "down/kernel": "model fsdp",
         "up/bias": "model",
@@ -49,7 +49,7 @@ def test_names_split_over_model_and_size_over_fsdp():
     }
 
 
-def test_without_a_model_axis_names_change_nothing():
+def test_names_have_no_effect_without_a_model_axis():
     assert texts(PAIR, "data=8", names=NAMES) == {"down/kernel": "", "up/bias": "", "up/kernel": ""}
     assert texts(PAIR, "fsdp=8", names=NAMES) == texts(PAIR, "fsdp=8")
 
@@ -64,7 +64,7 @@ def test_without_a_model_axis_names_change_nothing():
         ((4097 * 3, 16), "- fsdp"),  # the largest does not divide
         ((4097, 3), ""),  # none does
         ((4096,), "fsdp"),
-        ((8, 511), ""),  # small arrays stay whole
+        ((8, 511), ""),  # small arrays are not split
         ((8, 512), "- fsdp"),
         ((), ""),
     ],
@@ -73,10 +73,10 @@ def test_fsdp_splits_the_largest_dimension_it_divides(shape, spec):
     assert texts({"w": shapes(kernel=shape)}, "fsdp=8")["w/kernel"] == spec
 
 
-def test_what_fsdp_cannot_divide_is_listed_and_what_is_small_is_not():
+def test_large_arrays_that_fsdp_cannot_divide_are_listed():
     params = shapes(odd=(4097, 3), small=(7, 7), even=(64, 128))
-    assert place(state(params), mesh("fsdp=8")).whole == ("params/odd",)
-    assert place(state(params), mesh("data=8")).whole == ()
+    assert place(state(params), mesh("fsdp=8")).unsplit == ("params/odd",)
+    assert place(state(params), mesh("data=8")).unsplit == ()
 
 
 def test_fsdp_joins_model_on_a_dimension_where_no_other_divides():
@@ -102,7 +102,7 @@ def test_moments_averages_and_statistics_follow_their_parameter():
     assert got["opt_state/0/count"] == got["step"] == got["extra/loss_scale/scale"] == ""
 
 
-def test_states_of_another_shape_than_their_parameter_are_split_by_size():
+def test_optimizer_state_with_another_shape_is_split_by_size():
     """Adafactor keeps a row and a column for a matrix."""
     params = {"big": shapes(kernel=(8192, 4096))}
     placed = leaf_paths(place(state(params, tx=optax.adafactor(1e-3)), mesh("fsdp=8")).shardings)
@@ -110,7 +110,7 @@ def test_states_of_another_shape_than_their_parameter_are_split_by_size():
     assert got and set(got.values()) == {"fsdp"}
 
 
-def test_rules_of_the_experiment_come_first():
+def test_rules_of_the_experiment_take_precedence():
     rules = (Rule("mlp", None), Rule("down/kernel$", (("fsdp", "model"), None)))
     assert texts(PAIR, "data=2,fsdp=2,model=2", names=NAMES, rules=rules) == {
         "down/kernel": "fsdp+model",
@@ -119,7 +119,7 @@ def test_rules_of_the_experiment_come_first():
     }
 
 
-def test_the_first_rule_that_matches_counts():
+def test_the_first_matching_rule_wins():
     mlp = (Rule("mlp", None), Rule("mlp", "model"))
     rules = (Rule("kernel$", ("fsdp", None)), Rule("up/kernel$", (None, "fsdp")), *mlp)
     got = texts(PAIR, "fsdp=8", names=NAMES, rules=rules)
@@ -128,7 +128,7 @@ def test_the_first_rule_that_matches_counts():
     assert texts(PAIR, "data=4,model=2", names=NAMES, rules=rules)["up/bias"] == ""
 
 
-def test_a_rule_may_name_optimizer_state_apart_from_its_parameter():
+def test_a_rule_can_match_optimizer_state_alone():
     made = state(PAIR, tx=optax.trace(0.9))
     rules = (Rule("^opt_state/.*kernel$", ("data", None)),)
     placed = leaf_paths(place(made, mesh("data=8"), rules=rules).shardings)
@@ -149,14 +149,14 @@ def test_a_rule_may_name_optimizer_state_apart_from_its_parameter():
         ),
         ("data=4,model=2", {**NAMES, "up/bias$": ("hidden",)}, (), "no rule for the logical axis 'hidden'"),
         ("data=8", NAMES, (Rule("mpl", None),), "no logical axis 'mpl': did you mean mlp"),
-        ("data=8", NAMES, (Rule("xyz", "model"),), "'xyz': it has embed, mlp"),
+        ("data=8", NAMES, (Rule("xyz", "model"),), "'xyz': there are embed, mlp"),
         ("data=8", NAMES, (Rule("mlp", "tensor"),), "no mesh axis is called 'tensor': there are data, fsdp"),
         ("data=8", {}, (Rule("up/kernel", (None, "tensor")),), "no mesh axis is called 'tensor'"),
-        ("data=8", {}, (Rule("head/kernel", (None, "fsdp")),), "'head/kernel' finds no array of the state"),
+        ("data=8", {}, (Rule("head/kernel", (None, "fsdp")),), "'head/kernel' matches no array of the state"),
         ("data=8", {}, (Rule("up/kernel", ("fsdp",)),), r"1 entries and params/up/kernel \[64, 256\] has 2"),
-        ("data=8", {}, (Rule("up/(kernel", ("fsdp",)),), "rules: .* is no regular expression"),
-        ("data=8", {"up/(kernel": ("embed",)}, (), "logical_axes: .* is no regular expression"),
-        ("data=8", {}, (Rule("mlp", "model"),), "the model has no logical axis 'mlp': it has none"),
+        ("data=8", {}, (Rule("up/(kernel", ("fsdp",)),), "rules: .* is not a regular expression"),
+        ("data=8", {"up/(kernel": ("embed",)}, (), "logical_axes: .* is not a regular expression"),
+        ("data=8", {}, (Rule("mlp", "model"),), "the model has no logical axis 'mlp': there are none"),
         (
             "fsdp=2,model=4",
             {},
@@ -165,23 +165,23 @@ def test_a_rule_may_name_optimizer_state_apart_from_its_parameter():
         ),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused(on, names, rules, message):
+def test_bad_rules_and_names_are_refused(on, names, rules, message):
     with pytest.raises(InputError, match=message):
         place(state(PAIR), mesh(on), names, rules)
 
 
-def test_a_misspelt_name_of_a_parameter_is_named():
+def test_a_misspelt_parameter_name_is_reported():
     names = {"up/kernel$": ("embed", "mlp"), "up/bias$": ("mlp",), "donw/kernel$": ("mlp", "embed")}
-    with pytest.raises(InputError, match=r"down/kernel .*\(in which 'donw/kernel\$' finds nothing\)"):
+    with pytest.raises(InputError, match=r"down/kernel .*\(in which 'donw/kernel\$' matches nothing\)"):
         place(state(PAIR), mesh("data=4,model=2"), names)
 
 
-def test_a_size_that_does_not_divide_is_refused_with_the_fix():
+def test_a_size_that_does_not_divide_is_refused_with_a_fix():
     params = {"up": shapes(kernel=(64, 6), bias=(6,)), "down": shapes(kernel=(6, 64))}
     with pytest.raises(
         InputError,
         match=r"params/down/kernel \[6, 64\]: mlp of 6 does not divide over model = 4: use a mesh with "
-        r"model = 2, change the model's size, or leave it whole with sharding.Rule\('mlp', None\)",
+        r"model = 2, change the model's size, or replicate it with sharding.Rule\('mlp', None\)",
     ):
         place(state(params), mesh("data=2,model=4"), NAMES)
     with pytest.raises(InputError, match=r"dimension 1 of 6 .* fsdp×model = 8.*change its rule"):
@@ -196,12 +196,12 @@ def test_shardings_place_real_arrays():
     np.testing.assert_array_equal(shard.index[1], slice(96, 128, None))
 
 
-def test_names_that_are_a_text_are_refused():
-    with pytest.raises(InputError, match=r"gives the text 'mlp' for params/up/bias: write \('mlp',\)"):
+def test_logical_axes_as_text_are_refused():
+    with pytest.raises(InputError, match=r"has the text 'mlp' for params/up/bias: write \('mlp',\)"):
         place(state({"up": shapes(bias=(64,))}), mesh("model=8"), {"up/bias$": "mlp"})
 
 
-def test_misspelt_names_and_axes_are_told_the_near_ones():
+def test_misspelt_names_and_axes_get_a_suggestion():
     params = {"up": shapes(kernel=(64, 64))}
     with pytest.raises(InputError, match=r"no rule for the logical axis 'mpl' .*did you mean mlp"):
         place(state(params), mesh("model=8"), {"up": ("embed", "mpl")})

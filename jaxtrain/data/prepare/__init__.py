@@ -9,7 +9,6 @@ which needs TensorFlow.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import importlib.util
 import io
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.text import did_you_mean
 from jaxtrain.data.data_dir import (
     data_dir_option,
     default_data_dir,
@@ -223,8 +223,8 @@ def _prepare_stock(name: str, root: Path, source: Path | None, report: Progress)
     known = tfds.list_builders(with_community_datasets=False)
     own = [collection.full for collection in COLLECTIONS.values() if collection.name == base]
     if base not in known:
-        close = own or difflib.get_close_matches(base, {*known, *TABLES}, n=1)
-        hint = f"did you mean {close[0]}?" if close else "TFDS has no data set of that name"
+        hint = did_you_mean(base, {*known, *TABLES}, otherwise="TFDS has no data set of that name")
+        hint = f"did you mean {own[0]}?" if own else hint
         raise InputError(f"unknown data set {name!r}: {hint}")
     if importlib.util.find_spec("tensorflow") is None:
         other = f"; {own[0]} does not" if own else ""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import tempfile
 from pathlib import Path
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.files import write_bytes
 from jaxtrain.data.data_dir import default_data_dir, parse_name
 from jaxtrain.data.prepare.download import Progress, fetch
 from jaxtrain.data.prepare.originals import Member
@@ -72,10 +72,7 @@ def write_table(name: str, root: Path, source: Path | None, report: Progress) ->
     folder = root / name / table.version
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="incomplete.", dir=folder.parent) as scratch:
-            unfinished = Path(scratch, table.member.name)
-            unfinished.write_bytes(data)
-            unfinished.replace(folder / table.member.name)
+        write_bytes(folder / table.member.name, data)
     except OSError as error:
         raise InputError(f"cannot write {name} to {root}: {error}") from error
     return folder

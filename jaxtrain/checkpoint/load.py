@@ -1,0 +1,47 @@
+"""Load the arrays of a checkpoint by path and compare their fingerprints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxtrain.checkpoint import fingerprint
+from jaxtrain.checkpoint.manifest import CheckpointInfo, CorruptCheckpointError
+from jaxtrain.core.errors import InputError
+from jaxtrain.core.text import first_line
+from jaxtrain.core.types import State, leaf_paths
+
+
+def load_arrays(
+    saved: CheckpointInfo, abstract: dict[str, Any], log: Callable[[str], None]
+) -> dict[str, jax.Array]:
+    """Load arrays from checked files. Raises CorruptCheckpointError if their fingerprints differ."""
+    from orbax.checkpoint import v1 as ocp
+
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    try:
+        with context:
+            arrays: dict[str, jax.Array] = ocp.load(saved.folder / "state", abstract)
+    except Exception as error:  # Orbax, TensorStore and the disk raise many types
+        raise CorruptCheckpointError(
+            f"it cannot be read ({type(error).__name__}: {first_line(error)[:200]})"
+        ) from error
+    if saved.has_checksums:
+        expected = saved.manifest["fingerprints"]
+        for path, now in fingerprint.finish(arrays, fingerprint.start(arrays)).items():
+            if now != expected.get(path):
+                raise CorruptCheckpointError(f"the array {path} has changed (its fingerprint differs)")
+    else:
+        log(f"checkpoint {saved.folder} has no checksums (an older version wrote it): it is not verified")
+    return arrays
+
+
+def flatten(state: State) -> tuple[dict[str, Any], Any]:
+    """Return the leaves by path (``params/head/kernel``), and the tree structure."""
+    paths, tree = leaf_paths(state), jax.tree.structure(state)
+    if len(paths) != len(jax.tree.leaves(state)):
+        raise InputError("two arrays of the state have the same path: names must not contain '/'")
+    return paths, tree
