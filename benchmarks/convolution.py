@@ -96,22 +96,22 @@ def peers(
     name: str, params: Any, batch: dict[str, np.ndarray], eager: bool, skipped: dict[str, str]
 ) -> dict[str, Any]:
     """PyTorch's sides by name, with as many threads as there are cores; only the eager ones if ``eager``."""
-    from benchmarks import torch_peers  # here: torch is optional
+    from benchmarks.peers import torch_networks  # here: torch is optional
 
-    torch = torch_peers.torch
+    torch = torch_networks.torch
     torch.set_num_threads(len(os.sched_getaffinity(0)))
 
     def trainer(channels_last: bool, compiled: bool = False) -> Any:
         if name == "cifar_cnn":
-            net = torch_peers.CNN((32, 96, 192), 2, 10)
+            net = torch_networks.CNN((32, 96, 192), 2, 10)
             settings: dict[str, Any] = {"smoothing": CNN_SMOOTHING, "weight_decay": CNN_DECAY}
         elif name == "cifar_lenet":
-            net = torch_peers.ConvNet((6, 16), 5, False, (120, 84), 10)
+            net = torch_networks.ConvNet((6, 16), 5, False, (120, 84), 10)
             settings = {"optimizer": functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9)}
         else:
-            net = torch_peers.ConvNet((32, 64), 3, True, (), 10)
+            net = torch_networks.ConvNet((32, 64), 3, True, (), 10)
             settings = {"optimizer": functools.partial(torch.optim.Adam, lr=1e-3)}
-        return torch_peers.Trainer(
+        return torch_networks.Trainer(
             net, params, batch["image"], batch["label"], channels_last, compiled=compiled, **settings
         )
 

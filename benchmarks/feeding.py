@@ -63,12 +63,12 @@ def drawn(loader: Loader, batches: int) -> Callable[[], None]:
 
 def torch_sides(arrays: dict[str, Any], batch: int) -> Sides:
     """The DataLoaders by name; seconds an example."""
-    from benchmarks import torch_peers  # here: torch is optional
+    from benchmarks.peers import torch_networks  # here: torch is optional
 
-    dataset = torch_peers.Augmented(arrays["image"], arrays["label"], PAD)
+    dataset = torch_networks.Augmented(arrays["image"], arrays["label"], PAD)
 
     def side(workers: int) -> Callable[[], float]:
-        loader = torch_peers.loader(dataset, batch, PEER_BATCHES, workers)
+        loader = torch_networks.loader(dataset, batch, PEER_BATCHES, workers)
         return common.each(lambda: [None for _ in loader], PEER_BATCHES * batch)
 
     return {f"torch, {workers} workers": side(workers) for workers in (0, WORKERS)}

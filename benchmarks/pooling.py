@@ -78,12 +78,12 @@ class Jax:
 
 def torch_trainers(params: Any, batch: dict[str, np.ndarray]) -> dict[str, Any]:
     """PyTorch's sides by name, with as many threads as there are cores."""
-    from benchmarks import torch_peers  # here: torch is optional
+    from benchmarks.peers import torch_networks  # here: torch is optional
 
-    torch_peers.torch.manual_seed(0)
+    torch_networks.torch.manual_seed(0)
     return {
-        f"torch {name}": torch_peers.Trainer(
-            torch_peers.CNN(WIDTHS, CONVS, CLASSES),
+        f"torch {name}": torch_networks.Trainer(
+            torch_networks.CNN(WIDTHS, CONVS, CLASSES),
             params,
             batch["image"],
             batch["label"],

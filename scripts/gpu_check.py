@@ -25,9 +25,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_parts as parts
-from benchmarks import gpu_runs as runs
-from benchmarks.gpu_session import Failed, Session, Skipped, TimedOut, missing
+from benchmarks.gpu import parts, runs
+from benchmarks.gpu.session import Failed, Session, Skipped, TimedOut, missing
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = (

@@ -16,8 +16,10 @@ from tiny import EXPERIMENT
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks is no part of the package
 
-from benchmarks import common, gpu_airbench, gpu_session  # noqa: E402
-from benchmarks.gpu_session import Failed, Session, Skipped, TimedOut  # noqa: E402
+from benchmarks import common  # noqa: E402
+from benchmarks.gpu import airbench  # noqa: E402
+from benchmarks.gpu import session as sessions  # noqa: E402
+from benchmarks.gpu.session import Failed, Session, Skipped, TimedOut  # noqa: E402
 from jaxtrain import models, sharding  # noqa: E402
 from jaxtrain.program import assemble  # noqa: E402
 
@@ -132,13 +134,13 @@ def test_without_what_jaxtrain_needs_every_part_says_so(check, session, monkeypa
     monkeypatch.setattr(check, "REQUIRED", ("jax", "no_such_package"))
     found = check.carry_out(session, ["doctor"], lambda found: None)
     assert found["doctor"]["why"] == "no_such_package is not installed"
-    assert gpu_session.missing("jax", "flax") is None
+    assert sessions.missing("jax", "flax") is None
 
 
 def test_another_seed_of_airbench_is_that_seed_and_compiles_nothing(caplog):
     """The state, the key and the batches of ``Experiment(seed=3)``, with the functions of seed 0."""
     exp = dataclasses.replace(EXPERIMENT, model=models.MLP(widths=(8,), classes=4), augment=(), epochs=0.16)
-    recipe = gpu_airbench.Recipe(exp)
+    recipe = airbench.Recipe(exp)
     program, init = recipe.seeded(3)
     there = assemble(dataclasses.replace(exp, seed=3), sharding.make_mesh(jax.devices()[:1]))
     jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (init(), there.init())))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_session import Failed, Session, Skipped, missing
+from benchmarks.gpu.session import Failed, Session, Skipped, missing
 
 
 def resume_digits(session: Session) -> dict[str, Any]:

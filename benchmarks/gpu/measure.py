@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
-from benchmarks import gpu_workloads as workloads
+from benchmarks.gpu import workloads
 from jaxtrain import checkpoint, sharding
 from jaxtrain.core.types import State
 from jaxtrain.models.attention import attend, refusal

@@ -88,8 +88,8 @@ class Session:
             raise Failed(f"exit code {process.returncode} instead of {want}: {tail(output)}")
         return output
 
-    def child(self, *args: Any, module: str = "benchmarks.gpu_child", **env: str) -> dict[str, Any]:
-        """A function of ``benchmarks/gpu_child.py``: the last line of JSON that it prints.
+    def child(self, *args: Any, module: str = "benchmarks.gpu.child", **env: str) -> dict[str, Any]:
+        """A function of ``benchmarks/gpu/child.py``: the last line of JSON that it prints.
 
         A function of several figures prints all that it has after each of them, so one that is cut off
         gives those, and why it was cut. One that prints ``skip`` raises Skipped.
@@ -109,8 +109,8 @@ class Session:
         return found
 
     @contextlib.contextmanager
-    def side(self, *args: Any, module: str = "benchmarks.gpu_side", **env: str) -> Iterator[Side]:
-        """A process of ``benchmarks/gpu_side.py`` that works when it is asked to; it ends with the block."""
+    def side(self, *args: Any, module: str = "benchmarks.gpu.side", **env: str) -> Iterator[Side]:
+        """A process of ``benchmarks/gpu/side.py`` that works when it is asked to; it ends with the block."""
         process = subprocess.Popen(
             [sys.executable, "-m", module, *map(str, args)],
             cwd=self.scratch,

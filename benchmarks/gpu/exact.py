@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import gpu_workloads as workloads
+from benchmarks.gpu import workloads
 from jaxtrain import checkpoint, models, sharding
 from jaxtrain.cli import devices
 from jaxtrain.core.errors import RunError

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from benchmarks.gpu_session import Failed, Session, Side, Skipped, TimedOut, missing
+from benchmarks.gpu.session import Failed, Session, Side, Skipped, TimedOut, missing
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OWN_PARTS = (
     "resume or two_runs or plan_says"  # tests of what other parts show: each takes minutes of processes
 )
@@ -95,7 +95,7 @@ def airbench_torch(session: Session) -> dict[str, Any]:
         raise Skipped("no CIFAR-10: give --data")
     if why := missing("torch"):
         raise Skipped(why)
-    module = "benchmarks.gpu_torch_airbench"
+    module = "benchmarks.gpu.torch_airbench"
     found = session.child(session.data, *session.tiny, module=module)
     theirs = {name: [run["seconds"] for run in runs] for name, runs in found["figures"]["runs"].items()}
     ours = session.facts.get("airbench", {})
@@ -207,7 +207,7 @@ def resnet_batch(session: Session) -> int:
 def measured(
     name: str, *more: Callable[[Session], Any], needs: tuple[str, ...] = ()
 ) -> Callable[[Session], Any]:
-    """The part that is a function of ``benchmarks.gpu_child``."""
+    """The part that is a function of ``benchmarks.gpu.child``."""
 
     def part(session: Session) -> dict[str, Any]:
         if why := missing(*needs):

@@ -1,6 +1,6 @@
 """The airbench94 recipe in PyTorch (Jordan 2024, arXiv:2404.00498), for a time on the same card as ours.
 
-python -m benchmarks.gpu_torch_airbench DIR_OR_TAR [--tiny]
+python -m benchmarks.gpu.torch_airbench DIR_OR_TAR [--tiny]
 
 Written from the recipe's description: half precision, channels_last, data on the device. The time counts
 whitening, training and the evaluation with averaged views, and leaves out loading, a warm-up and compiling.
@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.gpu_airbench import SEEDS, lines
-from benchmarks.gpu_measure import left
-from benchmarks.gpu_workloads import cifar10
+from benchmarks.gpu.airbench import SEEDS, lines
+from benchmarks.gpu.measure import left
+from benchmarks.gpu.workloads import cifar10
 
 BATCH, EPOCHS, SMOOTHING, MOMENTUM = 1024, 9.9, 0.2, 0.85
 SCALE = 1024 * (1 + 1 / (1 - MOMENTUM))

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 from benchmarks import common
-from benchmarks import gpu_workloads as workloads
-from benchmarks.gpu_measure import left
+from benchmarks.gpu import workloads
+from benchmarks.gpu.measure import left
 from jaxtrain import sharding
 from jaxtrain.core.types import State
 from jaxtrain.data import compose

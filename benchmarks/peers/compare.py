@@ -27,7 +27,8 @@ import jax
 import numpy as np
 import optax
 
-from benchmarks import common, stock
+from benchmarks import common
+from benchmarks.peers import flax_stock
 from benchmarks.sides import Case, Fit, Hand, experiment, lenet, unsaved
 from jaxtrain import data, models, optim
 from jaxtrain.train import autotune
@@ -77,12 +78,16 @@ def sides_of(name: str, case: Case, stack: contextlib.ExitStack) -> Sides:
     """All that is installed."""
     exp, program = case.experiment, unsaved(case.experiment)
     first, together = program.init(), autotune.choose(program).count
-    own = {"mlp": stock.StockMLP((64,)), "lenet": stock.StockLeNet(), "cifar": stock.StockCNN()}
+    own = {
+        "mlp": flax_stock.StockMLP((64,)),
+        "lenet": flax_stock.StockLeNet(),
+        "cifar": flax_stock.StockCNN(),
+    }
     model = own.get(name.partition("_")[0], exp.model)
     sides: dict[str, Any] = {
         "jaxtrain": Fit(program, stack, together),
         "hand": Hand(case, program),
-        "stock flax": stock.Loop(model, exp, case.tx, first),
+        "stock flax": flax_stock.Loop(model, exp, case.tx, first),
     }
     skipped, params = {}, jax.device_get(first.params)
     for peer, made in (("keras", _keras), ("torch", _torch)):
@@ -100,22 +105,22 @@ class Unmeasured(Exception):
 
 
 def _keras(case: str, exp: Any, params: Any) -> dict[str, Any]:
-    from benchmarks import keras_peer  # here: keras is optional
+    from benchmarks.peers import keras_fit  # here: keras is optional
 
     if case == "gpt":
         raise Unmeasured("Keras has no layer of rotary attention: it would be another model")
-    return {"keras": keras_peer.Loop(case, exp, params)}
+    return {"keras": keras_fit.Loop(case, exp, params)}
 
 
 def _torch(case: str, exp: Any, params: Any) -> dict[str, Any]:
-    from benchmarks import torch_loops  # here: torch is optional
+    from benchmarks.peers import torch_loop  # here: torch is optional
 
     where = "cpu" if jax.default_backend() == "cpu" else "cuda"
-    if where == "cuda" and not torch_loops.torch.cuda.is_available():
+    if where == "cuda" and not torch_loop.torch.cuda.is_available():
         raise Unmeasured("this PyTorch has no CUDA")
     return {
-        label: torch_loops.Loop(case, exp, params, compiled, last, where)
-        for label, (compiled, last) in torch_loops.variants(case).items()
+        label: torch_loop.Loop(case, exp, params, compiled, last, where)
+        for label, (compiled, last) in torch_loop.variants(case).items()
     }
 
 

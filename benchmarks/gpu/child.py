@@ -1,6 +1,6 @@
 """The pieces of ``scripts/gpu_check.py`` that need JAX, each run in a process of its own.
 
-python -m benchmarks.gpu_child NAME [ARGS] [--tiny]      prints a line of JSON, or several that grow
+python -m benchmarks.gpu.child NAME [ARGS] [--tiny]      prints a line of JSON, or several that grow
 """
 
 from __future__ import annotations
@@ -114,13 +114,13 @@ FUNCTIONS: dict[str, Callable[..., dict[str, Any] | Iterator[dict[str, Any]]]] =
     "device": device,
     "first_step": first_step,
     "compare": compare,
-    "exact": measured("gpu_exact", "exact"),
-    "peak": measured("gpu_measure", "peaks"),
-    "attention": measured("gpu_measure", "attentions"),
-    "scan": measured("gpu_measure", "scans"),
-    "feeding": measured("gpu_measure", "feeding"),
-    "saving": measured("gpu_measure", "saving"),
-    "airbench": measured("gpu_airbench", "airbench"),
+    "exact": measured("gpu.exact", "exact"),
+    "peak": measured("gpu.measure", "peaks"),
+    "attention": measured("gpu.measure", "attentions"),
+    "scan": measured("gpu.measure", "scans"),
+    "feeding": measured("gpu.measure", "feeding"),
+    "saving": measured("gpu.measure", "saving"),
+    "airbench": measured("gpu.airbench", "airbench"),
 }
 
 
