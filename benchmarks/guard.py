@@ -23,14 +23,14 @@ import jax
 import optax
 
 from benchmarks import common
-from benchmarks.sides import TOTAL, Unsaved
+from benchmarks.sides import TOTAL, without_saves
 from jaxtrain import checkpoint, data, losses, models, monitor, optim, sharding
 from jaxtrain.core.signals import Request
 from jaxtrain.core.types import Batch, Metrics, State
 from jaxtrain.experiment import Experiment
 from jaxtrain.metrics import Mean
 from jaxtrain.monitor.console import Plain
-from jaxtrain.program import assemble
+from jaxtrain.program import Program, assemble
 from jaxtrain.step import make_train_step
 from jaxtrain.train import loop
 from jaxtrain.train.bad_updates import BadUpdateMonitor
@@ -78,8 +78,7 @@ class Side:
     def __init__(self, exp: Experiment, folder: Path, null: TextIO, stack: contextlib.ExitStack) -> None:
         folder.mkdir()
         program = assemble(exp, sharding.make_mesh(jax.devices()[:1]))
-        fields = {field.name: getattr(program, field.name) for field in dataclasses.fields(program)}
-        self.program = Unsaved(**fields)
+        self.program = without_saves(program)
         self._null, self._console, self._at = null, Plain(), 0
         self._saved = stack.enter_context(checkpoint.open(folder))
         self._record = stack.enter_context(
@@ -90,14 +89,14 @@ class Side:
     def run(self) -> None:
         """``CHUNK`` steps, until all are finished."""
         start, self._at = self._at, self._at + CHUNK
-        program = dataclasses.replace(self.program, steps=self._at)
+        program = self.program.with_cadence(steps=self._at)
         with contextlib.redirect_stdout(self._null):
             given = (self._saved, self._record, self._console, Request())
             self._state = jax.block_until_ready(loop._train(program, self._state, start, *given))
             self._record.flush()
 
 
-def host_us(program: Unsaved, repeats: int = 4000) -> dict[str, float]:
+def host_us(program: Program, repeats: int = 4000) -> dict[str, float]:
     """Microseconds a step of what the host does for the guard and for the recompile check, device idle."""
     watch = BadUpdateMonitor(program, None, print)
     _, found = program.train_step(program.init(), program.train.batch(0), program.key)
@@ -109,7 +108,7 @@ def host_us(program: Unsaved, repeats: int = 4000) -> dict[str, float]:
     tiny = jax.jit(lambda state, batch, key: state)
     once, state = OneCompile(tiny, 0, print), jax.numpy.zeros(())
     sides = {
-        "judge a step (Watch.judge)": common.each(lambda: _times(judge, repeats // 25), repeats // 25),
+        "judge a step": common.each(lambda: _times(judge, repeats // 25), repeats // 25),
         "a jitted call": common.each(lambda: _times(lambda: tiny(state, state, None), 500), 500),
         "the same through OneCompile": common.each(
             lambda: _times(lambda: once(state, state, None), 2000), 2000

@@ -26,9 +26,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import common
-from benchmarks.sides import TOTAL, Case, Fit, Hand, Library, cases, rows_from, unsaved
+from benchmarks.sides import TOTAL, Case, Fit, Hand, Library, assemble_without_saves, cases, rows_from
 from jaxtrain import sharding
-from jaxtrain.program import Program
+from jaxtrain.program import Cadence, Program
 from jaxtrain.train.bad_updates import BadUpdateMonitor
 
 WINDOWS = 20  # records written for the breakdown
@@ -41,7 +41,7 @@ Times = dict[str, list[float]]
 
 def sides_of(name: str, case: Case, stack: contextlib.ExitStack) -> dict[str, Any]:
     """What is compared for the case ``name``: objects with ``steps(count)``."""
-    program = unsaved(case.experiment)
+    program = assemble_without_saves(case.experiment)
     sides = {"fit": Fit(program, stack), "library": Library(program), "hand": Hand(case, program)}
     if name == "lenet":
         every = {"no log": TOTAL, "log 1": 1}
@@ -82,6 +82,7 @@ def breakdown(fit: Fit, repeats: int = 2000) -> dict[str, float]:
     program, record, watch = fit.program, fit.record, BadUpdateMonitor(fit.program, None, print)
     state, metrics = program.train_step(program.init(), program.train.batch(0), program.key)
     (taken,) = metrics.rows()
+    cadence = program.cadence
     every, at = program.experiment.log_every, 0
     copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
     # Arrays that were never read: the host keeps a copy of those that were.
@@ -97,12 +98,12 @@ def breakdown(fit: Fit, repeats: int = 2000) -> dict[str, float]:
     parts: dict[str, tuple[Callable[[], Any], int]] = {
         "row numbers (train.batch)": (lambda: program.train.batch(7), 1),
         "row numbers, by hand": (lambda: list(rows_from(program.order, 7, 100)), 100),
-        "read finished metrics (Packed.rows)": (lambda: next(fresh).rows(), 1),
-        "judge them (Watch.judge)": (lambda: watch.judge(7, dict(taken)), 1),
+        "read finished metrics": (lambda: next(fresh).rows(), 1),
+        "judge them": (lambda: watch.judge(7, dict(taken)), 1),
         "record them, every 50th written (Recorder.step)": (window, every),
-        "is it time to evaluate": (lambda: Program.evaluates(program, 7), 1),
-        "is it time to save": (lambda: Program.saves(program, 7), 1),
-        "how many to dispatch": (lambda: program.dispatched(7), 1),
+        "is it time to evaluate": (lambda: Cadence.evaluates_after(cadence, 7), 1),
+        "is it time to save": (lambda: Cadence.saves_after(cadence, 7), 1),
+        "how many to dispatch": (lambda: cadence.updates_per_call(7), 1),
         "checkpoint poll": (fit.saved.poll, 1),
         "console advance": (lambda: fit.console.advance(1), 1),
         **_dispatch(program, state),

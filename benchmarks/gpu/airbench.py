@@ -79,7 +79,7 @@ class Recipe:
         ``most`` cuts the training short, for warming up; the whole evaluation follows.
         """
         program, init = self.seeded(seed)
-        program = dataclasses.replace(program, steps_per_execution=count)
+        program = program.with_cadence(steps_per_execution=count)
         go = dispatch.Dispatch(program, lambda line: None)
         flight = dispatch.InFlight(program.experiment.max_in_flight)
         clock = [time.perf_counter()]
@@ -88,7 +88,7 @@ class Recipe:
         clock.append(time.perf_counter())
         end = program.steps if most is None else min(most, program.steps)
         while step < end:
-            now = program.dispatched(step)
+            now = program.cadence.updates_per_call(step)
             state, metrics = go(state, step, now)
             step += now
             flight.add(metrics)

@@ -29,7 +29,7 @@ import optax
 
 from benchmarks import common
 from benchmarks.peers import flax_stock
-from benchmarks.sides import Case, Fit, Hand, experiment, lenet, unsaved
+from benchmarks.sides import Case, Fit, Hand, assemble_without_saves, experiment, lenet
 from jaxtrain import data, models, optim
 from jaxtrain.train import autotune
 
@@ -76,7 +76,7 @@ class Sides:
 
 def sides_of(name: str, case: Case, stack: contextlib.ExitStack) -> Sides:
     """All that is installed."""
-    exp, program = case.experiment, unsaved(case.experiment)
+    exp, program = case.experiment, assemble_without_saves(case.experiment)
     first, together = program.init(), autotune.choose(program).count
     own = {
         "mlp": flax_stock.StockMLP((64,)),

@@ -210,7 +210,8 @@ class _Noted:
     """A loader that writes down the example ids of every batch, and may kill its process after a save."""
 
     def __init__(self, loader: Any, folder: Path, phase: str, half: int) -> None:
-        self._loader, self.shardings, self.many = loader, loader.shardings, loader.many
+        self._loader, self.shardings = loader, loader.shardings
+        self.stacked_shardings = loader.stacked_shardings
         self._file = (folder / f"{phase}-{multihost.process_index()}.jsonl").open("w")
         self._last = half if phase == "killed" else None
         self._saved = folder / "checkpoints" / f"{half:06d}" / "manifest.json"

@@ -78,7 +78,7 @@ def choose(program: Program) -> Choice:
     one = multihost.broadcast_from_0(trial.seconds(1, FEW), "seconds of an update")
     if one >= LONGEST:
         return Choice(1, f"{1e3 * one:.1f} ms an update", {1: one})
-    count = _even(program.uninterrupted(), MANY)
+    count = _even(program.cadence.shortest_interval(), MANY)
     if count == 1:
         return Choice(1, "an evaluation or a checkpoint after every update", {1: one})
     trial.seconds(count)

@@ -54,7 +54,7 @@ def locate(program: Program, step: int) -> list[BadField]:
       program: the run.
       step: the update, from 1.
     """
-    places, raw = program.examples(step), program.raw(step)
+    places, raw = program.example_ids(step), program.raw_batch(step)
     found = _wrong(program, raw, places, stage=False)
     if found:
         return found
@@ -79,7 +79,9 @@ def _wrong(program: Program, batch: dict[str, Any], places: np.ndarray, stage: b
         for name, rows in not_finite(rest).items()
     ]
     loss = program.experiment.loss
-    shapes = jax.tree.leaves(program.outputs, is_leaf=lambda x: hasattr(x, "shape"))  # ChunkedLogits is one
+    shapes = jax.tree.leaves(
+        program.abstract_outputs, is_leaf=lambda x: hasattr(x, "shape")
+    )  # ChunkedLogits is one
     if hasattr(loss, "outside") and len(shapes) == 1:
         for name in (getattr(loss, "label", "label"), "label_mixed"):
             label = rest.get(name)

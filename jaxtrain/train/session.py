@@ -179,7 +179,7 @@ def _prepare(
     if choice.count > 1:
         console.note(f"{choice.count} updates a dispatch: {choice.why}")
     session.claim(program.experiment, record | program.choices | choice.record())
-    return dataclasses.replace(program, steps_per_execution=choice.count)
+    return program.with_cadence(steps_per_execution=choice.count)
 
 
 def _train(

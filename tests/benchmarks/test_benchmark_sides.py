@@ -29,7 +29,7 @@ def case() -> sides.Case:
 
 @pytest.fixture(scope="module")
 def program(case: sides.Case) -> Any:
-    return sides.unsaved(case.experiment)
+    return sides.assemble_without_saves(case.experiment)
 
 
 def test_losses_are_the_same_and_another_training_is_refused(case: sides.Case, program: Any) -> None:

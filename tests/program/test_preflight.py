@@ -368,7 +368,7 @@ def test_what_a_stage_made_of_a_label_is_told_by_field_example_and_value(assembl
     _, metrics = program.train_step(state, program.train.batch(1), program.key)
     assert metrics["guard"].figures()["labels_out_of_range"] == len(found.examples) > 0
     labels = program.experiment.train.gather(found.examples)["label"]
-    assert set(found.examples) <= set(program.examples(2)) and (labels < 4).all()
+    assert set(found.examples) <= set(program.example_ids(2)) and (labels < 4).all()
     values = ", ".join(map(str, sorted(set(labels + 40))))
     assert f"is {values}, no class of 0..3, after augment and preprocess, and not in" in found.text
     assert bad_examples.locate(assembled("change()"), 2) == []

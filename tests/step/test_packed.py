@@ -58,7 +58,6 @@ def test_no_metrics_at_all(number):
     assert found.rows() == [{}] * number and len(found) == 0
 
 
-def test_shapes_stand_for_metrics():
+def test_traced_metrics_have_their_names():
     found = jax.eval_shape(lambda x: PackedMetrics.of(metrics(x)), jnp.float32(1))
-    assert found["all"].counts.shape == (2, 2) and found["half"].total.dtype == jnp.bfloat16
-    assert "loss" in found and "other" not in found
+    assert list(found) == ["all", "half", "loss"]
