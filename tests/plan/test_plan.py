@@ -211,7 +211,7 @@ def test_what_is_no_size_is_refused(text, capsys):
     )
     assert code == 2 and error.count("\n") == 1
     if text == "80":
-        assert "say of what, such as 80GB or 80GiB" in error
+        assert "has no unit: use 80GB or 80GiB" in error
 
 
 @pytest.mark.parametrize("name", [None, "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"])

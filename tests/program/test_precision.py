@@ -299,5 +299,5 @@ def test_a_pair_of_functions_with_a_dict_of_its_own_trains_with_a_scale():
         after, _ = step(state, batch, KEY)
         assert set(after.extra) == {"seen", "loss_scale"} and int(after.extra["seen"]) == accumulate
     make_eval_step((init, apply), loss)(after, batch)
-    with pytest.raises(InputError, match=r"gives a tuple beside its parameters: return \(params, extra\)"):
+    with pytest.raises(InputError, match=r"returns a tuple after its parameters: return \(params, extra\)"):
         make_init((lambda key, batch: ({"w": jnp.ones(3)}, ()), apply), tx)(KEY, batch)

@@ -250,11 +250,11 @@ CASES = {
         "change(OneImage(fields(32, 32, 3)), model=TINY.model)",
     ),
     "text among the fields": Case(
-        ("train: field 'name' is <U1, which is no number", "leave it out"),
+        ("train: field 'name' has dtype <U1, which is not numeric", "leave the field out"),
         "change(data.Arrays({**fields(8, 8, 1), 'name': np.array(['a'] * 48)}))",
     ),
     "numbers that 32 bits do not hold": Case(
-        ("train: field 'user' holds 1099511627823, and JAX keeps int64 as int32", "smaller numbers"),
+        ("train: field 'user' contains 1099511627823, and JAX stores int64 as int32", "smaller numbers"),
         "change(data.Arrays({**fields(8, 8, 1), 'user': np.arange(48) + 2**40}))",
     ),
     "checkpoint of a newer format": Case(
@@ -341,7 +341,10 @@ def test_nan_that_is_filled_or_meant_to_be_skipped_is_no_error(assembled) -> Non
     gaps = "change(data.Arrays(fields(8, 8, 1, nan=31))"
     assert assembled(f"{gaps}, preprocess=(Fill(),))").notes == ()
     (note, *_) = assembled(f"{gaps}, guard='skip')").notes
-    assert note.startswith("train: field 'image' of example 31 holds NaN") and "(guard=skip goes on" in note
+    assert (
+        note.startswith("train: field 'image' of example 31 holds NaN")
+        and "(guard=skip trains all the same)" in note
+    )
     assembled("change(Stream(fields(8, 8, 1, nan=slice(None))), placement='stream', guard='skip')")
 
 

@@ -220,7 +220,7 @@ def test_one_microbatch_that_overflows_skips_the_update() -> None:
             {"table": jnp.zeros((5, 2))},
             r"of 8 examples, and 'table' has shape \[5, 2\]: give it a row for",
         ),
-        (2, {"rate": jnp.zeros(())}, r"accumulate=2 cuts every field .* 'rate' has shape \[\]"),
+        (2, {"rate": jnp.zeros(())}, r"accumulate=2 splits every field .* 'rate' has shape \[\]"),
     ],
 )
 def test_batch_that_cannot_be_cut_is_refused_while_tracing(
