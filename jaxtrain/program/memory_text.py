@@ -13,8 +13,8 @@ NAMES = {
     "optimizer": "optimizer state",
     "other_state": "other state",
     "batch": "batch",
-    "batches_ahead": "batches sent ahead",
-    "data": "data kept there",
+    "batches_ahead": "prefetched batches",
+    "data": "resident data",
     "temporaries": "temporaries",
     "outputs": "outputs",
 }

@@ -32,7 +32,7 @@ def program(case: sides.Case) -> Any:
     return sides.assemble_without_saves(case.experiment)
 
 
-def test_losses_are_the_same_and_another_training_is_refused(case: sides.Case, program: Any) -> None:
+def test_equal_losses_pass_and_a_different_training_is_rejected(case: sides.Case, program: Any) -> None:
     with contextlib.ExitStack() as stack:
         each = {
             "jaxtrain": sides.Fit(program, stack),
@@ -49,9 +49,7 @@ def test_losses_are_the_same_and_another_training_is_refused(case: sides.Case, p
             compare.check("mlp", compare.Sides(each, {}, 1))
 
 
-def test_a_peer_that_cannot_compile_is_left_out_and_any_other_error_is_not(
-    case: sides.Case, program: Any
-) -> None:
+def test_peer_that_cannot_compile_is_skipped_and_other_errors_raise(case: sides.Case, program: Any) -> None:
     class Broken:
         def losses(self, count: int) -> list[float]:
             raise RuntimeError("no compiler\nfar too much text")
@@ -66,7 +64,7 @@ def test_a_peer_that_cannot_compile_is_left_out_and_any_other_error_is_not(
 
 
 @pytest.mark.parametrize("together", [1, 2])
-def test_a_chunk_goes_on_where_the_last_one_ended(
+def test_chunk_continues_after_the_last_one(
     program: Any, together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sides.tempfile, "TemporaryDirectory", lambda: contextlib.nullcontext(str(tmp_path)))
@@ -79,7 +77,7 @@ def test_a_chunk_goes_on_where_the_last_one_ended(
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8]
 
 
-def test_of_a_peers_variants_the_fastest_counts_and_goals_are_stated() -> None:
+def test_fastest_variant_of_a_peer_counts_and_goals_are_stated() -> None:
     times = {"jaxtrain": [1.0], "hand": [2.0], "torch eager, contiguous": [3.0]}
     times |= {"torch eager, channels_last": [0.5]}
     found = {line["name"]: line for line in compare.compared("lenet_128", times)}

@@ -220,7 +220,7 @@ def test_jax_takes_a_part_of_the_memory(name, monkeypatch, mesh1):
         monkeypatch.setenv(name, ".9")
     limit = device_limits.limit_of(mesh1, "80GB")
     assert limit.bytes == (72 if name else 60) * 10**9
-    assert (f"90 % of 80GB, as {name} says" if name else "75 % of 80GB") in limit.text
+    assert (f"90 % of 80GB, set by {name}" if name else "75 % of 80GB") in limit.text
     assert device_limits.limit_of(mesh1) is None  # a CPU
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "lots")
     with pytest.raises(InputError, match="XLA_CLIENT_MEM_FRACTION=lots"):
