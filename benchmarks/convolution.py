@@ -66,14 +66,14 @@ class Jax:
         self.model, tx = NETS[name]["model"], optimizer(name)
         loss = losses.CrossEntropy(smoothing=CNN_SMOOTHING if name == "cifar_cnn" else 0.0)
         mesh = sharding.make_mesh(jax.devices()[:devices])
-        whole, split = sharding.replicated(mesh), sharding.batch_split(mesh)
-        self.batch, self.key = jax.device_put(batch, split), jax.device_put(jax.random.key(1), whole)
+        replicated, split = sharding.replicated(mesh), sharding.batch_split(mesh)
+        self.batch, self.key = jax.device_put(batch, split), jax.device_put(jax.random.key(1), replicated)
         where = f"jaxtrain.models.{'cnn' if name == 'cifar_cnn' else 'convnet'}.conv"
         with mock.patch(where, stock) if plain else mock.patch.object(self, "model", self.model):
-            init = sharding.compile(make_init(self.model, tx), args=(None, split), out=whole)
+            init = sharding.compile(make_init(self.model, tx), args=(None, split), out=replicated)
             self.state = init(jax.random.key(0), self.batch)
             update = make_train_step(self.model, loss, tx)
-            step = sharding.compile(update, args=(whole, split, whole), out=whole, donate=(0,))
+            step = sharding.compile(update, args=(replicated, split, replicated), out=replicated, donate=(0,))
             self.step = step.lower(self.state, self.batch, self.key).compile()
             self.logits = np.asarray(self._apply())
 
@@ -187,7 +187,7 @@ def measure(
 
 
 def main() -> None:
-    """The networks one after another, all sides of each interleaved, one JSON object."""
+    """The networks in turn, all sides of each interleaved, one JSON object."""
     parser = common.arguments(__doc__, rounds=12)
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--eager", action="store_true", help="leave torch.compile out")

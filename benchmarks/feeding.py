@@ -11,8 +11,8 @@ mirrors half of them:
   tf.data        ``from_tensor_slices``, shuffle, map and batch, all with AUTOTUNE
 
 jaxtrain's batches are ready on the device and the peers' on the host, which favours the peers. Goals are over
-the faster of a peer's variants. Pixels are random bytes: what is in them costs no time. Peers that are not
-installed are skipped.
+the faster of a peer's variants. Pixels are random bytes: their values do not affect the time. Peers that are
+not installed are skipped.
 
   python -m benchmarks.feeding [--batch N] [--rounds N] [--out FILE]
 """

@@ -1,9 +1,9 @@
-"""What the guard costs a step of about 5 ms, and what looking for a second compile costs.
+"""What the guard adds to a step of about 5 ms, and what the check for recompilation costs.
 
 ``guard="stop"`` against ``guard="off"``: the same model, data and order, each through ``loop._train``,
-without evaluations and saves. So the cost has both sides: the judging inside the program, and the host that
-reads the figures of earlier steps. ``norm`` is ``off`` with the update's norm as one more metric and nothing
-chosen by it: what that figure alone costs. ``off`` is measured twice: what the two differ by is noise.
+without evaluations and saves. So the cost includes both the check inside the program and the host that reads
+the figures of earlier steps. ``norm`` is ``off`` with the norm of the update as one more metric, the cost of
+that figure alone. ``off`` is measured twice: the difference of the two is noise.
 
   python -m benchmarks.guard [--rounds N] [--out FILE]
 """
@@ -73,7 +73,7 @@ def with_norm(model: Any, loss: Any, tx: Any, prepare: Any, after: Any) -> Any:
 
 
 class Side:
-    """One policy: a state that goes on from chunk to chunk."""
+    """One policy, with a state that continues from chunk to chunk."""
 
     def __init__(self, exp: Experiment, folder: Path, null: TextIO, stack: contextlib.ExitStack) -> None:
         folder.mkdir()
@@ -91,8 +91,8 @@ class Side:
         start, self._at = self._at, self._at + CHUNK
         program = self.program.with_cadence(steps=self._at)
         with contextlib.redirect_stdout(self._null):
-            given = (self._saved, self._record, self._console, Request())
-            self._state = jax.block_until_ready(loop._train(program, self._state, start, *given))
+            others = (self._saved, self._record, self._console, Request())
+            self._state = jax.block_until_ready(loop._train(program, self._state, start, *others))
             self._record.flush()
 
 

@@ -1,8 +1,8 @@
-"""What ``train.loop.fit`` costs a step, over a loop written by hand.
+"""What ``train.loop.fit`` adds to a step, against a loop written by hand.
 
 Loops over the same model, the same resident data, the same augmentation and the same order:
 
-  fit      the loop of ``train.loop.fit`` as it is: JSONL and TensorBoard records every 50 steps, bounded
+  fit      the loop of ``train.loop.fit``: JSONL and TensorBoard records every 50 steps, bounded
            queue, checkpoint polling, plain console (to /dev/null). Evaluations and saves are left out.
   no log, log 1    the same without records, and with one of every step
   queue K  the same with ``max_in_flight=K``
@@ -10,7 +10,7 @@ Loops over the same model, the same resident data, the same augmentation and the
   library  a bare ``for`` around jaxtrain's compiled step
   hand     the same, around a step written by hand with flax, optax and ``jax.jit(donate_argnums=0)``
 
-The hand-written loop logs nothing and never waits, so all that fit does for its user counts as its cost.
+The hand-written loop logs nothing and never waits, so everything else that fit does counts as its cost.
 
   python -m benchmarks.loop [--rounds N] [--out FILE]
 """
@@ -56,9 +56,9 @@ def compared(name: str, times: Times) -> list[dict[str, Any]]:
     """The lines of the table for the case ``name``."""
     fit, hand = times["fit"], times["hand"]
     added = [1e6 * (a - b) for a, b in zip(fit, hand, strict=True)]
-    whole, extra = GOALS[name]
+    ratio, extra = GOALS[name]
     found = [
-        common.speedup(f"{name}: steps/s, fit over hand-written", hand, fit, whole),
+        common.speedup(f"{name}: steps/s, fit over hand-written", hand, fit, ratio),
         common.speedup(f"{name}: steps/s, fit over a bare loop", times["library"], fit),
         common.result(f"{name}: added to a step by fit", added, "µs", extra),
     ]
@@ -128,11 +128,13 @@ def _dispatch(program: Program, state: Any) -> dict[str, tuple[Callable[[], Any]
     def nothing(state: Any, batch: Any, key: jax.Array) -> Any:
         return state.step + 1
 
-    whole = sharding.replicated(sharding.make_mesh(jax.devices()[:1]))
-    given = sharding.compile(nothing, args=(whole, program.train.shardings, whole), out=whole)
+    replicated = sharding.replicated(sharding.make_mesh(jax.devices()[:1]))
+    compiled = sharding.compile(
+        nothing, args=(replicated, program.train.shardings, replicated), out=replicated
+    )
     plain, batch = jax.jit(nothing), program.train.batch(0)
     return {
-        "call of an empty step, shardings given": (lambda: given(state, batch, program.key), 1),
+        "call of an empty step, shardings given": (lambda: compiled(state, batch, program.key), 1),
         "call of an empty step, plain jit": (lambda: plain(state, batch, program.key), 1),
     }
 

@@ -1,8 +1,8 @@
-"""What huge pages bring to runs on a CPU (``jaxtrain.cli.huge_pages``).
+"""How much faster runs on a CPU are with huge pages (``jaxtrain.cli.huge_pages``).
 
 The same run of each network over resident data, crop and flip, batch 128, in processes with huge pages and
-without, one after the other (A B B A). Every round is a process of each, compiled programs kept. Timed is
-what a run tells: examples a second, without compilation and evaluation.
+without, in turn (A B B A). Each round starts one process per side, with a warm compile cache. The figure is
+the run's own: examples per second, without compilation and evaluation.
 
   python -m benchmarks.pages [--nets NAME ...] [--rounds N] [--out FILE]
 """

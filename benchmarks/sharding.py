@@ -179,12 +179,12 @@ def whole_steps(case: Case, lanes: Mapping[str, Lane]) -> dict[str, Callable[[],
 def parts(lanes: Mapping[str, Lane]) -> dict[str, Callable[[], float]]:
     """What splitting adds to a step, one thing at a time: sides for ``interleaved``."""
     mesh = mesh_of(ALL)
-    whole, split = sharding.replicated(mesh), sharding.batch_split(mesh)
+    replicated, split = sharding.replicated(mesh), sharding.batch_split(mesh)
     size = sum(x.size for x in jax.tree.leaves(lanes[ALL].program.abstract_state.params))
     rows = jax.device_put(np.ones((DEVICES, size), np.float32), split)
-    small = jax.device_put(np.zeros((), np.float32), whole)
-    reduce = sharding.compile(lambda x: x.sum(0), args=(split,), out=whole)
-    nothing = sharding.compile(lambda x: x + 1, args=(whole,), out=whole)
+    small = jax.device_put(np.zeros((), np.float32), replicated)
+    reduce = sharding.compile(lambda x: x.sum(0), args=(split,), out=replicated)
+    nothing = sharding.compile(lambda x: x + 1, args=(replicated,), out=replicated)
 
     def repeated(fn: Callable[[Any], Any], x: Any) -> Callable[[], float]:
         return common.each(lambda: [jax.block_until_ready(fn(x)) for _ in range(REPEATS)], REPEATS)
@@ -200,20 +200,20 @@ def parts(lanes: Mapping[str, Lane]) -> dict[str, Callable[[], float]]:
 def updates(program: Program) -> Callable[[], float]:
     """The optimizer alone, on the program's parameters."""
     tx = program.experiment.optimizer.build(program.steps)
-    whole = sharding.replicated(program.key.sharding.mesh)
+    replicated = sharding.replicated(program.key.sharding.mesh)
 
     def update(params: Any, opt_state: Any, grads: Any) -> Any:
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    fn = sharding.compile(update, args=(whole,) * 3, out=(whole, whole), donate=(0, 1))
+    fn = sharding.compile(update, args=(replicated,) * 3, out=(replicated, replicated), donate=(0, 1))
     state, grads = program.init(), program.init().params
-    held = [state.params, state.opt_state]
+    buffers = [state.params, state.opt_state]
 
     def work() -> None:
         for _ in range(REPEATS):
-            held[:] = fn(*held, grads)
-        jax.block_until_ready(held)
+            buffers[:] = fn(*buffers, grads)
+        jax.block_until_ready(buffers)
 
     return common.each(work, REPEATS)
 

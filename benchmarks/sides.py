@@ -1,6 +1,6 @@
 """Training loops that the benchmarks time: jaxtrain's own, and one written by hand around the same model.
 
-Each keeps a state of its own and goes on with it from one chunk of steps to the next.
+Each has its own state and continues with it from one chunk of steps to the next.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def lenet() -> models.ConvNet:
 
 
 def short(updates: int, **settings: Any) -> Program:
-    """The case ``cnn``, with other ``settings``, as a whole run of so few updates on the first device."""
+    """The case ``cnn``, with other ``settings``, as a run of ``updates`` updates on the first device."""
     base = cases()["cnn"].experiment
     few = data.Arrays({name: array[: base.batch] for name, array in base.train.fields.items()})
     fields = {**vars(base), "test": few, "epochs": updates * base.batch / len(base.train)}

@@ -76,7 +76,7 @@ class Recipe:
     def run(self, seed: int, count: int, most: int | None = None) -> dict[str, float]:
         """Accuracy on the test set and seconds of seed ``seed``, ``count`` updates at once.
 
-        ``most`` cuts the training short, for warming up; the whole evaluation follows.
+        ``most`` cuts the training short, for warming up; the full evaluation follows.
         """
         program, init = self.seeded(seed)
         program = program.with_cadence(steps_per_execution=count)
@@ -158,7 +158,7 @@ def report(runs: Mapping[str, list[dict[str, float]]], figures: Mapping[str, Any
 
 
 def lines(name: str, runs: list[dict[str, float]]) -> list[dict[str, Any]]:
-    """Accuracy, whose mean is held against 94 %, and seconds."""
+    """Accuracy, whose mean must reach 94 %, and seconds."""
     accuracy, seconds = ([run[key] for run in runs] for key in ("accuracy", "seconds"))
     mean, std = float(np.mean(accuracy)), float(np.std(accuracy, ddof=1)) if len(accuracy) > 1 else None
     goal = {"mean": mean, "std": std, "goal": "mean >= 0.94", "met": mean >= 0.94}

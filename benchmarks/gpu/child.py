@@ -1,6 +1,6 @@
-"""The pieces of ``scripts/gpu_check.py`` that need JAX, each run in a process of its own.
+"""The pieces of ``scripts/gpu_check.py`` that need JAX, each run in a separate process.
 
-python -m benchmarks.gpu.child NAME [ARGS] [--tiny]      prints a line of JSON, or several that grow
+python -m benchmarks.gpu.child NAME [ARGS] [--tiny]      prints a line of JSON, or several of growing length
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ def measured(module: str, function: str) -> Callable[..., Iterator[dict[str, Any
     def run(*args: str) -> Iterator[dict[str, Any]]:
         import importlib
 
-        given = [word for word in args if word != "--tiny"]
+        words = [word for word in args if word != "--tiny"]
         work = getattr(importlib.import_module(f"benchmarks.{module}"), function)
-        yield from work(*given, tiny="--tiny" in args)
+        yield from work(*words, tiny="--tiny" in args)
 
     return run
 

@@ -1,4 +1,4 @@
-"""What must be exact on a GPU, in a process of its own: resuming, and stopping at NaN that a ReLU hides."""
+"""Exactness on a GPU, in a separate process: resuming bit for bit, and stopping at NaN that a ReLU hides."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def small(tiny: bool, steps_per_execution: int = 1) -> Any:
 
 
 def resumed(folder: Path, tiny: bool, steps_per_execution: int = 1) -> dict[str, Any]:
-    """Straight through, and stopped after update 10 and gone on with: the arrays that differ in any bit."""
+    """Compare an uninterrupted run with one that is stopped after update 10 and resumed, bit for bit."""
     program = assemble(small(tiny, steps_per_execution), sharding.make_mesh(jax.devices()[:1]))
     loop.fit(program, folder / "straight", Plain())
     stopped = False
@@ -90,13 +90,13 @@ def poisoned(folder: Path, tiny: bool) -> dict[str, Any]:
     program = assemble(exp, sharding.make_mesh(jax.devices()[:1]))
     state, metrics = program.train_step(program.init(), program.train.batch(0), program.key)
     before = program.init()
-    kept = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), state.params, before.params)
+    equal = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), state.params, before.params)
     found = {"figures": {k: str(v) for k, v in metrics["guard"].figures().items()}}
     try:
         loop.fit(program, folder, Plain())
     except RunError as error:
-        return {**found, "stopped": str(error), "parameters_kept": all(jax.tree.leaves(kept))}
-    return {**found, "stopped": None, "parameters_kept": all(jax.tree.leaves(kept))}
+        return {**found, "stopped": str(error), "parameters_kept": all(jax.tree.leaves(equal))}
+    return {**found, "stopped": None, "parameters_kept": all(jax.tree.leaves(equal))}
 
 
 def exact(tiny: bool) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """The parts of ``scripts/gpu_check.py`` that check and measure on the GPU, each within its time.
 
-A part gives ``results`` (lines of ``benchmarks.common.result``, with goals) and ``figures``, or raises
+A part returns ``results`` (lines of ``benchmarks.common.result``, with goals) and ``figures``, or raises
 ``Skipped`` or ``Failed``. A goal that is missed is a result. Nothing here imports JAX, which would take the
 GPU's memory from the processes that are measured.
 """
@@ -63,7 +63,7 @@ def exact(session: Session) -> dict[str, Any]:
     if found["nan"]["stopped"] is None or not found["nan"]["parameters_kept"]:
         raise Failed(f"the guard did not stop a batch of NaN: {found['nan']}")
     for name in ("resume", "resume_8_at_once"):
-        if name not in found:  # cut, which is told
+        if name not in found:  # cut off, which is reported
             continue
         one = found[name]
         if not one["stopped"] or not 0 < one["resumed_from"] < one["steps"]:

@@ -60,7 +60,7 @@ class Session:
         return self.began + self.limit - time.monotonic()
 
     def start(self, *args: Any, **env: str) -> subprocess.Popen[str]:
-        """``python ARGS`` in the scratch folder, in a process group of its own."""
+        """``python ARGS`` in the scratch folder, in a new process group."""
         return subprocess.Popen(
             [sys.executable, *map(str, args)],
             cwd=self.scratch,
@@ -92,7 +92,7 @@ class Session:
         """A function of ``benchmarks/gpu/child.py``: the last line of JSON that it prints.
 
         A function of several figures prints all that it has after each of them, so one that is cut off
-        gives those, and why it was cut. One that prints ``skip`` raises Skipped.
+        returns those, with the reason. One that prints ``skip`` raises Skipped.
         """
         try:
             output = self.run("-m", module, *args, **env)
@@ -138,7 +138,7 @@ class Session:
 
 
 class Side:
-    """One side of a comparison in a process of its own, so that both can hold the device in turn."""
+    """One side of a comparison in a separate process, so that the sides can take turns on the device."""
 
     def __init__(self, session: Session, process: subprocess.Popen[str]) -> None:
         self._session, self._process = session, process
@@ -150,7 +150,7 @@ class Side:
     def answer(self, reserve: float = 0.0) -> dict[str, Any]:
         """The next line of JSON. Raises Failed where the process has ended, TimedOut.
 
-        ``reserve`` are seconds of the part that are kept for what comes after.
+        ``reserve`` are seconds of the part reserved for what comes after.
         """
         while True:
             try:
@@ -171,7 +171,7 @@ class Side:
         try:
             self._process.stdin.write(" ".join(map(str, words)) + "\n")
             self._process.stdin.flush()
-        except OSError:  # it has ended, and its last words tell why
+        except OSError:  # it has ended, and its last output says why
             pass
         return self.answer()
 

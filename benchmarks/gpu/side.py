@@ -1,9 +1,9 @@
-"""One side of a comparison of ``scripts/gpu_check.py``, in a process that trains when it is told to.
+"""One side of a comparison of ``scripts/gpu_check.py``, in a process that trains on request.
 
 python -m benchmarks.gpu.side jaxtrain|torch gpt|resnet50 BATCH [--tiny]
 
-It prints what it is as one line of JSON, and after each line ``NAME UPDATES`` that it reads the seconds of an
-update. So JAX and PyTorch, whose libraries do not go well together in one process, take turns on one card.
+It describes itself in one line of JSON, and answers each line ``NAME UPDATES`` with the seconds of an update.
+So JAX and PyTorch, whose libraries conflict within one process, take turns on one card.
 """
 
 from __future__ import annotations

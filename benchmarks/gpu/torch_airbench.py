@@ -233,6 +233,6 @@ def measured(folder: str, tiny: bool) -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    given = [word for word in sys.argv[1:] if word != "--tiny"]
-    for figures in measured(given[0], "--tiny" in sys.argv):
+    words = [word for word in sys.argv[1:] if word != "--tiny"]
+    for figures in measured(words[0], "--tiny" in sys.argv):
         print(json.dumps(figures, default=float), flush=True)

@@ -1,4 +1,4 @@
-"""Training steps a second beside what people would use instead: same model, data, precision and optimizer.
+"""Training steps per second against other libraries: same model, data, precision and optimizer.
 
   jaxtrain     the loop of ``train.loop.fit`` with its records, and with ``steps_per_execution="auto"``
   hand         a loop written by hand around a step written by hand, with flax, optax and ``jax.jit``
@@ -9,7 +9,7 @@
 
 Networks: LeNet (``experiments/cifar_lenet.py``) at batch 4 and 128, the default ``cifar_cnn`` at batch 128, a
 small MLP, and a small GPT. All in float32; SGD with momentum 0.9, Adam for the GPT. Images are float32 and
-random, not augmented. All sides begin with the same parameters, and the losses of three updates on one batch
+random, not augmented. All sides start with the same parameters, and the losses of three updates on one batch
 must agree within 1e-4 before anything is timed. Peers that are not installed are left out.
 
   python -m benchmarks.peers [--cases NAME...] [--rounds N] [--out FILE]

@@ -132,7 +132,7 @@ class Loop:
     Args:
       case: "lenet", "cifar_cnn", "mlp" or "gpt".
       exp: the experiment, for its data and its optimizer's settings.
-      params: of the Linen network, to begin with.
+      params: initial parameters, of the Linen network.
       compiled: by ``torch.compile``.
       channels_last: memory format of network and images.
     """
