@@ -139,7 +139,7 @@ class Saves:
         return quiet, statistics.fmean(busy[:-1] or busy), len(busy)
 
 
-def measured(layers: int, folder: Path, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure(layers: int, folder: Path, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Results and figures for one size."""
     with checkpoint.open(folder, max_to_keep=1) as saved:
         side = Saves(program(layers), folder, saved)
@@ -150,7 +150,7 @@ def measured(layers: int, folder: Path, rounds: int) -> tuple[list[dict[str, Any
             "save by Orbax alone": side.orbax,
         }
         rounds = max(3, rounds // (1 + layers // 8))
-        times = common.interleaved(sides, rounds)
+        times = common.interleave(sides, rounds)
         rows = [side.while_writing() for _ in range(rounds)]
     totals = {name: values[1:] for name, values in side.total.items()}
     allowed = [1.2 * seconds + 0.02 for seconds in times["memcpy"]]
@@ -181,7 +181,7 @@ def main() -> None:
     results, figures = [], {}
     for layers in map(int, args.sizes.split(",")):
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            found, more = measured(layers, Path(folder), args.rounds)
+            found, more = measure(layers, Path(folder), args.rounds)
         results += found
         figures |= more
     common.finish(args, "checkpoint", results, figures)

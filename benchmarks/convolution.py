@@ -160,7 +160,7 @@ def measure(
     work: dict[str, Callable[[], float]] = {
         side: functools.partial(seconds, value, steps, size, clock) for side, value in sides.items()
     }
-    times = common.interleaved(work, rounds)
+    times = common.interleave(work, rounds)
     results = [
         common.speedup(f"{name}: examples/s over stock nn.Conv", times["stock flax"], times["jaxtrain"])
     ]

@@ -135,7 +135,7 @@ def main() -> None:
             sides |= made(arrays, args.batch)
         except ImportError as error:
             skipped[peer] = f"not installed ({error}): pip install {packages[peer]}"
-    times = common.interleaved(sides, args.rounds)
+    times = common.interleave(sides, args.rounds)
     results = []
     for peer, (label, goal) in GOALS.items():
         found = [name for name in times if name.partition(",")[0] == peer]

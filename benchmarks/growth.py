@@ -120,10 +120,10 @@ def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes[-LARGE:]), np.log(values[-LARGE:]), 1)[0])
 
 
-def measured(name: str, curve: Curve, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure(name: str, curve: Curve, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The results of a curve, and its points."""
     points = {size: Point(curve.make(size), curve.devices(size)) for size in curve.sizes}
-    times = common.interleaved({str(size): point.seconds for size, point in points.items()}, rounds)
+    times = common.interleave({str(size): point.seconds for size, point in points.items()}, rounds)
     flops = [point.flops for point in points.values()]
     memory = [point.memory for point in points.values()]
     arithmetic = exponent(curve.sizes, flops)
@@ -189,7 +189,7 @@ def main() -> None:
         if curve.devices(curve.sizes[-1]) > jax.device_count():
             skipped[name] = f"there are {jax.device_count()} devices"
             continue
-        found, figures[name] = measured(name, curve, args.rounds)
+        found, figures[name] = measure(name, curve, args.rounds)
         results += found
     common.finish(args, "growth", results, figures, skipped)
     if args.plot is not None:

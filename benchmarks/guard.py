@@ -114,7 +114,7 @@ def host_us(program: Program, repeats: int = 4000) -> dict[str, float]:
             lambda: _times(lambda: once(state, state, None), 2000), 2000
         ),
     }
-    return common.medians(common.interleaved(sides, 20), 1e6)
+    return common.medians(common.interleave(sides, 20), 1e6)
 
 
 def _times(work: Callable[[], Any], count: int) -> None:
@@ -139,7 +139,7 @@ def main() -> None:
                 for side, what in (("off", off), ("stop", exp), ("norm", norm), ("off again", off))
             }
             began = time.perf_counter()
-            times = common.interleaved(
+            times = common.interleave(
                 {name: common.each(side.run, CHUNK) for name, side in sides.items()}, args.rounds
             )
             figures[case] = {

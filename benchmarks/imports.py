@@ -48,7 +48,7 @@ def main() -> None:
     """All imports interleaved, one JSON object."""
     args = common.arguments(__doc__, rounds=9).parse_args()
     sides = {name: fresh(code) for name, code in IMPORTS.items()}
-    times = common.interleaved({**sides, "--list": common.each(listing, 1)}, args.rounds)
+    times = common.interleave({**sides, "--list": common.each(listing, 1)}, args.rounds)
     base = times["libraries"]
     results = [
         common.speedup("time of import jaxtrain over jax, flax, optax", times["jaxtrain"], base, "< 1.2"),

@@ -52,7 +52,7 @@ def sides_of(name: str, case: Case, stack: contextlib.ExitStack) -> dict[str, An
     return sides
 
 
-def compared(name: str, times: Times) -> list[dict[str, Any]]:
+def ratios(name: str, times: Times) -> list[dict[str, Any]]:
     """The lines of the table for the case ``name``."""
     fit, hand = times["fit"], times["hand"]
     added = [1e6 * (a - b) for a, b in zip(fit, hand, strict=True)]
@@ -152,8 +152,8 @@ def main() -> None:
                 label: common.each(lambda side=side, chunk=chunk: side.steps(chunk), chunk)
                 for label, side in sides.items()
             }
-            times = common.interleaved(timed, args.rounds)
-            results += compared(name, times)
+            times = common.interleave(timed, args.rounds)
+            results += ratios(name, times)
             figures[name] = {
                 "batch": case.experiment.batch,
                 "steps a round": chunk,

@@ -42,7 +42,7 @@ def run(name: str) -> dict[str, Any]:
     return {"seconds": 1 / found["examples_per_second"], "loss": found["test"]["loss"], **figures}
 
 
-def started(name: str, side: str) -> dict[str, Any]:
+def run_process(name: str, side: str) -> dict[str, Any]:
     """``run(name)`` in a process that has such pages."""
     environment = {**os.environ, huge_pages.VARIABLE: f"{huge_pages.TUNABLE}={SIDES[side]}"}
     words = [sys.executable, "-m", "benchmarks.pages", "--run", name]
@@ -56,11 +56,11 @@ def measure(name: str, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
 
     def side(which: str) -> float:
-        runs[which].append(started(name, which))
+        runs[which].append(run_process(name, which))
         seconds: float = runs[which][-1]["seconds"]
         return seconds
 
-    times = common.interleaved({which: lambda which=which: side(which) for which in SIDES}, rounds)
+    times = common.interleave({which: lambda which=which: side(which) for which in SIDES}, rounds)
     losses = {one["loss"] for found in runs.values() for one in found}
     if len(losses) > 1:
         raise SystemExit(f"these were not the same runs: their losses are {losses}")

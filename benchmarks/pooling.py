@@ -119,7 +119,7 @@ def main() -> None:
         name: common.each(lambda side=side: side.steps(STEPS), STEPS * args.batch)
         for name, side in sides.items()
     }
-    times = common.interleaved(work, args.rounds)
+    times = common.interleave(work, args.rounds)
     results = [
         common.speedup(
             "cifar_cnn: examples/s over stock nn.max_pool", times["stock flax"], times["jaxtrain"], ">= 1.3"

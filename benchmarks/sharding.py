@@ -186,14 +186,14 @@ def parts(lanes: Mapping[str, Lane]) -> dict[str, Callable[[], float]]:
     reduce = sharding.compile(lambda x: x.sum(0), args=(split,), out=replicated)
     nothing = sharding.compile(lambda x: x + 1, args=(replicated,), out=replicated)
 
-    def repeated(fn: Callable[[Any], Any], x: Any) -> Callable[[], float]:
+    def repeat(fn: Callable[[Any], Any], x: Any) -> Callable[[], float]:
         return common.each(lambda: [jax.block_until_ready(fn(x)) for _ in range(REPEATS)], REPEATS)
 
     return {
         "update, 1 device": updates(lanes[ONE].program),
         f"update, {DEVICES} devices": updates(lanes[ALL].program),
-        f"all-reduce of the gradients, {DEVICES} devices": repeated(reduce, rows),
-        f"empty program, {DEVICES} devices": repeated(nothing, small),
+        f"all-reduce of the gradients, {DEVICES} devices": repeat(reduce, rows),
+        f"empty program, {DEVICES} devices": repeat(nothing, small),
     }
 
 
@@ -218,7 +218,7 @@ def updates(program: Program) -> Callable[[], float]:
     return common.each(work, REPEATS)
 
 
-def moved(lane: Lane) -> dict[str, dict[str, int]]:
+def communication(lane: Lane) -> dict[str, dict[str, int]]:
     """What a step moves between the devices: how many collectives and how many bytes, by kind and axes."""
     program = lane.program
     compiled = program.train_step.lower(program.abstract_state, program.train.batch(0), program.key).compile()
@@ -236,13 +236,13 @@ def main() -> None:
     for name, case in cases().items():
         lanes = {mesh: Lane(case.experiment, mesh_of(mesh)) for mesh in (ONE, *case.meshes)}
         sides = whole_steps(case, lanes) | (parts(lanes) if case.apart else {})
-        times = common.interleaved(sides, args.rounds)
+        times = common.interleave(sides, args.rounds)
         figures[name] = {
             "model": case.about,
             "batch": case.experiment.batch,
             "steps a round": case.chunk,
             "ms": common.medians(times, 1e3),
-            "moved": {mesh: moved(lanes[mesh]) for mesh in case.meshes},
+            "moved": {mesh: communication(lanes[mesh]) for mesh in case.meshes},
         }
         for mesh in case.meshes:
             goal = case.goal if mesh == ALL else None

@@ -68,7 +68,7 @@ def main() -> None:
         folder = photographs.write(path, args.files)
         sizes = [file.stat().st_size for file in Path(path).iterdir()]
         turns = Turns(data.RandomCrops(folder, size=224), args.batch)
-        times = common.interleaved({"streamed": turns.streamed, "workers": turns.workers}, args.rounds)
+        times = common.interleave({"streamed": turns.streamed, "workers": turns.workers}, args.rounds)
     label = "JPEG images/s, streamed to the device over the workers alone"
     figures = {
         "batch": args.batch,

@@ -54,7 +54,7 @@ def main() -> None:
         full, chunked = (side(vocab, chunk, args.precision) for chunk in (None, CHUNK))
         assert abs(full[2] - chunked[2]) < (1e-4 if args.precision == "float32" else 0.05), "another loss"
         sides = {"whole": common.each(full[0], 1), "in chunks": common.each(chunked[0], 1)}
-        times = common.interleaved(sides, args.rounds)
+        times = common.interleave(sides, args.rounds)
         results.append(common.speedup(f"vocabulary {vocab:,}: time", times["whole"], times["in chunks"]))
         results.append(common.result(f"vocabulary {vocab:,}: memory", [full[1] / chunked[1]], "×"))
         figures[f"vocabulary {vocab:,}"] = {

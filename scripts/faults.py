@@ -1,7 +1,7 @@
 """The fault suite: kills, damaged bytes, full disks, two writers, signals; the table says what survives.
 
-A case is lost when the run cannot resume from its last complete checkpoint, and silently wrong when the resumed
-run ends with other parameters than an undisturbed one. Both must be 0.
+A case is lost when the run cannot resume from its last complete checkpoint, and silently wrong when the
+resumed run ends with other parameters than an undisturbed one. Both must be 0.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Checks and measures jaxtrain on an NVIDIA GPU; start it with ``scripts/gpu_check.sh``.
 
-Every part runs in processes of its own with a time limit, so that one that fails hides none of the others.
-They are in the order of what they are worth: when the time is over the rest is skipped, and said to be. The
-record is written after every part. This process never imports JAX, which would take the GPU's memory. Without
-a GPU nothing is measured.
+Every part runs in separate processes with a time limit, so that a failure hides no other part. The most
+valuable come first: when the time is over the rest is skipped and listed. The record is written after every
+part. This process never imports JAX, which would take the GPU's memory. Without a GPU nothing is measured.
 
 Exit code: 0 when no part failed (what was skipped is said, and a goal that is missed is a result), 1 when one
 did, 2 for bad arguments or no JAX.
@@ -49,11 +48,11 @@ PARTS: dict[str, tuple[Part, float]] = {
     "cifar_airbench94": (parts.airbench, 120),
     "gpt": (parts.gpt, 150),
     "resnet50": (parts.resnet50, 130),
-    "feeding": (parts.measured("feeding", needs=("grain",)), 60),
+    "feeding": (parts.child_part("feeding", needs=("grain",)), 60),
     "airbench_torch": (parts.airbench_torch, 60),
-    "saving": (parts.measured("saving", lambda session: session.scratch), 60),
-    "attention": (parts.measured("attention"), 45),
-    "scan": (parts.measured("scan"), 75),
+    "saving": (parts.child_part("saving", lambda session: session.scratch), 60),
+    "attention": (parts.child_part("attention"), 45),
+    "scan": (parts.child_part("scan"), 75),
     "guard": (runs.guard, 60),
     "deterministic": (runs.deterministic, 120),
     "memory": (runs.memory, 120),
@@ -67,8 +66,8 @@ PARTS: dict[str, tuple[Part, float]] = {
 """Each with the most seconds it may take, in the order in which they run."""
 
 
-def carry_out(session: Session, names: list[str], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Run the parts for which there is time; their results by name, given to ``keep`` after each."""
+def run_parts(session: Session, names: list[str], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Run the parts that there is time for; return their results by name, passed to ``keep`` after each."""
     found: dict[str, Any] = {}
     for name in names:
         part, most = PARTS[name]
@@ -84,22 +83,22 @@ def carry_out(session: Session, names: list[str], keep: Callable[[dict[str, Any]
             figures = {"status": "skipped", "why": str(why)}
         except TimedOut as why:  # in less than a part is meant to have, that is no failure
             cut = session.limit < most
-            status, told = ("skipped", f"no time left: {why}") if cut else ("failed", str(why))
-            figures = {"status": status, "why": told}
+            status, reason = ("skipped", f"no time left: {why}") if cut else ("failed", str(why))
+            figures = {"status": status, "why": reason}
         except Exception as why:  # one part must not take the rest with it
             figures = {"status": "failed", "why": str(why) if isinstance(why, Failed) else repr(why)}
         took = time.monotonic() - session.began
         found[name] = {**figures, "took_seconds": round(took, 1)}
         keep(found)
-        print(told_of(name, found[name]), flush=True)
+        print(summary(name, found[name]), flush=True)
     return found
 
 
-def told_of(name: str, part: Mapping[str, Any]) -> str:
-    """The lines on the terminal: how a part ended, and what it found.
+def summary(name: str, part: Mapping[str, Any]) -> str:
+    """Format how a part ended and its results, for the terminal.
 
     >>> line = {"name": "speed", "unit": "×", "median": 1.25, "n": 8, "goal": ">= 1.1", "met": True}
-    >>> print(told_of("gpt", {"status": "ok", "took_seconds": 80.0, "results": [line]}))
+    >>> print(summary("gpt", {"status": "ok", "took_seconds": 80.0, "results": [line]}))
     gpt: ok (80 s)
       speed: 1.25 × (n = 8), goal >= 1.1 met
     """
@@ -112,8 +111,8 @@ def told_of(name: str, part: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def nvidia() -> dict[str, str] | None:
-    """What the driver says of the first GPU; None without one."""
+def query_nvidia() -> dict[str, str] | None:
+    """Query the driver for the first GPU; None without one."""
     fields = ("name", "driver_version", "memory.total")
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
@@ -124,8 +123,8 @@ def nvidia() -> dict[str, str] | None:
     return dict(zip(fields, map(str.strip, first.split(",")), strict=False)) or None
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Check and measure jaxtrain on an NVIDIA GPU.")
     parser.add_argument(
         "--data", type=Path, metavar="DIR_OR_TAR", help="CIFAR-10: original files or prepared"
@@ -145,8 +144,10 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def recorded(device: dict[str, Any], card: dict[str, str] | None, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of it all: as ``benchmarks.common.finish`` writes one, and how every part ended."""
+def make_record(
+    device: dict[str, Any], card: dict[str, str] | None, parts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Make the record: as ``benchmarks.common.finish`` writes one, and how every part ended."""
     skipped = {name: part["why"] for name, part in parts.items() if part["status"] != "ok"}
     for name, part in parts.items():
         skipped |= {f"{name}: {what}": why for what, why in part.get("skipped", {}).items()}
@@ -169,13 +170,13 @@ def recorded(device: dict[str, Any], card: dict[str, str] | None, parts: Mapping
 
 
 def main() -> int:
-    """Everything; returns the exit code."""
-    args, began, card = arguments(), time.monotonic(), nvidia()
+    """Run the command; return the exit code."""
+    args, began, card = parse_arguments(), time.monotonic(), query_nvidia()
     env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     env.setdefault("CUDA_VISIBLE_DEVICES", "0")  # figures are those of one card
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as folder:
         scratch, data = Path(folder), args.data and args.data.resolve()
-        env |= shared(scratch)
+        env |= shared_env(scratch)
         session = Session(scratch, data, False, env, began + 60 * args.minutes - 15, 90.0, began)
         try:
             device = session.child("device")
@@ -197,16 +198,16 @@ def main() -> int:
         args.out.mkdir(parents=True, exist_ok=True)
 
         def keep(found: dict[str, Any]) -> None:
-            record = recorded(device, card, found) | {"seconds": round(time.monotonic() - began, 1)}
+            record = make_record(device, card, found) | {"seconds": round(time.monotonic() - began, 1)}
             path.write_text(json.dumps(record, indent=1, default=float) + "\n")
 
-        found = carry_out(session, args.names, keep)
+        found = run_parts(session, args.names, keep)
     print(f"written to {path}")
     return 1 if any(part["status"] == "failed" for part in found.values()) else 0
 
 
-def shared(scratch: Path) -> dict[str, str]:
-    """Settings of all parts: one compile cache, and no memory taken in advance."""
+def shared_env(scratch: Path) -> dict[str, str]:
+    """Environment of all parts: one compile cache, and no preallocated memory."""
     cache = scratch / "compiled"
     cache.mkdir(mode=0o700)
     return {

@@ -62,7 +62,7 @@ class Recipe:
         )
         self._sample = jax.device_put(splits.first_examples(exp, exp.train), sharding.replicated(self._mesh))
 
-    def seeded(self, seed: int) -> tuple[Program, Callable[[], State]]:
+    def with_seed(self, seed: int) -> tuple[Program, Callable[[], State]]:
         """The program of that seed, and what makes its first state; data are sent before it returns."""
         keys = jax.device_put(jax.random.split(jax.random.key(seed)), sharding.replicated(self._mesh))
         order = dataclasses.replace(self.program.order, seed=seed)
@@ -78,7 +78,7 @@ class Recipe:
 
         ``most`` cuts the training short, for warming up; the full evaluation follows.
         """
-        program, init = self.seeded(seed)
+        program, init = self.with_seed(seed)
         program = program.with_cadence(steps_per_execution=count)
         go = dispatch.Dispatch(program, lambda line: None)
         flight = dispatch.InFlight(program.experiment.max_in_flight)

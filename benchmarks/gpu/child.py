@@ -97,7 +97,7 @@ def compare(one: str, other: str) -> dict[str, Any]:
     return {"arrays": len(states[0]), "different": different}
 
 
-def measured(module: str, function: str) -> Callable[..., Iterator[dict[str, Any]]]:
+def from_module(module: str, function: str) -> Callable[..., Iterator[dict[str, Any]]]:
     """A function of another module that yields its figures; ``--tiny`` as its last argument is for a CPU."""
 
     def run(*args: str) -> Iterator[dict[str, Any]]:
@@ -114,13 +114,13 @@ FUNCTIONS: dict[str, Callable[..., dict[str, Any] | Iterator[dict[str, Any]]]] =
     "device": device,
     "first_step": first_step,
     "compare": compare,
-    "exact": measured("gpu.exact", "exact"),
-    "peak": measured("gpu.measure", "peaks"),
-    "attention": measured("gpu.measure", "attentions"),
-    "scan": measured("gpu.measure", "scans"),
-    "feeding": measured("gpu.measure", "feeding"),
-    "saving": measured("gpu.measure", "saving"),
-    "airbench": measured("gpu.airbench", "airbench"),
+    "exact": from_module("gpu.exact", "exact"),
+    "peak": from_module("gpu.measure", "peaks"),
+    "attention": from_module("gpu.measure", "attentions"),
+    "scan": from_module("gpu.measure", "scans"),
+    "feeding": from_module("gpu.measure", "feeding"),
+    "saving": from_module("gpu.measure", "saving"),
+    "airbench": from_module("gpu.airbench", "airbench"),
 }
 
 

@@ -49,7 +49,7 @@ def small(tiny: bool, steps_per_execution: int = 1) -> Any:
     return dataclasses.replace(exp, epochs=epochs, save_every=epochs, steps_per_execution=steps_per_execution)
 
 
-def resumed(folder: Path, tiny: bool, steps_per_execution: int = 1) -> dict[str, Any]:
+def check_resume(folder: Path, tiny: bool, steps_per_execution: int = 1) -> dict[str, Any]:
     """Compare an uninterrupted run with one that is stopped after update 10 and resumed, bit for bit."""
     program = assemble(small(tiny, steps_per_execution), sharding.make_mesh(jax.devices()[:1]))
     loop.fit(program, folder / "straight", Plain())
@@ -79,7 +79,7 @@ def _last(program: Program, folder: Path) -> Any:
         return saved.restore(newest, program.abstract_state)
 
 
-def poisoned(folder: Path, tiny: bool) -> dict[str, Any]:
+def check_nan(folder: Path, tiny: bool) -> dict[str, Any]:
     """Images of NaN into a network of ReLUs, whose loss is then finite: does the guard end the run?
 
     The parameters must be those before the bad update. Which ReLU hides NaN depends on the backend: where
@@ -104,8 +104,8 @@ def exact(tiny: bool) -> Iterator[dict[str, Any]]:
     devices.set_deterministic()
     found: dict[str, Any] = {"xla_flags": os.environ.get("XLA_FLAGS", "")}
     with tempfile.TemporaryDirectory() as folder:
-        found["nan"] = poisoned(Path(folder, "nan"), tiny)
+        found["nan"] = check_nan(Path(folder, "nan"), tiny)
         yield found
         for name, count in (("resume", 1), ("resume_8_at_once", 8)):
-            found[name] = resumed(Path(folder, name), tiny, count)
+            found[name] = check_resume(Path(folder, name), tiny, count)
             yield found

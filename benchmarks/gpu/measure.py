@@ -39,14 +39,14 @@ def left() -> float:
 
 
 def rounds(sides: Mapping[str, Callable[[], float]], most: int = 12) -> dict[str, list[float]]:
-    """``common.interleaved`` with as many rounds as there is time for: 2 to ``most``."""
+    """``common.interleave`` with as many rounds as there is time for: 2 to ``most``."""
     for side in sides.values():  # compiles
         side()
     began = time.perf_counter()
     for side in sides.values():
         side()
     once = time.perf_counter() - began
-    return common.interleaved(sides, max(2, min(most, int(left() / 2 / once) - 1)) if once < left() else 2)
+    return common.interleave(sides, max(2, min(most, int(left() / 2 / once) - 1)) if once < left() else 2)
 
 
 def mesh() -> Any:

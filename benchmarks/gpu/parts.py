@@ -174,9 +174,7 @@ def _in_turn(session: Session, sides: dict[str, tuple[Side, str]], most: int = 1
         timed(kind, updates[kind])
     once = time.monotonic() - began
     rounds = 2 if session.cpu else max(2, min(most, int(session.left() / 2 / once)))
-    return common.interleaved(
-        {kind: functools.partial(timed, kind, n) for kind, n in updates.items()}, rounds
-    )
+    return common.interleave({kind: functools.partial(timed, kind, n) for kind, n in updates.items()}, rounds)
 
 
 def _rates(name: str, about: dict[str, Any], times: list[float], most: float | None) -> list[dict[str, Any]]:
@@ -204,7 +202,7 @@ def resnet_batch(session: Session) -> int:
     return 8 if session.cpu else 256 if session.memory > 60 * 2**30 else 64
 
 
-def measured(
+def child_part(
     name: str, *more: Callable[[Session], Any], needs: tuple[str, ...] = ()
 ) -> Callable[[Session], Any]:
     """The part that is a function of ``benchmarks.gpu.child``."""

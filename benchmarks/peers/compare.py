@@ -155,7 +155,7 @@ def turn(label: str, side: Any, chunk: int) -> Callable[[], float]:
     return common.each(lambda: side.steps(chunk), chunk)
 
 
-def compared(name: str, times: dict[str, list[float]]) -> list[dict[str, Any]]:
+def ratios(name: str, times: dict[str, list[float]]) -> list[dict[str, Any]]:
     """jaxtrain over each kind of peer; of PyTorch's layouts the faster counts."""
     found = []
     for peer in ("hand", "stock flax", "keras", "torch eager", "torch.compile"):
@@ -181,8 +181,8 @@ def main() -> None:
             sides = sides_of(name, case, stack)
             losses = check(name, sides)
             timed = {label: turn(label, side, case.chunk) for label, side in sides.each.items()}
-            times = common.interleaved(timed, args.rounds)
-        results += compared(name, times)
+            times = common.interleave(timed, args.rounds)
+        results += ratios(name, times)
         skipped |= sides.skipped
         figures[name] = {
             "batch": case.experiment.batch,

@@ -80,7 +80,7 @@ def test_chunk_continues_after_the_last_one(
 def test_fastest_variant_of_a_peer_counts_and_goals_are_stated() -> None:
     times = {"jaxtrain": [1.0], "hand": [2.0], "torch eager, contiguous": [3.0]}
     times |= {"torch eager, channels_last": [0.5]}
-    found = {line["name"]: line for line in compare.compared("lenet_128", times)}
+    found = {line["name"]: line for line in compare.ratios("lenet_128", times)}
     assert found["lenet_128: steps/s, jaxtrain over hand"]["median"] == 2
     torch = found["lenet_128: steps/s, jaxtrain over torch eager, channels_last"]
     assert torch["median"] == 0.5 and torch["goal"] == ">= 1" and not torch["met"] and len(found) == 2

@@ -77,7 +77,7 @@ def test_sides_answer_in_turn_and_report_their_last_output(session, tmp_path):
     (tmp_path / "answers.py").write_text(ANSWERS)
     with session.side(module="answers") as one, session.side(module="answers") as other:
         assert one.answer() == other.answer() == {"ready": True}
-        times = common.interleaved(
+        times = common.interleave(
             {"a": lambda: one.ask("xla", 2)["seconds"], "b": lambda: other.ask("y", 2)["seconds"]}, 3
         )
         assert times == {"a": [6, 6, 6], "b": [4, 4, 4]}
@@ -109,11 +109,11 @@ def test_parts_fail_independently_and_a_missed_goal_is_a_result(check, session, 
     kept = []
 
     def keep(found):
-        kept.append(json.loads(json.dumps(check.recorded({"device": "none"}, None, found))))
+        kept.append(json.loads(json.dumps(check.make_record({"device": "none"}, None, found))))
         if "cut" in found:
             session.deadline = time.monotonic() + 1
 
-    found = check.carry_out(session, list(parts), keep)
+    found = check.run_parts(session, list(parts), keep)
     status = {name: part["status"] for name, part in found.items()}
     assert status == {
         "measured": "ok",
@@ -127,12 +127,12 @@ def test_parts_fail_independently_and_a_missed_goal_is_a_result(check, session, 
     assert [len(record["parts"]) for record in kept] == list(range(1, 8))
     assert kept[-1]["results"] == [missed] and not missed["met"]
     assert kept[-1]["skipped"]["later"] == "no time left" and "measured" not in kept[-1]["skipped"]
-    assert "goal >= 1.1 MISSED" in check.told_of("measured", found["measured"])
+    assert "goal >= 1.1 MISSED" in check.summary("measured", found["measured"])
 
 
 def test_missing_requirements_are_reported_by_every_part(check, session, monkeypatch):
     monkeypatch.setattr(check, "REQUIRED", ("jax", "no_such_package"))
-    found = check.carry_out(session, ["doctor"], lambda found: None)
+    found = check.run_parts(session, ["doctor"], lambda found: None)
     assert found["doctor"]["why"] == "no_such_package is not installed"
     assert sessions.missing("jax", "flax") is None
 
@@ -141,7 +141,7 @@ def test_airbench_changes_seed_without_compiling(caplog):
     """The state, the key and the batches of ``Experiment(seed=3)``, with the functions of seed 0."""
     exp = dataclasses.replace(EXPERIMENT, model=models.MLP(widths=(8,), classes=4), augment=(), epochs=0.16)
     recipe = airbench.Recipe(exp)
-    program, init = recipe.seeded(3)
+    program, init = recipe.with_seed(3)
     there = assemble(dataclasses.replace(exp, seed=3), sharding.make_mesh(jax.devices()[:1]))
     jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (init(), there.init())))
     assert jax.random.key_data(program.key).tolist() == jax.random.key_data(there.key).tolist()
