@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 GPU = os.environ.get("JAXTRAIN_TEST_GPU") == "1"
-FULL = os.environ.get("JAXTRAIN_TEST_FULL") == "1"
+TIERS = ("default", "full", "nightly")
+TIER = os.environ.get("JAXTRAIN_TEST_TIER", "default")  # set by scripts/test --full and --nightly
+FULL = TIER != "default"
 os.environ["NO_COLOR"] = "1"
 if not GPU:
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -71,23 +73,36 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests run only where they are asked for; the rest only where they are not.
+    """Skip the tests of other tiers, and run the files that take longest first.
 
-    Files that take long come first, so that no process is left alone with one at the end. Of tables whose
-    rows take minutes together, those that show no kind of their own run only where all are wanted.
+    GPU tests run only where they are asked for (``JAXTRAIN_TEST_GPU=1``), and then alone.
     """
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
-        if item.get_closest_marker("full") and not FULL:
-            item.add_marker(pytest.mark.skip(reason="JAXTRAIN_TEST_FULL=1 runs every row of the long tables"))
-        marked = item.get_closest_marker("gpu") is not None
-        if marked != GPU:
+        for tier in TIERS[TIERS.index(TIER) + 1 :]:
+            if item.get_closest_marker(tier):
+                item.add_marker(pytest.mark.skip(reason=f"scripts/test --{tier} runs it"))
+        if (item.get_closest_marker("gpu") is not None) != GPU:
             item.add_marker(pytest.mark.skip(reason="JAXTRAIN_TEST_GPU=1 runs the GPU tests, and only them"))
 
 
-def rows(everything: Iterable[Any], shown: Collection[Any]) -> list[Any]:
-    """Rows for ``parametrize``: those of ``shown`` always, the others in the full suite only."""
-    return [row if row in shown else pytest.param(row, marks=pytest.mark.full) for row in everything]
+def rows(table: Iterable[Any], shown: Mapping[Any, Collection[Any]] | Collection[Any]) -> list[Any]:
+    """Rows for ``parametrize``: the default tier runs ``shown``, the full tier all of them.
+
+    Args:
+      table: every row.
+      shown: rows of the default tier; with more than one, each with the rows that it is the witness of.
+    """
+    witness = {row: key for key, rest in shown.items() for row in rest} if isinstance(shown, Mapping) else {}
+    default = next(iter(shown)) if len(shown) == 1 else None
+    marked = []
+    for row in table:
+        if row in shown:
+            marked.append(row)
+        else:
+            name = witness.get(row, default)
+            marked.append(pytest.param(row, marks=pytest.mark.full(f"[{name}]")))
+    return marked
 
 
 @pytest.fixture(scope="session")

@@ -110,10 +110,10 @@ def _run(args: argparse.Namespace) -> int:
 
 def _per_dispatch(args: argparse.Namespace, experiment: Any, folder: Path) -> int:
     """Updates a dispatch, as a run of ``experiment`` has them; from here on all phases have as many."""
-    from jaxtrain.train.autotune import SHORTEST
+    from jaxtrain.train.autotune import MIN_UPDATES
 
     count: int | Literal["auto"] = experiment.steps_per_execution
-    if count == "auto" and (args.deterministic or _epoch(experiment) * experiment.epochs < SHORTEST):
+    if count == "auto" and (args.deterministic or _epoch(experiment) * experiment.epochs < MIN_UPDATES):
         count = 1
     if count == "auto":
         _start(args, folder, "choose")

@@ -1,4 +1,4 @@
-"""Which examples made an update bad, and in which field: told once, when the guard ends a run."""
+"""Find the examples and the field that made an update bad, when the guard ends a run."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class BadField:
     """What is wrong with one field of a batch.
 
     Attributes:
-      field: its name.
-      examples: ids of the examples, int ``[k]``, places in ``experiment.train``.
+      field: the field's name.
+      examples: int ``[k]``, indices into ``experiment.train``.
       what: ``holds NaN or infinity``, or ``is 7, 9``.
-      stage: is it the work of ``augment`` or ``preprocess``, and not in what the source gives?
+      stage: ``augment`` or ``preprocess`` made it; the source's own values are fine.
     """
 
     field: str
@@ -33,55 +33,55 @@ class BadField:
 
     @property
     def text(self) -> str:
-        """For a line."""
+        """The fault as a part of an error line."""
         where = " after augment and preprocess, and not in the source" if self.stage else ""
         return f"field {self.field!r} of {format_ids(self.examples)} {self.what}{where}"
 
     @property
     def record(self) -> dict[str, Any]:
-        """As JSON."""
+        """The fault as JSON."""
         made_by = "augment or preprocess" if self.stage else "the source"
         return {"examples": self.examples.tolist(), "what": self.what, "made_by": made_by}
 
 
 def locate(program: Program, step: int) -> list[BadField]:
-    """Fields of update ``step`` with NaN, infinity or a label that is no class; empty where all are well.
+    """Find fields of update ``step`` that hold NaN, infinity or a label outside the classes.
 
-    The batch is gathered again, and its stages are applied as ``step.make_train_step`` does. Each process
-    looks at the whole batch.
+    Gathers the batch again and applies its stages as ``step.make_train_step`` does. Each process checks the
+    global batch.
 
     Args:
       program: the run.
       step: the update, from 1.
+
+    Returns:
+      One entry per bad field; empty where none is.
     """
-    places, raw = program.example_ids(step), program.raw_batch(step)
-    found = _wrong(program, raw, places, stage=False)
-    if found:
-        return found
-    return _wrong(program, _prepared(program, raw, step), places, stage=True)
+    indices, raw = program.example_ids(step), program.raw_batch(step)
+    from_source = _bad_fields(program, raw, indices, stage=False)
+    return from_source or _bad_fields(program, _apply_stages(program, raw, step), indices, stage=True)
 
 
-def _prepared(program: Program, raw: dict[str, Any], step: int) -> dict[str, np.ndarray]:
+def _apply_stages(program: Program, raw: dict[str, Any], step: int) -> dict[str, np.ndarray]:
     exp = program.experiment
     prepare = compose(lambda batch, _: batch, *exp.augment, *exp.preprocess)
     with jax.transfer_guard("allow"):
-        data = jax.random.key_data(program.key).addressable_data(0)  # of a key that all processes hold
+        data = jax.random.key_data(program.key).addressable_data(0)  # the key is replicated
         key = jax.random.wrap_key_data(jnp.asarray(np.asarray(data)), impl=jax.random.key_impl(program.key))
         key, _ = jax.random.split(jax.random.fold_in(key, step - 1))
         batch: dict[str, np.ndarray] = jax.device_get(jax.jit(prepare)(raw, key))
     return batch
 
 
-def _wrong(program: Program, batch: dict[str, Any], places: np.ndarray, stage: bool) -> list[BadField]:
+def _bad_fields(program: Program, batch: dict[str, Any], indices: np.ndarray, stage: bool) -> list[BadField]:
     rest = {name: array for name, array in batch.items() if name not in (EXAMPLE_ID, EPOCH)}
     found = [
-        BadField(name, places[rows], "holds NaN or infinity", stage)
+        BadField(name, indices[rows], "holds NaN or infinity", stage)
         for name, rows in not_finite(rest).items()
     ]
     loss = program.experiment.loss
-    shapes = jax.tree.leaves(
-        program.abstract_outputs, is_leaf=lambda x: hasattr(x, "shape")
-    )  # ChunkedLogits is one
+    outputs = program.abstract_outputs
+    shapes = jax.tree.leaves(outputs, is_leaf=lambda x: hasattr(x, "shape"))  # ChunkedLogits is a leaf
     if hasattr(loss, "outside") and len(shapes) == 1:
         for name in (getattr(loss, "label", "label"), "label_mixed"):
             label = rest.get(name)
@@ -92,5 +92,5 @@ def _wrong(program: Program, batch: dict[str, Any], places: np.ndarray, stage: b
             if len(rows):
                 values = ", ".join(map(str, np.unique(label[bad])[:5]))
                 what = f"is {values}, no class of 0..{shapes[0].shape[-1] - 1},"
-                found.append(BadField(name, places[rows], what.rstrip(",") if not stage else what, stage))
+                found.append(BadField(name, indices[rows], what.rstrip(",") if not stage else what, stage))
     return found

@@ -1,4 +1,4 @@
-"""Is there room for a run, on its devices and on its disk? Told from shapes, before anything is compiled."""
+"""Does a run fit its devices and its disk? Checked from shapes, before anything is compiled."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from jaxtrain.program import Program
 from jaxtrain.program.device_limits import limit_of, size_text
 from jaxtrain.program.memory import device_arrays, mesh_of
 
-SAVED = 2  # checkpoints that are there at once, at least: the last good one and the one being written
+CHECKPOINTS_AT_ONCE = 2  # at least: the last complete one and the one being written
 
 
 def check_disk(program: Program, folder: Path) -> None:
-    """Raise InputError unless two checkpoints fit on the disk of ``folder``, or one beside one that is there.
+    """Raise InputError unless two checkpoints fit on the disk of ``folder``, existing ones included.
 
     Args:
       program: the run.
-      folder: the run's, which need not be there yet.
+      folder: the run's folder, which need not exist yet.
     """
-    there = folder.glob("checkpoints/*/manifest.json") if folder.is_dir() else ()
-    count = SAVED - min(SAVED - 1, len(list(there)))
+    existing = folder.glob("checkpoints/*/manifest.json") if folder.is_dir() else ()
+    count = CHECKPOINTS_AT_ONCE - min(CHECKPOINTS_AT_ONCE - 1, len(list(existing)))
     one = checkpoint.space(program.abstract_state)
     disk = nearest_existing(folder)
     free = shutil.disk_usage(disk).free
@@ -39,11 +39,11 @@ def check_disk(program: Program, folder: Path) -> None:
 
 
 def check_memory(program: Program) -> None:
-    """Raise InputError if a device cannot even hold what lies there between two steps.
+    """Raise InputError if a device cannot hold what stays in its memory between two steps.
 
-    That is parameters, optimizer state, statistics and averages, a batch, and data that is kept there. A run
-    that passes may still be too large: a step's temporaries are known to the compiler only (``plan``).
-    Nothing is asked where a device's memory is unknown, as on a CPU.
+    That is parameters, optimizer state, statistics and averages, a batch, and resident data. A run that
+    passes may still be too large: only the compiler knows a step's temporaries (``plan``). Does nothing where
+    the memory of a device is unknown, as on a CPU.
     """
     limit = limit_of(mesh_of(program))
     if limit is None:
@@ -60,7 +60,7 @@ def check_memory(program: Program) -> None:
 
 
 def smaller_settings(program: Program) -> list[str]:
-    """Settings with which a step needs less memory, and that divide as they must: ``accumulate=2``."""
+    """Settings that make a step need less memory and divide evenly, such as ``accumulate=2``."""
     exp, parts = program.experiment, sharding.batch_parts(mesh_of(program))
     rows = exp.batch // parts
     fits = [n for n in range(2 * exp.accumulate, rows + 1) if rows % n == 0]
@@ -69,7 +69,7 @@ def smaller_settings(program: Program) -> list[str]:
 
 
 def _fix(program: Program, parts: dict[str, int], limit: int) -> str:
-    """What to change, for the part that is too large."""
+    """What to change, by the part that is too large."""
     mesh, exp = mesh_of(program), program.experiment
     if parts["data"] and sum(parts.values()) - parts["data"] <= limit:
         return "--set placement=stream keeps the data on the host"
@@ -79,19 +79,19 @@ def _fix(program: Program, parts: dict[str, int], limit: int) -> str:
         most = (limit - state) * exp.batch // parts["batch"] // each * each
         if most:
             return f"--set batch={most} is the largest that leaves any room"
-    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract_state))
-    if whole <= limit * mesh.size and mesh.shape["fsdp"] < mesh.size:
+    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract_state))
+    if state_bytes <= limit * mesh.size and mesh.shape["fsdp"] < mesh.size:
         return f"--mesh fsdp={mesh.size} splits the state over the {mesh.size} devices"
     return (
-        f"its state of {size_text(whole)} needs {math.ceil(whole / limit)} such devices or more with --mesh "
-        "fsdp=*, a smaller model, or an optimizer that keeps less"
+        f"its state of {size_text(state_bytes)} needs {math.ceil(state_bytes / limit)} such devices or more "
+        "with --mesh fsdp=*, a smaller model, or an optimizer that keeps less"
     )
 
 
 def check_folder(folder: Path) -> None:
-    """Raise InputError unless ``folder`` can be made, or written where it is; leaves nothing behind.
+    """Raise InputError unless ``folder`` can be created or written; leaves nothing behind.
 
-    It is tried out: permission bits say nothing to root, and nothing of quotas or of read-only disks. The
+    Tries to write, because permission bits do not bind root and do not show quotas or read-only disks. The
     folder of a finished run need not be writable.
 
     >>> check_folder(Path("runs"))
@@ -102,18 +102,18 @@ def check_folder(folder: Path) -> None:
             raise InputError(f"{folder} is a file: give a folder")
         if (folder / "result.json").exists():
             return
-        there = nearest_existing(folder)
-        where = "" if there == folder.absolute() else f" in {there}"
-        with tempfile.TemporaryFile(dir=there):  # without a name, where the file system can
+        parent = nearest_existing(folder)
+        where = "" if parent == folder.absolute() else f" in {parent}"
+        with tempfile.TemporaryFile(dir=parent):  # unnamed, where the file system can
             pass
-    except OSError as error:  # also for a folder that cannot be looked into
+    except OSError as error:  # also a folder without read permission
         raise InputError(
             f"{folder} cannot be written ({error.strerror}){where}: choose another --workdir"
         ) from error
 
 
 def nearest_existing(folder: Path) -> Path:
-    """``folder``, or the closest of its parents that is there.
+    """``folder``, or its closest parent that exists.
 
     >>> nearest_existing(Path("/nothing/of/the/kind"))
     PosixPath('/')

@@ -1,8 +1,7 @@
-"""How many updates are dispatched at once: carried out, and chosen by measurement.
+"""Dispatching updates: one or several per compiled call, with a bounded number of calls in flight.
 
-Starting a program costs the host some tens of microseconds, which is more than the computation of a small
-step takes. ``step.scan_steps`` makes one program of several updates. On CPUs convolutions run several times
-slower inside such a loop, so that a choice for all models is wrong for some of them.
+Starting a program costs the host tens of microseconds, more than a small step computes. ``step.scan_steps``
+makes one program of several updates; ``autotune`` measures whether that is faster.
 """
 
 from __future__ import annotations
@@ -17,34 +16,35 @@ import jax
 
 from jaxtrain.core.signals import heartbeat
 from jaxtrain.core.types import Metrics, State
-from jaxtrain.program import Program, memory
+from jaxtrain.program import Program
+from jaxtrain.program.memory import abstract_args
 from jaxtrain.sharding import multihost
 from jaxtrain.step.packing import PackedMetrics
 from jaxtrain.train.recompile import OneCompile
 
 
 class InFlight:
-    """Bounds the dispatches queued on the device by reading the metrics of an earlier one.
+    """Bounds the calls queued on the device by reading the metrics of an earlier one.
 
-    Waiting for dispatch k - 2 costs nothing, and an unbounded queue of programs with collectives deadlocks.
+    Waiting for call k - 2 costs nothing, and an unbounded queue of programs with collectives deadlocks.
     Nothing else in a run reads a metric.
 
     Args:
-      most: dispatches that may be unfinished.
+      most: calls that may be unfinished.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._queue: collections.deque[PackedMetrics] = collections.deque()
-        self._far = jax.default_backend() != "cpu"
+        self._on_cpu = jax.default_backend() == "cpu"
 
     def add(self, metrics: PackedMetrics) -> list[list[Metrics]]:
-        """Note what was just dispatched; returns once at most ``most`` are unfinished.
+        """Queue the metrics of the call just dispatched; returns once at most ``most`` calls are unfinished.
 
         Returns:
-          Of each dispatch that is finished now, and was not told of before, the metrics of its updates.
+          For each newly finished call, the metrics of its updates.
         """
-        if self._far:
+        if not self._on_cpu:
             with jax.transfer_guard_device_to_host("allow"):
                 for vector in metrics.vectors:
                     vector.copy_to_host_async()
@@ -53,22 +53,23 @@ class InFlight:
         return list(self._read(self._most))
 
     def drain(self) -> Iterator[list[Metrics]]:
-        """The rest of what ``add`` returns, each of which is waited for when it is asked for."""
+        """Wait for every queued call in turn and return its metrics, as ``add`` does."""
         return self._read(0)
 
     def _read(self, most: int) -> Iterator[list[Metrics]]:
         while len(self._queue) > most:
-            with jax.transfer_guard_device_to_host("allow") if self._far else contextlib.nullcontext():
+            allow = contextlib.nullcontext() if self._on_cpu else jax.transfer_guard_device_to_host("allow")
+            with allow:
                 rows = self._queue.popleft().rows()
             yield rows
 
 
 class Dispatch:
-    """Carries out the updates of ``program``, one or several at once.
+    """Runs the updates of ``program``, one or several per call.
 
     Args:
       program: what is run.
-      note: shows a line, about a second compilation.
+      note: shows a warning about a second compilation.
       strict: make that an error.
       mark: ``(phase, function) -> function`` whose calls a profile shows as that phase.
     """
@@ -100,14 +101,15 @@ class Dispatch:
 
 @contextlib.contextmanager
 def compile_in_background(program: Program) -> Iterator[None]:
-    """Compile what ``Dispatch`` will call while this block goes on; done when it is left.
+    """Compile the train step in a thread while this block runs; finished when the block is left.
 
-    An error in it is left to the call. Several processes, which may compile together, do it with the call.
+    An error is left to the first call, which raises it again. Several processes compile with the first call
+    instead, because they may have to compile together.
     """
 
     def compile() -> None:
         with contextlib.suppress(Exception):
-            program.train_step.lower(*memory.abstract_args(program)).compile()  # type: ignore[attr-defined]
+            program.train_step.lower(*abstract_args(program)).compile()  # type: ignore[attr-defined]
 
     if multihost.process_count() > 1:
         yield

@@ -1,4 +1,4 @@
-"""What a run's numbers depend on beside its settings: versions, code, cores and XLA flags; and what changed.
+"""What a run's numbers depend on apart from its settings: versions, code, cores, XLA flags; and what changed.
 
 The record goes into ``config.json``. A resumed run compares it with the present and prints a line for each
 difference, because none of these is a setting that could be refused.
@@ -29,7 +29,7 @@ def record() -> dict[str, Any]:
 
 
 def bitwise_settings(mesh: Mesh, deterministic: bool) -> dict[str, Any]:
-    """What the bits of a run depend on beside its config, devices and versions.
+    """What the bits of a run depend on apart from its config, devices and versions.
 
     ``DETERMINISTIC_FLAG`` is in ``xla_flags`` only where it has an effect, so not on a CPU.
     """

@@ -18,9 +18,9 @@ from jaxtrain.monitor import Console
 from jaxtrain.program import Program
 from jaxtrain.program.throughput import throughput
 from jaxtrain.sharding import multihost
-from jaxtrain.train import out_of_memory
 from jaxtrain.train.bad_updates import BadUpdateMonitor
 from jaxtrain.train.dispatch import Dispatch, InFlight, compile_in_background
+from jaxtrain.train.out_of_memory import explain_out_of_memory
 from jaxtrain.train.run_folder import RunFolder
 
 
@@ -38,83 +38,79 @@ def fit(
     strict: bool = False,
     updates: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """Train to the last step, from wherever ``folder`` stands, and evaluate.
+    """Train to the last step, from the checkpoint in ``folder`` or from step 0, and evaluate.
 
     Args:
       program: what to run (``jaxtrain.program.assemble``).
-      folder: the run's folder, which must belong to it (``workdir.claim``).
-      console: where a person is watching.
+      folder: the run's folder, already acquired for this run (``RunFolder.acquire``).
+      console: shows progress to a person.
       name: the experiment's name, for the records.
-      began: the ``time.perf_counter()`` from which wall time is counted; None is now.
-      resume: which checkpoint to go on from (``Checkpoints.restore_or``).
-      init_from: ``(source, renames)`` of the parameters to begin with (``checkpoint.init_from``).
-      grace: seconds from a signal to the end of the process, at most (``stop.on_signals``).
-      hang_after: end the process when nothing has moved for so many seconds (``stop.watchdog``).
-      strict: a train step that is compiled a second time is an error, not a warning.
-      updates: the first and the last update to profile (``profile.Trace``); None profiles none.
+      began: the ``time.perf_counter()`` that wall time is counted from; None is now.
+      resume: which checkpoint to resume from (``Checkpoints.restore_or``).
+      init_from: ``(source, renames)`` of the parameters to start with (``checkpoint.init_from``).
+      grace: seconds from a signal to the end of the process, at most (``signals.on_signals``).
+      hang_after: end the process when no step finishes for this many seconds (``signals.watchdog``).
+      strict: a second compilation of the train step is an error, not a warning.
+      updates: the first and the last update to profile (``monitor.Trace``); None profiles none.
 
     Returns:
       The result, as it is written to ``result.json``.
 
     Raises:
       Stopped: a signal asked for it; the state is saved.
-      InputError, RunError: as they say.
+      InputError, RunError: with one line that says what, where and what to do.
     """
     began = time.perf_counter() if began is None else began
-    experiment = program.experiment
+    experiment, run_folder = program.experiment, RunFolder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {"experiment": name, "hash": config_hash(experiment), "jaxtrain": __version__}
-    about |= {"jax": jax.__version__, "run": RunFolder(folder).run_id()}
-    writes = multihost.is_process_0()
-    everywhere = program.key.sharding.device_set
-    mine = [device for device in jax.local_devices() if device in everywhere]
+    about |= {"jax": jax.__version__, "run": run_folder.run_id()}
+    mesh_devices = program.key.sharding.device_set
+    local_devices = [device for device in jax.local_devices() if device in mesh_devices]
     with (
-        out_of_memory.explain_out_of_memory(program, name, folder, console),
+        explain_out_of_memory(program, name, folder, console),
         on_signals(grace) as request,
         watchdog(hang_after, folder / f"hang-{multihost.process_index()}.txt"),
         checkpoint.open(folder, experiment.max_to_keep, about, console.note) as saved,
-        monitor.measure_devices(mine, len(mine) / len(everywhere)) as meter,
-        monitor.trace_updates(updates, folder, console, len(mine)) as trace,
+        monitor.measure_devices(local_devices, len(local_devices) / len(mesh_devices)) as meter,
+        monitor.trace_updates(updates, folder, console, len(local_devices)) as trace,
     ):
         speed = throughput(program)
-        with compile_in_background(program):  # compiles the step meanwhile
-            state, start = _restore_or_init(program, folder, saved, resume, init_from, console)
+        with compile_in_background(program):
+            state, start = _restore_or_init(program, run_folder, saved, resume, init_from, console)
 
-        def told(step: int) -> dict[str, float]:
-            taken = meter.record((step - start) * experiment.batch)
-            return program.position(step) | taken | trace.flag(step)
+        def step_metadata(step: int) -> dict[str, float]:
+            device_readings = meter.record((step - start) * experiment.batch)
+            return program.position(step) | device_readings | trace.flag(step)
 
         with monitor.open(
-            folder if writes else None,
+            folder if multihost.is_process_0() else None,
             console,
             start=start,
             log_every=experiment.log_every,
             examples=experiment.batch,
-            position=told,
+            position=step_metadata,
             guarded=experiment.guard == "skip",
             rates=speed.rates,
         ) as record:
             state = _train(program, state, start, saved, record, console, request, folder, strict, trace)
-            found = _result(program, state, saved, record, console)
-            found |= (
-                speed.record()
-                | record.pace.overall()
-                | meter.result((program.steps - start) * experiment.batch)
-            )
-    found |= {"seconds": time.perf_counter() - began, "resumed_from": start, "folder": str(folder)}
-    RunFolder(folder).write_result(found)
-    return found
+            result = _final_evaluation(program, state, saved, record, console)
+            result |= speed.record() | record.pace.overall()
+            result |= meter.result((program.steps - start) * experiment.batch)
+    result |= {"seconds": time.perf_counter() - began, "resumed_from": start, "folder": str(folder)}
+    run_folder.write_result(result)
+    return result
 
 
 def _restore_or_init(
     program: Program,
-    folder: Path,
+    folder: RunFolder,
     saved: checkpoint.Checkpoints,
     resume: str,
     init_from: Sequence[Any] | None,
     console: Console,
 ) -> tuple[State, int]:
-    """The state to go on from and its step, 0 for a new one; what was found is told."""
+    """The state to train from and its step: a checkpoint's, or a new one and 0."""
     saved.clean()
 
     def init() -> State:
@@ -124,11 +120,14 @@ def _restore_or_init(
         return checkpoint.init_from(source, renames, program.init(), console.note)
 
     state, start = saved.restore_or(init, program.abstract_state, resume)
-    recorded = 0 if start else RunFolder(folder).recorded_steps()
+    recorded = 0 if start else folder.recorded_steps()
     if recorded:
         console.note(f"there are records to step {recorded} and no checkpoint: starting again from step 1")
-    how = f"going on from step {start} of" if start else "starting:"
-    console.note(f"{how} {program.steps} steps of {program.experiment.batch} examples")
+    batch = f"global batch {program.experiment.batch}"
+    if start:
+        console.note(f"resuming at step {start}/{program.steps} ({batch})")
+    else:
+        console.note(f"starting: {program.steps} steps ({batch})")
     return state, start
 
 
@@ -144,17 +143,17 @@ def _train(
     strict: bool = False,
     trace: monitor.Trace = monitor.OFF,
 ) -> State:
-    """The loop. Every line of it is ordered: evaluate, then save what the evaluation chose, then stop."""
-    flight, votes = InFlight(program.experiment.max_in_flight), multihost.Votes()
-    finished = MetricsConsumer(start, BadUpdateMonitor(program, folder, console.note), record)
+    """The loop. The order is fixed: evaluate, then save what the evaluation chose, then stop."""
+    in_flight, votes = InFlight(program.experiment.max_in_flight), multihost.Votes()
+    metrics_consumer = MetricsConsumer(start, BadUpdateMonitor(program, folder, console.note), record)
     dispatch = Dispatch(program, console.note, strict, trace.mark)
-    wait, save = trace.mark("waiting for the device", flight.add), trace.mark("checkpoint", saved.save)
-    take = trace.mark("records", finished.take)
+    wait, save = trace.mark("waiting for the device", in_flight.add), trace.mark("checkpoint", saved.save)
+    consume = trace.mark("records", metrics_consumer.take)
 
     def drain() -> None:
-        finished.take(flight.drain())
+        metrics_consumer.take(in_flight.drain())
 
-    top, step = saved.best_score(), start
+    best, step = saved.best_score(), start
     trace.begin(start, program.steps)
     console.begin(start, program.steps)
     while step < program.steps:
@@ -162,7 +161,7 @@ def _train(
         trace.step(step + 1, count, state, record, drain)
         state, metrics = dispatch(state, step, count)
         step += count
-        take(wait(metrics))  # of updates before these, which run meanwhile
+        consume(wait(metrics))  # those of earlier updates, while this one runs
         console.advance(step)
         saved.poll()
         score = None
@@ -170,13 +169,13 @@ def _train(
             drain()
             with record.paused():
                 score = _evaluate_mid_run(program, state, step, record, console)
-        improved = score is not None and (top is None or score > top)
-        stop = votes.any_process(request.signum or 0)  # what any process has been asked
+        improved = score is not None and (best is None or score > best)
+        stop = votes.any_process(request.signum or 0)
         if program.cadence.saves_after(step) or improved or stop:
-            drain()  # raises on a bad update: nothing after one is ever saved
+            drain()  # raises on a bad update, so nothing after one is ever saved
             record.flush()  # with the guard off, raises on a loss that is not finite
             save(step, state, score)
-            top = score if improved else top
+            best = score if improved else best
         if stop and step < program.steps:
             saved.wait()
             raise Stopped(f"stopped after step {step} of {program.steps}", stop)
@@ -188,21 +187,21 @@ def _train(
 
 
 class MetricsConsumer:
-    """Takes the metrics of finished updates in their order: judged first, then recorded."""
+    """Takes the metrics of finished updates in order: checks each for a bad update, then records it."""
 
-    def __init__(self, start: int, watch: BadUpdateMonitor, record: monitor.Recorder) -> None:
-        self._step, self._watch, self._record = start, watch, record
+    def __init__(self, start: int, bad_updates: BadUpdateMonitor, record: monitor.Recorder) -> None:
+        self._step, self._bad_updates, self._record = start, bad_updates, record
 
-    def take(self, dispatches: Iterable[Sequence[Metrics]]) -> None:
-        """What ``InFlight`` tells.
+    def take(self, finished: Iterable[Sequence[Metrics]]) -> None:
+        """Consume what ``InFlight.add`` or ``InFlight.drain`` returned.
 
         Raises:
           RunError: an update was bad.
         """
-        for rows in dispatches:
+        for rows in finished:
             for metrics in rows:
                 self._step += 1
-                self._watch.judge(self._step, metrics)
+                self._bad_updates.judge(self._step, metrics)
             self._record.step(self._step, rows)
 
 
@@ -210,7 +209,7 @@ class MetricsConsumer:
 def _evaluate_mid_run(
     program: Program, state: State, step: int, record: monitor.Recorder, console: Console
 ) -> float | None:
-    """Evaluate in mid-run; the validation score, or None when only the test set was looked at."""
+    """Evaluate; returns the validation score, or None when only the test set was evaluated."""
     split = "valid" if "valid" in program.evals else "test"
     values = evaluate(program, state, split, console)
     record.scalars(step, {f"{split}/{name}": value for name, value in values.items()})
@@ -221,32 +220,32 @@ def _evaluate_mid_run(
 def evaluate(program: Program, state: State, split: str, console: Console) -> dict[str, Any]:
     """Metrics of ``state`` over every example of ``split`` (``"valid"`` or ``"test"``), each counted once."""
     part = program.evals[split]
-    flight = InFlight(program.experiment.max_in_flight)
-    found = []
+    in_flight = InFlight(program.experiment.max_in_flight)
+    rows = []
     with console.task(f"evaluate {split}", part.batches) as advance:
         for number in range(part.batches):
-            found += flight.add(part.step(state, part.loader.batch(number)))
+            rows += in_flight.add(part.step(state, part.loader.batch(number)))
             advance(number + 1)
-        found += flight.drain()
-    return monitor.merge_all(itertools.chain.from_iterable(found))
+        rows += in_flight.drain()
+    return monitor.merge_all(itertools.chain.from_iterable(rows))
 
 
-def _result(
+def _final_evaluation(
     program: Program,
     state: State,
     saved: checkpoint.Checkpoints,
     record: monitor.Recorder,
     console: Console,
 ) -> dict[str, Any]:
-    """Test figures of the last state and, where a validation set chose one, of the best."""
+    """Test metrics of the last state and, where a validation set chose one, of the best."""
     with record.paused():
         last = evaluate(program, state, "test", console)
     record.scalars(program.steps, {f"test/{name}": value for name, value in last.items()})
-    found: dict[str, Any] = {"steps": program.steps, "test": last}
-    found |= record.speed()
+    result: dict[str, Any] = {"steps": program.steps, "test": last}
+    result |= record.speed()
     best = saved.best()
     if best is not None:
         chosen = state if best.step == program.steps else saved.restore(best, program.abstract_state)
         test = last if chosen is state else evaluate(program, chosen, "test", console)
-        found["best"] = {"step": best.step, "valid": best.score, "test": test}
-    return found
+        result["best"] = {"step": best.step, "valid": best.score, "test": test}
+    return result

@@ -1,4 +1,4 @@
-"""What is said when a device has no memory left: what the run needs, what lies there, and what to do."""
+"""Explain a device that ran out of memory: what the run needs, what is allocated, and what to do."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ LARGEST = 10
 
 @contextlib.contextmanager
 def explain_out_of_memory(program: Program, name: str, folder: Path, console: Console) -> Iterator[None]:
-    """Turns an error of JAX for want of device memory into a RunError that says what to do.
+    """Turn JAX's RESOURCE_EXHAUSTED error into a RunError that says what to do.
 
-    Before it is raised the console shows what the run needs between two steps, and the largest arrays that
-    are there. Nothing is placed on a device for that, and whatever goes wrong in it is left out.
+    First shows what the run needs between two steps and the largest live arrays. Allocates nothing on a
+    device, and leaves out what cannot be shown.
 
     Args:
       program: the run.
       name: its experiment, for the advice.
-      folder: the run's folder, whose record tells the settings.
-      console: where a person is watching.
+      folder: the run's folder, whose record holds the settings.
+      console: shows the tables.
     """
     try:
         yield
@@ -61,16 +61,15 @@ def explain_out_of_memory(program: Program, name: str, folder: Path, console: Co
 
 
 def _requested_text(error: Exception) -> str:
-    """How much it wanted, where the error says so in bytes."""
+    """How much was requested, where the error says so in bytes."""
     found = re.search(r"allocat\w* (\d+)( ?bytes|B)|\((\d+)B\)", str(error))
     return f", which was asked for {size_text(int(found[1] or found[3]))} more" if found else ""
 
 
 def live_arrays(abstract: Any) -> list[tuple[str, int, str, int]]:
-    """What lies on the devices, by kind of array: (where from, how many, array, bytes on each device).
+    """Live arrays grouped by kind: (path in the state, count, array, bytes on each device), largest first.
 
-    An array is taken for one of the state if it has its shape, type and sharding, else it is ``other``; the
-    kinds of most bytes come first.
+    An array counts as one of the state's if it has that shape, dtype and sharding, else as ``other``.
 
     Args:
       abstract: the state's shapes, dtypes and shardings.
@@ -96,7 +95,7 @@ def _same_kind(array: Any, leaf: Any) -> bool:
 
 def _needed_text(program: Program) -> str:
     exact = {part: sum(one.bytes for one in arrays) for part, arrays in device_arrays(program).items()}
-    return memory_text(exact, {"total": "and the temporaries of a step, which plan tells"})
+    return memory_text(exact, {"total": "plus the temporaries of a step, which plan shows"})
 
 
 def _live_text(program: Program) -> str:
@@ -104,11 +103,11 @@ def _live_text(program: Program) -> str:
     lines = [(where, f"{n} ×", text, size_text(size)) for where, n, text, size in rows[:LARGEST]]
     total = size_text(sum(size for *_, size in rows))
     lines.append(("all", f"{sum(n for _, n, *_ in rows)} ×", "", total))
-    return table("arrays on each device now", lines, "<><>")
+    return table("live arrays on each device", lines, "<><>")
 
 
 def _command(program: Program, name: str, folder: Path) -> str:
-    """``plan`` for the run's settings and mesh."""
+    """The ``plan`` command for the run's settings and mesh."""
     words, mesh = ["python", "-m", "jaxtrain", "plan"], mesh_of(program)
     settings: list[str] = []
     with contextlib.suppress(InputError, RunError, OSError):
@@ -124,7 +123,7 @@ def _command(program: Program, name: str, folder: Path) -> str:
 
 
 def _experiment_argument(name: str, origin: str) -> str:
-    """What ``--experiment`` takes: the name, or the file that is not found by it."""
+    """The argument for ``--experiment``: the name, or the file where the name does not find it."""
     with contextlib.suppress(InputError):
         if find(name).origin == origin:
             return name

@@ -1,4 +1,4 @@
-"""Tells of a train step that is compiled a second time: which argument changed, and from what to what."""
+"""Warn when the train step is compiled a second time: which argument changed, from what to what."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from jaxtrain.core.types import leaf_paths
 class OneCompile:
     """A jitted ``(state, batch, key)`` function that is expected to compile once.
 
-    The compiled programs are counted after every call, and only when there is a new one are the arguments
-    looked at. The first such change is told of, the later ones are not.
+    Counts the compiled programs after every call, and compares the arguments only when there is a new one.
+    Warns about the first change only.
 
     Args:
       step: made by ``jax.jit``.
       start: the step before the first call.
-      note: shows a line.
-      strict: raise instead.
+      note: shows the warning.
+      strict: raise an error instead.
 
     >>> import numpy as np
     >>> add = OneCompile(jax.jit(lambda state, batch, key: state + batch), 0, print)
@@ -38,16 +38,16 @@ class OneCompile:
         self._step, self._number, self._note, self._strict = step, start, note, strict
         self._count: Callable[[], int] = getattr(step, "_cache_size", lambda: 0)
         self._before: dict[str, str] | None = None
-        self._size, self._told = 0, False
+        self._size, self._warned = 0, False
 
     def __call__(self, state: Any, batch: Any, key: Any, *rest: Any, at: int | None = None) -> Any:
-        """``step(state, batch, key, *rest)``, which is step ``at``; None is the one after the last call's.
+        """Call ``step(state, batch, key, *rest)`` as step ``at``; None is the step after the last call.
 
         Raises:
-          RunError: it was compiled again, and ``strict``.
+          RunError: it was compiled again and ``strict`` is set.
         """
         self._number = self._number + 1 if at is None else at
-        if self._before is None:  # here, while the arguments are alive: the step gives away their memory
+        if self._before is None:  # before the call, which donates the state
             self._before = abstract_signature(state, batch, key)
             result = self._step(state, batch, key, *rest)
             self._size = self._count()
@@ -56,13 +56,13 @@ class OneCompile:
         size = self._count()
         if size > self._size:
             self._size = size
-            self._tell(self._before, abstract_signature(state, batch, key))
+            self._warn(self._before, abstract_signature(state, batch, key))
         return result
 
-    def _tell(self, before: dict[str, str], now: dict[str, str]) -> None:
-        if self._told:
+    def _warn(self, before: dict[str, str], now: dict[str, str]) -> None:
+        if self._warned:
             return
-        self._told = True
+        self._warned = True
         paths = [path for path in {**before, **now} if before.get(path) != now.get(path)]
         what = "no argument changed, so a setting of JAX did"
         if paths:
@@ -77,23 +77,23 @@ class OneCompile:
 
 
 def abstract_signature(state: Any, batch: Any, key: Any) -> dict[str, str]:
-    """Shape, type, weak type and place of every leaf, by its path. Arrays may have been given away.
+    """Shape, dtype, weak type and sharding of every leaf, by path. Donated arrays are fine.
 
     >>> import numpy as np
     >>> abstract_signature(np.zeros((2, 3), np.int8), {"x": 1.0}, None)
     {'batch/x': 'float32[] weak on the host', 'state': 'int8[2,3] on the host'}
     """
-    given = {"state": state, "batch": batch, "key": key}
-    shapes = leaf_paths(jax.eval_shape(lambda tree: tree, given))
-    return {path: _text(shapes[path], leaf) for path, leaf in leaf_paths(given).items()}
+    arguments = {"state": state, "batch": batch, "key": key}
+    shapes = leaf_paths(jax.eval_shape(lambda tree: tree, arguments))
+    return {path: _leaf_text(shapes[path], leaf) for path, leaf in leaf_paths(arguments).items()}
 
 
-def _text(shape: Any, leaf: Any) -> str:
+def _leaf_text(shape: Any, leaf: Any) -> str:
     weak = " weak" if getattr(shape, "weak_type", False) else ""
-    return f"{shape.dtype}[{','.join(map(str, shape.shape))}]{weak} {_place(leaf)}"
+    return f"{shape.dtype}[{','.join(map(str, shape.shape))}]{weak} {_placement_text(leaf)}"
 
 
-def _place(leaf: Any) -> str:
+def _placement_text(leaf: Any) -> str:
     if not isinstance(leaf, jax.Array):
         return "on the host"
     where = leaf.sharding

@@ -64,7 +64,7 @@ class RunFolder:
 
     @property
     def has_run(self) -> bool:
-        """Has a run begun here? Seen from this process."""
+        """Does the folder hold a run, as this process sees it?"""
         return (self.path / "config.json").exists()
 
     @_on_process_0
@@ -78,17 +78,19 @@ class RunFolder:
 
     @_on_process_0
     def record(self) -> dict[str, Any] | None:
-        """The run's ``config.json``; None where no run has begun. Raises as ``load``."""
+        """The run's ``config.json``; None where there is no run. Raises as ``load``."""
         return load(self.path) if self.has_run else None
 
     @_on_process_0
-    def claim(self, name: str, experiment: Experiment, record: dict[str, Any], extend: bool = False) -> None:
+    def acquire(
+        self, name: str, experiment: Experiment, record: dict[str, Any], extend: bool = False
+    ) -> None:
         """Make this the folder of a run, or check that it already is.
 
         Args:
           name: the experiment's name.
           experiment: what is to be run.
-          record: JSON to keep beside the config (origin, overrides, devices).
+          record: JSON stored next to the config (origin, overrides, devices).
           extend: allow a longer run although the schedule depends on the length.
 
         Raises:
@@ -106,7 +108,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             source = record.get("init_from")
             if known is None or known["config"] != config or known.get("init_from") != source:
-                # Drawn once: tells this run's checkpoints from those of any other.
+                # Drawn once: marks this run's checkpoints as its own.
                 run = (known or {}).get("run") or secrets.token_hex(8)
                 text = {"name": name, "run": run, "hash": config_hash(experiment), **record}
                 text |= environment.record()
@@ -135,7 +137,7 @@ class RunFolder:
 
     @_on_process_0
     def run_id(self) -> str | None:
-        """What tells this run from any other; None where an older version began it without one."""
+        """The random id of this run, which its checkpoints carry; None where there is none."""
         return load(self.path).get("run") if self.has_run else None
 
     @_on_process_0
@@ -149,10 +151,10 @@ class RunFolder:
 
     @_on_process_0
     def init_from(self, source: str | None, renames: Sequence[str]) -> list[Any] | None:
-        """What a run begins with, ``[--init-from, --init-map]``; as recorded where it has begun, else None.
+        """What the run starts from, ``[--init-from, --init-map]``, as recorded where it has begun; else None.
 
         Raises:
-          InputError: the run has begun with something else; or there are renames without a source.
+          InputError: the run started from something else; or there are renames without a source.
         """
         if renames and source is None:
             raise InputError("--init-map renames what --init-from reads: give that too")
@@ -162,8 +164,8 @@ class RunFolder:
             return asked or recorded
         if asked is not None and asked != recorded:
             raise InputError(
-                f"{self.path} holds a run that began with {recorded[0] if recorded else 'no --init-from'}: "
-                "choose another --workdir, or --new for a fresh run beside it"
+                f"{self.path} holds a run that started from {recorded[0] if recorded else 'no --init-from'}: "
+                "choose another --workdir, or start a fresh run with --new"
             )
         return None if recorded is None else list(recorded)
 
@@ -244,7 +246,7 @@ def _check_same(folder: Path, old: dict[str, str], experiment: Experiment, exten
     if difference is None:
         return
     path, was, now = difference
-    fix = "choose another --workdir, or --new for a fresh run beside it"
+    fix = "choose another --workdir, or start a fresh run with --new"
     if path == "epochs" and longer:
         fix = "what it does depends on its length: --extend resumes it with the longer schedule"
     raise InputError(f"{folder} holds another run: {path} is {was} there and {now} here; {fix}")

@@ -1,7 +1,7 @@
-"""Throughput by number of devices: the program of a run on the first 1, 2, 4, ... of them.
+"""Measure throughput by number of devices: the program of a run on the first 1, 2, 4, ... of them.
 
-Every count has the same state, data and step as a run with ``--devices N`` would have, and rounds of steps
-are taken in turn, so that a machine that slows down does so for all counts alike.
+Every count trains with the state, data and step of a run with ``--devices N``. Rounds of steps are
+interleaved, so that a machine that slows down does so for all counts alike.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class Layout(NamedTuple):
-    """What runs on one number of devices: the experiment with its global batch, and the mesh's sizes."""
+    """What runs on one number of devices: the experiment with its global batch, and the mesh sizes."""
 
     experiment: Experiment
     sizes: dict[str, int]
@@ -37,15 +37,15 @@ class Layout(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One number of devices.
+    """The measurement of one number of devices.
 
     Attributes:
-      devices: how many.
+      devices: number of devices.
       mesh: their axes, as ``--mesh`` takes them.
-      batch: examples of a step, over all devices.
-      resident: the training data was held on the devices, not streamed.
-      steps: updates of a round.
-      round_seconds: of each round, in order.
+      batch: global batch size.
+      resident: the training data was on the devices, not streamed.
+      steps: updates per round.
+      round_seconds: seconds of each round, in order.
     """
 
     devices: int
@@ -65,7 +65,7 @@ class Measured:
         return float(low), float(middle), float(high)
 
     def examples_per_second(self) -> float:
-        """At the median time of a step."""
+        """Throughput at the median step time."""
         return 1e3 * self.batch / self.step_ms()[1]
 
 
@@ -77,7 +77,7 @@ def layouts(
     Args:
       experiment: what is measured; ``eval_batch`` is ignored, because nothing is evaluated.
       counts: numbers of devices, each at least 1.
-      mesh: as ``--mesh`` takes it, with a ``*`` for what changes with the count.
+      mesh: as ``--mesh`` takes it, with a ``*`` for the size that changes with the count.
       weak: give every count n the global batch ``n * experiment.batch``, whatever the mesh, so that the
         examples for each device stay the same; else all have ``experiment.batch``.
 
@@ -94,8 +94,8 @@ def layouts(
     batches = {n: experiment.batch * (n if weak else 1) for n in counts}
     for n in counts:
         if batches[n] % parts[n]:
-            whole = math.lcm(*(p // math.gcd(p, n if weak else 1) for n, p in parts.items()))
-            low, high = experiment.batch // whole * whole, (experiment.batch // whole + 1) * whole
+            divisor = math.lcm(*(p // math.gcd(p, n if weak else 1) for n, p in parts.items()))
+            low, high = experiment.batch // divisor * divisor, (experiment.batch // divisor + 1) * divisor
             how = f", accumulate={experiment.accumulate}" if experiment.accumulate > 1 else ""
             raise InputError(
                 f"--scaling {n}: batch {batches[n]} does not divide into {parts[n]} parts "
@@ -106,34 +106,34 @@ def layouts(
     return {n: Layout(changed[n], meshes[n]) for n in counts}
 
 
-def measure(given: Mapping[int, Layout], *, steps: int, rounds: int, console: Console) -> list[Measured]:
+def measure(by_count: Mapping[int, Layout], *, steps: int, rounds: int, console: Console) -> list[Measured]:
     """Compile and warm up every layout, then time rounds of them in turn.
 
-    A round is ``Lane.round(steps)``, batches from the loader included; the first of each warms up and is
-    thrown away. All layouts are held at once: the first device has the data and the state of every one.
+    A round is ``Lane.round(steps)``, batches from the loader included; the first round of each layout warms
+    up and is discarded. All layouts are in memory at once: the first device holds the data and state of each.
 
     Args:
-      given: from ``layouts``.
+      by_count: from ``layouts``.
       steps: updates of a round, at least 1.
-      rounds: how many are kept of each layout, at least 1.
-      console: told of what is compiled and how far it is.
+      rounds: rounds measured for each layout, at least 1.
+      console: shows what is compiled and the progress.
 
     Returns:
       One entry for each layout, in order.
 
     Raises:
-      InputError: there are fewer devices, or whatever the preflight finds.
+      InputError: there are too few devices, or the experiment fails a check.
     """
-    there = len(jax.devices())
-    if max(given) > there:
+    available = len(jax.devices())
+    if max(by_count) > available:
         raise InputError(
-            f"--scaling {max(given)}: this process has {there} device{'s' if there > 1 else ''}: leave it "
-            f"out, or try it on simulated ones with --simulate-devices {max(given)}"
+            f"--scaling {max(by_count)}: this process has {available} device{'s' if available > 1 else ''}: "
+            f"leave it out, or try it on simulated ones with --simulate-devices {max(by_count)}"
         )
     with contextlib.ExitStack() as stack:
         lanes: dict[int, Lane] = {}
-        for n in given:
-            lanes[n] = _ready(n, given[n], stack, console)
+        for n in by_count:
+            lanes[n] = _ready(n, by_count[n], stack, console)
         times: dict[int, list[float]] = {n: [] for n in lanes}
         with console.task("rounds", len(lanes) * (rounds + 1)) as advance:
             for done, (number, n) in enumerate(interleaved(list(lanes), rounds + 1), start=1):
@@ -144,8 +144,8 @@ def measure(given: Mapping[int, Layout], *, steps: int, rounds: int, console: Co
     return [
         Measured(
             devices=n,
-            mesh=sharding.mesh_text(given[n].sizes),
-            batch=given[n].experiment.batch,
+            mesh=sharding.mesh_text(by_count[n].sizes),
+            batch=by_count[n].experiment.batch,
             resident=lane.program.choices["resident"]["train"],
             steps=steps,
             round_seconds=tuple(times[n]),
@@ -155,7 +155,7 @@ def measure(given: Mapping[int, Layout], *, steps: int, rounds: int, console: Co
 
 
 def interleaved(items: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
-    """``(round, item)``: every item once a round, every other round backwards.
+    """Yield ``(round, item)``: every item once a round, every other round in reverse.
 
     >>> [item for _, item in interleaved("AB", 3)]
     ['B', 'A', 'A', 'B', 'B', 'A']
@@ -166,16 +166,16 @@ def interleaved(items: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
 
 
 def speedup(one: Measured, first: Measured) -> float:
-    """Examples a second over those of ``first``."""
+    """Throughput relative to ``first``."""
     return one.examples_per_second() / first.examples_per_second()
 
 
 def efficiency(one: Measured, first: Measured) -> float:
-    """The speed-up over the one that the number of devices promises: 1 is ideal.
+    """Speed-up relative to the number of devices; 1 is ideal.
 
     Args:
-      one: what is judged.
-      first: that of the fewest devices.
+      one: the measurement.
+      first: the measurement with the fewest devices.
 
     >>> one, two = (Measured(n, f"data={n}", 32, True, 1, (t,)) for n, t in ((1, 0.4), (2, 0.25)))
     >>> efficiency(two, one)
@@ -185,7 +185,7 @@ def efficiency(one: Measured, first: Measured) -> float:
 
 
 class Lane:
-    """The program of a run on a mesh, with a state that goes on from round to round.
+    """The program of a run on a mesh, with a state that is trained further in every round.
 
     Args:
       experiment: what to run.
@@ -213,7 +213,7 @@ class Lane:
 
 
 def _ready(n: int, layout: Layout, stack: contextlib.ExitStack, console: Console) -> Lane:
-    """A lane that has taken its first step, and is closed with ``stack``."""
+    """Make a lane that has taken its first step; ``stack`` closes it."""
     began = time.perf_counter()
     lane = Lane(layout.experiment, sharding.make_mesh(jax.devices()[:n], layout.sizes))
     stack.callback(lane.program.close)
@@ -230,7 +230,7 @@ def _sizes(text: str, n: int) -> dict[str, int]:
     if "*" not in text:
         raise InputError(f"--mesh {text}: put * for the size that grows with --scaling, such as data=*")
     known = math.prod(int(size) for size in re.findall(r"=\s*(\d+)", text))
-    sharding.parse_mesh(text, known)  # whatever else is wrong with it
+    sharding.parse_mesh(text, known)  # raises if anything else is wrong
     if n % known:
         raise InputError(
             f"--scaling {n}: --mesh {text} needs a multiple of {known} devices: leave {n} out, or use "
@@ -240,10 +240,10 @@ def _sizes(text: str, n: int) -> dict[str, int]:
 
 
 def record(found: Sequence[Measured]) -> dict[str, Any]:
-    """The figures and every round's raw time, for JSON.
+    """The figures and every round's raw time as JSON.
 
     Args:
-      found: from ``measure``; ratios are to the one of the fewest devices.
+      found: from ``measure``; ratios are relative to the fewest devices.
     """
     first = min(found, key=lambda one: one.devices)
     points = []

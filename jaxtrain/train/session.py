@@ -1,4 +1,4 @@
-"""One run from an experiment to its result: the folder claimed, the checks made, then ``loop.fit``."""
+"""One run from an experiment to its result: the folder acquired, the checks made, then ``loop.fit``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Session:
       folder: the run's folder.
       mesh: its devices.
       console: shows progress to a person.
-      record: JSON kept beside the config, such as where the experiment came from.
+      record: JSON stored next to the config, such as where the experiment came from.
       deterministic: nothing that is measured may decide anything.
       extend: allow more epochs although the schedule depends on their number.
       resume: which checkpoint to resume from: ``"newest"`` or ``"last-good"``.
@@ -60,9 +60,9 @@ class Session:
     profile: str | None = None
     resume_command: str = "the same call"
 
-    def claim(self, experiment: Experiment, record: dict[str, Any]) -> None:
+    def acquire(self, experiment: Experiment, record: dict[str, Any]) -> None:
         """Make the folder this run's, or check that it is."""
-        self.folder.claim(self.name, experiment, record, self.extend)
+        self.folder.acquire(self.name, experiment, record, self.extend)
 
 
 def fit(
@@ -81,7 +81,7 @@ def fit(
 
     Args:
       experiment: what to run.
-      folder: where the run is kept; None is ``runs/NAME/HASH-seedS``.
+      folder: the run's folder; None is ``runs/NAME/HASH-seedS``.
       mesh: the devices (``jaxtrain.sharding.make_mesh``); None is data parallelism over all of them.
       name: the experiment's name, for the folder and the records.
       extend: allow more epochs than the run began with although the schedule depends on their number.
@@ -139,7 +139,7 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
     record |= {"init_from": source} if source else {}
     sharding.check_batch(experiment.batch, mesh, accumulate=experiment.accumulate)
     if existing is not None:  # another run is refused before any data is opened
-        session.claim(experiment, record)
+        session.acquire(experiment, record)
     program = assemble(experiment, mesh)
     updates = monitor.parse_window(session.profile, program.steps)
     result = folder.result(program.steps)
@@ -168,7 +168,7 @@ def _prepare(
     source: Sequence[Any] | None,
     existing: dict[str, Any] | None,
 ) -> Program:
-    """Check everything that can be checked, measure what is to be measured, then claim the folder."""
+    """Check everything that can be checked, measure what is to be measured, then acquire the folder."""
     folder, console = session.folder, session.console
     multihost.on_process_0(lambda: capacity.check_disk(program, folder.path), "disk")
     capacity.check_memory(program)
@@ -177,8 +177,8 @@ def _prepare(
     with out_of_memory.explain_out_of_memory(program, session.name, folder.path, console):
         choice = decide(program, existing, session.deterministic)
     if choice.count > 1:
-        console.note(f"{choice.count} updates a dispatch: {choice.why}")
-    session.claim(program.experiment, record | program.choices | choice.record())
+        console.note(f"{choice.count} updates per compiled call: {choice.why}")
+    session.acquire(program.experiment, record | program.choices | choice.record())
     return program.with_cadence(steps_per_execution=choice.count)
 
 

@@ -533,7 +533,7 @@ def test_last_good_resumes_to_the_bits_of_an_undisturbed_run(tmp_path, capsys):
     assert run.main([*words, "--resume", "last-good"]) == 0
     out = capsys.readouterr().out
     assert f"WARNING: checkpoint {newest} is damaged and has been renamed to damaged-000013" in out
-    assert "going on from step 7 of 13" in out
+    assert "resuming at step 7/13" in out
     assert json.loads((newest / "manifest.json").read_text())["fingerprints"] == prints
     assert json.loads((tmp_path / "result.json").read_text())["test"] == result["test"]
     assert newest.with_name("damaged-000013").is_dir()

@@ -227,14 +227,14 @@ def test_cadence_and_devices_may_differ_on_resume_and_extend_goes_on(capsys):
     assert train("--workdir", "r", "--set", "log_every=3", "--set", "max_to_keep=4") == 0
     assert train("--workdir", "r", "--set", "epochs=2", "--extend") == 0
     out = capsys.readouterr().out
-    assert "going on from step 13 of 25 steps" in out
+    assert "resuming at step 13/25" in out
     assert json.loads(Path("r/result.json").read_text())["steps"] == 25
 
 
 def test_a_constant_rate_needs_no_extend(capsys):
     assert train("--workdir", "r", "--set", "optimizer.lr=0.1") == 0
     assert train("--workdir", "r", "--set", "optimizer.lr=0.1", "--set", "epochs=2") == 0
-    assert "going on from step 13 of 25 steps" in capsys.readouterr().out
+    assert "resuming at step 13/25" in capsys.readouterr().out
 
 
 def test_default_folder_is_by_config_and_seed(capsys):
@@ -286,7 +286,7 @@ def test_going_on_tells_what_no_setting_shows(tmp_path):
     file.write_text("x = 1")
     record = {"origin": str(file), "file": environment.file_digest(str(file))}
     assert RunFolder(folder).record() is None
-    RunFolder(folder).claim("mine", EXPERIMENT, record)
+    RunFolder(folder).acquire("mine", EXPERIMENT, record)
     assert environment.changes(RunFolder(folder).record(), record) == []
     file.write_text("x = 2")
     found = json.loads((folder / "config.json").read_text())
@@ -378,7 +378,7 @@ def test_a_signal_saves_and_says_how_to_go_on(signum, code):
     line = next(line for line in resumed.stdout if "going on" in line)
     resumed.kill()
     resumed.communicate()
-    assert f"going on from step {stopped} of 3750" in line
+    assert f"resuming at step {stopped}/3750" in line
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -397,7 +397,7 @@ def test_killed_and_resumed_is_bitwise_the_straight_run(devices):
     resumed = start(*few, "--workdir", "b", devices=devices)
     out, error = resumed.communicate()
     assert resumed.returncode == 0, error
-    assert re.search(r"going on from step (25|50) of 100", out)
+    assert re.search(r"resuming at step (25|50)/100", out)
     same(leaves("a"), leaves("b"))
     a, b = (json.loads(Path(f, "result.json").read_text())["test"] for f in "ab")
     assert a == b

@@ -333,10 +333,10 @@ def test_policy_is_part_of_the_config_hash_and_max_loss_spike_is_not(tmp_path):
     stop = change()
     assert len({config_hash(change(guard=policy)) for policy in ("stop", "skip", "off")}) == 3
     assert config_hash(change(max_loss_spike=2.0)) == config_hash(stop)
-    RunFolder(tmp_path).claim("tiny", stop, {})
-    RunFolder(tmp_path).claim("tiny", change(guard="skip"), {})  # allowed: nothing has been skipped so far
+    RunFolder(tmp_path).acquire("tiny", stop, {})
+    RunFolder(tmp_path).acquire("tiny", change(guard="skip"), {})  # allowed: nothing has been skipped so far
     with pytest.raises(InputError, match="guard is 'skip' there and 'stop' here"):
-        RunFolder(tmp_path).claim("tiny", stop, {})
+        RunFolder(tmp_path).acquire("tiny", stop, {})
 
 
 def test_label_that_only_the_step_sees_passes_the_host_check(mesh1):

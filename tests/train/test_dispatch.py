@@ -41,8 +41,8 @@ def change(experiment=MLP, **fields):
 def records(folder):
     """Without what is measured of the machine."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    kept = ("step", "epoch", "learning_rate")
-    return [{k: v for k, v in line.items() if k in kept or "/" in k} for line in lines]
+    columns = ("step", "epoch", "learning_rate")
+    return [{k: v for k, v in line.items() if k in columns or "/" in k} for line in lines]
 
 
 def spans(program, start=0):
@@ -62,7 +62,7 @@ def test_evaluations_and_checkpoints_stay_where_they_are(mesh1):
         if alone.cadence.saves_after(step) or alone.cadence.evaluates_after(step):
             assert step in ends
     assert any(b - a == 4 for a, b in itertools.pairwise(ends))
-    for start in ends:  # whoever goes on from one of these has the same dispatches
+    for start in ends:  # a run resumed from one of these has the same dispatches
         assert spans(several, start) == [end for end in ends if end > start]
 
 
@@ -141,7 +141,7 @@ class Times:
 
     def seconds(self, count, updates=None):
         self.asked.append(count)
-        self.updates += max(count, updates or autotune.MANY)
+        self.updates += max(count, updates or autotune.MAX_COUNT)
         return self.alone if count == 1 else self.several
 
 
@@ -160,13 +160,13 @@ def test_the_faster_way_is_chosen(alone, several, count, asked, monkeypatch, mes
     program = assemble(change(epochs=500, eval_every=10, save_every=10), mesh1)  # 125 updates in ten epochs
     choice = choose(program)
     assert choice.count == count and set(times.asked) == asked
-    assert alone < autotune.LONGEST or times.updates <= 4  # a step may take seconds
+    assert alone < autotune.MAX_STEP_SECONDS or times.updates <= 4  # a step may take seconds
     assert (several * 2 < alone) or times.asked.count(31) <= 7
     assert str(round(1e6 * alone)) in choice.why or "ms an update" in choice.why
 
 
 def test_what_is_measured_leaves_no_trace_in_the_run(monkeypatch, tmp_path, mesh1):
-    monkeypatch.setattr(autotune, "SHORTEST", 1)
+    monkeypatch.setattr(autotune, "MIN_UPDATES", 1)
     program = assemble(change(steps_per_execution="auto"), mesh1)
     choice = choose(program)
     assert choice.count in (1, 12) and set(choice.seconds) >= {1}
@@ -180,8 +180,8 @@ def test_the_setting_and_deterministic_are_not_measured(monkeypatch, mesh1):
     assert decide(assemble(change(steps_per_execution=7), mesh1), None, False).count == 7
     auto = assemble(MLP, mesh1)
     assert decide(auto, None, True).count == 1
-    assert decide(auto, {"steps_per_execution": 12}, True).count == 12  # the run goes on as it began
-    assert decide(auto, {}, False).count == 1  # begun by a version that had no such setting
+    assert decide(auto, {"steps_per_execution": 12}, True).count == 12  # the record decides
+    assert decide(auto, {}, False).count == 1  # no record of the choice
     monkeypatch.undo()
     assert decide(auto, None, False) == Choice(1, "a run of fewer than 5,000 updates")
 
@@ -201,25 +201,13 @@ def test_the_choice_is_part_of_the_run(monkeypatch, tmp_path, capsys):
     with monkeypatch.context() as patch:
         stopping(4, patch)
         assert run.main(words) == 130
-    assert "4 updates a dispatch: for a test" in capsys.readouterr().out
+    assert "4 updates per compiled call: for a test" in capsys.readouterr().out
     record = run_folder.load(tmp_path / "run")
     assert record["steps_per_execution"] == 4 and record["dispatch_seconds"] == {"1": 2e-4, "4": 1e-4}
     assert run.main([*words, "--set", "log_every=2"]) == 0  # changes what is recorded of the run
     assert run_folder.load(tmp_path / "run")["steps_per_execution"] == 4 and 4 in seen[1:]
     assert run.main([*words, "--set", "steps_per_execution=2"]) == 2
     assert "steps_per_execution is 'auto' there and 2 here" in capsys.readouterr().err
-
-
-def test_an_older_runs_config_without_the_setting_goes_on(monkeypatch, tmp_path, capsys):
-    words = ["--experiment", TINY, "--workdir", str(tmp_path / "run")]
-    with monkeypatch.context() as patch:
-        stopping(3, patch)
-        assert run.main(words) == 130
-    path = tmp_path / "run" / "config.json"
-    record = json.loads(path.read_text())
-    del record["steps_per_execution"], record["config"]["steps_per_execution"]
-    path.write_text(json.dumps(record))
-    assert run.main(words) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["0", "x", "1.5", "true"])
@@ -231,7 +219,7 @@ def test_bad_numbers_are_refused(value, capsys):
         change(steps_per_execution=True)
 
 
-def test_verify_has_dispatches_of_as_many(capfd):
+def test_verify_uses_the_same_steps_per_execution(capfd):
     words = ["verify", "--experiment", TINY, "--set", "steps_per_execution=3", "--steps", "8"]
     assert verbs.main(words) == 0
     assert "verified: the same bit for bit" in capfd.readouterr().out
@@ -264,7 +252,7 @@ def test_sharded_programs_stack_along_a_new_axis(mesh8):
     assert sharding.stacked(split).shard_shape((3, 16, 5)) == (3, 2, 5)
 
 
-def test_the_step_is_compiled_ahead_and_not_again(tmp_path, mesh1):
+def test_the_step_is_compiled_in_background_and_not_again(tmp_path, mesh1):
     program, compiled = assemble(MLP, mesh1), []
 
     def hear(name, *_, **__):

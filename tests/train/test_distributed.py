@@ -79,7 +79,7 @@ def test_two_processes_train_as_one_device(case, float64):
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory):
-    """A run that goes on from 2 × 4 devices on 1 × 8, on 1 × 1, and again on 2 × 4, an epoch each."""
+    """A run of one epoch each on 2 × 4 devices, 1 × 8, 1 × 1 and again 2 × 4, resumed in between."""
     folder = tmp_path_factory.mktemp("moved")
     dispatches = ("--set", "steps_per_execution=3")
     first = launch(folder, "--workdir", "run", "--mesh", "data=2,fsdp=4", *dispatches)
@@ -88,7 +88,7 @@ def moved(tmp_path_factory):
         command += [*dispatches, "--set", f"epochs={epochs}", "--simulate-devices", *words]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert f"going on from step {10 * (epochs - 1)} of {10 * epochs}" in done.stdout
+        assert f"resuming at step {10 * (epochs - 1)}/{10 * epochs}" in done.stdout
     again = launch(folder, "--workdir", "run", "--mesh", "data=4,model=2", "--set", "epochs=4", *dispatches)
     return folder, first, again
 
@@ -97,7 +97,7 @@ def test_a_run_moves_between_two_processes_and_one(moved, tmp_path):
     folder, first, again = moved
     assert (first.returncode, again.returncode) == (0, 0), first.stderr + again.stderr
     assert "8 × cpu (data=2,fsdp=4), 2 processes, batch 16 (2 a device)" in first.stdout
-    assert "[0] going on from step 30 of 40" in again.stdout
+    assert "[0] resuming at step 30/40" in again.stdout
     assert json.loads((folder / "run" / "result.json").read_text())["resumed_from"] == 30
 
     experiment = override(find(str(EXPERIMENT)).load()[0], ["epochs=4"])
@@ -115,8 +115,8 @@ def test_a_run_moves_between_two_processes_and_one(moved, tmp_path):
 def test_only_process_0_prints_and_writes(moved):
     folder, first, _ = moved
     ours = ("step", "loss", "starting", "distributed_run", "note")  # Gloo has lines of its own, in pieces
-    told = [line for line in first.stdout.splitlines() if any(word in line for word in ours)]
-    assert len(told) > 4 and all(line.startswith("[0] ") for line in told)
+    own = [line for line in first.stdout.splitlines() if any(word in line for word in ours)]
+    assert len(own) > 4 and all(line.startswith("[0] ") for line in own)
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "train/loss" in r] == list(range(5, 45, 5))
     assert len(list((folder / "run" / "tensorboard").iterdir())) == 4  # one file for each start
@@ -149,24 +149,24 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
     assert f"stopped after step {step} of 500" in stopped.stderr
 
 
-def test_an_error_of_one_run_is_told_at_most_once_by_each_process(tmp_path):
+def test_each_process_prints_an_error_at_most_once(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "file").touch()
     refused = launch(tmp_path, "--workdir", "run")
     assert refused.returncode == 2
     lines = [line for line in refused.stderr.splitlines() if "is not empty and holds no run" in line]
-    told = [line[:3] for line in lines]  # launch_local ends those that have not yet come to it
-    assert set(told) <= {"[0]", "[1]"} and 1 <= len(told) == len(set(told))
+    prefixes = [line[:3] for line in lines]  # launch_local may end a process before it prints its own
+    assert set(prefixes) <= {"[0]", "[1]"} and 1 <= len(prefixes) == len(set(prefixes))
     assert "Traceback" not in refused.stderr
 
 
 @pytest.mark.parametrize(
-    ("how", "code", "told"),
+    ("how", "code", "message"),
     [("bug", 3, "Noted.gather failed at batch 1: ValueError: a bug of process 1"), ("kill", 137, "")],
 )
-def test_a_process_that_fails_waits_for_nobody(how, code, told, tmp_path):
+def test_a_failed_process_ends_the_others(how, code, message, tmp_path):
     """JAX would wait for the others at exit, and they for it; launch_local ends them."""
     (tmp_path / how).touch()
     ended = launch(tmp_path, "--workdir", "run", "--set", "epochs=50")
     assert ended.returncode == code, ended.stderr
-    assert told in ended.stderr and f"process 1 ended with {code}" in ended.stderr
+    assert message in ended.stderr and f"process 1 ended with {code}" in ended.stderr

@@ -96,7 +96,7 @@ def test_evaluations_and_saves_come_as_epochs_are_completed(mesh1):
     assert all(often.cadence.evaluates_after(s) for s in range(1, 13))
 
 
-def test_records_tell_epoch_and_learning_rate(tmp_path, console, mesh1):
+def test_records_hold_epoch_and_learning_rate(tmp_path, console, mesh1):
     fit(assemble(EXPERIMENT, mesh1), tmp_path, console)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rate = EXPERIMENT.optimizer.lr.build(13)
@@ -167,7 +167,7 @@ def test_500_tiny_steps_on_eight_devices_do_not_pile_up(tmp_path, console, mesh8
 
 
 class Dispatched:
-    """Stands in for metrics on the device; tells when they are read."""
+    """Metrics on the device, which record when they are read."""
 
     def __init__(self, number, read):
         self.number, self.read, self.vectors = number, read, ()
@@ -179,10 +179,15 @@ class Dispatched:
 
 def test_in_flight_waits_for_the_step_before_the_last_ones():
     read, flight = [], InFlight(2)
-    told = [flight.add(Dispatched(step, read)) for step in range(5)]
-    assert read == [0, 1, 2] and told == [[], [], [[0]], [[1]], [[2]]]
+    returned = [flight.add(Dispatched(step, read)) for step in range(5)]
+    assert read == [0, 1, 2] and returned == [[], [], [[0]], [[1]], [[2]]]
     rest = flight.drain()
-    assert next(rest) == [3] and read == [0, 1, 2, 3]  # one by one: the times between them are told
+    assert next(rest) == [3] and read == [
+        0,
+        1,
+        2,
+        3,
+    ]  # one by one, because the times between them are recorded
     assert list(rest) == [[4]] and list(flight.drain()) == []
 
 
@@ -216,7 +221,7 @@ def test_the_loop_reads_each_metric_once_and_behind_later_updates(tmp_path, cons
     assert steps > 10 and reads == [*range(4, steps + 1), steps, steps, steps]
 
 
-def test_best_checkpoint_is_chosen_on_valid_and_kept(tmp_path, console, monkeypatch, mesh1):
+def test_best_checkpoint_is_chosen_on_valid_and_not_deleted(tmp_path, console, monkeypatch, mesh1):
     exp = change(holdout=40, epochs=12, optimizer=optim.SGD(lr=0.05), max_to_keep=1, save_every=100)
     real, calls = checkpoint.Checkpoints.save, []
     monkeypatch.setattr(
@@ -285,7 +290,7 @@ def test_data_init_sees_the_first_examples_preprocessed_and_not_augmented(placem
     np.testing.assert_array_equal(seen[0][1], first["label"])
 
 
-def test_stages_after_the_update_that_depend_on_the_length_are_told_it(mesh1):
+def test_post_update_stages_are_built_for_the_runs_length(mesh1):
     class Counted:
         def build(self, steps):
             lengths.append(steps)
@@ -334,7 +339,7 @@ def test_nchw_images_are_recognised(mesh1):
 def test_streamed_labels_are_checked_on_the_way(tmp_path, console, mesh1):
     bad = split(200, 0)
     bad.fields["label"][199] = 9
-    source = data.Subset(bad, np.arange(200))  # nothing that can be checked as a whole beforehand
+    source = data.Subset(bad, np.arange(200))  # a Subset is not checked before the run
     program = assemble(change(train=source, placement="stream", epochs=2), mesh1)
     assert program.choices["resident"] == {"train": False, "test": False}
     with pytest.raises(RunError, match=r"label 9 of example 199"):

@@ -63,7 +63,7 @@ def test_what_changed_is_named_once(kind):
     assert len(lines) == 1 and message in lines[0] and "at step 4:" in lines[0] and "\n" not in lines[0]
 
 
-def test_a_change_of_the_state_is_named_although_its_memory_is_given_away():
+def test_a_change_of_the_state_is_named_although_it_is_donated():
     lines: list[str] = []
     step = watched(lines, strict=True)
     step(state(), {"x": jnp.zeros(2)}, None)
