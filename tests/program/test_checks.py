@@ -246,7 +246,7 @@ CASES = {
         "change(data.Arrays(fields(32, 3)), model=TINY.model)",
     ),
     "a source that gives one image": Case(
-        ("field 'image' has shape [32, 32, 3] for 2 examples: OneImage.gather must give", "np.stack"),
+        ("field 'image' has shape [32, 32, 3] for 2 examples: OneImage.gather must return", "np.stack"),
         "change(OneImage(fields(32, 32, 3)), model=TINY.model)",
     ),
     "text among the fields": Case(

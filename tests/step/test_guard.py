@@ -272,10 +272,10 @@ def test_overflow_handled_by_the_loss_scale_is_not_bad(scale):
         assert wrong == ["grad_norm is nan"] and float(after.extra["loss_scale"]["scale"]) == 1
 
 
-def watch(tmp_path=None, **fields):
+def make_monitor(tmp_path=None, **fields):
     settings = {"guard": "stop", "max_loss_spike": None, "max_in_flight": 2} | fields
     program = types.SimpleNamespace(
-        experiment=types.SimpleNamespace(**settings), examples=lambda step: np.arange(3)
+        experiment=types.SimpleNamespace(**settings), example_ids=lambda step: np.arange(3)
     )
     return BadUpdateMonitor(program, tmp_path, lambda text: None)
 
@@ -285,27 +285,27 @@ def figures(loss=1.0):
 
 
 def test_loss_spike_ends_the_run_once_there_is_an_average(tmp_path):
-    seen = watch(tmp_path, max_loss_spike=3.0)
+    monitor = make_monitor(tmp_path, max_loss_spike=3.0)
     for step in range(LOSS_WINDOW):
-        seen.judge(step, figures(9.0 if step == 1 else 1.0))  # no average yet
-    seen.judge(LOSS_WINDOW, figures(3.0))
+        monitor.judge(step, figures(9.0 if step == 1 else 1.0))  # no average yet
+    monitor.judge(LOSS_WINDOW, figures(3.0))
     with pytest.raises(
         RunError, match=r"loss 9 at step 51 is above max_loss_spike=3 times its average of 1\.1"
     ):
-        seen.judge(LOSS_WINDOW + 1, figures(9.0))
+        monitor.judge(LOSS_WINDOW + 1, figures(9.0))
     found = json.loads((tmp_path / BAD_BATCH_FILE).read_text())
     assert found["figures"]["average_loss"] == pytest.approx(1.2, abs=0.1) and found["examples"] == [0, 1, 2]
 
 
 def test_bad_update_ends_the_run_with_a_message(tmp_path):
-    seen, metrics = watch(tmp_path / "absent"), figures()
-    seen.judge(1, metrics)
+    monitor, metrics = make_monitor(tmp_path / "absent"), figures()
+    monitor.judge(1, metrics)
     assert metrics == {}  # taken out: the recorder has no use for them
-    seen.judge(2, {})
+    monitor.judge(2, {})
     with pytest.raises(RunError, match=r"at step 3:.*could not be written to .*absent"):
-        seen.judge(3, figures(np.nan))
+        monitor.judge(3, figures(np.nan))
     with pytest.raises(RunError, match=r"loss is inf at step 2:.*examples are not recorded"):
-        watch().judge(2, figures(np.inf))
+        make_monitor().judge(2, figures(np.inf))
 
 
 def test_figures_of_several_steps_merge():
