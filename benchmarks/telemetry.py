@@ -23,22 +23,22 @@ STEPS = 200  # of one side of a round, while traced or not
 
 def calls() -> dict[str, tuple[Callable[[], Any], int]]:
     """What is timed by itself, and how many calls are timed at once."""
-    pace, meter = StepTimes(), monitor.Meter(jax.local_devices()[:1])
+    step_times, meter = StepTimes(), monitor.Meter(jax.local_devices()[:1])
     nothing: Any = None
     function = monitor.mark("a mark")(lambda: None)
     meter.record(0)
 
     def lap() -> None:
-        pace._told = -1.0
-        pace._times, pace._counts = [0.01] * 50, [1] * 50
-        pace.window()
+        step_times._reported = -1.0
+        step_times._times, step_times._counts = [0.01] * 50, [1] * 50
+        step_times.window()
 
     return {
         "update, no trace asked for (Trace.step)": (
-            lambda: monitor.OFF.step(5, nothing, nothing, nothing),
+            lambda: monitor.OFF.step(5, 1, nothing, nothing, nothing),
             5000,
         ),
-        "update, its time (Pace.tick)": (pace.tick, 5000),
+        "update, its time (StepTimes.tick)": (step_times.tick, 5000),
         "call of a marked function, none traced": (function, 5000),
         "record within a second of the last (Meter.record)": (lambda: meter.record(100), 1000),
         "once a second: percentiles of 50 times (StepTimes.window)": (lap, 100),
@@ -61,7 +61,7 @@ def time_traced(rounds: int) -> dict[str, list[float]]:
 
     def under() -> float:
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # as ``profile.Trace`` has it
+        options.python_tracer_level = 0  # as ``monitor.Trace`` has it
         with tempfile.TemporaryDirectory() as folder, jax.profiler.trace(folder, profiler_options=options):
             return steps()
 

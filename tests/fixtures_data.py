@@ -1,4 +1,4 @@
-"""What several test files of data share: small sets in their original and in TFDS's layout, and a check."""
+"""Shared by the data tests: small data sets in their original format and in TFDS's layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxtrain.data.prepare import originals
 
 
 def real_data(name: str) -> Path:
-    """A folder of real data, or a skip that says where it was looked for."""
+    """Return a folder of real data, or skip the test and say where it was expected."""
     default = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
     folder = Path(os.environ.get("JAXTRAIN_TEST_DATA") or default).resolve() / name
     if not folder.is_dir():
@@ -26,7 +26,7 @@ def real_data(name: str) -> Path:
 
 
 def tiny_files(name: str, records: int = 6) -> dict[str, bytes]:
-    """Made-up files in the original format of data set ``name``, ``records`` examples each."""
+    """Return synthetic files in the original format of data set ``name``, ``records`` examples each."""
     rng = np.random.default_rng(7)
 
     def noise(*shape: int) -> np.ndarray:
@@ -53,8 +53,8 @@ def tiny_files(name: str, records: int = 6) -> dict[str, bytes]:
     return files
 
 
-def know(monkeypatch: pytest.MonkeyPatch, name: str, files: dict[str, bytes]) -> None:
-    """Puts the sizes and checksums of made-up ``files`` in the place of the real ones."""
+def patch_checksums(monkeypatch: pytest.MonkeyPatch, name: str, files: dict[str, bytes]) -> None:
+    """Replace the sizes and checksums of the originals by those of synthetic ``files``."""
     members = tuple(
         originals.Member(key, len(data), hashlib.md5(data, usedforsecurity=False).hexdigest())
         for key, data in files.items()
@@ -71,7 +71,7 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def write_tfds(root: Path, name: str, features: Any, **splits: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a small data set with TFDS itself, without TensorFlow."""
+    """Write a small data set with TFDS itself, without TensorFlow."""
     import tensorflow_datasets as tfds
 
     data_set, spec = name, tfds.features.FeaturesDict(features)
@@ -94,22 +94,22 @@ def write_tfds(root: Path, name: str, features: Any, **splits: Iterable[Mapping[
 
 
 def check_fresh_process(sources: Sequence[Any], folder: Path, python: Any) -> None:
-    """Sources travel small, as what they were given, and a process that unpickles them reads the same."""
-    given = list(sources)
-    assert [pickle.loads(pickle.dumps(s)) for s in given] == given and len({*given}) == len(given)
-    whole = [s.gather(np.arange(len(s))) for s in given]  # before pickling: nothing read may travel
-    (folder / "in").write_bytes(pickle.dumps(given))
+    """Check that sources pickle as their settings, and that another process reads the same from them."""
+    sources = list(sources)
+    assert [pickle.loads(pickle.dumps(s)) for s in sources] == sources and len({*sources}) == len(sources)
+    expected = [s.gather(np.arange(len(s))) for s in sources]  # before pickling: no data may be pickled
+    (folder / "in").write_bytes(pickle.dumps(sources))
     assert (folder / "in").stat().st_size < 2000
     script = (
         "import pickle, sys, numpy as np\n"
-        "given = pickle.load(open('in', 'rb'))\n"
-        "batches = [s.gather(np.arange(len(s))) for s in given]\n"
+        "sources = pickle.load(open('in', 'rb'))\n"
+        "batches = [s.gather(np.arange(len(s))) for s in sources]\n"
         "assert not {'tensorflow', 'pandas'} & sys.modules.keys()\n"
         "pickle.dump(batches, open('out', 'wb'))\n"
     )
     done = python("-W", "ignore", "-c", script)
     assert done.returncode == 0, done.stderr
-    for one, other in zip(whole, pickle.loads((folder / "out").read_bytes()), strict=True):
+    for one, other in zip(expected, pickle.loads((folder / "out").read_bytes()), strict=True):
         assert one.keys() == other.keys()
         for name, array in one.items():
             np.testing.assert_array_equal(array, other[name])

@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import common
+from benchmarks import common, peak_flops
 from benchmarks.gpu import workloads
 from jaxtrain import checkpoint, sharding
 from jaxtrain.core.types import State
 from jaxtrain.models.attention import attend, refusal
-from jaxtrain.monitor import peak_flops
+from jaxtrain.monitor.peak_flops import datasheet_peak, device_name
 from jaxtrain.program import Program, assemble
 from jaxtrain.train.dispatch import InFlight
 
@@ -58,11 +58,13 @@ def peaks(tiny: bool) -> Figures:
     """Square matrix products in bfloat16 and float32 (TF32 on devices with it), against the datasheet."""
     device = jax.devices()[0]
     results: list[dict[str, Any]] = []
-    figures: dict[str, Any] = {"device": peak_flops.name(device)}
+    figures: dict[str, Any] = {"device": device_name(device)}
     for precision in ("bfloat16", "float32"):
         sizes = (256, 512) if tiny else ()
-        again = [peak_flops.measure(device, precision, rounds=3, sizes=sizes).flops for _ in range(3)]
-        table = peak_flops.datasheet_peak(device.device_kind, precision)
+        again = [
+            statistics.median(peak_flops.measure(device, precision, rounds=3, sizes=sizes)) for _ in range(3)
+        ]
+        table = datasheet_peak(device.device_kind, precision)
         results.append(common.result(f"{precision}: matrix products", [x / 1e12 for x in again], "TFLOP/s"))
         figures[precision] = {
             "measured_flops": statistics.median(again),

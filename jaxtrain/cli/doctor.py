@@ -36,14 +36,6 @@ PACKAGES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns 0 when nothing is wrong and 3 when something is."""
     parser = argparse.ArgumentParser(prog="jaxtrain doctor", description=SUMMARIES["doctor"])
-    parser.add_argument(
-        "--peak",
-        nargs="*",
-        metavar="PRECISION",
-        help="instead measure how fast the device multiplies matrices, in float32, bfloat16 or float16 "
-        "(default: the first two), and keep the figures: runs tell their MFU by them where the device is in "
-        "no table, as no CPU is",
-    )
     return command_line.main(_run, parser, argv)
 
 
@@ -51,9 +43,6 @@ def _run(args: argparse.Namespace) -> int:
     from jaxtrain.monitor import make_console
 
     console = make_console()
-    if args.peak is not None:
-        console.summary("peak of matrix products", _peaks(args.peak or ["float32", "bfloat16"]))
-        return 0
     problems: list[str] = []
     console.summary("versions", _versions())
     console.summary("devices", _devices(problems))
@@ -82,7 +71,7 @@ def _devices(problems: list[str]) -> dict[str, str]:
     try:
         import jax
 
-        from jaxtrain.monitor import nvml
+        from jaxtrain.monitor import nvml, peak_flops
 
         devices = jax.local_devices()
     except RuntimeError as error:
@@ -94,6 +83,7 @@ def _devices(problems: list[str]) -> dict[str, str]:
         rows[str(device)] = f"{device.device_kind}{memory}"
     if driver:
         rows["power"] = nvml.describe_boards(devices)
+    rows["peak TFLOP/s"] = peak_flops.describe_peaks(devices[0])
     rows["host memory"] = f"{_host_memory() / 2**30:.1f} GiB"
     rows["huge pages"] = huge_pages.told()
     if driver and devices[0].platform == "cpu":
@@ -167,32 +157,6 @@ def _step(problems: list[str]) -> dict[str, str]:
         "second step": f"{1e3 * (times[1] - times[0]):.1f} ms",
         "loss": f"{loss:.4f}",
     }
-
-
-def _peaks(precisions: Sequence[str]) -> dict[str, str]:
-    """Measured on the first device here, and kept."""
-    import jax
-
-    from jaxtrain.core.errors import InputError
-    from jaxtrain.monitor import peak_flops
-
-    for precision in precisions:
-        if precision not in peak_flops.PRECISIONS:
-            raise InputError(f"--peak {precision}: it must be one of {', '.join(peak_flops.PRECISIONS)}")
-    device, rows = jax.local_devices()[0], {}
-    for precision in dict.fromkeys(precisions):
-        found, table = (
-            peak_flops.measure(device, precision),
-            peak_flops.datasheet_peak(device.device_kind, precision),
-        )
-        path = peak_flops.store_peak(device, precision, found)
-        rows[precision] = f"{found.flops / 1e12:.3g} TFLOP/s" + (
-            ", in no table"
-            if table is None
-            else f", {100 * found.flops / table.flops:.0f} % of the table's {table.flops / 1e12:.4g}, "
-            "which counts for MFU"
-        )
-    return {"device": peak_flops.name(device), **rows, "kept in": str(path)}
 
 
 def _driver() -> str | None:

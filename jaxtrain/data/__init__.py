@@ -1,4 +1,4 @@
-"""Data: sources of raw examples, the order they are visited in, loaders, augmentations, preparation."""
+"""Data: sources of raw examples, their order, augmentation, and preparation on disk."""
 
 from jaxtrain.data.augment import AlternatingFlip, Crop, Cutout, Flip, Normalise, compose
 from jaxtrain.data.images import Images, RandomCrops

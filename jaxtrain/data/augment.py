@@ -1,7 +1,7 @@
 """Augmentations and preprocessing: frozen dataclasses that are pure functions of (image, key).
 
 They run on the device, compiled into the step. ``compose`` turns a tuple of them into the ``prepare`` that
-``jaxtrain.step.factories`` takes; any callable of the same form may stand among them.
+``jaxtrain.step.factories`` takes; any callable with the same signature may be one of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Flip:
 
     def __post_init__(self) -> None:
         if not 0 <= self.p <= 1:
-            raise InputError(f"Flip(p={self.p}): a probability is in [0, 1]")
+            raise InputError(f"Flip(p={self.p}): p must be in [0, 1]")
 
     def __call__(self, batch: Batch, key: jax.Array) -> Batch:
         image = batch["image"]
@@ -40,14 +40,14 @@ class Flip:
 
 @dataclasses.dataclass(frozen=True)
 class AlternatingFlip:
-    """Mirror each image left to right in every second epoch, starting with the first or the second by a coin.
+    """Mirror each image left to right in every other epoch, with a random first epoch per image.
 
-    Over two epochs each image is seen once each way, where ``Flip`` would repeat itself half the time
+    Over two epochs each image is seen once each way, where ``Flip`` repeats itself half the time
     (Jordan 2024, arXiv:2404.00498). Needs the batch fields ``example_id`` and ``epoch``, ``int32 [batch]``,
-    which training batches have; raises InputError without them. Draws nothing from its key.
+    which training batches have; raises InputError without them. Does not use its key.
 
     Attributes:
-      seed: of the coins, one for each example id; at least 0.
+      seed: of the first orientation of each example id; at least 0.
 
     >>> batch = {"image": jnp.arange(3).reshape(1, 1, 3, 1), "example_id": jnp.array([7])}
     >>> [AlternatingFlip()({**batch, "epoch": jnp.array([e])})["image"].ravel().tolist() for e in (0, 1, 2)]
@@ -58,17 +58,17 @@ class AlternatingFlip:
 
     def __post_init__(self) -> None:
         if self.seed < 0:
-            raise InputError(f"AlternatingFlip(seed={self.seed}): it must not be negative")
+            raise InputError(f"AlternatingFlip(seed={self.seed}): seed must be at least 0")
 
     def __call__(self, batch: Batch, key: jax.Array | None = None) -> Batch:
         missing = [name for name in ("example_id", "epoch") if name not in batch]
         if missing:
             raise InputError(
                 f"AlternatingFlip needs the batch field {' and '.join(missing)}, int32 [batch], which the "
-                "loaders add to training batches: put the stage in augment=, or add the field to the batch"
+                "loaders add to training batches: put the stage in augment=, or add the fields to the batch"
             )
         image = batch["image"]
-        # Threefry by name: with another default generator the coins of a batch would depend on each other.
+        # Threefry explicitly: with another default generator the coins of a batch would depend on each other.
         base = jax.random.key(self.seed, impl="threefry2x32")
         keys = jax.vmap(jax.random.fold_in, (None, 0))(base, batch["example_id"])
         coin = jax.vmap(jax.random.bits)(keys) & 1
@@ -78,7 +78,7 @@ class AlternatingFlip:
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """Pad each image on all sides and cut a window of its old size at random.
+    """Pad each image on all sides and crop it to its original size at random.
 
     Attributes:
       pad: pixels added on each side, at least 1.
@@ -94,7 +94,7 @@ class Crop:
 
     def __post_init__(self) -> None:
         if self.pad < 1 or self.mode not in ("zero", "reflect"):
-            raise InputError(f"{self}: pad is at least 1 and mode is zero or reflect")
+            raise InputError(f"{self}: pad must be at least 1 and mode zero or reflect")
 
     def __call__(self, batch: Batch, key: jax.Array) -> Batch:
         image, pad = batch["image"], self.pad
@@ -102,10 +102,10 @@ class Crop:
         padded = jnp.pad(image, widths, mode="constant" if self.mode == "zero" else "reflect")
         corner = jax.random.randint(key, (image.shape[0], 2), 0, 2 * pad + 1)
 
-        def cut(one: jax.Array, at: jax.Array) -> jax.Array:
+        def crop(one: jax.Array, at: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice(one, (at[0], at[1], 0), image.shape[1:])
 
-        return {**batch, "image": jax.vmap(cut)(padded, corner)}
+        return {**batch, "image": jax.vmap(crop)(padded, corner)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +113,8 @@ class Cutout:
     """Fill one random square of each image (DeVries & Taylor 2017, arXiv:1708.04552).
 
     Attributes:
-      size: side of the square in pixels; its centre is uniform over the image, so it may hang over.
-      fill: the value, in the units of the image at that point: one number or one for each channel.
+      size: side of the square in pixels; its centre is uniform over the image, so part of it may be outside.
+      fill: the value, in the units of the image at this stage: one number or one per channel.
     """
 
     size: int = 8
@@ -122,14 +122,14 @@ class Cutout:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise InputError(f"Cutout(size={self.size}): it is at least 1 pixel")
+            raise InputError(f"Cutout(size={self.size}): size must be at least 1")
 
     def __call__(self, batch: Batch, key: jax.Array) -> Batch:
         image = batch["image"]
         n, height, width, _ = image.shape
         row_key, column_key = jax.random.split(key)
-        rows = _band(jax.random.randint(row_key, (n, 1), 0, height), self.size, height)
-        columns = _band(jax.random.randint(column_key, (n, 1), 0, width), self.size, width)
+        rows = _span_mask(jax.random.randint(row_key, (n, 1), 0, height), self.size, height)
+        columns = _span_mask(jax.random.randint(column_key, (n, 1), 0, width), self.size, width)
         inside = rows[:, :, None, None] & columns[:, None, :, None]
         fill = jnp.asarray(self.fill, image.dtype).reshape(1, 1, 1, -1)
         return {**batch, "image": jnp.where(inside, fill, image)}
@@ -137,11 +137,11 @@ class Cutout:
 
 @dataclasses.dataclass(frozen=True)
 class Normalise:
-    """``(image / scale - mean) / std`` in float32, for each channel.
+    """``(image / scale - mean) / std`` in float32, per channel.
 
     Attributes:
-      mean, std: one number or one for each channel, in units of ``image / scale``.
-      scale: 255 takes uint8 pixels to [0, 1].
+      mean, std: one number or one per channel, in units of ``image / scale``.
+      scale: 255 maps uint8 pixels to [0, 1].
 
     >>> Normalise((0.5,), (0.5,))({"image": jnp.full((1, 1, 1, 1), 255, jnp.uint8)}, None)["image"].item()
     1.0
@@ -153,7 +153,7 @@ class Normalise:
 
     def __post_init__(self) -> None:
         if min(self.std) <= 0 or self.scale <= 0:
-            raise InputError(f"Normalise(std={self.std}, scale={self.scale}): both must be positive")
+            raise InputError(f"Normalise(std={self.std}, scale={self.scale}): std and scale must be positive")
 
     def __call__(self, batch: Batch, key: jax.Array | None = None) -> Batch:
         image = batch["image"]
@@ -161,8 +161,8 @@ class Normalise:
             if len(values) not in (1, image.shape[-1]):
                 raise InputError(
                     f"Normalise has {len(values)} values of {name} for images of {image.shape[-1]} "
-                    f"channels (image {image.shape}, [batch, height, width, channel]): give one, or one for "
-                    "each channel"
+                    f"channels (image {image.shape}, [batch, height, width, channel]): give one, or one "
+                    "per channel"
                 )
         shape = (1,) * (image.ndim - 1) + (-1,)
         mean = jnp.asarray(self.mean, jnp.float32).reshape(shape)
@@ -171,7 +171,7 @@ class Normalise:
 
 
 def compose(*stages: Callable[..., Batch]) -> Prepare:
-    """One ``prepare`` from several: each gets the last one's batch and a key of its own.
+    """Compose stages into one ``prepare``: each gets the previous batch and its own key.
 
     >>> prepare = compose(Flip(), Normalise())
     >>> prepare({"image": jnp.zeros((2, 4, 4, 3), jnp.uint8)}, jax.random.key(0))["image"].dtype
@@ -186,7 +186,7 @@ def compose(*stages: Callable[..., Batch]) -> Prepare:
     return prepare
 
 
-def _band(centre: jax.Array, size: int, length: int) -> jax.Array:
-    """bool [n, length]: the ``size`` positions around ``centre`` [n, 1]."""
+def _span_mask(centre: jax.Array, size: int, length: int) -> jax.Array:
+    """Return bool [n, length], true at the ``size`` positions around ``centre`` [n, 1]."""
     offset = jnp.arange(length)[None, :] - centre + size // 2
     return (offset >= 0) & (offset < size)

@@ -1,4 +1,4 @@
-"""Where prepared data sets lie: names, folders and file formats; imports no TFDS, opens no network."""
+"""Find prepared data sets on disk: names, folders and file formats, without TFDS or a network."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from jaxtrain.core.errors import InputError
 
 _NAME = re.compile(r"(?P<base>[^/:]+)(/(?P<config>[^/:]+))?(:(?P<version>[0-9*]+(\.[0-9*]+){2}))?")
 
-# Where TFDS writes the names of classes in features.json, now and in older versions.
-_CODE = ("pythonClassName", "python_class_name", "type")
+# The keys under which TFDS writes class names in features.json, now and in older versions.
+_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
 
 
 def default_data_dir() -> Path:
-    """Where data sets live when nothing else is said: ``$TFDS_DATA_DIR``, else the TFDS default.
+    """Return the default folder of all data sets: ``$TFDS_DATA_DIR``, else the TFDS default.
 
     >>> default_data_dir().is_absolute()
     True
@@ -29,7 +29,7 @@ def default_data_dir() -> Path:
 
 
 def parse_name(name: str) -> tuple[str, str | None, str | None]:
-    """Splits ``base[/config][:version]`` into its three parts.
+    """Split ``base[/config][:version]`` into its three parts.
 
     >>> parse_name("imdb_reviews/plain_text:1.0.0")
     ('imdb_reviews', 'plain_text', '1.0.0')
@@ -50,33 +50,33 @@ def parse_name(name: str) -> tuple[str, str | None, str | None]:
     return match["base"], match["config"], match["version"]
 
 
-def find_folder(name: str, data_dir: str | os.PathLike[str] | None = None) -> Path | None:
-    """The folder of a prepared data set that can be read here, newest version first; else None.
+def find_prepared(name: str, data_dir: str | os.PathLike[str] | None = None) -> Path | None:
+    """Return the folder of the newest prepared version in a readable format, or None.
 
-    Looks at names and two small JSON files only: no network, no TFDS import.
+    Looks only at names and two small JSON files: no network, no TFDS import.
     """
-    return next((f for f in folders(name, data_dir) if "array_record" in file_formats(f)), None)
+    return next((f for f in version_folders(name, data_dir) if "array_record" in file_formats(f)), None)
 
 
-def folders(name: str, data_dir: str | os.PathLike[str] | None = None) -> list[Path]:
-    """All complete folders of data set ``name``, in any file format, newest version first."""
+def version_folders(name: str, data_dir: str | os.PathLike[str] | None = None) -> list[Path]:
+    """Return all complete folders of data set ``name``, in any file format, newest version first."""
     base, config, version = parse_name(name)
     root = Path(data_dir).expanduser().absolute() if data_dir is not None else default_data_dir()
     parent = root / base
     config = config or _default_config(parent)
     parent = parent / config if config else parent
-    wanted = re.compile(re.escape(version or "*.*.*").replace(r"\*", r"\d+"))
+    pattern = re.compile(re.escape(version or "*.*.*").replace(r"\*", r"\d+"))
     found = [
         path
         for path in (parent.iterdir() if parent.is_dir() else ())
-        # A prepare under way, or killed, has another name: a version is its name at the very end.
-        if wanted.fullmatch(path.name) and file_formats(path)
+        # An unfinished prepare has another name: its folder is renamed to the version at the end.
+        if pattern.fullmatch(path.name) and file_formats(path)
     ]
     return sorted(found, key=lambda p: tuple(map(int, p.name.split("."))), reverse=True)
 
 
-def not_prepared(name: str, data_dir: str | os.PathLike[str] | None) -> str:
-    """One line: what is missing, where, and the command that provides it."""
+def not_prepared_message(name: str, data_dir: str | os.PathLike[str] | None) -> str:
+    """Return one line: what is missing, where, and the command that provides it."""
     return (
         f"data set {name} is not prepared in {data_dir or default_data_dir()}: "
         f"run: python -m jaxtrain prepare {name}{data_dir_option(data_dir)}"
@@ -84,25 +84,25 @@ def not_prepared(name: str, data_dir: str | os.PathLike[str] | None) -> str:
 
 
 def data_dir_option(data_dir: str | os.PathLike[str] | None) -> str:
-    """What a ``prepare`` command needs besides the name to work in ``data_dir``."""
+    """Return the option that makes a ``prepare`` command use ``data_dir``; empty for the default."""
     default = default_data_dir()
     return f" --data-dir {data_dir}" if Path(data_dir or default) != default else ""
 
 
 def file_formats(folder: Path) -> tuple[str, ...]:
-    """The record formats a version folder holds; empty when it is no complete data set."""
+    """Return the record formats of a version folder; empty if the data set is not complete."""
     if not (folder / "features.json").is_file():
         return ()
     try:
         info = json.loads((folder / "dataset_info.json").read_text())
     except (OSError, ValueError):
         return ()
-    # Folders written before the field existed are all TFRecord.
+    # Folders from before the field existed are all TFRecord.
     return (info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", ()))
 
 
 def _default_config(parent: Path) -> str | None:
-    """The config that TFDS means by the bare name, as it recorded it beside the configs."""
+    """Return the config that the name without a config means, from the metadata that TFDS wrote."""
     try:
         metadata = json.loads((parent / ".config" / "metadata.json").read_text())
     except (OSError, ValueError):
@@ -114,30 +114,30 @@ def _default_config(parent: Path) -> str | None:
 
 
 def check_features(folder: Path) -> None:
-    """Refuse a ``features.json`` that names classes which TFDS does not have: TFDS imports what it names.
+    """Check that ``features.json`` names only TFDS's own classes, because TFDS imports what it names.
 
     Raises:
-      InputError: there is one.
+      InputError: it names another class.
     """
     path = folder / "features.json"
     try:
-        named = list(_python_names(json.loads(path.read_text())))
+        names = list(_class_names(json.loads(path.read_text())))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}): prepare the data set again") from error
-    for name in named:
+    for name in names:
         if not name.startswith("tensorflow_datasets."):
             raise InputError(
-                f"{path} names {name!r}, which is no feature of TFDS's own: prepare the data set again"
+                f"{path} names {name!r}, which is not a TFDS feature: prepare the data set again"
             )
 
 
-def _python_names(value: Any) -> Iterator[str]:
-    """What stands under ``_CODE``, in JSON that stands as text in JSON too."""
+def _class_names(value: Any) -> Iterator[str]:
+    """Yield the values under ``_CLASS_KEYS``, also in JSON nested as text."""
     if isinstance(value, dict):
-        yield from (v for key, v in value.items() if key in _CODE and isinstance(v, str) and "." in v)
+        yield from (v for key, v in value.items() if key in _CLASS_KEYS and isinstance(v, str) and "." in v)
     if isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _python_names(item)
+            yield from _class_names(item)
     elif isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         with contextlib.suppress(ValueError):
-            yield from _python_names(json.loads(value))
+            yield from _class_names(json.loads(value))

@@ -1,8 +1,8 @@
-"""Examples that took long to decode, kept as arrays for the next run.
+"""A disk cache of decoded examples, for the next run.
 
-A data set of 50,000 small images is decoded again at every start, which takes seconds; its arrays are read in
-a fraction of one. They are kept for this user, under a name that tells what files they are of, and checked
-when they are read: arrays that are not what was written are decoded once more.
+Decoding a data set of 50,000 small images takes seconds at every start; loading its arrays takes a fraction
+of a second. The cache belongs to the user and is keyed by a fingerprint of the data files. Checksums are
+verified on loading, and damaged arrays are decoded again.
 """
 
 from __future__ import annotations
@@ -21,79 +21,79 @@ import numpy as np
 
 from jaxtrain.core import cache
 
-CAP = 4 * 2**30  # bytes of arrays; the least recently used data sets go first
-WORTH = 1.0  # seconds of decoding, from which on arrays are kept
-ABOUT = "about.json"
+MAX_BYTES = 4 * 2**30  # of all cached arrays; the least recently used data sets are removed first
+MIN_SECONDS = 1.0  # faster decoding is not cached
+METADATA = "about.json"
 
 Fields = dict[str, np.ndarray]
 
 
-def arrays(identity: str, decode: Callable[[], Fields]) -> Fields:
-    """``decode()``, or what it gave earlier for the same ``identity``.
+def load_or_decode(fingerprint: str, decode: Callable[[], Fields]) -> Fields:
+    """Load the arrays cached under ``fingerprint``, or return ``decode()`` and cache it.
 
-    Whatever goes wrong with the kept arrays (no home, no space, damage) is no error: they are decoded then.
+    A cache that fails (no home, no space, damage) is no error: the arrays are decoded.
 
     Args:
-      identity: hexadecimal digits that stand for the files, and for what is made of them.
-      decode: gives the named arrays.
+      fingerprint: hexadecimal hash of the data files and of how they are decoded.
+      decode: returns the named arrays.
     """
     root = cache.private_folder("decoded")
     if root is None:
         return decode()
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        return _read(root / identity)
-    began = time.perf_counter()
+        return _read(root / fingerprint)
+    start = time.perf_counter()
     fields = decode()
     size = sum(array.nbytes for array in fields.values())
-    if time.perf_counter() - began > WORTH and size < CAP / 4:
+    if time.perf_counter() - start > MIN_SECONDS and size < MAX_BYTES / 4:
         with contextlib.suppress(OSError, ValueError):
-            _write(root, identity, fields)
-            _trim(root, CAP)
+            _write(root, fingerprint, fields)
+            _trim(root, MAX_BYTES)
     return fields
 
 
 def _read(folder: Path) -> Fields:
-    """Raises one of several errors when the arrays are not there or not what was written."""
-    about = json.loads((folder / ABOUT).read_text())
+    """Load the arrays; raise one of several errors if they are missing or damaged."""
+    metadata = json.loads((folder / METADATA).read_text())
     fields = {}
-    for number, (name, wanted) in enumerate(about["fields"].items()):
+    for number, (name, checksum) in enumerate(metadata["fields"].items()):
         array = np.load(folder / f"{number}.npy", allow_pickle=False)
-        if _sum(array) != wanted:
+        if _checksum(array) != checksum:
             raise ValueError(f"{folder}: {name} is damaged")
         fields[name] = array
-    os.utime(folder)  # it was used
+    os.utime(folder)  # for _trim: recently used
     return fields
 
 
-def _write(root: Path, identity: str, fields: Fields) -> None:
-    """All of it or nothing: another process may read, or write the same."""
+def _write(root: Path, fingerprint: str, fields: Fields) -> None:
+    """Write atomically: another process may read, or write the same data set."""
     part = Path(tempfile.mkdtemp(dir=root, prefix=".part-"))
     try:
-        sums = {}
+        checksums = {}
         for number, (name, array) in enumerate(fields.items()):
             np.save(part / f"{number}.npy", array, allow_pickle=False)
-            sums[name] = _sum(array)
-        (part / ABOUT).write_text(json.dumps({"fields": sums}))
-        shutil.rmtree(root / identity, ignore_errors=True)  # damaged, or it would have been read
-        part.rename(root / identity)
+            checksums[name] = _checksum(array)
+        (part / METADATA).write_text(json.dumps({"fields": checksums}))
+        shutil.rmtree(root / fingerprint, ignore_errors=True)  # damaged, else it would have been loaded
+        part.rename(root / fingerprint)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _sum(array: np.ndarray) -> int:
+def _checksum(array: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def _trim(root: Path, cap: int) -> None:
-    """Remove the data sets that were not used for longest, and what killed processes left, above ``cap``."""
+def _trim(root: Path, limit: int) -> None:
+    """Remove the least recently used data sets above ``limit`` bytes, and what killed processes left."""
     found = []
     for folder in filter(Path.is_dir, root.iterdir()):
-        about = folder.stat(follow_symlinks=False)
+        modified = folder.stat(follow_symlinks=False).st_mtime
         size = sum(file.stat().st_size for file in folder.iterdir())
-        old = folder.name.startswith(".part-") and time.time() - about.st_mtime > 3600
-        found.append((0.0 if old else about.st_mtime, size, folder))
+        stale = folder.name.startswith(".part-") and time.time() - modified > 3600
+        found.append((0.0 if stale else modified, size, folder))
     total = sum(size for _, size, _ in found)
     for used, size, folder in sorted(found):
-        if total > cap or not used:
+        if total > limit or not used:
             shutil.rmtree(folder, ignore_errors=True)
             total -= size

@@ -1,24 +1,23 @@
-"""Photographs of various sizes as square arrays, decoded and cropped on the host.
+"""Image files of various sizes as square arrays, decoded and cropped on the host.
 
-A loader with ``workers`` does this in processes of its own. The pixels are a pure function of the data set
-and of ``(seed, epoch, example id)``, whatever the batch, the workers or the step that a run resumes at.
+A loader with ``workers`` does this in worker processes. The pixels are a pure function of the data set
+and of ``(seed, epoch, example id)``, independent of batch, workers and the step at which a run resumes.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
-import io
 import math
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.errors import InputError
+from jaxtrain.data.decode_image import decode_mask, decode_rgb, open_image
 from jaxtrain.data.randaugment import Draws, HostStage
 from jaxtrain.data.tfds import TFDS
 
@@ -29,38 +28,37 @@ _TRIES = 10
 
 
 class _View(NamedTuple):
-    """Which part of a picture is looked at, and how."""
+    """The crop of an image, and what is done to it."""
 
     box: tuple[float, float, float, float]
-    """Left, top, right and bottom in pixels of the stored picture."""
+    """Left, top, right and bottom in pixels of the stored image."""
     shrink: int = 1
-    """A JPEG may be decoded to this fraction of its size."""
+    """A JPEG may be decoded at ``1 / shrink`` of its size."""
     flip: bool = False
     stages: tuple[HostStage, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """A TFDS split of pictures of any size, each as its centre, ``size`` x ``size``. Nothing is random.
+    """Centre crops, ``size`` x ``size``, of the images of a TFDS split. Nothing is random.
 
-    The centred square whose side is ``crop`` times the shorter side of the picture is resized: in one step
-    what resizing the shorter side to ``size / crop`` and cutting the centre does. Pictures are resized by
-    Pillow's bilinear filter, which widens when it shrinks (antialiasing), and masks to the nearest pixel.
+    The centred square whose side is ``crop`` times the shorter side of the image is resized. This is one step
+    for what others do in two: resize the shorter side to ``size / crop``, then crop the centre. Images are
+    resized with Pillow's antialiased bilinear filter, masks with nearest neighbour.
 
-    Grey, palette and CMYK pictures become RGB; an alpha channel is dropped. EXIF orientation is ignored, as
-    TFDS ignores it.
+    Grey, palette and CMYK images become RGB; an alpha channel is dropped. EXIF orientation is ignored, as in
+    TFDS.
 
-    With ``mask``, the label is a map of classes, one for each pixel: a segmentation is scored on the same
-    square that a classification sees, so use ``crop=1.0`` there; what lies outside the square of a wider or
-    taller picture is not scored.
+    With ``mask``, the label is a class per pixel. Only pixels inside the square are scored, so use
+    ``crop=1.0`` for segmentation; the ends of a wide or tall image are still not scored.
 
     Attributes:
       source: the split; ``image`` must be one of its features, and ``label`` or ``mask`` another.
       size: side of the result in pixels, at least 1.
       crop: in (0, 1].
-      image: the feature that holds the picture.
+      image: the feature that holds the image.
       label: the feature that holds the class, unless there is a mask.
-      mask: the feature that holds a png of one uint8 channel, as large as the picture.
+      mask: the feature that holds a png of one uint8 channel, the size of the image.
       offset: the mask's value for class 0 (1 in ``oxford_iiit_pet``); no value may be below it.
 
     >>> Images(TFDS("imagenet2012", "validation"), size=224).example()["image"].shape
@@ -79,7 +77,7 @@ class Images:
         kind = type(self).__name__
         if not callable(getattr(self.source, "raw", None)):
             raise InputError(
-                f"{kind}(source={self.source!r}): it reads a TFDS split; a data.Subset goes around it"
+                f"{kind}(source={self.source!r}): source must be a TFDS split; apply data.Subset to {kind}"
             )
         if self.size < 1 or not 0 < self.crop <= 1 or self.offset < 0:
             raise InputError(
@@ -98,12 +96,12 @@ class Images:
         return self.source.data_dir
 
     def prepared(self) -> bool:
-        """Whether the data set lies ready on disk."""
+        """Return whether the data set is on disk."""
         return self.source.prepared()
 
     @property
     def classes(self) -> int | None:
-        """The number of classes of the feature ``label``; None where that is not the label."""
+        """The number of classes of the feature ``label``; None if the label is another feature."""
         return self.source.classes if self._is_standard() else None
 
     @property
@@ -115,22 +113,22 @@ class Images:
         return len(self.source)
 
     def example(self) -> dict[str, np.ndarray]:
-        """Zeros of one example's shapes, leading axis 1; reads nothing."""
+        """Return zeros in the shapes of one example, leading axis 1; reads nothing."""
         return self._zeros(1)
 
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The centre of each picture.
+        """Return the centre crop of each image.
 
         Args:
           indices: int [k], as for ``TFDS.gather``.
 
         Returns:
-          ``image: uint8 [k, size, size, 3]`` and ``label: int32 [k]``, with a mask ``[k, size, size]``.
+          ``image: uint8 [k, size, size, 3]`` and ``label: int32 [k]``, or ``[k, size, size]`` with a mask.
 
         Raises:
-          InputError: no such feature, one of another kind, a mask of another size than its picture, or a
-            mask value below ``offset``.
-          RunError: a picture or mask is damaged.
+          InputError: no such feature, a feature of another kind, a mask whose size differs from its image's,
+            or a mask value below ``offset``.
+          RunError: an image or mask is damaged.
         """
         return self._batch(np.asarray(indices), None)
 
@@ -155,14 +153,14 @@ class Images:
         batch = self._zeros(len(indices))
 
         def fill(row: int) -> None:
-            drawn = None if draws is None else draws[row]
+            row_draws = None if draws is None else draws[row]
             index = int(indices[row])
-            where = f"{self.source.place(index)}, example {index} of split {self.source.split}"
+            where = f"{self.source.locate(index)}, example {index} of split {self.source.split}"
             where = f"data set {self.name}: {where}"
-            found = self._example(where, raw[self.image][row], raw[target][row], drawn)
-            batch["image"][row], batch["label"][row] = found
+            example = self._example(where, raw[self.image][row], raw[target][row], row_draws)
+            batch["image"][row], batch["label"][row] = example
 
-        threads = _threads()
+        threads = _thread_count()
         if threads == 1 or len(indices) < 2:
             for row in range(len(indices)):
                 fill(row)
@@ -171,57 +169,57 @@ class Images:
                 list(pool.map(fill, range(len(indices))))
         return batch
 
-    def _example(self, where: str, image: Any, target: Any, draws: Any) -> tuple[Any, Any]:
+    def _example(self, where: str, encoded: Any, target: Any, draws: Any) -> tuple[Any, Any]:
         from PIL.Image import Resampling, Transpose
 
-        picture = _opened(image, where, self.image)
-        size = picture.size
-        mask = None if self.mask is None else _opened(target, where, self.mask)
+        image = open_image(encoded, where, self.image)
+        size = image.size
+        mask = None if self.mask is None else open_image(target, where, self.mask)
         if mask is None and type(target) is not int:
-            raise InputError(f"{where}: feature {self.label!r} is no whole number, so it is no class label")
+            raise InputError(f"{where}: feature {self.label!r} is not an integer, so it is not a class label")
         if mask is not None and mask.size != size:
             raise InputError(
-                f"{where}: its mask {self.mask!r} has {mask.width} x {mask.height} pixels and its picture "
+                f"{where}: its mask {self.mask!r} has {mask.width} x {mask.height} pixels and its image "
                 f"{size[0]} x {size[1]}: they must agree"
             )
         view = self._view(*size, draws)
-        picture = _rgb(picture, view.shrink, where, self.image)
+        image = decode_rgb(image, view.shrink, where, self.image)
 
-        def cut(whole: Image, filter_: Resampling) -> Image:
-            shrunk = view.shrink if whole.size != size else 1
+        def crop(full: Image, filter_: Resampling) -> Image:
+            shrunk = view.shrink if full.size != size else 1
             box = tuple(edge / shrunk for edge in view.box)
-            part = whole.resize((self.size, self.size), filter_, box=box)  # type: ignore[arg-type]
+            part = full.resize((self.size, self.size), filter_, box=box)  # type: ignore[arg-type]
             return part.transpose(Transpose.FLIP_LEFT_RIGHT) if view.flip else part
 
-        picture = cut(picture, Resampling.BILINEAR)
+        image = crop(image, Resampling.BILINEAR)
         for stage in view.stages:
-            picture = stage(picture, draws)
-            if picture.mode != "RGB" or picture.size != (self.size, self.size):
-                raise InputError(f"{stage}: it must return an RGB picture of the size that it was given")
+            image = stage(image, draws)
+            if image.mode != "RGB" or image.size != (self.size, self.size):
+                raise InputError(f"{stage}: it must return an RGB image of the same size")
         if mask is None:
-            return np.asarray(picture), target
-        mask = _values(mask, where, self.mask, self.offset)
-        return np.asarray(picture), np.asarray(cut(mask, Resampling.NEAREST), np.int32) - self.offset
+            return np.asarray(image), target
+        mask = decode_mask(mask, where, str(self.mask), self.offset)
+        return np.asarray(image), np.asarray(crop(mask, Resampling.NEAREST), np.int32) - self.offset
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomCrops(Images):
-    """As ``Images``, with another random crop of each picture in every epoch for training.
+    """As ``Images``, with a new random crop of each image in every epoch of training.
 
-    A crop has a random share of the picture's area and a random ratio of width to height (uniform in its
-    logarithm), and is stretched to the square. After ten draws that do not fit, it is the largest centred
-    one of an allowed ratio (Szegedy et al. 2015, arXiv:1409.4842, section 6, with the ratio and the fallback
-    that have become usual). ``gather`` and what is evaluated stay as they are in ``Images``.
+    This is Inception's random resized crop (Szegedy et al. 2015, arXiv:1409.4842, section 6): a random share
+    of the image's area and a random aspect ratio (uniform in its logarithm), resized to the square. After ten
+    draws that do not fit, it is the largest centred crop of an allowed ratio, as in other libraries.
+    ``gather``, which evaluation uses, is that of ``Images``.
 
-    A JPEG whose crop has at least twice the size of the result is decoded at a half, a quarter or an
-    eighth of its size, which is faster and averages pixels as the resizing would.
+    A JPEG whose crop is at least twice the size of the result is decoded at a half, a quarter or an eighth
+    of its size, which is faster and averages pixels as resizing would.
 
     Attributes:
-      area: the least and the greatest share of the area, in (0, 1].
-      ratio: the least and the greatest width / height, above 0.
-      flip: mirror half of the crops left to right.
-      stages: what else is done to each crop, such as ``RandAugment()``; not beside a mask, which would not
-        follow.
+      area: smallest and largest share of the area, in (0, 1].
+      ratio: smallest and largest width / height, above 0.
+      flip: mirror half of the crops left to right, at random.
+      stages: further augmentations of each crop, such as ``RandAugment()``; not with a mask, which they would
+        not transform.
 
     >>> train = RandomCrops(TFDS("imagenet2012", "train"), size=224)
     >>> if train.prepared():
@@ -238,28 +236,28 @@ class RandomCrops(Images):
         super().__post_init__()
         if not 0 < self.area[0] <= self.area[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
             raise InputError(
-                f"RandomCrops(area={self.area}, ratio={self.ratio}): each is (least, greatest), area in "
+                f"RandomCrops(area={self.area}, ratio={self.ratio}): each is (smallest, largest), area in "
                 "(0, 1] and ratio above 0"
             )
         if self.stages and self.mask is not None:
             raise InputError(
-                "RandomCrops has stages and a mask: stages would move pixels away from their mask, so "
-                "leave one of them out"
+                "RandomCrops has stages and a mask: stages do not transform the mask, so leave one of "
+                "them out"
             )
 
     def draw(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-        """A random crop of each picture: a pure function of its arguments, example by example.
+        """Return a random crop of each image, a pure function of (seed, epoch, example id).
 
         Args:
           indices: int [k], as for ``gather``.
-          epochs: int [k], the pass that each example is seen in.
-          seed: the run's.
+          epochs: int [k], the epoch in which each example is seen.
+          seed: the run's seed.
 
         Returns, raises: as ``gather``.
         """
         indices = np.asarray(indices)
-        places = zip(indices.tolist(), np.asarray(epochs).tolist(), strict=True)
-        return self._batch(indices, [Draws(seed, epoch, example) for example, epoch in places])
+        pairs = zip(indices.tolist(), np.asarray(epochs).tolist(), strict=True)
+        return self._batch(indices, [Draws(seed, epoch, example) for example, epoch in pairs])
 
     def _view(self, width: int, height: int, draws: Draws | None) -> _View:
         if draws is None:
@@ -270,7 +268,7 @@ class RandomCrops(Images):
         return _View((left, top, left + w, top + h), shrink, flip, self.stages)
 
     def _crop(self, width: int, height: int, draws: Draws) -> tuple[int, int, int, int]:
-        """Left, top, width and height, in whole pixels."""
+        """Return left, top, width and height in integer pixels."""
         low, high = self.ratio
         for _ in range(_TRIES):
             area = draws.uniform(*self.area) * width * height
@@ -282,54 +280,6 @@ class RandomCrops(Images):
         return (width - w) // 2, (height - h) // 2, w, h
 
 
-def _threads() -> int:
-    """A loader's worker is one of several processes already: its batch is decoded in its own thread."""
+def _thread_count() -> int:
+    """Return how many threads decode a batch: one in a loader's worker process, which is one of several."""
     return 1 if multiprocessing.parent_process() is not None else min(8, os.cpu_count() or 1)
-
-
-def _opened(data: Any, where: str, feature: str) -> Image:
-    """The picture of a file, of which only the head has been read."""
-    from PIL import Image
-
-    if not isinstance(data, bytes):
-        raise InputError(f"{where}: feature {feature!r} holds no picture")
-    with _decoding(where, feature):
-        return Image.open(io.BytesIO(data))
-
-
-def _rgb(picture: Image, shrink: int, where: str, feature: str) -> Image:
-    if picture.mode[0] in "IF":
-        raise InputError(f"{where}: feature {feature!r} has more than 8 bits a pixel, which is not read")
-    with _decoding(where, feature):
-        if shrink > 1:
-            picture.draft(None, (picture.width // shrink, picture.height // shrink))  # only a JPEG obeys
-        picture.load()
-        if "transparency" in picture.info:  # Pillow warns where such a palette becomes RGB at once.
-            picture = picture.convert("RGBA")
-        return picture.convert("RGB")
-
-
-def _values(mask: Image, where: str, feature: str | None, offset: int) -> Image:
-    """The numbers of a mask as a grey picture; those of a palette are the classes, not its colours."""
-    from PIL import Image
-
-    if mask.mode not in ("L", "P"):
-        raise InputError(f"{where}: its mask {feature!r} is {mask.mode}, and must be one uint8 channel")
-    with _decoding(where, str(feature)):
-        values = np.asarray(mask)
-    least = int(values.min())
-    if least < offset:
-        raise InputError(f"{where}: its mask {feature!r} holds {least}, which is below offset={offset}")
-    return Image.fromarray(values)
-
-
-@contextlib.contextmanager
-def _decoding(where: str, feature: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # Each of Pillow's formats raises kinds of its own.
-        line = str(error).partition("\n")[0] or type(error).__name__
-        raise RunError(
-            f"{where}: feature {feature!r} cannot be decoded ({line}): prepare the data set again, or leave "
-            "the example out with data.Subset"
-        ) from error

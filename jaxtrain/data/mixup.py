@@ -1,4 +1,4 @@
-"""Mixup: a training batch blended with itself, on the device."""
+"""Mixup: blend the images of a training batch, on the device."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from jaxtrain.core.types import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Mixup:
-    """Blend each image with the one before it in the batch (Zhang et al. 2018, arXiv:1710.09412).
+    """Blend each image with the previous one in the batch (Zhang et al. 2018, arXiv:1710.09412).
 
-    ``image * mix + partner * (1 - mix)``, with one ``mix`` for the whole batch, drawn from
-    Beta(alpha, alpha). The partner is the batch rolled by one, because that moves one row between devices
-    where the batch is split over several. Adds the fields that the loss mixes by:
+    ``image * mix + partner * (1 - mix)``, with one ``mix`` per batch, drawn from Beta(alpha, alpha). The
+    partner is the batch rolled by one, because on a sharded batch that moves only one row between devices.
+    Adds the fields that the loss needs:
 
     - ``label_mixed``: the partner's label, shaped as ``label``;
     - ``mix: float32 [batch]``: the weight of the image's own label, in [0, 1].
 
     Attributes:
-      alpha: above 0; small values mostly leave one of the two images.
+      alpha: above 0; with small values ``mix`` is mostly near 0 or 1.
 
     >>> batch = {"image": jnp.zeros((2, 4, 4, 3), jnp.uint8), "label": jnp.array([5, 6])}
     >>> mixed = Mixup()(batch, jax.random.key(0))
@@ -35,10 +35,12 @@ class Mixup:
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < float("inf"):
-            raise InputError(f"Mixup(alpha={self.alpha}): it is above 0; leave the stage out for no mixing")
+            raise InputError(
+                f"Mixup(alpha={self.alpha}): alpha must be above 0; remove the stage for no mixing"
+            )
 
     def __call__(self, batch: Batch, key: jax.Array) -> Batch:
-        """``image``: uint8 or float ``[batch, ...]``, which comes back as float32 in the same units."""
+        """Mix ``image``, uint8 or float ``[batch, ...]``; the result is float32 in the same units."""
         image = batch["image"]
         mix = jax.random.beta(key, self.alpha, self.alpha, dtype=jnp.float32)
         return {

@@ -1,4 +1,4 @@
-"""Which examples make up batch k: a pure function of the seed and the step."""
+"""The examples of batch k, a pure function of the seed and the step."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from jaxtrain.core.errors import InputError
 class Order:
     """Shuffled batches over endless epochs.
 
-    Every epoch is a fresh permutation of the ``n`` examples, and batch k is positions
-    ``[k * batch, (k + 1) * batch)`` of the permutations laid end to end. Nothing is consumed: any batch can
-    be asked for at any time, on any host, so resuming at step k needs no saved iterator.
+    Every epoch is a new permutation of the ``n`` examples, and batch k is positions
+    ``[k * batch, (k + 1) * batch)`` of the concatenated permutations. There is no iterator state: any batch
+    can be computed at any time, on any host, so resuming at step k needs no saved iterator.
 
     Attributes:
       seed: any integer.
       n: number of examples, at least 1.
       batch: global batch size, at least 1.
-      drop_remainder: cut every permutation to whole batches, so that the examples at its end are left out of
-        that epoch; else a batch runs over into the next epoch.
+      drop_remainder: truncate every permutation to full batches, so the examples at its end are left out of
+        that epoch; else a batch may continue into the next epoch.
 
     >>> order = Order(seed=0, n=5, batch=2)
     >>> sorted(np.concatenate([order.indices(k) for k in range(5)])[:5].tolist())
@@ -47,11 +47,11 @@ class Order:
             )
 
     def indices(self, step: int) -> np.ndarray:
-        """Example ids of batch ``step`` (from 0): int64 ``[batch]``."""
-        return self.places(step)[0]
+        """Return the example ids of batch ``step`` (from 0): int64 ``[batch]``."""
+        return self.ids_and_epochs(step)[0]
 
-    def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Example ids of batch ``step`` and the epoch of each: int64 ``[batch]`` both."""
+    def ids_and_epochs(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the example ids of batch ``step`` and the epoch of each: int64 ``[batch]`` both."""
         usable = self.n // self.batch * self.batch if self.drop_remainder else self.n
         ids, epochs, start, end = [], [], step * self.batch, (step + 1) * self.batch
         while start < end:
@@ -60,21 +60,21 @@ class Order:
             ids.append(part)
             epochs.append(np.full(len(part), epoch))
             start += len(part)
-        return _joined(ids), _joined(epochs)
+        return _concatenate(ids), _concatenate(epochs)
 
     def steps(self, epochs: float) -> int:
-        """Number of batches in ``epochs``, which may be fractional; a begun batch counts whole."""
+        """Return the number of batches in ``epochs``, which may be fractional; rounded up."""
         exact = Fraction(str(epochs))  # 0.1 means a tenth, not the double nearest to it
-        whole = self.n // self.batch if self.drop_remainder else Fraction(self.n, self.batch)
-        steps = math.ceil(exact * whole)
+        per_epoch = self.n // self.batch if self.drop_remainder else Fraction(self.n, self.batch)
+        steps = math.ceil(exact * per_epoch)
         if steps >= 2**31:
-            raise InputError(f"epochs={epochs} are more than 2^31 steps: lower it")
+            raise InputError(f"epochs={epochs} is 2^31 steps or more: lower it")
         return steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Sequential:
-    """Each of ``n`` examples once, in order, the last batch padded.
+    """Batches of each of ``n`` examples once, in order, the last batch padded.
 
     >>> Sequential(n=3, batch=2).rows(1)
     (array([2, 0]), array([ True, False]))
@@ -87,22 +87,22 @@ class Sequential:
         return math.ceil(self.n / self.batch)
 
     def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Example ids int64 ``[batch]`` and a mask bool ``[batch]``, false on padding."""
+        """Return example ids, int64 ``[batch]``, and a mask, bool ``[batch]``, false on padding."""
         ids = np.arange(step * self.batch, (step + 1) * self.batch)
         return np.where(ids < self.n, ids, 0), ids < self.n
 
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    """A batch within one epoch is a read-only view: most of them are, and nothing is copied."""
+def _concatenate(parts: list[np.ndarray]) -> np.ndarray:
+    """Concatenate without a copy where there is one part: most batches are a read-only view of one epoch."""
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 @functools.lru_cache(maxsize=4)
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The permutation of ``range(n)`` for an epoch: int64 ``[n]``, read-only.
+    """Return the permutation of ``range(n)`` for an epoch: int64 ``[n]``, read-only.
 
-    Sorting raw Philox words, because NumPy promises their values across versions and does not promise
-    those of ``Generator.permutation``.
+    It sorts raw Philox words, because NumPy guarantees their values across versions but not those of
+    ``Generator.permutation``.
     """
     words = np.random.Philox(key=np.array([seed, epoch], np.int64).view(np.uint64)).random_raw(n)
     order = np.argsort(words, kind="stable")
@@ -111,21 +111,19 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def holdout(n: int, part: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Split ``range(n)`` at random into (kept, held out), both sorted.
+    """Split ``range(n)`` at random into (train, held-out) ids, both sorted.
 
     Args:
       n: number of examples.
-      part: a fraction in (0, 1), or a whole number of examples below ``n``.
-      seed: of the split; not the run's seed, so that several runs share one validation set.
+      part: a fraction in (0, 1), or a number of examples below ``n``.
+      seed: of the split; not the run's seed, so several runs share one validation set.
 
-    >>> kept, held = holdout(10, 0.2)
-    >>> len(kept), len(held)
+    >>> train, valid = holdout(10, 0.2)
+    >>> len(train), len(valid)
     (8, 2)
     """
     count = round(part * n) if part < 1 else int(part)
     if not 0 < count < n or (part >= 1 and part != count):
-        raise InputError(
-            f"holdout={part} of {n} examples: give a fraction in (0, 1) or a whole number below {n}"
-        )
+        raise InputError(f"holdout={part} of {n} examples: give a fraction in (0, 1) or an integer below {n}")
     order = permutation(seed, -1, n)
     return np.sort(order[count:]), np.sort(order[:count])

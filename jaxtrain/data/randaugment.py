@@ -1,4 +1,4 @@
-"""Stages for single pictures on the host, before they become a batch: their random numbers, RandAugment."""
+"""Augmentations of single images on the host: RandAugment, and the random numbers of an example."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Draws:
-    """The random numbers of one example in one epoch, in the order in which they are asked for.
+    """The random number generator of one example in one epoch.
 
-    Made from raw Philox words, because NumPy promises their values across versions and does not promise
-    those of ``Generator``'s methods.
+    It uses raw Philox words, because NumPy guarantees their values across versions but not those of
+    ``Generator``'s methods.
 
     >>> Draws(seed=0, epoch=3, example=7).integer(6) == Draws(seed=0, epoch=3, example=7).integer(6)
     True
@@ -27,20 +27,20 @@ class Draws:
 
     def __init__(self, seed: int, epoch: int, example: int) -> None:
         key = np.array([seed, epoch], np.int64).view(np.uint64)
-        # The counter's highest word is the example, so that examples share no words with each other, nor
-        # with the order of the epoch, which has the same key and counts from 0.
+        # The counter's highest word is the example, so examples share no words with each other, nor with
+        # the permutation of the epoch, which has the same key and counts from 0.
         self._words = np.random.Philox(key=key, counter=np.array([0, 0, 0, example + 1], np.uint64))
 
     def uniform(self, low: float, high: float) -> float:
-        """A number in ``[low, high)``, of 53 random bits."""
+        """Return a float in ``[low, high)``, of 53 random bits."""
         return low + (high - low) * (int(self._words.random_raw()) >> 11) * 2.0**-53
 
     def integer(self, n: int) -> int:
-        """A whole number in ``[0, n)``; ``n`` far below 2^64, so that all are equally likely."""
+        """Return an integer in ``[0, n)``; ``n`` far below 2^64, so that all are equally likely."""
         return int(self._words.random_raw()) * n >> 64
 
     def coin(self, p: float) -> bool:
-        """True with probability ``p``."""
+        """Return True with probability ``p``."""
         return self.uniform(0.0, 1.0) < p
 
 
@@ -48,15 +48,15 @@ HostStage = Callable[[Any, Draws], Any]
 """``(RGB PIL image, draws) -> RGB PIL image`` of the same size; random only through ``draws``."""
 
 
-# Grey where a shifted picture leaves nothing.
+# Grey for pixels from outside the image.
 _FILL = (128, 128, 128)
 
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
-    """``num`` operations in a row, each drawn from fourteen (Cubuk et al. 2020, arXiv:1909.13719).
+    """Apply ``num`` operations in sequence, each drawn from fourteen (Cubuk et al. 2020, arXiv:1909.13719).
 
-    The paper's fourteen: identity, autocontrast, equalize, rotate, solarize, color, posterize, contrast,
+    The fourteen of the paper: identity, autocontrast, equalize, rotate, solarize, color, posterize, contrast,
     brightness, sharpness, shear and translate in x and in y. A stage for ``RandomCrops``.
 
     Magnitude runs from 0, which changes nothing, to 10, the far end of each range of AutoAugment
@@ -65,7 +65,7 @@ class RandAugment:
     brightness and sharpness. Directions are drawn. Autocontrast and equalize have no magnitude.
 
     Attributes:
-      num: operations on each picture, at least 0; one may come twice.
+      num: operations per image, at least 0; drawn with replacement.
       magnitude: in [0, 10].
 
     >>> from PIL import Image
@@ -79,30 +79,30 @@ class RandAugment:
     def __post_init__(self) -> None:
         if self.num < 0 or not 0 <= self.magnitude <= 10:
             raise InputError(
-                f"RandAugment(num={self.num}, magnitude={self.magnitude}): num is not negative and "
-                "magnitude in [0, 10]"
+                f"RandAugment(num={self.num}, magnitude={self.magnitude}): num must be at least 0 "
+                "and magnitude in [0, 10]"
             )
 
-    def __call__(self, picture: Image, draws: Draws) -> Image:
-        """``picture``: RGB; the result has its size."""
+    def __call__(self, image: Image, draws: Draws) -> Image:
+        """Augment an RGB image; the result has the same size."""
         operations = _operations()
         names = list(operations)
         for _ in range(self.num):
             name = names[draws.integer(len(names))]
             sign = 1 if draws.coin(0.5) else -1
-            picture = operations[name](picture, sign * self.magnitude / 10)
-        return picture
+            image = operations[name](image, sign * self.magnitude / 10)
+        return image
 
 
 @functools.cache
 def _operations() -> dict[str, Callable[[Any, float], Any]]:
-    """``(picture, signed strength in [-1, 1]) -> picture`` by name; the draws go by this order."""
+    """Return ``(image, signed strength in [-1, 1]) -> image`` by name; ``draws`` index this order."""
     from PIL import Image, ImageEnhance, ImageOps
 
-    def affine(picture: Any, *matrix: float) -> Any:
-        """Pixel (x, y) comes from ``(a x + b y + c, d x + e y + f)``."""
+    def affine(image: Any, *matrix: float) -> Any:
+        """Pixel (x, y) of the result comes from ``(a x + b y + c, d x + e y + f)``."""
         kind, filter_ = Image.Transform.AFFINE, Image.Resampling.BILINEAR
-        return picture.transform(picture.size, kind, matrix, filter_, fillcolor=_FILL)
+        return image.transform(image.size, kind, matrix, filter_, fillcolor=_FILL)
 
     def enhance(kind: Any) -> Callable[[Any, float], Any]:
         return lambda p, s: kind(p).enhance(1 + 0.9 * s)

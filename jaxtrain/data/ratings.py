@@ -1,4 +1,4 @@
-"""Who rated what, and how: ``Ratings``, from a MovieLens file or a TensorFlow data set."""
+"""Ratings of items by users: ``Ratings``, from a MovieLens file or a TensorFlow data set."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from jaxtrain.data.tfds import TFDS
 
 SPLITS = ("train", "test")
 
-# Not a seed that runs use: the split of the ratings stays the same whatever they do.
+# Not a run's seed: every run splits the ratings in the same way.
 _SPLIT_SEED = 1998
-# Records read at a time, so that a large data set is never in memory as records.
+# Records read at a time, so a large data set is never in memory as records.
 _CHUNK = 65536
 _FEATURES = ("user_id", "movie_id", "user_rating")
 
@@ -29,15 +29,15 @@ _FEATURES = ("user_id", "movie_id", "user_rating")
 class Ratings:
     """Ratings of items by users, in the MovieLens form (Harper & Konstan 2015, doi:10.1145/2827872).
 
-    MovieLens has one set of ratings; its split is ours: a part drawn at random, once and for all, is for
-    testing. A user or item of the test split may occur in no training example. All ratings stay in memory.
+    MovieLens has no official split: a fixed random part of the ratings is for testing. A user or item of the
+    test split may occur in no training example. All ratings stay in memory.
 
     Attributes:
       split: ``train`` or ``test``.
-      name: the TFDS data set, whose features ``user_id``, ``movie_id`` and ``user_rating`` are read.
+      name: the TFDS data set whose features ``user_id``, ``movie_id`` and ``user_rating`` are read.
       file: a file like MovieLens 100K's ``u.data``, read instead of the data set: user, item, rating and
         time, separated by tabs, ids from 1.
-      part: of all ratings that is the test split, in (0, 1).
+      part: share of the ratings in the test split, in (0, 1).
       data_dir: as for ``TFDS``.
 
     >>> {name: array.dtype.name for name, array in Ratings("test").example().items()}
@@ -69,11 +69,11 @@ class Ratings:
         return int(self._all()["item"].max()) + 1
 
     def prepared(self) -> bool:
-        """Whether there is nothing to fetch: a file is given, or the data set lies on disk."""
+        """Return whether nothing has to be downloaded: ``file`` is set, or the data set is on disk."""
         return self.file is not None or self._tfds().prepared()
 
     def example(self) -> dict[str, np.ndarray]:
-        """Zeros of one example's shapes; reads nothing."""
+        """Return zeros in the shapes of one example; reads nothing."""
         return {
             "user": np.zeros(1, np.int32),
             "item": np.zeros(1, np.int32),
@@ -81,7 +81,7 @@ class Ratings:
         }
 
     def __len__(self) -> int:
-        """The number of ratings.
+        """Return the number of ratings.
 
         Raises:
           InputError: the file cannot be read or a row of it is malformed, the data set is not prepared, or
@@ -90,42 +90,42 @@ class Ratings:
         return len(self._ids())
 
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """``user: int32 [k]`` and ``item: int32 [k]``, ids less 1, and ``target: float32 [k]``."""
+        """Return ``user: int32 [k]`` and ``item: int32 [k]``, ids minus 1, and ``target: float32 [k]``."""
         rows = self._ids()[indices]
         return {name: array[rows] for name, array in self._all().items()}
 
     def _all(self) -> dict[str, np.ndarray]:
         if self.file is not None:
-            return _from_file(Path(self.file).expanduser().absolute())
-        return _from_tfds(self._tfds())
+            return _read_file(Path(self.file).expanduser().absolute())
+        return _read_tfds(self._tfds())
 
     def _ids(self) -> np.ndarray:
         return _split(len(self._all()["user"]), self.part, self.split)
 
     def _tfds(self) -> TFDS:
-        # The folder is written out because it is part of what the cache below knows a data set by.
+        # The folder is made explicit because it is part of the key of the cache below.
         return TFDS(self.name, "train", self.data_dir or str(default_data_dir()))
 
 
 @functools.lru_cache(maxsize=8)
 def _split(n: int, part: float, split: str) -> np.ndarray:
-    """The places of a split's ratings among all ``n``: int64, ascending."""
+    """Return the indices of a split's ratings among all ``n``: int64, ascending."""
     count = round(part * n)
     if not 0 < count < n:
         raise InputError(
-            f"Ratings: part={part} of {n} ratings leaves a split empty: give more, or another part"
+            f"Ratings: part={part} of {n} ratings leaves a split empty: give more ratings, or another part"
         )
     order = permutation(_SPLIT_SEED, 0, n)
     return np.sort(order[:count] if split == "test" else order[count:])
 
 
 @functools.lru_cache(maxsize=4)
-def _from_file(path: Path) -> dict[str, np.ndarray]:
+def _read_file(path: Path) -> dict[str, np.ndarray]:
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise InputError(
-            f"{path} cannot be read ({error.strerror}): correct the path, or leave it out to read a data set"
+            f"{path} cannot be read ({error.strerror}): correct the path, or omit it to read a data set"
         ) from error
     rows = []
     for number, line in enumerate(lines, 1):
@@ -137,43 +137,43 @@ def _from_file(path: Path) -> dict[str, np.ndarray]:
                 f"{path}, line {number}: {len(cells)} cells where user, item, rating and time, separated by "
                 "tabs, are expected"
             )
-        rows.append(_rating(f"{path}, line {number}", *cells[:3]))
-    return _arrays(str(path), rows)
+        rows.append(_parse_rating(f"{path}, line {number}", *cells[:3]))
+    return _to_arrays(str(path), rows)
 
 
 @functools.lru_cache(maxsize=4)
-def _from_tfds(source: TFDS) -> dict[str, np.ndarray]:
-    return _arrays(f"data set {source.name}", list(_tfds_rows(source)))
+def _read_tfds(source: TFDS) -> dict[str, np.ndarray]:
+    return _to_arrays(f"data set {source.name}", list(_tfds_rows(source)))
 
 
 def _tfds_rows(source: TFDS) -> Iterator[tuple[int, int, float]]:
     for start in range(0, len(source), _CHUNK):
         columns = source.raw(np.arange(start, min(start + _CHUNK, len(source))), _FEATURES)
         for number, row in enumerate(zip(*(columns[name] for name in _FEATURES), strict=True), start):
-            yield _rating(f"data set {source.name}, example {number}", *row)
+            yield _parse_rating(f"data set {source.name}, example {number}", *row)
 
 
-def _rating(where: str, user: Any, item: Any, rating: Any) -> tuple[int, int, float]:
-    """One rating with ids from 0, from numbers or their text in bytes."""
+def _parse_rating(where: str, user: Any, item: Any, rating: Any) -> tuple[int, int, float]:
+    """Return one rating with ids from 0, from numbers or their text in bytes."""
     try:
         ids, value = (int(user), int(item)), float(rating)
     except ValueError as error:
-        shown = (x.decode(errors="replace") if isinstance(x, bytes) else x for x in (user, item, rating))
+        values = (x.decode(errors="replace") if isinstance(x, bytes) else x for x in (user, item, rating))
         raise InputError(
-            f"{where}: {', '.join(map(repr, shown))} are not two whole ids and a rating: correct or delete it"
+            f"{where}: {', '.join(map(repr, values))} are not two integer ids and a rating: fix or delete it"
         ) from error
     if min(ids) < 1 or max(ids) > 2**31 - 1:
         raise InputError(
             f"{where}: ids {ids[0]} and {ids[1]} must be in 1..{2**31 - 1}: number users and items from 1"
         )
     if not math.isfinite(value):
-        raise InputError(f"{where}: rating {value} is no finite number: correct or delete it")
+        raise InputError(f"{where}: rating {value} is not finite: fix or delete it")
     return ids[0] - 1, ids[1] - 1, value
 
 
-def _arrays(where: str, rows: list[tuple[int, int, float]]) -> dict[str, np.ndarray]:
+def _to_arrays(where: str, rows: list[tuple[int, int, float]]) -> dict[str, np.ndarray]:
     if not rows:
-        raise InputError(f"{where} holds no rating")
+        raise InputError(f"{where} holds no ratings")
     user, item, rating = zip(*rows, strict=True)
     return {
         "user": np.array(user, np.int32),

@@ -13,34 +13,34 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from jaxtrain.core.errors import InputError
-from jaxtrain.data.data_dir import not_prepared, parse_name
-from jaxtrain.data.prepare.tables import plain_file
+from jaxtrain.data.data_dir import not_prepared_message, parse_name
+from jaxtrain.data.prepare.tables import table_file
 
 SPLITS = ("train", "validation", "test")
 
-# The shapes of data sets that can be fetched are known before they are.
+# Known before the data set is downloaded, so that ``example`` works without it.
 _VARIABLES = {"etth1": 7}
 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """Windows of consecutive rows of a csv file and, to be predicted, the rows that follow each.
+    """Forecasting windows of a multivariate time series: ``window`` input rows, then ``horizon`` target rows.
 
-    The rows are split in time order, 60, 20 and 20 %. Training windows lie wholly in the first part. Those
-    of the other two reach back ``window`` rows into the part before, so that all rows of a part are targets
-    of its split, and of no other. Values are standardised by the mean and the population standard deviation
-    of the first part. This is the usual set-up for the ETT data, there with ``rows=14400`` (Zhou et al. 2021,
-    arXiv:2012.07436). The table stays in memory.
+    The rows are split in time order into 60, 20 and 20 %. Training windows lie within the train part.
+    Validation and test windows reach back ``window`` rows into the part before, so every row of these parts
+    is a target of its own split and of no other. Values are standardised by the mean and the population
+    standard deviation of the train part. This is the usual set-up for the ETT data, with ``rows=14400`` (Zhou
+    et al. 2021, arXiv:2012.07436). The table stays in memory.
 
     Attributes:
-      window: rows that are given, at least 1.
-      horizon: rows that are to be predicted, at least 1.
+      window: input rows, at least 1.
+      horizon: target rows, at least 1.
       split: ``train``, ``validation`` or ``test``.
-      name: of a data set that ``python -m jaxtrain prepare`` fetches.
-      file: a csv file with a line of column names, read instead of the data set; UTF-8.
-      columns: names of the variables, in this order. Empty: every column, but the first only if it holds
-        numbers and not dates.
-      rows: only so many rows are used, from the start; None: all.
+      name: a data set that ``python -m jaxtrain prepare`` downloads.
+      file: a UTF-8 csv file with a header line, read instead of the data set.
+      columns: names of the variables, in this order. Empty: all columns, without the first if it is not
+        numeric (dates).
+      rows: use only the first ``rows`` rows; None: all.
       data_dir: as for ``TFDS``.
 
     >>> source = Series(window=48, horizon=12, columns=("OT",))
@@ -76,20 +76,20 @@ class Series:
 
     @property
     def mean(self) -> np.ndarray:
-        """Mean of the rows for training: float64 ``[variables]``; ``value = series * std + mean``."""
+        """Mean of the training rows: float64 ``[variables]``; ``value = series * std + mean``."""
         return self._table().mean
 
     @property
     def std(self) -> np.ndarray:
-        """Population standard deviation of the rows for training: float64 ``[variables]``."""
+        """Population standard deviation of the training rows: float64 ``[variables]``."""
         return self._table().std
 
     def prepared(self) -> bool:
-        """Whether there is nothing to fetch: a file is given, or the data set lies on disk."""
-        return self.file is not None or plain_file(self.name, self.data_dir) is not None
+        """Return whether nothing has to be downloaded: ``file`` is set, or the data set is on disk."""
+        return self.file is not None or table_file(self.name, self.data_dir) is not None
 
     def example(self) -> dict[str, np.ndarray] | None:
-        """Zeros of one example's shapes; reads nothing, so None where only the file knows the columns."""
+        """Return zeros in the shapes of one example; None if only the file, which is not read, knows them."""
         known = None if self.file is not None else _VARIABLES.get(parse_name(self.name)[0])
         count = len(self.columns) or known
         if count is None:
@@ -100,16 +100,16 @@ class Series:
         }
 
     def __len__(self) -> int:
-        """The number of windows.
+        """Return the number of windows.
 
         Raises:
-          InputError: the file cannot be read, the data set is not prepared, a column is missing or never
-            changes, a cell holds no finite number, or the rows are too few for one window.
+          InputError: the file cannot be read, the data set is not prepared, a column is missing or constant,
+            a cell is not a finite number, or the rows are too few for one window.
         """
         return len(self._windows())
 
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """``series: float32 [k, window, variables]`` and ``target: float32 [k, horizon, variables]``."""
+        """Return float32 ``series [k, window, variables]`` and ``target [k, horizon, variables]``."""
         block = self._windows()[indices]
         return {
             "series": np.ascontiguousarray(block[:, : self.window]),
@@ -117,12 +117,12 @@ class Series:
         }
 
     def _windows(self) -> np.ndarray:
-        """Every window with its target: a view ``[n, window + horizon, variables]`` that copies nothing."""
+        """Return every window with its target: a view ``[n, window + horizon, variables]``, not a copy."""
         values = self._table().values
-        borders = (0, *_borders(len(values)), len(values))
+        bounds = (0, *_split_points(len(values)), len(values))
         number = SPLITS.index(self.split)
-        back = self.window if number else 0
-        start, end = borders[number] - back, borders[number + 1]
+        overlap = self.window if number else 0
+        start, end = bounds[number] - overlap, bounds[number + 1]
         if start < 0 or end - start < self.window + self.horizon:
             raise InputError(
                 f"{self._path()}: {len(values)} rows are too few for one {self.split} window of window="
@@ -134,9 +134,9 @@ class Series:
     def _path(self) -> Path:
         if self.file is not None:
             return Path(self.file).expanduser().absolute()
-        path = plain_file(self.name, self.data_dir)
+        path = table_file(self.name, self.data_dir)
         if path is None:
-            raise InputError(not_prepared(self.name, self.data_dir))
+            raise InputError(not_prepared_message(self.name, self.data_dir))
         return path
 
     def _table(self) -> _Table:
@@ -152,8 +152,8 @@ class _Table(NamedTuple):
     std: np.ndarray
 
 
-def _borders(rows: int) -> tuple[int, int]:
-    """Where the validation rows and the test rows begin."""
+def _split_points(rows: int) -> tuple[int, int]:
+    """Return the first validation row and the first test row."""
     return rows * 6 // 10, rows * 8 // 10
 
 
@@ -161,23 +161,25 @@ def _borders(rows: int) -> tuple[int, int]:
 def _read_table(path: Path, columns: tuple[str, ...], limit: int | None) -> _Table:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            names, raw = _parse(path, csv.reader(file, strict=True), columns, limit)
+            names, raw = _parse_table(path, csv.reader(file, strict=True), columns, limit)
     except OSError as error:
         raise InputError(
-            f"{path} cannot be read ({error.strerror}): correct the path, or leave it out to read a data set"
+            f"{path} cannot be read ({error.strerror}): correct the path, or omit it to read a data set"
         ) from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is no csv file in UTF-8 ({error}): write it as one") from error
+        raise InputError(f"{path} is not a csv file in UTF-8 ({error}): convert it") from error
     if limit is not None and len(raw) < limit:
-        raise InputError(f"{path} has {len(raw)} rows, fewer than rows={limit}: lower it, or none for all")
-    train = raw[: _borders(len(raw))[0]]
+        raise InputError(
+            f"{path} has {len(raw)} rows, fewer than rows={limit}: lower rows, or set none for all"
+        )
+    train = raw[: _split_points(len(raw))[0]]
     if not len(train):
         raise InputError(f"{path}: {len(raw)} rows are too few to split: give at least 2")
     for name, low, high in zip(names, train.min(axis=0), train.max(axis=0), strict=True):
         if low == high:
             raise InputError(
-                f"{path}, column {name!r}: all {len(train)} rows for training, from the first, are {low:g}, "
-                "so it cannot be standardised: leave it out of columns"
+                f"{path}, column {name!r}: all {len(train)} training rows are {low:g}, so it cannot be "
+                "standardised: remove it from columns"
             )
     mean, std = train.mean(axis=0), train.std(axis=0)
     table = _Table(names, ((raw - mean) / std).astype(np.float32), mean, std)
@@ -186,34 +188,34 @@ def _read_table(path: Path, columns: tuple[str, ...], limit: int | None) -> _Tab
     return table
 
 
-def _parse(
+def _parse_table(
     path: Path, lines: Any, columns: tuple[str, ...], limit: int | None
 ) -> tuple[tuple[str, ...], np.ndarray]:
-    """Names and values, float64 ``[rows, variables]``, of the columns that are asked for."""
+    """Return names and values, float64 ``[rows, variables]``, of the selected columns."""
     header = [name.strip() for name in next(lines, [])]
-    if header and all(_number(name) is not None for name in header):
-        raise InputError(f"{path}, row 1 holds numbers only: write the columns' names above them")
+    if header and all(_parse_number(name) is not None for name in header):
+        raise InputError(f"{path}, row 1 holds numbers only: add a line of column names above it")
     rows = _rows(path, lines, header)
     first = next(rows, None)
     if first is None:
         raise InputError(f"{path} has no rows: it needs a line of column names and a row for each time")
-    places = _places(path, header, columns, first[1])
-    values = [_numbers(path, first, header, places)]
+    selected = _select_columns(path, header, columns, first[1])
+    values = [_parse_row(path, first, header, selected)]
     for row in rows:
         if len(values) == limit:
             break
-        values.append(_numbers(path, row, header, places))
-    return tuple(header[place] for place in places), np.array(values)
+        values.append(_parse_row(path, row, header, selected))
+    return tuple(header[column] for column in selected), np.array(values)
 
 
 def _rows(path: Path, lines: Any, header: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells of each row; empty lines are none."""
+    """Yield the line number and the cells of each row; empty lines are skipped."""
     for cells in lines:
         if not cells:
             continue
         if len(cells) != len(header):
             short = header[len(cells)] if len(cells) < len(header) else header[-1]
-            relation = "ends before" if len(cells) < len(header) else "goes on after"
+            relation = "ends before" if len(cells) < len(header) else "continues after"
             raise InputError(
                 f"{path}, row {lines.line_num}: {len(cells)} cells for {len(header)} columns: "
                 f"it {relation} column {short!r}"
@@ -221,41 +223,43 @@ def _rows(path: Path, lines: Any, header: Sequence[str]) -> Iterator[tuple[int, 
         yield lines.line_num, cells
 
 
-def _places(path: Path, header: list[str], columns: tuple[str, ...], first: list[str]) -> list[int]:
+def _select_columns(path: Path, header: list[str], columns: tuple[str, ...], first: list[str]) -> list[int]:
     for name in columns:
         if header.count(name) != 1:
             problem = "appears twice" if name in header else "is missing"
             raise InputError(f"{path}, row 1: column {name!r} {problem}; there are {', '.join(header)}")
     if columns:
         return [header.index(name) for name in columns]
-    # An empty first cell is a gap in the numbers, and not a date.
-    skip = bool(first[0].strip()) and _number(first[0]) is None
-    places = list(range(int(skip), len(header)))
+    # An empty first cell is a missing number, not a date.
+    skip = bool(first[0].strip()) and _parse_number(first[0]) is None
+    selected = list(range(int(skip), len(header)))
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
-        raise InputError(f"{path}, row 1: column {twice!r} appears twice: give each column a name of its own")
-    if not places:
-        raise InputError(f"{path}, row 1: its only column {header[0]!r} holds no numbers: separate by commas")
-    return places
+        raise InputError(f"{path}, row 1: column {twice!r} appears twice: rename one of them")
+    if not selected:
+        raise InputError(
+            f"{path}, row 1: its only column {header[0]!r} is not numeric: separate columns by commas"
+        )
+    return selected
 
 
-def _numbers(path: Path, row: tuple[int, list[str]], header: list[str], places: list[int]) -> list[float]:
+def _parse_row(path: Path, row: tuple[int, list[str]], header: list[str], selected: list[int]) -> list[float]:
     line, cells = row
     values = []
-    for place in places:
-        value = _number(cells[place])
+    for column in selected:
+        value = _parse_number(cells[column])
         if value is None or not math.isfinite(value):
-            what = repr(cells[place]) if cells[place].strip() else "empty"
+            what = repr(cells[column]) if cells[column].strip() else "an empty cell"
             raise InputError(
-                f"{path}, row {line}, column {header[place]!r}: {what}, which is no finite number: "
-                "fill it in, or leave the column out of columns"
+                f"{path}, row {line}, column {header[column]!r}: {what} is not a finite number: "
+                "fill it in, or remove the column from columns"
             )
         values.append(value)
     return values
 
 
-def _number(cell: str) -> float | None:
+def _parse_number(cell: str) -> float | None:
     try:
-        return float(cell) if "_" not in cell else None  # to Python, 1_5 is fifteen
+        return float(cell) if "_" not in cell else None  # Python reads 1_5 as 15
     except ValueError:
         return None

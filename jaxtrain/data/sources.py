@@ -1,4 +1,4 @@
-"""Sources of raw examples: a length and ``gather(indices)``. Everything else is built on those two."""
+"""Sources of raw examples: ``len(source)`` and ``source.gather(indices)``."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from jaxtrain.data import decoded_cache
 
 @runtime_checkable
 class Source(Protocol):
-    """Examples by number. Any object with these two methods is one.
+    """Random-access examples. Any object with these two methods is a source.
 
     ``gather`` takes int64 ``[k]`` ids in ``[0, len)`` and returns named raw arrays with leading axis k:
     pixels stay uint8, tokens stay integers; casting and normalising happen on the device. It must be a pure
     function of the ids and may be called from several threads.
 
-    A source whose training examples are drawn on the host, such as random crops of JPEG files, has besides
+    A source that augments its training examples on the host, such as random crops of JPEG files, also has
     ``draw(indices, epochs, seed)``: the same fields, a pure function of its arguments (``epochs: int64 [k]``
-    is the pass that each example is seen in). Training batches come from it, evaluation from ``gather``.
+    is the epoch in which each example is seen). Training uses ``draw``, evaluation ``gather``.
 
-    A source that cuts its splits itself may name in ``shared`` the settings that the splits of a run must
-    have in common, such as the file that they are cut from.
+    A source that computes its splits itself may name in ``shared`` the settings that must be equal in all
+    splits of a run, such as the file that is split.
     """
 
     def __len__(self) -> int: ...
@@ -58,7 +58,7 @@ class Arrays:
         return len(next(iter(self.fields.values())))
 
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The rows ``indices`` of every field."""
+        """Return the rows ``indices`` of every field."""
         return {name: array[indices] for name, array in self.fields.items()}
 
 
@@ -73,13 +73,13 @@ class Subset:
         return len(self.indices)
 
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The examples ``self.indices[indices]`` of the source."""
+        """Return the examples ``self.indices[indices]`` of the source."""
         return self.source.gather(self.indices[indices])
 
     def __getattr__(self, name: str) -> Any:
         if name != "draw":
             raise AttributeError(name)
-        draw = getattr(self.source, "draw")  # noqa: B009 - a subset draws if its source does
+        draw = getattr(self.source, "draw")  # noqa: B009 - a subset has draw if its source does
         return lambda ids, epochs, seed: draw(self.indices[ids], epochs, seed)
 
 
@@ -87,8 +87,8 @@ class Subset:
 class Digits:
     """The 1,797 handwritten digits that come with scikit-learn: uint8 ``[8, 8, 1]`` in 0..16, 10 classes.
 
-    Split once and for all, stratified: 1,437 for training and 360 for testing. (Digits of one writer may
-    be in both, so this is easier than the original split by writers.) Source: Alpaydin & Kaynak 1998, UCI
+    A fixed stratified split: 1,437 for training and 360 for testing. (Digits of one writer may be in both,
+    so this is easier than the original split by writers.) Source: Alpaydin & Kaynak 1998, UCI
     "Optical Recognition of Handwritten Digits", its test part.
 
     >>> len(Digits("train")), len(Digits("test"))
@@ -105,26 +105,26 @@ class Digits:
         return 1437 if self.split == "train" else 360
 
     def example(self) -> dict[str, np.ndarray]:
-        """Zeros of one example's shapes; importing scikit-learn to look at one takes a second."""
+        """Return zeros in the shapes of one example, without the second that importing scikit-learn takes."""
         return {"image": np.zeros((1, 8, 8, 1), np.uint8), "label": np.zeros(1, np.int32)}
 
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """``image: uint8 [k, 8, 8, 1]`` and ``label: int32 [k]``."""
-        return {name: array[indices] for name, array in _digits(self.split).items()}
+        """Return ``image: uint8 [k, 8, 8, 1]`` and ``label: int32 [k]``."""
+        return {name: array[indices] for name, array in _load_digits(self.split).items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Synthetic:
-    """Made-up images with a learnable class: for tests and speed, only where asked for by name.
+    """Synthetic images with a learnable class, for tests and benchmarks.
 
-    Each class has a random pattern, and an example is its class's pattern under noise.
+    Each class has a random pattern, and an example is its class's pattern plus noise.
 
     Attributes:
       n: number of examples.
       shape: of one image, ``(height, width, channel)``.
       classes: number of classes.
       seed: of the patterns and, with ``split``, of the noise.
-      split: two splits share patterns and differ in noise.
+      split: the two splits share patterns and differ in noise.
     """
 
     n: int = 1024
@@ -137,7 +137,7 @@ class Synthetic:
         return self.n
 
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """``image: uint8 [k, *shape]`` and ``label: int32 [k]``."""
+        """Return ``image: uint8 [k, *shape]`` and ``label: int32 [k]``."""
         rng = np.random.default_rng(self.seed)
         patterns = rng.integers(64, 192, (self.classes, *self.shape))
         label = (np.asarray(indices) % self.classes).astype(np.int32)
@@ -148,7 +148,7 @@ class Synthetic:
 
 
 def in_memory(source: Source, limit: int) -> Arrays | None:
-    """All of ``source`` as arrays; None when that would take more than ``limit`` bytes, or when it draws."""
+    """Load all of ``source`` into arrays; None if that takes more than ``limit`` bytes or it has ``draw``."""
     if hasattr(source, "draw"):
         return None
     if isinstance(source, Arrays):
@@ -156,14 +156,14 @@ def in_memory(source: Source, limit: int) -> Arrays | None:
     one = source.gather(np.zeros(1, np.int64))
     if len(source) * sum(a.nbytes for a in one.values()) > limit:
         return None
-    identity = getattr(source, "identity", None)
-    if identity is None:
+    fingerprint = getattr(source, "fingerprint", None)
+    if fingerprint is None:
         return Arrays(source.gather(np.arange(len(source))))
-    return Arrays(decoded_cache.arrays(identity(), lambda: source.gather(np.arange(len(source)))))
+    return Arrays(decoded_cache.load_or_decode(fingerprint(), lambda: source.gather(np.arange(len(source)))))
 
 
 @functools.cache
-def _digits(split: str) -> dict[str, np.ndarray]:
+def _load_digits(split: str) -> dict[str, np.ndarray]:
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -175,7 +175,7 @@ def _digits(split: str) -> dict[str, np.ndarray]:
 
 
 def _digits_rows(target: np.ndarray) -> dict[str, np.ndarray]:
-    """The fixed stratified split: a fifth of every class, rounded so that the test set has 360."""
+    """Return the rows of each split: a fifth of every class for testing, rounded to 360 in all."""
     share = np.bincount(target) * 360 / len(target)
     count = np.floor(share).astype(int)
     count[np.argsort(count - share, kind="stable")[: 360 - count.sum()]] += 1

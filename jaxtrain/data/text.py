@@ -1,11 +1,9 @@
-"""Text as bytes, from files or TensorFlow Datasets: windows for the next byte, and labelled texts."""
+"""Text sources, from files or TensorFlow Datasets: windows for next-byte prediction, and labelled texts."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -16,32 +14,29 @@ from jaxtrain.core.errors import InputError
 from jaxtrain.data.data_dir import default_data_dir
 from jaxtrain.data.order import permutation
 from jaxtrain.data.tfds import TFDS
+from jaxtrain.data.word_tokenizer import build_vocabulary, encode
 
 SPLITS = ("train", "validation", "test")
 
-# Not a seed that runs use: the split of a file stays the same whatever they do.
+# Not a run's seed: every run splits a file in the same way.
 _SPLIT_SEED = 2005
-# Texts read at a time while counting words, so that a large data set is never whole in memory.
+# Texts read at a time while counting words, so a large data set never has to fit in memory.
 _CHUNK = 8192
-# Bytes above 127 count as letters, which keeps words whole in UTF-8 and in Latin-1.
-_WORD = re.compile(rb"[a-z0-9'\x80-\xff]+")
-_WORD_OR_OTHER = re.compile(rb"([a-z0-9'\x80-\xff]+)|\S")
-_SPACE = 0x20
 
 
 @dataclasses.dataclass(frozen=True)
 class TextWindows:
-    """Windows of a long text and, for each of their bytes, the byte that follows.
+    """Windows of a long text, each byte labelled with the byte that follows it.
 
-    Window i starts at byte ``i * stride``. Only whole windows count: fewer than ``stride`` bytes at the end
-    are never predicted, and neither is the first byte, which nothing precedes. At the default stride every
-    byte between is predicted exactly once. The text of the split stays in memory.
+    Window i starts at byte ``i * stride``. Only full windows count: fewer than ``stride`` bytes at the end
+    are never predicted, nor is the first byte, which nothing precedes. At the default stride every byte
+    in between is predicted exactly once. The text of the split stays in memory.
 
     Attributes:
-      context: bytes in a window, at least 1.
+      context: bytes per window, at least 1.
       split: ``train``, ``validation`` or ``test``: the first 90 %, the next 5 % and the last 5 % of ``file``,
         as TFDS splits tiny_shakespeare. Without ``file``, any TFDS split expression.
-      name: the TFDS data set, whose feature ``text`` is read; several examples are joined by a newline.
+      name: the TFDS data set whose feature ``text`` is read; several examples are joined by newlines.
       file: a text file in any encoding, read instead of the data set.
       stride: bytes from one window to the next, at least 1; None: ``context``, no overlap.
       data_dir: as for ``TFDS``.
@@ -66,19 +61,19 @@ class TextWindows:
                 f"TextWindows: stride is {self.stride}: it must be at least 1, or none for {self.context}"
             )
         if self.file is not None:
-            _check_split("TextWindows", self.split)
+            _check_file_split("TextWindows", self.split)
 
     def prepared(self) -> bool:
-        """Whether there is nothing to fetch: a file is given, or the data set lies on disk."""
+        """Return whether nothing has to be downloaded: ``file`` is set, or the data set is on disk."""
         return self.file is not None or _tfds(self).prepared()
 
     def example(self) -> dict[str, np.ndarray]:
-        """Zeros of one example's shapes; reads nothing."""
+        """Return zeros in the shapes of one example; reads nothing."""
         shape = (1, self.context)
         return {"tokens": np.zeros(shape, np.uint8), "label": np.zeros(shape, np.int32)}
 
     def __len__(self) -> int:
-        """The number of windows, ``(bytes - context - 1) // stride + 1``.
+        """Return the number of windows, ``(bytes - context - 1) // stride + 1``.
 
         Raises:
           InputError: the file cannot be read, the data set is not prepared, or the split has too few bytes
@@ -87,42 +82,46 @@ class TextWindows:
         return len(self._windows())
 
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """``tokens: uint8 [k, context]`` and ``label: int32 [k, context]``, one byte further on."""
+        """Return ``tokens: uint8 [k, context]`` and ``label: int32 [k, context]``, shifted by one byte."""
         block = self._windows()[indices]
         return {"tokens": np.ascontiguousarray(block[:, :-1]), "label": block[:, 1:].astype(np.int32)}
 
     def _windows(self) -> np.ndarray:
-        """All windows with the byte after each: a uint8 view ``[n, context + 1]`` that copies nothing."""
+        """Return all windows with the byte after each: uint8 ``[n, context + 1]``, a view without a copy."""
         where = f"data set {self.name}" if self.file is None else self.file
-        text = _corpus(_tfds(self)) if self.file is None else _part(_absolute(self.file), self.split)
+        text = (
+            _read_tfds_text(_tfds(self))
+            if self.file is None
+            else _read_split(_absolute(self.file), self.split)
+        )
         if len(text) <= self.context:
             raise InputError(
                 f"{where}: its {self.split} split has {len(text)} bytes, too few for one window of context "
                 f"{self.context} and the byte after it: lower context, or give more text"
             )
-        every = np.lib.stride_tricks.sliding_window_view(text, self.context + 1)
-        return every[:: self.stride or self.context]
+        windows = np.lib.stride_tricks.sliding_window_view(text, self.context + 1)
+        return windows[:: self.stride or self.context]
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelledText:
-    """Texts and their class, as bytes or as words.
+    """Labelled texts, tokenized as bytes or as words.
 
-    A token is a byte (``words=0``). With ``words=N`` the text is lower-cased (A to Z) and the N most frequent
-    words of the train split are tokens 256 and up, by falling frequency and then alphabet; a word is a run of
-    letters, digits and apostrophes. Every other word is spelt in its bytes and every other visible
-    character is its byte, so nothing is unknown. White space is dropped, except for one space between
-    two spelt words in a row. Texts of more than ``length`` tokens lose their end; shorter ones are padded
-    with 0.
+    With ``words=0`` a token is a byte. With ``words=N`` the text is lower-cased (A to Z) and the N most
+    frequent words of the train split are tokens 256 and up, by falling frequency and then alphabet; a word
+    is a run of letters, digits and apostrophes. Other words and other visible characters are encoded as
+    their bytes, so there is no unknown token. White space is dropped, except for one space between two
+    consecutive words encoded as bytes. Texts of more than ``length`` tokens are truncated; shorter ones are
+    padded with 0.
 
     Attributes:
-      length: tokens in a row of ``tokens``, at least 1.
-      split: ``train``, ``validation`` or ``test``: 80, 10 and 10 % of the lines of each of ``files``, drawn
-        at random, once and for all. Without ``files``, any TFDS split expression.
-      name: the TFDS data set, whose features ``text`` and ``label`` are read.
-      files: one file for each class in label order, read instead of the data set: one text a line, in any
+      length: tokens per example, at least 1.
+      split: ``train``, ``validation`` or ``test``: 80, 10 and 10 % of the lines of each of ``files``, a
+        fixed random split. Without ``files``, any TFDS split expression.
+      name: the TFDS data set whose features ``text`` and ``label`` are read.
+      files: one file per class in label order, read instead of the data set: one text per line, in any
         encoding; lines of only white space are skipped.
-      words: size of the vocabulary of words, at least 0. It always comes from the whole split ``train``.
+      words: number of words in the vocabulary, at least 0. It always comes from the full ``train`` split.
       data_dir: as for ``TFDS``.
 
     >>> source = LabelledText(length=64, words=1000)
@@ -148,13 +147,13 @@ class LabelledText:
             raise InputError(f"LabelledText: files is {self.files!r}: give two or more, one for each class")
         object.__setattr__(self, "files", tuple(map(str, self.files)))
         if len(set(self.files)) < len(self.files):
-            raise InputError(f"LabelledText: files is {self.files!r}: each class needs a file of its own")
+            raise InputError(f"LabelledText: files is {self.files!r}: each class needs its own file")
         if self.files:
-            _check_split("LabelledText", self.split)
+            _check_file_split("LabelledText", self.split)
 
     @property
     def vocabulary(self) -> int:
-        """Tokens are in ``[0, vocabulary)``: 256 bytes and ``words``."""
+        """Size of the vocabulary: 256 bytes and ``words``; tokens are in ``[0, vocabulary)``."""
         return 256 + self.words
 
     @property
@@ -164,19 +163,19 @@ class LabelledText:
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes in label order; the files' stems, or as much more as tells them apart."""
+        """Names of the classes in label order; of files the stems, names or paths, the first unique."""
         if not self.files:
             return _tfds(self).class_names
         paths = [Path(file) for file in self.files]
-        ways = [tuple(p.stem for p in paths), tuple(p.name for p in paths), self.files]
-        return next(names for names in ways if len(set(names)) == len(names))
+        candidates = [tuple(p.stem for p in paths), tuple(p.name for p in paths), self.files]
+        return next(names for names in candidates if len(set(names)) == len(names))
 
     def prepared(self) -> bool:
-        """Whether there is nothing to fetch: files are given, or the data set lies on disk."""
+        """Return whether nothing has to be downloaded: ``files`` is set, or the data set is on disk."""
         return bool(self.files) or _tfds(self).prepared()
 
     def example(self) -> dict[str, np.ndarray]:
-        """Zeros of one example's shapes; reads nothing."""
+        """Return zeros in the shapes of one example; reads nothing."""
         return {
             "tokens": np.zeros((1, self.length), np.int32 if self.words else np.uint8),
             "length": np.zeros(1, np.int32),
@@ -184,7 +183,7 @@ class LabelledText:
         }
 
     def __len__(self) -> int:
-        """The number of texts.
+        """Return the number of texts.
 
         Raises:
           InputError: a file cannot be read or holds no text, or the data set is not prepared, has no such
@@ -193,22 +192,22 @@ class LabelledText:
         return len(self._lines()[1]) if self.files else len(_tfds(self))
 
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """``tokens: uint8 [k, length]``, int32 with ``words``; ``length`` and ``label``: int32 ``[k]``.
+        """Return ``tokens: uint8 [k, length]``, int32 with ``words``; ``length``, ``label``: int32 ``[k]``.
 
-        ``length`` counts the tokens that are not padding; it is 0 for an empty text.
+        ``length`` counts the tokens without padding; it is 0 for an empty text.
         """
         texts, label = self._texts(np.asarray(indices))
         if self.words:
             vocabulary = _vocabulary(self._paths(), self._train(), self.words)
-            rows = [_in_words(text, vocabulary, self.length) for text in texts]
-            numbers = np.zeros((len(rows), self.length), np.int32)
-            for row, values in zip(numbers, rows, strict=True):
+            rows = [encode(text, vocabulary, self.length) for text in texts]
+            padded_rows = np.zeros((len(rows), self.length), np.int32)
+            for row, values in zip(padded_rows, rows, strict=True):
                 row[: len(values)] = values
-            return {"tokens": numbers, "length": _lengths(rows), "label": label}
-        cut = [text[: self.length] for text in texts]
-        padded = bytearray().join(text.ljust(self.length, b"\0") for text in cut)
-        tokens = np.frombuffer(padded, np.uint8).reshape(len(cut), self.length)
-        return {"tokens": tokens, "length": _lengths(cut), "label": label}
+            return {"tokens": padded_rows, "length": _count_tokens(rows), "label": label}
+        truncated = [text[: self.length] for text in texts]
+        padded = bytearray().join(text.ljust(self.length, b"\0") for text in truncated)
+        tokens = np.frombuffer(padded, np.uint8).reshape(len(truncated), self.length)
+        return {"tokens": tokens, "length": _count_tokens(truncated), "label": label}
 
     def _texts(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
         if self.files:
@@ -221,7 +220,7 @@ class LabelledText:
         return columns["text"], np.array(columns["label"], np.int32)
 
     def _lines(self) -> tuple[tuple[bytes, ...], np.ndarray]:
-        return _labelled_lines(self._paths(), self.split)
+        return _read_lines(self._paths(), self.split)
 
     def _paths(self) -> tuple[str, ...]:
         return tuple(map(_absolute, self.files))
@@ -230,13 +229,13 @@ class LabelledText:
         return dataclasses.replace(_tfds(self), split="train")
 
 
-def _check_split(what: str, split: str) -> None:
+def _check_file_split(what: str, split: str) -> None:
     if split not in SPLITS:
         raise InputError(f"{what}: files have the splits {', '.join(SPLITS)}, not {split!r}")
 
 
 def _tfds(source: TextWindows | LabelledText) -> TFDS:
-    # The folder is written out because it is part of what the caches below know a data set by.
+    # The folder is made explicit because it is part of the key of the caches below.
     return TFDS(source.name, source.split, source.data_dir or str(default_data_dir()))
 
 
@@ -249,39 +248,39 @@ def _read(path: str) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise InputError(
-            f"{path} cannot be read ({error.strerror}): correct the path, or leave it out to read a data set"
+            f"{path} cannot be read ({error.strerror}): correct the path, or omit it to read a data set"
         ) from error
 
 
 @functools.lru_cache(maxsize=8)
-def _corpus(source: TFDS) -> np.ndarray:
-    """The text of a TFDS split: uint8 ``[bytes]``, read-only."""
-    return np.frombuffer(b"\n".join(_tfds_texts(source)), np.uint8)
+def _read_tfds_text(source: TFDS) -> np.ndarray:
+    """Return the text of a TFDS split: uint8 ``[bytes]``, read-only."""
+    return np.frombuffer(b"\n".join(_iterate_tfds(source)), np.uint8)
 
 
 @functools.lru_cache(maxsize=8)
-def _part(path: str, split: str) -> np.ndarray:
-    """The bytes of one split of a file: uint8 ``[bytes]``, read-only."""
+def _read_split(path: str, split: str) -> np.ndarray:
+    """Return one split of a file: uint8 ``[bytes]``, read-only."""
     text = np.frombuffer(_read(path), np.uint8)
-    first = int(len(text) * 0.9)  # TFDS rounds both borders down in this way
+    first = int(len(text) * 0.9)  # rounded down as TFDS does
     second = first + int((len(text) - first) * 0.5)
     return dict(zip(SPLITS, (text[:first], text[first:second], text[second:]), strict=True))[split]
 
 
-def _tfds_texts(source: TFDS) -> Iterator[bytes]:
+def _iterate_tfds(source: TFDS) -> Iterator[bytes]:
     for start in range(0, len(source), _CHUNK):
         yield from source.raw(np.arange(start, min(start + _CHUNK, len(source))), ("text",))["text"]
 
 
 @functools.lru_cache(maxsize=8)
-def _labelled_lines(paths: tuple[str, ...], split: str) -> tuple[tuple[bytes, ...], np.ndarray]:
-    """The texts of a split and their labels, int32 ``[n]``, file by file and in the order of the lines."""
+def _read_lines(paths: tuple[str, ...], split: str) -> tuple[tuple[bytes, ...], np.ndarray]:
+    """Return the texts of a split and their labels, int32 ``[n]``, in order of file and line."""
     texts: list[bytes] = []
     labels: list[int] = []
     for label, path in enumerate(paths):
         lines = [line.rstrip(b"\r") for line in _read(path).split(b"\n") if line.strip()]
         if not lines:
-            raise InputError(f"{path} holds no text: it needs one on each line")
+            raise InputError(f"{path} holds no text: give one text per line")
         tenth = round(len(lines) / 10)
         if not tenth:
             raise InputError(
@@ -296,29 +295,9 @@ def _labelled_lines(paths: tuple[str, ...], split: str) -> tuple[tuple[bytes, ..
 
 @functools.lru_cache(maxsize=8)
 def _vocabulary(paths: tuple[str, ...], train: TFDS, words: int) -> Mapping[bytes, int]:
-    """The token of each of the most frequent words of the train split."""
-    counts: collections.Counter[bytes] = collections.Counter()
-    for text in _labelled_lines(paths, "train")[0] if paths else _tfds_texts(train):
-        counts.update(_WORD.findall(text.lower()))
-    ranked = sorted(counts, key=lambda word: (-counts[word], word))
-    return {word: 256 + rank for rank, word in enumerate(ranked[:words])}
+    """Return the vocabulary of the train split."""
+    return build_vocabulary(_read_lines(paths, "train")[0] if paths else _iterate_tfds(train), words)
 
 
-def _in_words(text: bytes, vocabulary: Mapping[bytes, int], length: int) -> list[int]:
-    """At most ``length`` tokens of ``text``: words of the vocabulary, and the bytes of all else."""
-    tokens: list[int] = []
-    spelt = False
-    for match in _WORD_OR_OTHER.finditer(text.lower()):
-        if len(tokens) >= length:
-            break
-        word, is_word = match[0], match[1] is not None
-        if word in vocabulary:
-            tokens.append(vocabulary[word])
-        else:
-            tokens += [_SPACE, *word] if spelt and is_word else word
-        spelt = is_word and word not in vocabulary
-    return tokens[:length]
-
-
-def _lengths(rows: list[bytes] | list[list[int]]) -> np.ndarray:
+def _count_tokens(rows: list[bytes] | list[list[int]]) -> np.ndarray:
     return np.array([len(row) for row in rows], np.int32)

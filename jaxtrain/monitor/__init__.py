@@ -1,4 +1,4 @@
-"""What is seen of a run: console, metrics files, step times, device telemetry and traces."""
+"""Observe a run: console, metrics files, step times, device telemetry and traces."""
 
 from jaxtrain.monitor.console import Console, format_metrics, make_console
 from jaxtrain.monitor.recorder import Recorder, merge_all, open

@@ -1,10 +1,12 @@
-"""What a person sees: a progress bar on a terminal, plain lines anywhere else."""
+"""Console output of a run: a progress bar on a terminal or in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import html
+import importlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -21,43 +23,45 @@ from rich.table import Table
 
 
 class Console(Protocol):
-    """Shows a run to a person."""
+    """Console output of a run."""
 
     def note(self, text: str) -> None:
-        """A line of its own."""
+        """Print a line."""
 
     def begin(self, start: int, steps: int) -> None:
-        """Training starts after ``start`` of ``steps`` updates."""
+        """Start the training display; ``start`` of ``steps`` updates are done."""
 
     def train(self, step: int, values: Mapping[str, float], speed: float | None) -> None:
-        """A record of training; ``speed`` in examples a second."""
+        """Show the metrics of ``step``; ``speed`` in examples per second."""
 
     def advance(self, step: int) -> None:
-        """An update was queued; cheap enough to call at every step."""
+        """Move the bar to ``step``, which was dispatched; cheap enough to call at every step."""
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Any]:
-        """Show progress of a piece of work; gives a function to call with the amount done.
+        """Show the progress of a task; yields a function to call with the amount done.
 
-        ``total`` is 0 where nobody knows it.
+        ``total`` is 0 where it is unknown.
         """
 
     def summary(self, title: str, rows: Mapping[str, str]) -> None:
-        """The result, as a table."""
+        """Print a table."""
 
     def end(self) -> None:
-        """Nothing more will move."""
+        """Stop the training display."""
 
 
 def make_console(quiet: bool = False) -> Console:
-    """A ``Rich`` console on a terminal, a ``Plain`` one elsewhere; a ``quiet`` one shows nothing."""
+    """Make the console that suits a terminal, a notebook or a file; ``quiet`` prints nothing."""
     if quiet:
         return Quiet()
+    if "ipykernel" in sys.modules:
+        return Notebook()
     return Rich() if sys.stdout.isatty() else Plain()
 
 
 def format_metrics(values: Mapping[str, float], speed: float | None) -> str:
-    """``loss 1.234  accuracy 56.7 %  1,234 examples/s``, in that order.
+    """Format metrics and speed on one line, the loss first.
 
     >>> format_metrics({"loss": 0.5, "accuracy": 0.25, "grad_norm": 1.0}, 1234.5)
     'loss 0.5000  accuracy 25.00 %  1,234 examples/s'
@@ -72,7 +76,7 @@ def format_metrics(values: Mapping[str, float], speed: float | None) -> str:
 
 
 class Plain:
-    """Lines without control characters, for logs and pipes."""
+    """Prints lines without control characters, for logs and pipes."""
 
     def __init__(self) -> None:
         self._steps, self._start, self._began = 0, 0, 0.0
@@ -84,8 +88,8 @@ class Plain:
         self._start, self._steps, self._began = start, steps, time.perf_counter()
 
     def train(self, step: int, values: Mapping[str, float], speed: float | None) -> None:
-        pace = (time.perf_counter() - self._began) / max(1, step - self._start)
-        left = time.strftime("%H:%M:%S", time.gmtime(pace * (self._steps - step)))
+        seconds_per_step = (time.perf_counter() - self._began) / max(1, step - self._start)
+        left = time.strftime("%H:%M:%S", time.gmtime(seconds_per_step * (self._steps - step)))
         self.note(f"step {step}/{self._steps}  {format_metrics(values, speed)}  eta {left}")
 
     def advance(self, step: int) -> None:
@@ -104,14 +108,53 @@ class Plain:
 
 
 class Quiet(Plain):
-    """Nothing: another process of the same run does the talking."""
+    """Prints nothing: process 0 of the run does."""
 
     def note(self, text: str) -> None:
         pass
 
 
+class Notebook(Plain):
+    """Shows a bar in the output of a notebook cell, and prints notes below it.
+
+    Args:
+      display: ``IPython.display.display``, or a function with its arguments.
+    """
+
+    def __init__(self, display: Callable[..., Any] | None = None) -> None:
+        super().__init__()
+        self._display = display or importlib.import_module("IPython.display").display
+        self._bar: Any = None
+        self._metrics, self._updated = "", 0.0
+
+    def begin(self, start: int, steps: int) -> None:
+        super().begin(start, steps)
+        self._bar = self._display(self._render(start), raw=True, display_id=True)
+
+    def train(self, step: int, values: Mapping[str, float], speed: float | None) -> None:
+        self._metrics = format_metrics(values, speed)
+        self._update(step)
+
+    def advance(self, step: int) -> None:
+        if step == self._steps or time.perf_counter() - self._updated > 0.2:
+            self._update(step)
+
+    def end(self) -> None:
+        self._bar = None
+
+    def _update(self, step: int) -> None:
+        if self._bar is not None:
+            self._updated = time.perf_counter()
+            self._bar.update(self._render(step), raw=True)
+
+    def _render(self, step: int) -> dict[str, str]:
+        text = f"step {step}/{self._steps}  {self._metrics}"
+        bar = f'<progress value="{step}" max="{self._steps}" aria-label="training steps"></progress>'
+        return {"text/plain": text, "text/html": f"{bar} {html.escape(text)}"}
+
+
 class Rich:
-    """One live bar for what is going on, and a table at the end."""
+    """Shows a live progress bar, and a table at the end."""
 
     def __init__(self, console: RichConsole | None = None) -> None:
         self._console = console or RichConsole(file=sys.stdout, highlight=False)
@@ -126,7 +169,7 @@ class Rich:
             speed_estimate_period=60,
         )
         self._train: TaskID | None = None
-        self._moved = 0.0
+        self._updated = 0.0
 
     def note(self, text: str) -> None:
         self._progress.console.print(text, markup=False, soft_wrap=True)
@@ -141,8 +184,8 @@ class Rich:
 
     def advance(self, step: int) -> None:
         now = time.perf_counter()
-        if self._train is not None and now - self._moved > 0.1:
-            self._moved = now
+        if self._train is not None and now - self._updated > 0.1:
+            self._updated = now
             self._progress.update(self._train, completed=step)
 
     @contextmanager
@@ -164,6 +207,6 @@ class Rich:
 
     def end(self) -> None:
         self._progress.stop()
-        if self._train is not None:  # or the next display would show its bar once more
+        if self._train is not None:  # otherwise the next display would show this bar again
             self._progress.remove_task(self._train)
             self._train = None

@@ -1,42 +1,35 @@
-"""How many floating-point operations a second a device can do at most: from a table, or measured.
+"""Peak FLOP/s of a device, from NVIDIA's datasheets or measured, of which ``MFU`` is a share.
 
-A peak is what ``MFU`` (model FLOPs utilisation) is a share of. The table has the manufacturer's figures for
-dense matrix products; ``python -m jaxtrain doctor --peak`` measures what it has none for, such as a CPU. A
-device that is in neither has no peak, and then there is no MFU.
+A device that is not in the table, such as any CPU, has a peak only if one was measured on it: in a checkout
+of jaxtrain, ``python -m benchmarks.peak_flops`` stores it in ``peaks.json`` in the user's cache folder.
+Without a peak there is no MFU.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import math
 import os
 import platform
 import re
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxtrain.core import cache
-from jaxtrain.core.errors import InputError, RunError
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-CPU_SIZES, GPU_SIZES = (512, 1024, 2048), (4096, 8192, 16384)
-CHAIN = 4  # products in a program, so that starting it costs nothing
 
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """Of one device.
+    """The peak of one device, or of several together.
 
     Attributes:
-      flops: floating-point operations a second; an addition and a product are two.
+      flops: floating-point operations per second; an addition and a multiplication are two.
       source: ``table``, or ``measured 2026-11-22``.
     """
 
@@ -46,13 +39,13 @@ class Peak:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The manufacturer's figures, in TFLOP/s of dense matrix products; None where there is no such unit.
+    """Datasheet figures in TFLOP/s of dense matrix products; None where the device has no such unit.
 
     Attributes:
-      half: bfloat16 and float16 on tensor cores, sums in float32.
-      tf32: float32 on tensor cores, whose products are rounded to TF32: JAX's default.
+      half: bfloat16 and float16 on tensor cores, accumulated in float32.
+      tf32: float32 on tensor cores, which round products to TF32: JAX's default.
       float32: float32 without tensor cores: ``jax_default_matmul_precision`` is ``highest``.
-      bfloat16: do the tensor cores take bfloat16?
+      bfloat16: whether the tensor cores take bfloat16.
     """
 
     half: float
@@ -91,11 +84,11 @@ TABLE: dict[str, Row] = {
     # "NVIDIA Ada GPU Architecture" (whitepaper; sums in float32)
     r"GeForce RTX 4090": Row(165.2, 82.6, 82.6),
 }
-"""By the device's kind without ``NVIDIA`` or ``Tesla``. The whole name must match: a slice (MIG) does not."""
+"""By device kind without ``NVIDIA`` or ``Tesla``. The full name must match: a slice (MIG) does not."""
 
 
 def peak_flops(device: jax.Device, precision: str) -> Peak | None:
-    """The peak of ``device``; None where the table has none and none was measured here.
+    """Return the peak of ``device``, from the table or else measured; None where neither has one.
 
     Args:
       device: one of ``jax.devices()``.
@@ -104,14 +97,14 @@ def peak_flops(device: jax.Device, precision: str) -> Peak | None:
     >>> peak_flops(jax.devices()[0], "float64") is None
     True
     """
-    return datasheet_peak(device.device_kind, precision) or _measure_once(device, precision)
+    return datasheet_peak(device.device_kind, precision) or measured_peak(device, precision)
 
 
 def total_peak_flops(devices: Iterable[jax.Device], precision: str) -> Peak | None:
-    """Of all devices of a run together; None where one has no peak.
+    """Return the peak of all devices of a run together; None where one device has none.
 
-    CPU devices share the cores of their host, so however many they are they have one peak; and none where
-    there are several processes, which may share them too.
+    CPU devices share the cores of their host, so any number of them has the peak of one; with several
+    processes, which may share the cores too, they have none.
     """
     devices = list(devices)
     found = [one for one in (peak_flops(device, precision) for device in devices) if one is not None]
@@ -123,7 +116,7 @@ def total_peak_flops(devices: Iterable[jax.Device], precision: str) -> Peak | No
 
 
 def datasheet_peak(kind: str, precision: str) -> Peak | None:
-    """From the table.
+    """Look up a device kind in the table.
 
     >>> datasheet_peak("NVIDIA A100-SXM4-80GB", "bfloat16")
     Peak(flops=312000000000000.0, source='table')
@@ -144,91 +137,9 @@ def datasheet_peak(kind: str, precision: str) -> Peak | None:
     return None if figure is None else Peak(figure * 1e12, "table")
 
 
-def measure(device: jax.Device, precision: str, rounds: int = 5, sizes: Sequence[int] = ()) -> Peak:
-    """The rate of the fastest square matrix product: the best over sizes of the median over rounds.
-
-    Sizes are timed in turn. Takes some seconds, and the device should do nothing else.
-
-    Args:
-      device: where.
-      precision: ``float32``, ``bfloat16`` or ``float16``.
-      rounds: how often each size is timed, after one that is not.
-      sizes: rows of the matrices; by default up to 2,048 on a CPU and 16,384 elsewhere.
-
-    Raises:
-      InputError: an unknown precision.
-      RunError: the device does not multiply the smallest of them.
-    """
-    if precision not in PRECISIONS:
-        raise InputError(f"precision {precision!r}: a peak is measured in {', '.join(PRECISIONS)}")
-    sizes = sizes or (CPU_SIZES if device.platform == "cpu" else GPU_SIZES)
-    works: dict[int, Callable[[], Any]] = {}
-    for size in sizes:
-        try:
-            works[size] = _products(device, precision, size)
-        except jax.errors.JaxRuntimeError as error:  # too little memory for the largest
-            if size == sizes[0]:
-                raise RunError(
-                    f"{device.device_kind} multiplies no {precision} matrices of {size} rows: "
-                    f"{str(error).partition(chr(10))[0][:200]}"
-                ) from error
-    times: dict[int, list[float]] = {size: [] for size in works}
-    for _ in range(rounds):
-        for size, work in works.items():
-            began = time.perf_counter()
-            work()
-            times[size].append(time.perf_counter() - began)
-    rate = max(CHAIN * 2 * size**3 / statistics.median(each) for size, each in times.items())
-    return Peak(rate, f"measured {datetime.date.today().isoformat()}")
-
-
-def _products(device: jax.Device, precision: str, size: int) -> Callable[[], Any]:
-    """A function that multiplies ``CHAIN`` times and waits; compiled and run once."""
-    keys = jax.random.split(jax.random.key(0))
-    x, w = (jax.device_put(jax.random.normal(key, (size, size)), device).astype(precision) for key in keys)
-    w = w / math.sqrt(size)  # so that products stay as large as they are: zeros or NaN cost less power
-
-    @jax.jit
-    def chain(x: jax.Array, w: jax.Array) -> jax.Array:
-        for _ in range(CHAIN):
-            x = x @ w
-        return x
-
-    def work() -> Any:
-        return jax.block_until_ready(chain(x, w))
-
-    work()
-    return work
-
-
-def store_peak(device: jax.Device, precision: str, peak: Peak) -> Path:
-    """Keep a measured peak for this user; the file that it is in.
-
-    Raises:
-      RunError: the file cannot be written.
-    """
-    path = stored_peak()
-    everything = {**_read(path), _key(device, precision): dataclasses.asdict(peak)}
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, made = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(handle, "w") as file:
-            json.dump(everything, file, indent=1)
-        Path(made).replace(path)
-    except OSError as error:
-        raise RunError(
-            f"{path} cannot be written ({error.strerror}): set XDG_CACHE_HOME to a folder of your own"
-        ) from error
-    return path
-
-
-def stored_peak() -> Path:
-    """``peaks.json`` in the user's cache folder."""
-    return cache.user_folder("peaks.json")
-
-
-def _measure_once(device: jax.Device, precision: str) -> Peak | None:
-    found = _read(stored_peak()).get(_key(device, precision))
+def measured_peak(device: jax.Device, precision: str) -> Peak | None:
+    """Read the peak that ``benchmarks.peak_flops`` stored; None where there is none or it is damaged."""
+    found = read_measured().get(measured_key(device, precision))
     try:
         peak = Peak(float(found["flops"]), str(found["source"]))  # type: ignore[index]
     except (TypeError, KeyError, ValueError):
@@ -236,22 +147,37 @@ def _measure_once(device: jax.Device, precision: str) -> Peak | None:
     return peak if 0 < peak.flops < math.inf else None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What is stored; nothing where the file is not there or is damaged."""
+def describe_peaks(device: jax.Device) -> str:
+    """Describe the peak that MFU is a share of, for ``doctor``."""
+    found = {precision: peak_flops(device, precision) for precision in PRECISIONS}
+    texts = [f"{name} {peak.flops / 1e12:.4g} ({peak.source})" for name, peak in found.items() if peak]
+    return ", ".join(texts) or (
+        "unknown, so runs report no MFU; measure it from a checkout: python -m benchmarks.peak_flops"
+    )
+
+
+def measured_file() -> Path:
+    """Return the path of the measured peaks: ``{"DEVICE, PRECISION": {"flops": 1e12, "source": TEXT}}``."""
+    return cache.user_folder("peaks.json")
+
+
+def measured_key(device: jax.Device, precision: str) -> str:
+    """Return the key of a measured peak in ``peaks.json``."""
+    return f"{device_name(device)}, {precision}"
+
+
+def read_measured() -> dict[str, Any]:
+    """Return all measured peaks; empty where the file is missing or damaged."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(measured_file().read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def name(device: jax.Device) -> str:
-    """The device's kind; JAX calls every CPU ``cpu``, so here by its own name and the cores it lends us."""
+def device_name(device: jax.Device) -> str:
+    """Return the device's kind; of a CPU, which JAX only calls ``cpu``, the model and its usable cores."""
     return f"{_processor()}, {_cores()} cores" if device.platform == "cpu" else device.device_kind
-
-
-def _key(device: jax.Device, precision: str) -> str:
-    return f"{name(device)}, {precision}"
 
 
 def _processor() -> str:

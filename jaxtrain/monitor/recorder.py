@@ -1,4 +1,4 @@
-"""The recorder: takes the metrics of every finished update, merges them and writes them everywhere."""
+"""Record a run: merge the metrics of finished updates and write them to the files and the console."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtrain import metrics as merging
+from jaxtrain import metrics as metric_states
 from jaxtrain.core.errors import RunError
 from jaxtrain.core.types import Metrics
 from jaxtrain.monitor.console import Console
@@ -21,10 +21,10 @@ Rates = Callable[[float], Mapping[str, float]]
 
 
 def merge_all(rows: Iterable[Metrics]) -> dict[str, Any]:
-    """Metrics of several updates or batches on the host, merged and finished: ``{"loss": 1.2, ...}``."""
+    """Merge metrics of several updates or batches on the host and compute them: ``{"loss": 1.2, ...}``."""
     total: dict[str, Any] | None = None
     for row in rows:
-        total = merging.merge(total, row)
+        total = metric_states.merge(total, row)
     return {name: metric.compute() for name, metric in (total or {}).items()}
 
 
@@ -40,18 +40,17 @@ def open(
     guarded: bool = False,
     rates: Rates = lambda seconds: {},
 ) -> Iterator[Recorder]:
-    """A recorder that continues the run's files at step ``start``.
+    """Open a recorder that continues the run's files at step ``start``.
 
     Args:
-      workdir: the run's folder; None writes no files (another process does).
-      console: where a person is watching.
-      start: the step the run goes on from; later lines of an interrupted run are dropped.
+      workdir: the run's folder; None writes no files (process 0 does).
+      console: where records are shown.
+      start: the step the run resumes from; later records of an interrupted run are dropped.
       log_every: steps between records.
       examples: global batch size.
-      position: ``step -> numbers`` to write beside the metrics of that step (epoch, learning rate).
-      guarded: bad updates were left out of the metrics (``guard="skip"``), so that one which is not finite is
-        that of no update at all: it is not written, and no error.
-      rates: ``seconds of an update -> numbers`` to write beside the examples a second.
+      position: ``step -> numbers`` to add to the record of that step (epoch, learning rate).
+      guarded: with ``guard="skip"``, non-finite values come from skipped updates and are dropped.
+      rates: ``seconds per update -> numbers`` to add to the record with the examples per second.
     """
     recorder = Recorder(workdir, console, start, log_every, examples, position, guarded, rates)
     try:
@@ -78,26 +77,26 @@ class Recorder:
         self._console, self._log_every, self._examples = console, log_every, examples
         self._position, self._guarded, self._rates = position, guarded, rates
         self._files = None if workdir is None else Files(workdir, start)
-        self._window: list[Metrics] = []  # not yet written, and the last update of them
+        self._window: list[Metrics] = []  # not yet written; ``_last`` is their last update
         self._last = start
         self._clock: float | None = None
-        self._ticked = 0  # steps since the clock started
+        self._ticked = 0  # updates since the clock started
         self._steps, self._seconds = 0, 0.0
         self.pace = StepTimes()
 
     def speed(self) -> dict[str, float | None]:
-        """Of training by this process so far, without compilation, evaluation and saving.
+        """Return the speed of training by this process so far, without compilation, evaluation and saving.
 
-        ``examples_per_second``, None where nothing was timed, and the ``rates``.
+        The keys are ``examples_per_second``, None where nothing was timed, and those of ``rates``.
         """
         return {"examples_per_second": None, **self._speed(self._steps, self._seconds)}
 
     def step(self, step: int, rows: Sequence[Metrics]) -> None:
-        """Take the metrics of finished updates, on the host; those of one dispatch.
+        """Add the metrics of the finished updates of one dispatch, on the host.
 
         Args:
-          step: the last of them, from 1.
-          rows: of each update.
+          step: the last of these updates, from 1.
+          rows: the metrics of each update.
 
         Raises:
           RunError: the loss or the gradient is not finite.
@@ -106,21 +105,21 @@ class Recorder:
         if self._clock is None:  # the first step compiled before it returned
             self._clock, self._ticked = time.perf_counter(), -len(rows)
         self._ticked += len(rows)
-        speed: dict[str, float] | None = None  # one for all that end in a dispatch
+        speed: dict[str, float] | None = None  # shared by all records of this dispatch
         for self._last, metrics in enumerate(rows, start=step - len(rows) + 1):
             self._window.append(metrics)
             if self._last % self._log_every == 0:
-                speed = self._lap() if speed is None else speed
+                speed = self._speed_since_last() if speed is None else speed
                 self._write(speed)
 
     def flush(self) -> None:
-        """Write a record of the updates taken since the last.
+        """Write a record of the updates since the last record.
 
         Raises:
           RunError: the loss or the gradient is not finite.
         """
         if self._window:
-            self._write(self._lap())
+            self._write(self._speed_since_last())
 
     def _write(self, speed: Mapping[str, float]) -> None:
         values, step = merge_all(self._window), self._last
@@ -130,21 +129,21 @@ class Recorder:
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values.get(name, 0.0)):
                 raise RunError(
-                    f"{name} is {values[name]} by step {step}: lower the learning rate, clip "
-                    "gradients (--set optimizer.clip=1), or look at the data; earlier checkpoints are kept"
+                    f"{name} is {values[name]} by step {step}: lower the learning rate, clip gradients "
+                    "(--set optimizer.clip=1), or check the data; earlier checkpoints are kept"
                 )
         record = self._position(step) | {f"train/{name}": value for name, value in values.items()}
         self.scalars(step, {**record, **speed})
         self._console.train(step, values, speed.get("examples_per_second"))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write finished numbers for ``step`` to the files; anything but numbers is left out."""
+        """Write computed numbers of ``step`` to the files; anything but numbers is left out."""
         if self._files is not None:
             self._files.write(step, {k: float(v) for k, v in values.items() if isinstance(v, int | float)})
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in this block does not count as training."""
+        """Exclude the time of this block from training."""
         self.flush()
         yield
         self._clock, self._ticked = time.perf_counter(), 0
@@ -155,8 +154,8 @@ class Recorder:
         if self._files is not None:
             self._files.close()
 
-    def _lap(self) -> dict[str, float]:
-        """The speed since the last record, nothing before anything was timed."""
+    def _speed_since_last(self) -> dict[str, float]:
+        """Return the speed since the last record; empty before anything was timed."""
         now = time.perf_counter()
         seconds, steps = now - (self._clock or now), self._ticked
         self._clock, self._ticked = now, 0

@@ -1,4 +1,4 @@
-"""What the devices of this process take: memory, power and energy, for the records and the result."""
+"""Memory, power and energy of this process's devices, for the records and the result."""
 
 from __future__ import annotations
 
@@ -12,52 +12,52 @@ from typing import Any
 
 from jaxtrain.monitor import nvml
 
-EVERY = 1.0  # seconds between readings: they and their events cost as much as a short step
+EVERY = 1.0  # seconds between readings: reading and writing them costs as much as a short step
 
 
 class Meter:
     """Memory, power and energy of devices. Made by ``measure_devices``.
 
-    All figures are of this process's devices: ``..._bytes`` of the one that holds most, watts and joules of
-    all of them together, and joules for a million examples by the examples that these devices computed.
+    All figures are of this process's devices: ``..._bytes`` of the device with most memory in use, watts and
+    joules of all of them together, and joules per million of the examples that these devices computed.
 
     Args:
-      devices: those of this process that the run uses.
-      share: which share of every batch they compute, in (0, 1].
+      devices: this process's devices that the run uses.
+      share: the share of every batch that they compute, in (0, 1].
     """
 
     def __init__(self, devices: Sequence[Any], share: float = 1.0) -> None:
         self._devices, self._share = list(devices), share
         self._boards = nvml.open(self._devices)
-        self._read = -math.inf
+        self._last_reading = -math.inf
 
     def record(self, examples: float) -> dict[str, float]:
-        """Figures for a record; what is not known is not in it, and within a second of the last nothing.
+        """Return figures for a record, without unknown ones; empty within a second of the last reading.
 
         Args:
-          examples: of the whole run, all processes together, since this was made.
+          examples: computed by all processes of the run together since this object was made.
         """
         now = time.perf_counter()
-        if now - self._read < EVERY:
+        if now - self._last_reading < EVERY:
             return {}
-        self._read = now
+        self._last_reading = now
         return self.result(examples)
 
     def result(self, examples: float) -> dict[str, float]:
-        """Figures of this process's part of the run, as they stand."""
-        return memory(self._devices) | self._measured(examples)
+        """Return the figures of this process now."""
+        return memory(self._devices) | self._power(examples)
 
     def close(self) -> None:
-        """Let go of NVML."""
+        """Shut NVML down."""
         if self._boards is not None:
             self._boards.close()
 
-    def _measured(self, examples: float) -> dict[str, float]:
+    def _power(self, examples: float) -> dict[str, float]:
         if self._boards is None:
             return {}
         try:
             joules, found = self._boards.joules(), {"power_watts": self._boards.watts()}
-        except Exception:  # the driver is reloaded, or a board is lost: the run has its own error for that
+        except Exception:  # a reloaded driver or a lost board raises in the run itself
             return {}
         found["energy_joules"] = joules
         if examples > 0:
@@ -67,7 +67,7 @@ class Meter:
 
 @contextlib.contextmanager
 def measure_devices(devices: Sequence[Any], share: float = 1.0) -> Iterator[Meter]:
-    """A ``Meter`` that lets go of NVML in the end."""
+    """Yield a ``Meter`` and close it at the end."""
     meter = Meter(devices, share)
     try:
         yield meter
@@ -76,9 +76,9 @@ def measure_devices(devices: Sequence[Any], share: float = 1.0) -> Iterator[Mete
 
 
 def memory(devices: Sequence[Any]) -> dict[str, float]:
-    """Bytes in use and the most there have been, of the device that holds most.
+    """Return the bytes in use and their peak, of the device with most memory in use.
 
-    Where a device does not tell, as a CPU, those of this process under names of their own.
+    Where devices do not report memory, such as CPUs, return those of this process, under other names.
 
     >>> sorted(memory([]))
     ['process_rss_bytes', 'process_rss_peak_bytes']
@@ -86,17 +86,17 @@ def memory(devices: Sequence[Any]) -> dict[str, float]:
     stats = [device.memory_stats() or {} for device in devices]
     found = {}
     for name, key in (("device_bytes", "bytes_in_use"), ("device_peak_bytes", "peak_bytes_in_use")):
-        values = [float(of_one[key]) for of_one in stats if key in of_one]
+        values = [float(one[key]) for one in stats if key in one]
         if values:
             found[name] = max(values)
-    return found or _process()
+    return found or _process_memory()
 
 
-def _process() -> dict[str, float]:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0  # it counts KiB
+def _process_memory() -> dict[str, float]:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0  # in KiB
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):  # not Linux, where ru_maxrss has another unit too
+    except (OSError, ValueError, IndexError):  # not Linux: ru_maxrss has another unit there too
         return {}
-    rss = float(pages * resource.getpagesize())  # the kernel counts the two at different times
+    rss = float(pages * resource.getpagesize())  # the kernel updates the two at different times
     return {"process_rss_bytes": rss, "process_rss_peak_bytes": max(peak, rss)}

@@ -1,8 +1,8 @@
-"""Where the time of a profile went: every moment is given to one thing, so that the shares sum to one.
+"""Divide the time of a profile among operations and the loop, so that the shares sum to one.
 
-A moment in which a device works belongs to the operation that it works on; operations that run at the same
-time share it evenly. A moment in which it does not belongs to what the loop was doing, which is what held it
-up. Of several devices the mean is taken.
+Time in which a device works belongs to the operation that runs; operations that run at the same time share it
+evenly. Time in which the device is idle belongs to what the loop was doing meanwhile. Shares are means over
+devices.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-OPERATION, BETWEEN, COPY, HOST = range(4)  # of things at the same time the first counts
+OPERATION, BETWEEN, COPY, HOST = range(4)  # in order of precedence
 PLACES = ("device", "device", "copy", "host")
-UNSEEN = "not in the loop"
+OUTSIDE = "outside the loop"
 
 
 class Span(NamedTuple):
-    """Something that went on from ``start`` to ``end`` (nanoseconds)."""
+    """An activity from ``start`` to ``end``, in nanoseconds."""
 
     start: float
     end: float
@@ -29,12 +29,12 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """What a trace tells.
+    """The contents of a trace.
 
     Attributes:
-      window: its start and end, nanoseconds.
-      lanes: for each device the spans of each of its streams or threads; spans of one may be nested.
-      host: what the loop was doing; spans may be nested, and the innermost counts.
+      window: start and end, in nanoseconds.
+      lanes: for each device the spans of each of its streams or threads; those of one lane may be nested.
+      host: what the loop was doing; of nested spans the innermost counts.
     """
 
     window: tuple[float, float]
@@ -44,14 +44,14 @@ class Timeline:
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """Shares of a window.
+    """How the time of a window divides.
 
     Attributes:
-      seconds: how long it was.
-      idle: the mean share of it in which a device worked on no operation, in 0..1. A copy from or to the
-        host is none.
+      seconds: the length of the window.
+      idle: the share in which no operation ran on a device, mean over devices, in 0..1. A copy from or to the
+        host is not an operation.
       rows: ``(place, what, share)``, the greatest first; the shares sum to 1.
-      host: the share of each thing that the loop did, whether or not a device worked meanwhile.
+      host: the share of each phase of the loop, whether or not a device worked meanwhile.
     """
 
     seconds: float
@@ -61,7 +61,7 @@ class Shares:
 
 
 def shares(timeline: Timeline) -> Shares:
-    """Divide the window of ``timeline`` among what went on in it.
+    """Divide the window of ``timeline`` among its spans.
 
     >>> work, load = Span(0, 6, OPERATION, "dot"), Span(5, 9, HOST, "waiting for data")
     >>> found = shares(Timeline((0, 10), [[[work]]], [load]))
@@ -70,29 +70,29 @@ def shares(timeline: Timeline) -> Shares:
     """
     begin, end = timeline.window
     length = end - begin
-    given: dict[tuple[str, str], float] = collections.defaultdict(float)
+    totals: dict[tuple[str, str], float] = collections.defaultdict(float)
     idle = 0.0
-    host = [Span(-math.inf, math.inf, HOST, UNSEEN), *timeline.host]
-    loop = list(_clipped(_flat(host), begin, end))
+    host = [Span(-math.inf, math.inf, HOST, OUTSIDE), *timeline.host]
+    loop = list(_clip(_innermost(host), begin, end))
     for lanes in timeline.lanes:
-        flat = [span for lane in lanes for span in _clipped(_flat(lane), begin, end)]
-        for seconds, active in _moments([*flat, *loop]):
+        spans = [span for lane in lanes for span in _clip(_innermost(lane), begin, end)]
+        for seconds, active in _intervals([*spans, *loop]):
             kind = min(span.kind for span in active)
             chosen = [span for span in active if span.kind == kind]
             if kind > BETWEEN:
                 idle += seconds
             for span in chosen:
-                given[PLACES[kind], span.what] += seconds / len(chosen)
-    whole = length * len(timeline.lanes)
-    rows = sorted(((*key, value / whole) for key, value in given.items()), key=lambda row: -row[2])
+                totals[PLACES[kind], span.what] += seconds / len(chosen)
+    total = length * len(timeline.lanes)
+    rows = sorted(((*key, value / total) for key, value in totals.items()), key=lambda row: -row[2])
     phases: dict[str, float] = collections.defaultdict(float)
     for span in loop:
         phases[span.what] += (span.end - span.start) / length
-    return Shares(length / 1e9, idle / whole, rows, dict(sorted(phases.items(), key=lambda item: -item[1])))
+    return Shares(length / 1e9, idle / total, rows, dict(sorted(phases.items(), key=lambda item: -item[1])))
 
 
-def _flat(spans: Iterable[Span]) -> Iterator[Span]:
-    """Spans of one lane without overlap: of nested ones the inner."""
+def _innermost(spans: Iterable[Span]) -> Iterator[Span]:
+    """Yield the spans of one lane without overlap: of nested spans the innermost."""
     stack: list[Span] = []
     at = -math.inf
 
@@ -115,15 +115,15 @@ def _flat(spans: Iterable[Span]) -> Iterator[Span]:
     yield from until(math.inf)
 
 
-def _clipped(spans: Iterable[Span], begin: float, end: float) -> Iterator[Span]:
+def _clip(spans: Iterable[Span], begin: float, end: float) -> Iterator[Span]:
     for span in spans:
         start, stop = max(span.start, begin), min(span.end, end)
         if start < stop:
             yield span._replace(start=start, end=stop)
 
 
-def _moments(spans: Sequence[Span]) -> Iterator[tuple[float, list[Span]]]:
-    """``(duration, spans that go on)`` of every stretch in which nothing begins or ends."""
+def _intervals(spans: Sequence[Span]) -> Iterator[tuple[float, list[Span]]]:
+    """Yield ``(duration, active spans)`` of every interval in which no span begins or ends."""
     edges = sorted(
         [(s.start, 1, n) for n, s in enumerate(spans)] + [(s.end, 0, n) for n, s in enumerate(spans)]
     )

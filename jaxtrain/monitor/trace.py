@@ -1,4 +1,4 @@
-"""``--profile START:STOP``: a trace of some updates of a run, and where their time went."""
+"""``--profile START:STOP``: trace some updates of a run and show where their time went."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 import jax
 
-from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.errors import InputError
 from jaxtrain.core.files import write_json
 from jaxtrain.core.signals import heartbeat
-from jaxtrain.monitor import Console, Recorder, make_console, xplane
+from jaxtrain.monitor import Console, Recorder, make_console, op_names, xplane
 from jaxtrain.monitor.time_shares import Shares, shares
 from jaxtrain.sharding import multihost
 
@@ -22,19 +22,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 FILE = "where.json"
 FOLDER = "profile"
-TOP = 10
-LEAD = 3  # updates that are traced before the window, or the profiler's own beginnings would be in it
+TOP = 10  # rows of the printed table
+WARMUP = 3  # updates traced before the window, which keep the profiler's own startup out of it
 
 
 def parse_window(text: str | None, steps: int | None = None) -> tuple[int, int] | None:
-    """``"20:40"`` as (20, 40): the first and the last update to profile; None is none.
+    """Parse ``"20:40"`` into (20, 40), the first and the last update to profile; None stays None.
 
     Args:
-      text: what ``--profile`` was given.
-      steps: updates of the whole run, where they are known.
+      text: the value of ``--profile``.
+      steps: updates of the entire run, where they are known.
 
     Raises:
-      InputError: it is no such range, or begins after the run's end.
+      InputError: the text is no such range, or the range begins after the run's end.
 
     >>> parse_window("20:40")
     (20, 40)
@@ -49,32 +49,30 @@ def parse_window(text: str | None, steps: int | None = None) -> tuple[int, int] 
         )
     first, last = int(match[1]), int(match[2])
     if steps is not None and first > steps:
-        raise InputError(
-            f"--profile {text}: the run has {steps} updates, and so ends before: give earlier ones"
-        )
+        raise InputError(f"--profile {text}: the run has only {steps} updates; choose an earlier range")
     return first, last
 
 
 def mark(phase: str) -> Callable[[F], F]:
-    """Decorator: show calls of the function in a trace as ``phase`` of the loop.
+    """Return a decorator that shows calls of a function in a trace as ``phase`` of the loop.
 
-    Costs a call some microseconds even while no trace is taken, so it is for what is called seldom;
-    ``Trace.mark`` marks what every update calls.
+    A call costs some microseconds even while no trace is taken, so use it on functions that are called
+    rarely; ``Trace.mark`` is for what every update calls.
     """
     return functools.partial(jax.profiler.annotate_function, name=xplane.MARK + phase)
 
 
 class Trace:
-    """Takes a trace of the updates ``first`` to ``last``, and tells where their time went.
+    """Traces the updates ``first`` to ``last`` and shows where their time went.
 
-    The window begins and ends with nothing queued, so that what was computed in it is what it is said to be
-    of; that the device waits for the first dispatch is part of it. Tracing begins some updates early. The
-    figures are of this process's devices.
+    The window begins and ends with an empty device queue, so it holds exactly the work of these updates; the
+    device's wait for the first dispatch is part of it. Tracing begins some updates early. The figures are of
+    this process's devices.
 
     Args:
-      updates: the first and the last, numbered from 1 in the whole run; None takes no trace.
-      folder: the run's; the trace goes to ``profile`` in it.
-      console: where it is told.
+      updates: the first and the last update, numbered from 1 in the entire run; None takes no trace.
+      folder: the run's folder; the trace goes to ``profile`` in it.
+      console: where the table is shown.
       devices: how many of this process's devices the run uses.
     """
 
@@ -87,97 +85,96 @@ class Trace:
     ) -> None:
         self._updates, self._console, self._devices = updates, console, devices
         self._folder = folder / FOLDER
-        self._begin: int | None = None  # the first update to be traced
-        self._first = self._last = self._at = 0
-        self._asked = (0, 0)
+        self._trace_from: int | None = None  # the first update to trace; None: nothing (more) to trace
+        self._first = self._last = self._latest = 0
+        self._planned = (0, 0)
         self._running = False
-        self._known: set[int] = set()  # numbers of updates a call computed so far
-        self._marks: list[jax.profiler.TraceAnnotation] = []  # that are open: the window's, and the update's
+        self._seen: set[int] = set()  # how many updates the dispatches so far computed
+        self._marks: list[jax.profiler.TraceAnnotation] = []  # open ones: the window's, and the update's
 
     def mark(self, phase: str, function: F) -> F:
-        """``function``, whose calls a trace shows as ``phase``; itself where no trace is asked for."""
+        """Show calls of ``function`` in the trace as ``phase``; without ``--profile`` return it unchanged."""
         return function if self._updates is None else mark(phase)(function)
 
     def flag(self, step: int) -> dict[str, float]:
-        """``{"profiled": 1}`` for records of traced updates, which a trace makes slower; else nothing."""
+        """Return ``{"profiled": 1}`` for records of traced updates, which are slower; else nothing."""
         return {"profiled": 1.0} if self._running else {}
 
     def begin(self, start: int, steps: int) -> None:
-        """Training goes on after ``start`` of ``steps`` updates; tells what of the range is in it."""
+        """Choose the updates to profile in a run that resumes after ``start`` of ``steps`` updates."""
         if self._updates is None:
             return
         first, last = max(self._updates[0], start + 1), min(self._updates[1], steps)
-        asked = f"--profile {self._updates[0]}:{self._updates[1]}"
+        flag = f"--profile {self._updates[0]}:{self._updates[1]}"
         if first > last:
-            self._console.note(
-                f"{asked}: nothing to profile, the run goes on after update {start} of {steps}"
-            )
+            self._console.note(f"{flag}: nothing to profile, the run resumes after update {start} of {steps}")
             return
         if (first, last) != self._updates:
             self._console.note(
-                f"{asked}: this run computes {start + 1} to {steps}, so {first} to {last} of it"
+                f"{flag}: this run computes updates {start + 1} to {steps}, so it profiles {first} to {last}"
             )
-        self._begin = max(first - LEAD, start + 1)
-        self._first, self._last = self._asked = first, last
+        self._trace_from = max(first - WARMUP, start + 1)
+        self._first, self._last = self._planned = first, last
 
-    def step(self, step: int, count: int, state: Any, record: Recorder, settle: Callable[[], None]) -> None:
-        """The loop's turn for ``count`` updates begins.
+    def step(self, step: int, count: int, state: Any, record: Recorder, drain: Callable[[], None]) -> None:
+        """Start, continue or end the trace before a dispatch of ``count`` updates.
 
         Args:
           step: the first of them, from 1.
-          count: updates that one call computes.
+          count: updates that one dispatch computes.
           state: the state so far; waited for where a trace begins or ends.
-          record: does not count the time for that.
-          settle: waits for all updates so far and judges them, before their record is written.
+          record: does not count that wait as training.
+          drain: waits for all updates so far and checks them, before their record is written.
         """
-        if self._begin is None:
+        if self._trace_from is None:
             return
-        if step + count <= self._begin:
-            self._known.add(count)
+        if step + count <= self._trace_from:
+            self._seen.add(count)
             return
         if step > self._last:
-            self._last = step - 1  # a call may have computed updates beyond the range
-            self.end(state, record, settle)
+            self._last = step - 1  # a dispatch may have computed updates beyond the range
+            self.end(state, record, drain)
             return
-        self._at = step + count - 1
-        if not self._running and not self._open(state, record, settle):
+        self._latest = step + count - 1
+        if not self._running and not self._start(state, record, drain):
             return
-        if self._at >= self._first and not self._marks:
-            settle()
+        if self._latest >= self._first and not self._marks:
+            drain()
             jax.block_until_ready(state)
             self._enter(jax.profiler.TraceAnnotation(xplane.WINDOW))
             self._first = step
-        if self._marks and count not in self._known:
-            what = f"update {step} is" if count == 1 else f"updates {step} to {self._at} are"
-            self._console.note(f"--profile: {what} the first here of such, so compilation is in the profile")
-        self._known.add(count)
+        if self._marks and count not in self._seen:
+            what = f"update {step} is" if count == 1 else f"updates {step} to {self._latest} are"
+            self._console.note(
+                f"--profile: {what} the first call of the step, so the profile includes compilation"
+            )
+        self._seen.add(count)
         if len(self._marks) == 2:
             self._leave(1)
         if self._marks:
             self._enter(jax.profiler.StepTraceAnnotation("train", step_num=step))
 
-    def end(self, state: Any, record: Recorder, settle: Callable[[], None]) -> None:
-        """No update of the range follows: wait for those that are queued, end the trace and tell of it."""
+    def end(self, state: Any, record: Recorder, drain: Callable[[], None]) -> None:
+        """End the trace after the last update of the range: wait for queued updates, show the table."""
         if not self._running:
             return
         with jax.profiler.TraceAnnotation(xplane.MARK + "waiting for the device"):
             jax.block_until_ready(state)
         self._leave(2)
-        settle()
+        drain()
         with record.paused():
-            self._close()
+            self._finish()
 
     def abandon(self) -> None:
-        """The run ends before the range does: what was traced is written and told of."""
+        """End the trace where the run ends within the range; what was traced is written and shown."""
         if self._marks:
-            self._last = self._at
+            self._last = self._latest
             self._leave(2)
-            self._close("the run ended within it; ")
-        elif self._running:
-            jax.profiler.stop_trace()
-            self._console.note(f"the run ended before update {self._first}: nothing was profiled")
-        elif self._begin is not None:
-            self._console.note(f"the run ended before update {self._first}: nothing was profiled")
+            self._finish(complete=False)
+        elif self._trace_from is not None:
+            if self._running:
+                jax.profiler.stop_trace()
+            self._console.note(f"--profile: the run ended before update {self._first}; nothing was profiled")
 
     def _enter(self, annotation: jax.profiler.TraceAnnotation) -> None:
         annotation.__enter__()
@@ -187,52 +184,56 @@ class Trace:
         for _ in range(min(count, len(self._marks))):
             self._marks.pop().__exit__(None, None, None)
 
-    def _open(self, state: Any, record: Recorder, settle: Callable[[], None]) -> bool:
+    def _start(self, state: Any, record: Recorder, drain: Callable[[], None]) -> bool:
         several = multihost.process_count() > 1
         name = f"updates-{self._first}-{self._last}"
         self._folder = self._folder / name / (f"process-{multihost.process_index()}" if several else "")
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # it slows down every call, and so shows another program
-        settle()
+        drain()
         with record.paused():
             jax.block_until_ready(state)
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 jax.profiler.start_trace(self._folder, profiler_options=options)
             except (OSError, RuntimeError) as error:
-                self._begin = None
-                self._console.note(f"--profile: no trace can be taken ({error}); the run goes on without")
+                self._trace_from = None
+                self._console.note(f"--profile: no trace can be taken ({error}); training continues without")
                 return False
         self._running = True
         return True
 
-    def _close(self, told: str = "") -> None:
-        self._running, self._begin = False, None
+    def _finish(self, complete: bool = True) -> None:
+        """Write the trace and its table."""
+        self._running, self._trace_from = False, None
         heartbeat()
         try:
             jax.profiler.stop_trace()
             heartbeat()
             path = xplane.newest(self._folder)
-            found = shares(xplane.read(path, self._devices))
+            names = op_names.op_names(op_names.loaded_programs())
+            found = shares(xplane.read(path, self._devices, names))
             updates = self._last - self._first + 1
-            about = {"updates": [self._first, self._last], "devices": self._devices, "complete": not told}
+            about = {"updates": [self._first, self._last], "devices": self._devices, "complete": complete}
             write_json(path.with_name(FILE), {**about, **as_json(found)})
-        except (OSError, RuntimeError, RunError) as error:
-            self._console.note(f"--profile: {error}; the run goes on")
+        except Exception as error:  # a profile that fails must not end the run
+            self._console.note(f"--profile: {error}; training continues")
             return
         heartbeat()
-        if told == "" and (self._first, self._last) != self._asked:
-            told = "updates that one call computes are profiled together; "
         title = f"where the time went, updates {self._first} to {self._last} ({found.seconds:.3f} s)"
         self._console.summary(title, table(found, updates))
+        if not complete:
+            self._console.note("--profile: the run ended within the range, so the profile is shorter")
+        elif (self._first, self._last) != self._planned:
+            self._console.note("--profile: the range was widened to the updates that one dispatch computes")
         self._console.note(
-            f"{told}the trace is in {self._folder}: tensorboard --logdir {self._folder} (with xprof), or "
-            f"open its *.trace.json.gz in https://ui.perfetto.dev; the whole table is in {FILE} beside it"
+            f"trace: {self._folder}; open it with tensorboard --logdir {self._folder} (needs xprof), or its "
+            f"*.trace.json.gz in https://ui.perfetto.dev; all rows of the table: {path.with_name(FILE)}"
         )
 
 
 OFF = Trace(None, Path(), make_console(quiet=True), 0)
-"""No trace."""
+"""Takes no trace."""
 
 
 @contextlib.contextmanager
@@ -242,7 +243,7 @@ def trace_updates(
     console: Console,
     devices: int,
 ) -> Iterator[Trace]:
-    """A ``Trace`` that is ended however the block is left, but by an interrupt."""
+    """Yield a ``Trace`` and end it when the block ends or raises, except by an interrupt."""
     trace = Trace(updates, folder, console, devices)
     try:
         yield trace
@@ -253,30 +254,28 @@ def trace_updates(
 
 
 def table(found: Shares, updates: int) -> dict[str, str]:
-    """The ten greatest shares, what is left, and how busy the devices were, for ``Console.summary``."""
+    """Return the rows to print: the ten greatest shares, the rest, and how busy the devices were."""
     rows = {}
 
-    def row(name: str, share: float) -> None:
-        rows[name] = f"{100 * share:5.1f} %  {1e3 * share * found.seconds / updates:.3f} ms an update"
+    def add(name: str, share: float) -> None:
+        rows[name] = f"{100 * share:5.1f} %  {1e3 * share * found.seconds / updates:.3f} ms per update"
 
     for place, what, share in found.rows[:TOP]:
-        row(f"{place}: {what}", share)
+        add(f"{place}: {what}", share)
     rest = found.rows[TOP:]
     if rest:
-        row(f"{len(rest)} smaller ones", sum(share for *_, share in rest))
-    row("device busy, of all", 1 - found.idle)
-    row("device idle, of all", found.idle)
+        add(f"{len(rest)} smaller rows", sum(share for *_, share in rest))
+    add("total device busy", 1 - found.idle)
+    add("total device idle", found.idle)
     return rows
 
 
 def as_json(found: Shares) -> dict[str, Any]:
-    """``found`` as it is written to ``where.json``."""
-    rows = [{"place": place, "what": what, "share": share} for place, what, share in found.rows]
+    """Return ``found`` as ``where.json`` holds it."""
     return {
         "seconds": found.seconds,
         "idle": found.idle,
-        "top": rows[:TOP],
-        "rows": rows,
+        "rows": [{"place": place, "what": what, "share": share} for place, what, share in found.rows],
         "host": found.host,
         "versions": {"jax": jax.__version__},
         "device": jax.local_devices()[0].device_kind,
@@ -284,11 +283,11 @@ def as_json(found: Shares) -> dict[str, Any]:
 
 
 def idle(folder: Path, devices: int = 1) -> float:
-    """The share of the newest profile in ``folder`` or below in which a device worked on no operation, 0..1.
+    """Return the share of the newest profile in ``folder`` in which no operation ran on a device, 0..1.
 
     Args:
-      folder: such as ``RUN/profile``.
-      devices: how many of the process's devices were used; those that the trace does not show were idle.
+      folder: such as ``RUN/profile``; folders below it count.
+      devices: how many of the process's devices the run uses; those missing from the trace were idle.
 
     Raises:
       RunError: there is no trace of a training loop.

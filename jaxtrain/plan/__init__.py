@@ -1,4 +1,4 @@
-"""What an experiment needs, compiled and not run: memory, arithmetic, communication, and what fits."""
+"""Plan a run by compiling it: memory, FLOPs, communication, and what fits."""
 
 from jaxtrain.plan.collectives import Collective, collectives
 from jaxtrain.plan.measure import Plan, for_device_memory, measure, with_open_data

@@ -1,10 +1,10 @@
-"""What a compiled step moves between devices, read from its text.
+"""Read the collectives of a compiled step from its text.
 
-XLA chooses the collectives when it partitions a program, so only the compiled program tells whether a
-sharding does what was meant: data parallelism all-reduces the gradients over ``data``, FSDP gathers the
-parameters over ``fsdp``, and a sharding that was misspelt shows as an all-gather that nobody asked for.
+XLA chooses the collectives when it partitions a program, so only the compiled program shows whether a
+sharding works as intended: data parallelism all-reduces the gradients over ``data``, FSDP gathers the
+parameters over ``fsdp``, and a misspelt sharding shows as an unexpected all-gather.
 
-The operations: https://openxla.org/xla/operation_semantics. Neither ``send`` nor ``recv`` is counted.
+The operations: https://openxla.org/xla/operation_semantics. ``send`` and ``recv`` are not counted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxtrain.core.errors import InputError, RunError
 
-# These number replicas, of which a jitted program has one, unless they say use_global_device_ids=true.
+# Groups of these number replicas, of which a jitted program has one, unless use_global_device_ids=true.
 OF_REPLICAS = ("all-reduce", "all-gather", "reduce-scatter")
 OF_PARTITIONS = ("all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
 
@@ -36,17 +36,17 @@ _Totals = dict[tuple[str, tuple[str, ...]], tuple[int, int]]  # (kind, axes): (b
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All that one run of a program does of one kind over the same axes.
+    """All collectives of one kind over the same axes, in one run of a program.
 
     Attributes:
       kind: the name in HLO: ``all-reduce``, ``all-gather``, ``reduce-scatter``, ``all-to-all``,
         ``collective-permute``, ``collective-broadcast`` or ``ragged-all-to-all``.
-      axes: the mesh axes along which data moves, in the mesh's order; never one of size 1. Groups that are
-        those of no set of axes give the smallest set that holds them.
+      axes: the mesh axes along which data moves, in the mesh's order; never one of size 1. For device groups
+        that match no set of axes, the smallest set that contains them.
       bytes: the size of the result on one device (of the operand for ``reduce-scatter``), summed over the
-        ``count``. It is the usual measure of a collective, not the traffic on the wire: in a ring all-reduce
-        of b bytes over n devices each sends 2 b (n - 1) / n.
-      count: how often it happens, in a loop once an iteration. Arrays that XLA combined into one are one.
+        ``count``. This is the usual measure of a collective, not the traffic on the wire: in a ring
+        all-reduce of b bytes over n devices each sends 2 b (n - 1) / n.
+      count: how often it runs, in a loop once per iteration. Arrays that XLA combined count as one.
     """
 
     kind: str
@@ -56,7 +56,7 @@ class Collective:
 
 
 class _Op(NamedTuple):
-    """An instruction: ``shape opcode(rest``, where ``rest`` begins with the operands."""
+    """An instruction, ``shape opcode(rest``; ``rest`` starts with the operands."""
 
     shape: str
     opcode: str
@@ -64,18 +64,18 @@ class _Op(NamedTuple):
 
 
 def collectives(hlo: str, mesh: Mesh | AbstractMesh) -> tuple[Collective, ...]:
-    """The collectives of a compiled step, those of most bytes first.
+    """Return the collectives of a compiled step, those with most bytes first.
 
-    A loop whose length is not known counts as one iteration, and of the branches of a conditional only the
-    one that moves most bytes counts. A collective among groups of one device moves nothing and is left out.
+    A loop of unknown length counts as one iteration. Of the branches of a conditional only the one that moves
+    most bytes counts. A collective among groups of one device moves nothing and is left out.
 
     Args:
       hlo: ``compiled.as_text()`` of a jitted function whose arrays are sharded over ``mesh``.
-      mesh: the mesh it was compiled for. Its devices may be in any order: HLO numbers them by their position.
+      mesh: the mesh it was compiled for, with devices in any order: HLO numbers them by position.
 
     Raises:
-      InputError: the text is not that of a compiled program, or is of one for another number of devices.
-      RunError: this version of XLA writes the groups of a collective in a form that is not known here.
+      InputError: the text is not a compiled program, or one for another number of devices.
+      RunError: this version of XLA writes the groups of a collective in an unknown form.
 
     >>> from jax.sharding import AbstractMesh
     >>> text = '''
@@ -89,33 +89,33 @@ def collectives(hlo: str, mesh: Mesh | AbstractMesh) -> tuple[Collective, ...]:
     partitions = re.match(r"HloModule .*\bnum_partitions=(\d+)", hlo)
     if partitions and int(partitions[1]) != mesh.size:
         raise InputError(
-            f"the program is split over {partitions[1]} devices and the mesh has {mesh.size}: "
-            "give the mesh that it was compiled for"
+            f"the program is partitioned over {partitions[1]} devices and the mesh has {mesh.size}: "
+            "pass the mesh that it was compiled for"
         )
     entry, computations = _read(hlo)
-    known: dict[str, _Totals] = {}
+    cache: dict[str, _Totals] = {}
 
     def total(name: str) -> _Totals:
-        if name not in known:
+        if name not in cache:
             sums: _Totals = {}
             for op in computations.get(name, ()):
-                _add(sums, _moved(op, mesh))
+                _add(sums, _collective(op, mesh))
                 if op.opcode == "conditional":
                     branches = [total(called) for called in _called(op)]
                     _add(sums, max(branches, key=lambda branch: sum(size for size, _ in branch.values())))
-                elif not op.opcode.endswith(("-done", "-update")):  # what they end was counted at its start
+                elif not op.opcode.endswith(("-done", "-update")):  # counted at its start
                     times = _trips(op, computations) if op.opcode == "while" else 1
                     for called in _called(op):
                         _add(sums, total(called), times)
-            known[name] = sums
-        return known[name]
+            cache[name] = sums
+        return cache[name]
 
     found = [Collective(kind, axes, size, n) for (kind, axes), (size, n) in total(entry).items()]
     return tuple(sorted(found, key=lambda one: (-one.bytes, one.kind, one.axes)))
 
 
 def _read(hlo: str) -> tuple[str, dict[str, list[_Op]]]:
-    """The name of the entry computation, and the instructions of each."""
+    """Return the name of the entry computation, and the instructions of each computation."""
     entry, ops = "", list[_Op]()
     computations: dict[str, list[_Op]] = {}
     for line in hlo.splitlines():
@@ -125,12 +125,14 @@ def _read(hlo: str) -> tuple[str, dict[str, list[_Op]]]:
         elif op := INSTRUCTION.match(line):
             ops.append(_Op(op[1], op[2], op[3]))
     if not entry:
-        raise InputError("no ENTRY in the program's text: give that of the compiled one, compiled.as_text()")
+        raise InputError(
+            "no ENTRY in the program's text: pass that of the compiled program, compiled.as_text()"
+        )
     return entry, computations
 
 
 def _called(op: _Op) -> list[str]:
-    """The computations that an instruction names; of an all-reduce it is only the sum of two numbers."""
+    """Return the computations that an instruction calls; an all-reduce calls only the sum of two numbers."""
     found = CALLED.findall(op.rest)
     return [name.strip(" %") for _, many, one in found for name in (one or many).split(",")]
 
@@ -142,7 +144,7 @@ def _add(sums: _Totals, more: _Totals, times: int = 1) -> None:
 
 
 def _trips(loop: _Op, computations: dict[str, list[_Op]]) -> int:
-    """How often a loop runs: as XLA found out, or n of a condition ``i < n``; 1 when it is not known."""
+    """Return a loop's trip count: XLA's own, or n of a condition ``i < n``; 1 where it is unknown."""
     if known := re.search(r"known_trip_count\W+n\W+(\d+)", loop.rest):
         return int(known[1])
     [condition] = [one for name, _, one in CALLED.findall(loop.rest) if name == "condition"]
@@ -155,20 +157,20 @@ def _trips(loop: _Op, computations: dict[str, list[_Op]]) -> int:
     return int(limits[0].partition(")")[0])
 
 
-def _moved(op: _Op, mesh: Mesh | AbstractMesh) -> _Totals:
-    """What one instruction moves; nothing for most."""
+def _collective(op: _Op, mesh: Mesh | AbstractMesh) -> _Totals:
+    """Return what one instruction moves; empty for most."""
     kind = op.opcode.removesuffix("-start")
     if kind not in OF_REPLICAS + OF_PARTITIONS:
         return {}
     groups = _groups(kind, op.rest, mesh.size)
-    places = np.unravel_index(groups, tuple(mesh.shape.values()))
-    axes = tuple(name for name, at in zip(mesh.axis_names, places, strict=True) if np.any(at != at[:, :1]))
+    positions = np.unravel_index(groups, tuple(mesh.shape.values()))
+    axes = tuple(name for name, at in zip(mesh.axis_names, positions, strict=True) if np.any(at != at[:, :1]))
     size = _bytes(_result(op)) * (groups.shape[1] if kind == "reduce-scatter" else 1)  # of its operand
     return {(kind, axes): (size, 1)} if axes else {}
 
 
 def _result(op: _Op) -> str:
-    """The result's shape; that of an asynchronous start is ``(operands, results, ...)``."""
+    """Return the shape of the result; that of an asynchronous start is ``(operands, results, ...)``."""
     if not op.opcode.endswith("-start") or not op.shape.startswith("("):
         return op.shape
     parts, depth = [""], 0
@@ -178,13 +180,13 @@ def _result(op: _Op) -> str:
             parts.append("")
         else:
             parts[-1] += char
-    # An all-reduce-start gives its results alone, unless an async-start is printed under that name.
-    alone = op.opcode == "all-reduce-start" and not parts[0].startswith("(")
-    return op.shape if alone else parts[1]
+    # The shape of an all-reduce-start is its results only, unless XLA prints an async-start under that name.
+    results_only = op.opcode == "all-reduce-start" and not parts[0].startswith("(")
+    return op.shape if results_only else parts[1]
 
 
 def _bytes(shape: str) -> int:
-    """The bytes of an array or of all arrays of a tuple; sub-byte ones are packed, a token has none."""
+    """Return the bytes of an array or of a tuple of arrays; sub-byte types are packed, a token has none."""
     total = 0
     for dtype, dims in ARRAY.findall(shape):
         bits = re.match(r"[a-z]+(\d+)", dtype)
@@ -194,7 +196,7 @@ def _bytes(shape: str) -> int:
 
 
 def _groups(kind: str, text: str, devices: int) -> np.ndarray:
-    """Who talks to whom: positions in the mesh, int [groups, devices in each]."""
+    """Return the groups of communicating devices: positions in the mesh, int [groups, devices in each]."""
     everyone = np.arange(devices)[None]
     if kind in OF_REPLICAS and "channel_id=" in text and "use_global_device_ids=true" not in text:
         return everyone
@@ -209,32 +211,34 @@ def _groups(kind: str, text: str, devices: int) -> np.ndarray:
     if "replica_groups=" not in text:
         return everyone
     form = text.partition("replica_groups=")[2][:60]
-    raise RunError(f"the compiled program has devices in an unknown form: {kind} {form!r}: use an older JAX")
+    raise RunError(
+        f"XLA writes the groups of a collective in an unknown form: {kind} {form!r}: use an older JAX"
+    )
 
 
 def _order(text: str) -> np.ndarray:
-    """``[2,4]T(1,0)``: counting up in that shape, then transposed; ``3,1,2,0``: as it stands."""
+    """Parse a device order: ``[2,4]T(1,0)`` is iota of that shape, transposed; ``3,1,2,0`` is a list."""
     shape = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if not shape:
         return np.array(text.split(","), int)
     dims = [int(n) for n in shape[1].split(",")]
-    counted = np.arange(math.prod(dims)).reshape(dims)
-    return (counted.transpose([int(n) for n in shape[2].split(",")]) if shape[2] else counted).ravel()
+    iota = np.arange(math.prod(dims)).reshape(dims)
+    return (iota.transpose([int(n) for n in shape[2].split(",")]) if shape[2] else iota).ravel()
 
 
 def _mesh_groups(mesh: str, order: str | None, axes: str) -> np.ndarray:
-    """Groups along ``axes`` of XLA's own ``mesh``, which need not be the user's: ``'a'=2,'b'=4`` and ``'b'``.
+    """Return groups along ``axes`` (``'b'``) of XLA's own mesh (``'a'=2,'b'=4``), maybe not the user's.
 
-    ``'b':(2)2`` is a part of the axis: of its size as 2 × 2 (× what remains), the second factor.
+    ``'b':(2)2`` is a part of the axis: with its size split as 2 × 2 (× the rest), the second factor.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'?([^',=]+)'?=(\d+)", mesh)}
     ids = _order(order) if order else np.arange(math.prod(sizes.values()))
-    places = dict(zip(sizes, np.indices(tuple(sizes.values())).reshape(len(sizes), -1), strict=True))
-    together = 1
+    positions = dict(zip(sizes, np.indices(tuple(sizes.values())).reshape(len(sizes), -1), strict=True))
+    group_size = 1
     for name, before, part in re.findall(r"'?([^',:]+)'?(?::\((\d+)\)(\d+))?", axes):
         size = int(part or sizes[name])
         stride = sizes[name] // (int(before or 1) * size)
-        places[name] = places[name] - places[name] // stride % size * stride
-        together *= size
-    group = np.ravel_multi_index(tuple(places.values()), tuple(sizes.values()))
-    return ids[np.argsort(group, kind="stable")].reshape(-1, together)
+        positions[name] = positions[name] - positions[name] // stride % size * stride
+        group_size *= size
+    group = np.ravel_multi_index(tuple(positions.values()), tuple(sizes.values()))
+    return ids[np.argsort(group, kind="stable")].reshape(-1, group_size)

@@ -1,4 +1,4 @@
-"""One program, compiled and not run: its memory, arithmetic and communication."""
+"""Measure a program by compiling it: memory, FLOPs and communication."""
 
 from __future__ import annotations
 
@@ -26,20 +26,19 @@ class Plan:
     """What a run needs.
 
     Attributes:
-      mesh: sizes of its axes.
-      platform: what it was compiled for: ``cpu``, ``gpu``.
+      mesh: size by axis.
+      platform: the platform it was compiled for: ``cpu``, ``gpu``.
       batch, accumulate, remat, precision: as in the experiment.
-      resident: the splits whose data is kept on each device.
-      parameters: how many.
-      bytes: on each device, by part: ``params``, ``optimizer``, ``other_state`` (step, statistics, averages),
-        ``batch``, ``batches_ahead`` (sent while earlier steps are computed), ``data`` (kept on each device),
-        which are exact; and XLA's figures for the compiled step, ``temporaries`` and ``outputs``, the latter
-        without what takes the place of the state.
-      flops: of an update, of all devices together, by the model's formula where it has one; None if not
-        counted.
+      resident: the splits whose data is resident on each device.
+      parameters: the number of parameters.
+      bytes: on each device, by part. Exact: ``params``, ``optimizer``, ``other_state`` (step, statistics,
+        averages), ``batch``, ``batches_ahead`` (sent while earlier steps are computed) and resident ``data``.
+        XLA's figures for the compiled step: ``temporaries``, and ``outputs`` that do not reuse the state's
+        memory.
+      flops: of an update, all devices together, by the model's formula where it has one; None if not counted.
       collectives: what the devices send each other in an update.
-      largest: the arrays that take most of a device.
-      notes: what whoever starts the run should know, a line each.
+      largest: the arrays that take most memory of a device.
+      notes: warnings printed before training, one per line.
     """
 
     mesh: dict[str, int]
@@ -62,8 +61,8 @@ class Plan:
         return sum(self.bytes.values())
 
     @property
-    def kept(self) -> int:
-        """The bytes that are there between two steps too: no microbatch and no recomputation lowers them."""
+    def persistent(self) -> int:
+        """Bytes that stay allocated between steps: neither microbatches nor recomputation lower them."""
         return self.total - self.bytes["temporaries"] - self.bytes["outputs"]
 
 
@@ -71,24 +70,26 @@ def measure(program: Program, resident: Mapping[str, bool] | None = None, *, cou
     """Compile the train step of ``program`` and read what it needs; nothing is computed.
 
     Args:
-      program: of ``jaxtrain.program.assemble``, on devices that may be simulated.
-      resident: whether each split is kept on the devices (``for_device_memory``); None is as in ``program``.
-      count: also count floating-point operations, which may trace and lower the step once more.
+      program: from ``jaxtrain.program.assemble``, on devices that may be simulated.
+      resident: whether each split is resident on devices (``for_device_memory``); None: as in ``program``.
+      count: also count FLOPs, which may trace and lower the step once more.
 
     Raises:
-      RunError: XLA does not compile it.
+      RunError: XLA cannot compile the step, or reports no memory for this platform.
     """
     exp, mesh = program.experiment, mesh_of(program)
     arrays = device_arrays(program, resident)
-    sizes = {part: sum(one.bytes for one in there) for part, there in arrays.items()}
+    sizes = {part: sum(one.bytes for one in group) for part, group in arrays.items()}
     compiled = _compile(program, mesh)
     stats = compiled.memory_analysis()
     if stats is None:
-        raise RunError(f"XLA tells nothing of memory on {mesh.devices.flat[0].device_kind}: plan on the CPU")
+        raise RunError(
+            f"XLA reports no memory figures on {mesh.devices.flat[0].device_kind}: plan on the CPU"
+        )
     sizes["temporaries"] = int(stats.temp_size_in_bytes)
     sizes["outputs"] = max(0, int(stats.output_size_in_bytes - stats.alias_size_in_bytes))
     sizes["batches_ahead"] = exp.max_in_flight * sizes["batch"]
-    everything = sorted((one for there in arrays.values() for one in there), key=lambda one: -one.bytes)
+    everything = sorted((one for group in arrays.values() for one in group), key=lambda one: -one.bytes)
     return Plan(
         mesh=dict(mesh.shape),
         platform=mesh.devices.flat[0].platform,
@@ -121,33 +122,34 @@ PARTS = (
 def for_device_memory(
     experiment: Experiment, limit: Limit | None
 ) -> tuple[Experiment, dict[str, bool] | None]:
-    """``experiment`` as devices of that memory would run it, and whether they would keep each split.
-
-    With ``placement="auto"`` the size of a device decides about that, and the devices here may be others.
+    """Resolve ``placement="auto"`` for devices of another memory than those of this machine.
 
     Args:
-      experiment: what is to be run.
-      limit: the memory; None leaves the decision to the devices that are here.
+      experiment: the run to plan.
+      limit: the memory of a device; None decides by the devices of this machine.
+
+    Returns:
+      The experiment with its placement, and by split whether it is resident; None where nothing changed.
     """
     if experiment.placement != "auto" or limit is None:
         return experiment, None
     try:
-        resident = {name: _kept(source, limit) for name, source in _sources(experiment).items()}
-    except Exception:  # of a user's own source; opening it says what is wrong
+        resident = {name: _is_resident(source, limit) for name, source in _sources(experiment).items()}
+    except Exception:  # a user's own source; opening it reports the error
         return experiment, None
     return dataclasses.replace(experiment, placement="device" if resident["train"] else "stream"), resident
 
 
 def with_open_data(experiment: Experiment, mesh: Mesh) -> Experiment:
-    """``experiment`` with its data read, for more than one plan of it."""
+    """Open the data of ``experiment`` once, for several plans of it."""
     sources = splits.open_sources(experiment, mesh)
     return dataclasses.replace(
         experiment, train=sources["train"], test=sources["test"], valid=sources.get("valid"), holdout=0
     )
 
 
-def _kept(source: Source, limit: Limit) -> bool:
-    """As ``splits`` decides it."""
+def _is_resident(source: Source, limit: Limit) -> bool:
+    """Decide as ``program.splits`` does."""
     if hasattr(source, "draw"):
         return False
     return (
@@ -158,22 +160,22 @@ def _kept(source: Source, limit: Limit) -> bool:
 def _sources(exp: Experiment) -> dict[str, Source]:
     named: dict[str, Source | None] = {"train": exp.train, "test": exp.test, "valid": exp.valid}
     if exp.holdout:
-        kept, out = holdout(len(exp.train), exp.holdout)
-        named |= {"train": Subset(exp.train, kept), "valid": Subset(exp.train, out)}
+        train, valid = holdout(len(exp.train), exp.holdout)
+        named |= {"train": Subset(exp.train, train), "valid": Subset(exp.train, valid)}
     return {name: source for name, source in named.items() if source is not None}
 
 
 def _compile(program: Program, mesh: Mesh) -> Any:
-    """The very step of a run; on a CPU without what LLVM does, which takes long and changes no figure."""
+    """Compile the step as a run does; on a CPU without LLVM's optimizations, which change no figure."""
     lowered = program.train_step.lower(  # type: ignore[attr-defined]
         program.abstract_state, abstract_batch(program), program.key
     )
-    quick = {"xla_backend_optimization_level": "0"} if mesh.devices.flat[0].platform == "cpu" else None
+    options = {"xla_backend_optimization_level": "0"} if mesh.devices.flat[0].platform == "cpu" else None
     try:
-        return lowered.compile(compiler_options=quick)
+        return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         line = str(error).partition("\n")[0]
-        raise RunError(f"XLA does not compile the train step: {line[:300]} (--debug shows where)") from error
+        raise RunError(f"XLA cannot compile the train step: {line[:300]} (--debug shows where)") from error
 
 
 def _splits(arrays: list[DeviceArray]) -> set[str]:
@@ -183,4 +185,4 @@ def _splits(arrays: list[DeviceArray]) -> set[str]:
 def _notes(exp: Experiment) -> tuple[str, ...]:
     if (exp.eval_batch or exp.batch) <= exp.batch:
         return ()
-    return (f"evaluation takes batches of {exp.eval_batch}, more than training: they are not planned here",)
+    return (f"evaluation uses larger batches ({exp.eval_batch}) than training; their memory is not planned",)

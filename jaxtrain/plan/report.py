@@ -1,4 +1,4 @@
-"""Plans as text for a person, at most ``WIDTH`` columns wide, and as JSON."""
+"""Format plans as text, at most ``WIDTH`` columns wide, and as JSON."""
 
 from __future__ import annotations
 
@@ -17,63 +17,65 @@ from jaxtrain.program.memory_text import memory_text, table
 
 
 def as_text(plan: Plan) -> str:
-    """Memory of each device, arithmetic, communication and the largest arrays."""
+    """Format memory per device, FLOPs, communication and the largest arrays."""
     blocks = [
         memory_text(plan.bytes, _remarks(plan)),
-        _arithmetic(plan),
-        _moved(plan),
-        held_text(plan.largest),
+        _compute(plan),
+        _communication(plan),
+        _largest(plan.largest),
     ]
     return "\n\n".join(blocks)
 
 
-def held_text(arrays: Sequence[DeviceArray]) -> str:
-    """The largest arrays, a line each."""
-    rows = [
-        (one.path, one.array, one.sharding or "whole", size_text(one.bytes)) for one in arrays if one.bytes
+def _largest(arrays: Sequence[DeviceArray]) -> str:
+    """Format the largest arrays, one per line."""
+    rows = [("array", "shape", "sharding", "per device")]
+    rows += [
+        (one.path, one.array, one.sharding or "replicated", size_text(one.bytes))
+        for one in arrays
+        if one.bytes
     ]
-    return table("largest arrays, and what of them is on each device", rows, "<<<>")
+    return table("largest arrays", rows, "<<<>")
 
 
 def verdict_text(plan: Plan, limit: Limit | None) -> str:
-    """Does it fit?"""
+    """State whether the run fits."""
     if limit is None:
         return (
-            "verdict: none, because a CPU device has no memory of its own: add --device-memory, such as\n"
-            "  --device-memory 80GB"
+            "verdict: none, because a CPU device has no memory limit; give one, such as --device-memory 80GB"
         )
     fits = plan.total <= limit.bytes
     line = (
         f"verdict: {'fits' if fits else 'DOES NOT FIT'}: {size_text(plan.total)} of {size_text(limit.bytes)}"
     )
-    return f"{line} ({100 * plan.total / limit.bytes:.0f} %) on each device\n  the limit is {limit.text}"
+    return f"{line} ({100 * plan.total / limit.bytes:.0f} %) on each device\n  limit: {limit.text}"
 
 
 def nearest_text(nearest: Nearest, given: Variant) -> str:
-    """The change that fits, or that none does, and what was tried."""
+    """Format the change that fits, or that none does, and what was tried."""
     if nearest.fits is not None and nearest.fits.plan is not None:
         flags = " ".join(nearest.fits.variant.flags(given))
-        lines = [f"it fits with {flags}: {size_text(nearest.fits.plan.total)}"]
+        lines = [f"fits with {flags}: {size_text(nearest.fits.plan.total)}"]
         lines += [f"  {note}" for note in nearest.fits.plan.notes]
     elif nearest.smallest is not None and nearest.smallest.plan is not None:
         flags = " ".join(nearest.smallest.variant.flags(given))
         lines = [
-            f"no change that was tried fits; the smallest is {flags}: "
+            f"no change that was tried fits; least memory with {flags}: "
             f"{size_text(nearest.smallest.plan.total)}",
-            "  more devices, a smaller model or a shorter context would need less",
+            "  use more devices, a smaller model or a shorter context",
         ]
     else:
         lines = [
-            "nothing else was tried, because what is there between two steps (parameters, optimizer, data)",
-            "  is too much by itself: use more devices with fsdp, a smaller model, or --set placement=stream",
+            "nothing else was tried: parameters, optimizer state and data alone exceed the limit",
+            "  use more devices with fsdp, a smaller model, or --set placement=stream",
         ]
     rows = [(" ".join(one.variant.flags(given)), _total(one)) for one in nearest.tried]
     return "\n".join(lines) + ("\n\n" + table("tried", rows, "<>") if len(rows) > 1 else "")
 
 
 def search_text(searched: SearchResult, limit: Limit | None) -> str:
-    """A line for each variant, and for each mesh that is impossible."""
-    rows = [("mesh", "batch", "remat", "fits", "total", "temporaries", "sent a step")]
+    """Format one line per variant, and one per impossible mesh."""
+    rows = [("mesh", "batch", "remat", "fits", "total", "temporaries", "communicated")]
     for one in searched.found:
         plan = one.plan
         assert plan is not None
@@ -81,19 +83,19 @@ def search_text(searched: SearchResult, limit: Limit | None) -> str:
         moved = sum(each.bytes for each in plan.collectives)
         memory = (size_text(plan.total), size_text(plan.bytes["temporaries"]), size_text(moved))
         rows.append((one.variant.mesh_text, f"{plan.batch:,}", plan.remat, fits, *memory))
-    blocks = [table("what each way of running it needs, on each device", rows, "<><<>>>")]
+    blocks = [table("variants: memory on each device, and bytes communicated per step", rows, "<><<>>>")]
     if searched.impossible:
-        refused = dict.fromkeys((one.variant.mesh_text, one.reason) for one in searched.impossible)
-        blocks.append(table("not possible", list(refused), "<<"))
+        reasons = dict.fromkeys((one.variant.mesh_text, one.reason) for one in searched.impossible)
+        blocks.append(table("impossible", list(reasons), "<<"))
     if searched.left_out:
         blocks.append(
-            f"{searched.left_out} more were left out; choose among them with --mesh and --set batch"
+            f"{searched.left_out} more variants were not compiled; plan them with --mesh and --set batch"
         )
     return "\n\n".join(blocks)
 
 
 def as_json(plan: Plan, limit: Limit | None) -> dict[str, Any]:
-    """Everything, for a program."""
+    """Return the plan as JSON."""
     return {
         "mesh": plan.mesh,
         "compiled_for": plan.platform,
@@ -114,7 +116,7 @@ def as_json(plan: Plan, limit: Limit | None) -> dict[str, Any]:
 
 
 def nearest_json(nearest: Nearest, given: Variant) -> dict[str, Any]:
-    """The change that fits (null if none does), the smallest, and all that was tried."""
+    """Return the change that fits (null if none does), the smallest, and everything that was tried."""
     return {
         "change": None if nearest.fits is None else _tried_json(nearest.fits, given),
         "smallest": None if nearest.smallest is None else _tried_json(nearest.smallest, given),
@@ -123,7 +125,7 @@ def nearest_json(nearest: Nearest, given: Variant) -> dict[str, Any]:
 
 
 def search_json(searched: SearchResult, given: Variant, limit: Limit | None) -> dict[str, Any]:
-    """What was found, what is impossible and how many were left out."""
+    """Return the variants found, the impossible ones, and how many were not compiled."""
     found = [
         _tried_json(one, given) | ({} if limit is None else {"fits": one.plan.total <= limit.bytes})
         for one in searched.found
@@ -141,29 +143,30 @@ def _remarks(plan: Plan) -> dict[str, str]:
         "data": ", ".join(plan.resident),
         "other_state": "step, statistics, averages",
         "temporaries": figure,
-        "outputs": "results that do not take the place of the state",
+        "outputs": "results that do not reuse the state's memory",
     }
 
 
-def _arithmetic(plan: Plan) -> str:
+def _compute(plan: Plan) -> str:
     rows = [("parameters", f"{plan.parameters:,}", "")]
     if plan.flops is not None:
-        rows.append(("a step", f"{_flops(plan.flops)}", "of all devices together, recomputation not counted"))
-        rows.append(("an example", f"{_flops(plan.flops / plan.batch)}", ""))
-    return table("arithmetic", rows, "<><")
+        rows.append(("per step", _flops(plan.flops), "all devices together, without recomputation"))
+        rows.append(("per example", _flops(plan.flops / plan.batch), ""))
+    return table("compute", rows, "<><")
 
 
-def _moved(plan: Plan) -> str:
+def _communication(plan: Plan) -> str:
     if not plan.collectives:
-        return "sent between devices in a step\n  nothing"
-    rows = [
-        (one.kind, "+".join(one.axes), size_text(one.bytes), f"{one.count:,} ×") for one in plan.collectives
+        return "communication between devices per step\n  none"
+    rows = [("collective", "mesh axes", "bytes", "count")]
+    rows += [
+        (one.kind, "+".join(one.axes), size_text(one.bytes), f"{one.count:,}") for one in plan.collectives
     ]
-    return table("sent between devices in a step, along the mesh axes", rows, "<<>>")
+    return table("communication between devices per step", rows, "<<>>")
 
 
 def _total(one: Trial) -> str:
-    return size_text(one.plan.total) if one.plan else f"not possible: {one.reason}"
+    return size_text(one.plan.total) if one.plan else f"impossible: {one.reason}"
 
 
 def _flops(count: float) -> str:

@@ -1,4 +1,4 @@
-"""Every mesh of so many devices, with some batches and recomputation: what fits, and what it needs."""
+"""Compile every mesh of the devices, with some batches and recomputation: what fits, and what it needs."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import itertools
 from collections.abc import Callable, Iterator
 
 from jaxtrain.models import Remat
-from jaxtrain.plan.variants import Trial, Try, Variant
+from jaxtrain.plan.variants import Trial, TrialFn, Variant
 
-MOST = 60  # variants that are compiled: all of eight devices
+MOST = 60  # variants to compile: all of eight devices
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchResult:
-    """What came of it.
+    """The result of ``search_all``.
 
     Attributes:
-      found: those that could be compiled, those that fit first, then by their memory.
-      impossible: the others.
-      left_out: how many there would have been beyond ``MOST``.
+      found: variants that compiled, those that fit first, then by memory.
+      impossible: variants that cannot be assembled or compiled.
+      left_out: how many variants beyond ``MOST`` were not compiled.
     """
 
     found: tuple[Trial, ...]
@@ -30,24 +30,24 @@ class SearchResult:
 def search_all(
     variant: Variant,
     limit: int | None,
-    trial: Try,
+    trial: TrialFn,
     advance: Callable[[int], None] = lambda done: None,
 ) -> SearchResult:
     """Compile meshes × batches × recomputation, one by one.
 
     Args:
-      variant: what was asked for, whose devices and ``accumulate`` all others share.
-      limit: bytes on each device; None where nothing is known to fit or not.
+      variant: the run that was asked for; all variants share its devices and ``accumulate``.
+      limit: bytes on each device; None where it is unknown.
       trial: compiles a variant.
-      advance: hears how many of ``attempts(variant)`` are done.
+      advance: called with how many of ``attempts(variant)`` are done.
     """
-    everything = list(variants(variant))
-    tried, refused = list[Trial](), set[tuple[int, ...]]()
-    for number, one in enumerate(everything[:MOST]):
-        if one.mesh not in refused:
+    candidates = list(variants(variant))
+    tried, impossible_meshes = list[Trial](), set[tuple[int, ...]]()
+    for number, one in enumerate(candidates[:MOST]):
+        if one.mesh not in impossible_meshes:
             tried.append(trial(one))
             if tried[-1].plan is None and not tried[-1].reason.startswith(("batch", "eval_batch")):
-                refused.add(one.mesh)  # and so with another batch or recomputation
+                impossible_meshes.add(one.mesh)  # with any batch and recomputation
         advance(number + 1)
 
     def rank(one: Trial) -> tuple[bool, int]:
@@ -57,17 +57,17 @@ def search_all(
     return SearchResult(
         tuple(sorted((one for one in tried if one.plan), key=rank)),
         tuple(one for one in tried if not one.plan),
-        len(everything[MOST:]),
+        len(candidates[MOST:]),
     )
 
 
 def attempts(variant: Variant) -> int:
-    """How many variants ``search_all`` compiles, or finds to be impossible."""
+    """Return how many variants ``search_all`` tries."""
     return min(MOST, len([*variants(variant)]))
 
 
 def variants(given: Variant) -> Iterator[Variant]:
-    """``given`` first, then the rest: as it was asked for before double and half the batch.
+    """Yield ``given``, then its variants: the same batch before double and half of it.
 
     >>> len({*variants(Variant((8, 1, 1), 64, 1, "none"))})
     60

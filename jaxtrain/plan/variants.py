@@ -1,4 +1,4 @@
-"""The same experiment carried out in another way: another mesh, batch, accumulation or recomputation."""
+"""Variants of a run: another mesh, batch, accumulation or recomputation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxtrain.program import assemble
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What may differ from the run that was asked for.
+    """Settings that may differ from the run that was asked for.
 
     Attributes:
       mesh: sizes of ``sharding.AXES``.
@@ -32,16 +32,16 @@ class Variant:
 
     @property
     def mesh_text(self) -> str:
-        """As ``--mesh`` takes it."""
+        """The mesh as ``--mesh`` takes it."""
         return sharding.mesh_text(dict(zip(sharding.AXES, self.mesh, strict=True)))
 
     @property
     def parts(self) -> int:
-        """Into how many parts the mesh splits a batch."""
+        """The number of parts into which the mesh splits a batch."""
         return math.prod(size for axis, size in zip(sharding.AXES, self.mesh, strict=True) if axis != "model")
 
     def flags(self, given: Variant) -> tuple[str, ...]:
-        """What to add to the command that asked for ``variant_of``.
+        """Return the flags that turn a command for ``given`` into one for this variant.
 
         >>> given = Variant((8, 1, 1), 64, 1, "none")
         >>> " ".join(Variant((1, 8, 1), 64, 4, "none").flags(given))
@@ -56,18 +56,18 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A variant and what it needs, or why it cannot be (``plan`` is None)."""
+    """A variant and what it needs, or the reason why it is impossible (``plan`` is None)."""
 
     variant: Variant
     plan: Plan | None
     reason: str = ""
 
 
-Try = Callable[[Variant], Trial]
+TrialFn = Callable[[Variant], Trial]
 
 
 def variant_of(experiment: Experiment, mesh: jax.sharding.Mesh) -> Variant:
-    """The variant that ``experiment`` on ``mesh`` is."""
+    """Return the settings of ``experiment`` on ``mesh`` as a variant."""
     sizes = tuple(mesh.shape[axis] for axis in sharding.AXES)
     return Variant(sizes, experiment.batch, experiment.accumulate, experiment.remat)
 
@@ -76,18 +76,18 @@ def make_trial(
     experiment: Experiment,
     devices: Sequence[jax.Device],
     resident: Mapping[str, bool] | None,
-    told: Callable[[Trial], None] = lambda tried: None,
-) -> Try:
-    """A function that compiles a variant of ``experiment``.
+    report: Callable[[Trial], None] = lambda tried: None,
+) -> TrialFn:
+    """Make a function that compiles a variant of ``experiment``.
 
     Args:
-      experiment: with its data read (``opened``).
-      devices: those of every variant's mesh.
+      experiment: with open data (``with_open_data``).
+      devices: the devices of every variant's mesh.
       resident: as for ``measure``.
-      told: hears of each result.
+      report: called with each result.
     """
 
-    def one(variant: Variant) -> Trial:
+    def trial(variant: Variant) -> Trial:
         try:
             changed = dataclasses.replace(
                 experiment, batch=variant.batch, accumulate=variant.accumulate, remat=variant.remat
@@ -100,7 +100,7 @@ def make_trial(
                 program.close()
         except (InputError, RunError) as error:
             tried = Trial(variant, None, str(error))
-        told(tried)
+        report(tried)
         return tried
 
-    return one
+    return trial

@@ -117,7 +117,7 @@ class Resident:
 def _ids_and_epochs(order: Order, step: int) -> np.ndarray:
     """Both in one array, int32 ``[batch, (example id, epoch)]``: the host sends one array a step."""
     rows = np.empty((order.batch, 2), np.int32)
-    rows[:, 0], rows[:, 1] = order.places(step)
+    rows[:, 0], rows[:, 1] = order.ids_and_epochs(step)
     return rows
 
 
@@ -129,7 +129,7 @@ class Streamed:
     ``batch`` only starts the copy to the device, and the loop asks for batches k + 1 and k + 2 before it
     waits for step k (``max_in_flight`` of 2): each batch is copied while the previous one is computed, and
     Grain gathers four more meanwhile. Starting each copy one step sooner, in a thread or right after a
-    dispatch, gained nothing (docs/decisions.md).
+    dispatch, gained nothing (docs/decisions/streamed-copies.md).
 
     Args:
       source: where the examples come from.
@@ -253,7 +253,7 @@ class _Batches:
         if isinstance(self.order, Sequential):
             ids, mask = (array[self.rows] for array in self.order.rows(step))
             return {**self.source.gather(ids), "mask": mask, EXAMPLE_ID: ids.astype(np.int32)}
-        ids, epochs = (array[self.rows] for array in self.order.places(step))
+        ids, epochs = (array[self.rows] for array in self.order.ids_and_epochs(step))
         draw = getattr(self.source, "draw", None)
         fields = self.source.gather(ids) if draw is None else draw(ids, epochs, self.order.seed)
         return {**fields, EXAMPLE_ID: ids.astype(np.int32), EPOCH: epochs.astype(np.int32)}

@@ -83,7 +83,7 @@ class Program:
 
     def raw_batch(self, step: int) -> dict[str, Any]:
         """The examples of update ``step`` as the source returns them, with the fields that a loader adds."""
-        (ids, epochs), source = self.order.places(step - 1), self.experiment.train
+        (ids, epochs), source = self.order.ids_and_epochs(step - 1), self.experiment.train
         draw, rows = getattr(source, "draw", None), self.example_ids(step)
         fields = source.gather(rows) if draw is None else draw(rows, epochs, self.order.seed)
         return {**fields, EXAMPLE_ID: ids.astype(np.int32), EPOCH: epochs.astype(np.int32)}

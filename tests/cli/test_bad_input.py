@@ -25,7 +25,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("cifar10", "mnist"):
             files = fixtures_data.tiny_files(name)
-            fixtures_data.know(patch, name, files)
+            fixtures_data.patch_checksums(patch, name, files)
             prepare(name, data_dir=root, source=fixtures_data.write(source / name, files))
     for name, files in (("imagenet2012", made.imagenet(20, 2)), ("oxford_iiit_pet", made.pets(10, 2))):
         prepare(name, data_dir=root, source=fixtures_data.write(source / name, files))
@@ -117,7 +117,7 @@ CASES = {
     "a class without texts": (
         "sentiment_lstm",
         everywhere("files=a.neg,blank.pos", splits=("train", "test")),
-        ("holds no text", "/blank.pos", "it needs one on each line"),
+        ("holds no text", "/blank.pos", "give one text per line"),
     ),
     "column that is not there": (
         "series_gru",
@@ -127,12 +127,12 @@ CASES = {
     "nan in a table": (
         "series_gru",
         (*CSV, *everywhere("file=nan.csv")),
-        ("'nan', which is no finite number", "/nan.csv, row 102, column 'x2'", "fill it in, or leave"),
+        ("'nan' is not a finite number", "/nan.csv, row 102, column 'x2'", "fill it in, or remove"),
     ),
     "gap in a table": (
         "series_gru",
         (*CSV, *everywhere("file=gap.csv")),
-        ("empty, which is no finite number", "/gap.csv, row 102, column 'x2'", "fill it in, or leave"),
+        ("an empty cell is not a finite number", "/gap.csv, row 102, column 'x2'", "fill it in, or remove"),
     ),
     "no such table": (
         "series_gru",
@@ -142,7 +142,7 @@ CASES = {
     "fewer rows than asked for": (
         "series_gru",
         (*CSV, *everywhere("rows=14400")),
-        ("400 rows, fewer than rows=14400", "/a.csv", "lower it, or none for all"),
+        ("400 rows, fewer than rows=14400", "/a.csv", "lower rows, or set none for all"),
     ),
     "variables that the model has not": (
         "series_gru",
@@ -274,5 +274,5 @@ def test_streamed_data_is_looked_at_while_training(capsys: pytest.CaptureFixture
     Path("u.data").write_text(good.replace("13\t5\t3\t12\n", "31\t5\t3\t12\n"))
     assert "user 30 of example" in refused(capsys, run.main(words), 3) and Path("r").exists()
     Path("u.data").write_text(good)
-    ratings._from_file.cache_clear()  # as a new process would
+    ratings._read_file.cache_clear()  # as a new process would
     assert run.main(words) == 0

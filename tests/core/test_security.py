@@ -21,7 +21,7 @@ from jaxtrain.checkpoint import manifest
 from jaxtrain.core import safe_names
 from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.data import TFDS
-from jaxtrain.data.data_dir import find_folder, parse_name
+from jaxtrain.data.data_dir import find_prepared, parse_name
 from jaxtrain.data.prepare import download, writer
 from jaxtrain.experiment import override
 from jaxtrain.train import run_folder
@@ -144,7 +144,7 @@ def test_the_name_of_an_experiment_must_be_one_where_it_names_the_folder(tmp_pat
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "a/..", "/etc", "a b", "mnist/x/../..", "mnist:٣.0.0"])
 def test_names_of_data_sets_stay_in_their_folder(name, tmp_path):
-    for look in (parse_name, lambda n: find_folder(n, tmp_path), lambda n: TFDS(n).prepared()):
+    for look in (parse_name, lambda n: find_prepared(n, tmp_path), lambda n: TFDS(n).prepared()):
         with pytest.raises(InputError, match="expected NAME"):
             look(name)
 
@@ -153,7 +153,7 @@ def test_a_config_that_a_data_folder_names_stays_in_it(tmp_path):
     (tmp_path / "mine" / ".config").mkdir(parents=True)
     (tmp_path / "mine" / ".config" / "metadata.json").write_text('{"default_config_name": "../../other"}')
     with pytest.raises(InputError, match=r"mine: default config '../../other' cannot name a folder"):
-        find_folder("mine", tmp_path)
+        find_prepared("mine", tmp_path)
 
 
 def reseal(folder: Path, **changes) -> None:
@@ -221,7 +221,7 @@ def test_what_preparing_sweeps_up_is_never_behind_a_link(tmp_path):
     (root / "config").symlink_to(outside)
     (root / "incomplete.link").symlink_to(outside)
     os.utime(outside, (0, 0))
-    writer._sweep(root)
+    writer._remove_stale(root)
     assert (outside / "incomplete.a").exists() and not (root / "incomplete.mine").exists()
 
 
@@ -334,7 +334,7 @@ def test_a_prepared_data_set_names_no_code(form, tmp_path, trap):
         '{"fileFormat": "array_record", "name": "mine", "version": "1.0.0"}'
     )
     (folder / "features.json").write_text(json.dumps({form: "trap_module.Trap", "content": {}}))
-    with pytest.raises(InputError, match=r"names 'trap_module.Trap', which is no feature"):
+    with pytest.raises(InputError, match=r"names 'trap_module.Trap', which is not a TFDS feature"):
         len(TFDS("mine", data_dir=str(tmp_path)))
     assert not trap()
 

@@ -1,4 +1,4 @@
-"""jaxtrain.data.augment: every stage against plain NumPy, and as a pure function of (batch, key)."""
+"""jaxtrain.data.augment: every stage against NumPy, and as a pure function of (batch, key)."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ def images(n: int = 32, height: int = 6, width: int = 8, channels: int = 3, dtyp
 
 
 def apply(stage: Any, image: np.ndarray, key: Any = KEY) -> np.ndarray:
-    places = {"example_id": jnp.arange(len(image)), "epoch": jnp.zeros(len(image), jnp.int32)}
-    return np.asarray(stage({"image": jnp.asarray(image), **places}, key)["image"])
+    ids = {"example_id": jnp.arange(len(image)), "epoch": jnp.zeros(len(image), jnp.int32)}
+    return np.asarray(stage({"image": jnp.asarray(image), **ids}, key)["image"])
 
 
 def test_flip_mirrors_about_half_of_the_images_left_to_right() -> None:
     image = images(256)
     out = apply(Flip(), image)
-    kept = (out == image).all((1, 2, 3))
+    unchanged = (out == image).all((1, 2, 3))
     mirrored = (out == image[:, :, ::-1]).all((1, 2, 3))
-    assert np.all(kept ^ mirrored)
+    assert np.all(unchanged ^ mirrored)
     assert 96 < mirrored.sum() < 160
 
 
 @pytest.mark.parametrize(("p", "step"), [(0.0, 1), (1.0, -1)])
-def test_flip_of_certain_probability_is_certain(p: float, step: int) -> None:
+def test_flip_with_probability_0_or_1(p: float, step: int) -> None:
     image = images()
     np.testing.assert_array_equal(apply(Flip(p), image), image[:, :, ::step])
 
 
-def alternated(stage: Any, image: np.ndarray, ids: Any, epoch: Any) -> np.ndarray:
-    """Which images the stage mirrors, and that it leaves the others alone."""
+def mirrored_by(stage: Any, image: np.ndarray, ids: Any, epoch: Any) -> np.ndarray:
+    """Return which images the stage mirrors; check that the others are unchanged."""
     epochs = np.broadcast_to(np.asarray(epoch, np.int32), len(image))
     batch = {"image": jnp.asarray(image), "example_id": jnp.asarray(ids, jnp.int32), "epoch": epochs}
     out = np.asarray(stage(batch, KEY)["image"])
@@ -55,22 +55,22 @@ def alternated(stage: Any, image: np.ndarray, ids: Any, epoch: Any) -> np.ndarra
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 6])
-def test_alternating_flip_shows_an_image_once_each_way_over_two_epochs(epoch: int) -> None:
+def test_alternating_flip_alternates_over_two_epochs(epoch: int) -> None:
     image, ids = images(256), RNG.permutation(50_000)[:256]
-    one, two, three = (alternated(AlternatingFlip(), image, ids, epoch + k) for k in range(3))
+    one, two, three = (mirrored_by(AlternatingFlip(), image, ids, epoch + k) for k in range(3))
     assert np.all(one ^ two)
     np.testing.assert_array_equal(one, three)
     assert 96 < one.sum() < 160
 
 
-def test_alternating_flip_goes_by_id_epoch_and_seed_of_each_image_alone() -> None:
+def test_alternating_flip_depends_only_on_id_epoch_and_seed() -> None:
     image, ids = images(256), np.arange(256)
-    flipped = alternated(AlternatingFlip(seed=2), image, ids, 0)
+    flipped = mirrored_by(AlternatingFlip(seed=2), image, ids, 0)
     order = RNG.permutation(256)
-    np.testing.assert_array_equal(alternated(AlternatingFlip(seed=2), image, ids[order], 0), flipped[order])
-    odd = np.arange(256) % 3  # A batch that runs over into the next epoch.
-    np.testing.assert_array_equal(alternated(AlternatingFlip(seed=2), image, ids, odd), flipped ^ (odd == 1))
-    other = alternated(AlternatingFlip(seed=3), image, ids, 0)
+    np.testing.assert_array_equal(mirrored_by(AlternatingFlip(seed=2), image, ids[order], 0), flipped[order])
+    odd = np.arange(256) % 3  # A batch with examples of two epochs.
+    np.testing.assert_array_equal(mirrored_by(AlternatingFlip(seed=2), image, ids, odd), flipped ^ (odd == 1))
+    other = mirrored_by(AlternatingFlip(seed=3), image, ids, 0)
     assert 96 < (other ^ flipped).sum() < 160
     assert 96 < np.sum(flipped[1:] ^ flipped[:-1]) < 160, "neighbours are independent"
 
@@ -84,11 +84,11 @@ def test_alternating_flip_is_jittable_and_needs_no_key() -> None:
 
 
 @pytest.mark.parametrize("default", ["threefry2x32", "rbg"])
-def test_alternating_flip_does_not_hang_on_the_default_generator(default: str) -> None:
+def test_alternating_flip_ignores_the_default_generator(default: str) -> None:
     image, ids = images(), np.arange(32)
-    before = alternated(AlternatingFlip(), image, ids, 0)
+    before = mirrored_by(AlternatingFlip(), image, ids, 0)
     with jax.default_prng_impl(default):
-        np.testing.assert_array_equal(alternated(AlternatingFlip(), image, ids, 0), before)
+        np.testing.assert_array_equal(mirrored_by(AlternatingFlip(), image, ids, 0), before)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_alternating_flip_does_not_hang_on_the_default_generator(default: str) -
         ((), "example_id and epoch, int32 .batch., which the loaders add to training batches: put"),
     ],
 )
-def test_alternating_flip_says_which_field_is_missing(present: Any, message: str) -> None:
+def test_alternating_flip_names_the_missing_field(present: Any, message: str) -> None:
     batch = {"image": jnp.zeros((2, 4, 4, 3)), **{name: jnp.zeros(2, jnp.int32) for name in present}}
     with pytest.raises(InputError, match=message) as raised:
         AlternatingFlip()(batch, KEY)
@@ -107,12 +107,12 @@ def test_alternating_flip_says_which_field_is_missing(present: Any, message: str
 
 
 def offsets(out: np.ndarray, padded: np.ndarray, pad: int) -> list[tuple[int, int]]:
-    """Where in its padded image each crop was cut."""
+    """Return the offset of each crop in its padded image."""
     height, width = out.shape[1:3]
-    places = [(i, j) for i in range(2 * pad + 1) for j in range(2 * pad + 1)]
+    corners = [(i, j) for i in range(2 * pad + 1) for j in range(2 * pad + 1)]
     found = []
-    for one, whole in zip(out, padded, strict=True):
-        at = [(i, j) for i, j in places if np.array_equal(one, whole[i : i + height, j : j + width])]
+    for one, full in zip(out, padded, strict=True):
+        at = [(i, j) for i, j in corners if np.array_equal(one, full[i : i + height, j : j + width])]
         assert len(at) == 1, "a crop must be a window of its padded image"
         found += at
     return found
@@ -120,7 +120,7 @@ def offsets(out: np.ndarray, padded: np.ndarray, pad: int) -> list[tuple[int, in
 
 @pytest.mark.parametrize(("mode", "numpy_mode"), [("zero", "constant"), ("reflect", "reflect")])
 @pytest.mark.parametrize("pad", [1, 3])
-def test_crop_is_a_window_of_the_padded_image_at_every_offset(pad: int, mode: Any, numpy_mode: Any) -> None:
+def test_crop_takes_every_window_of_the_padded_image(pad: int, mode: Any, numpy_mode: Any) -> None:
     image = images(600)
     padded = np.pad(image, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode=numpy_mode)
     counts = np.zeros((2 * pad + 1, 2 * pad + 1), int)
@@ -133,7 +133,7 @@ def test_crop_is_a_window_of_the_padded_image_at_every_offset(pad: int, mode: An
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize(("height", "width"), [(6, 5), (5, 5)])
-def test_cutout_fills_one_square_that_may_hang_over_the_border(size: int, height: int, width: int) -> None:
+def test_cutout_fills_one_square_clipped_at_the_border(size: int, height: int, width: int) -> None:
     image = images(300, height, width)
     filled = apply(Cutout(size, fill=(0.0,)), image) == 0
     assert np.array_equal(filled.all(-1), filled.any(-1)), "all channels or none"
@@ -141,15 +141,15 @@ def test_cutout_fills_one_square_that_may_hang_over_the_border(size: int, height
     for hole in filled.any(-1):
         rows, columns = np.flatnonzero(hole.any(1)), np.flatnonzero(hole.any(0))
         for span, length in ((rows, height), (columns, width)):
-            whole = len(span) == size
-            cut = 0 < len(span) < size and (span[0] == 0 or span[-1] == length - 1)
-            assert (whole or cut) and np.all(np.diff(span) == 1)
+            complete = len(span) == size
+            clipped = 0 < len(span) < size and (span[0] == 0 or span[-1] == length - 1)
+            assert (complete or clipped) and np.all(np.diff(span) == 1)
         assert hole.sum() == len(rows) * len(columns)
         corners.add((rows[0], rows[-1], columns[0], columns[-1]))
     assert len(corners) == height * width, "one square for each centre"
 
 
-def test_cutout_leaves_the_rest_and_fills_by_channel() -> None:
+def test_cutout_fills_per_channel_and_nothing_else() -> None:
     image = images(dtype=np.float32)
     out = apply(Cutout(3, fill=(-1.0, -2.0, -3.0)), image)
     changed = out != image
@@ -159,7 +159,7 @@ def test_cutout_leaves_the_rest_and_fills_by_channel() -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 @pytest.mark.parametrize(("mean", "std"), [((0.5,), (0.25,)), ((0.1, 0.2, 0.3), (0.5, 1.0, 2.0))])
-def test_normalise_is_its_formula_in_float32(mean: Any, std: Any, dtype: type) -> None:
+def test_normalise_matches_its_formula_in_float32(mean: Any, std: Any, dtype: type) -> None:
     image = images(dtype=dtype)
     out = apply(Normalise(mean, std, scale=100.0), image, None)
     assert out.dtype == np.float32
@@ -168,7 +168,7 @@ def test_normalise_is_its_formula_in_float32(mean: Any, std: Any, dtype: type) -
 
 
 @pytest.mark.parametrize(("mean", "std", "name"), [((0.0, 0.0), (1.0,), "mean"), ((0.0,), (1.0,) * 4, "std")])
-def test_normalise_refuses_another_number_of_channels(mean: Any, std: Any, name: str) -> None:
+def test_normalise_refuses_wrong_number_of_channels(mean: Any, std: Any, name: str) -> None:
     with pytest.raises(InputError, match=rf"of {name} for images of 3 channels .*\(32, 6, 8, 3\)"):
         apply(Normalise(mean, std), images())
 
@@ -187,13 +187,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_settings_that_mean_nothing_are_refused(name: str) -> None:
+def test_invalid_settings_are_refused(name: str) -> None:
     with pytest.raises(InputError):
         REFUSED[name]()
 
 
 @pytest.mark.parametrize("stage", RANDOM, ids=repr)
-def test_stage_is_pure_jittable_and_keeps_type_shape_and_other_fields(stage: Any) -> None:
+def test_stage_is_pure_jittable_and_preserves_dtype_shape_and_fields(stage: Any) -> None:
     batch = {"image": jnp.asarray(images()), "label": jnp.arange(32)}
     before = np.array(batch["image"])
     once, again, jitted = stage(batch, KEY), stage(batch, KEY), jax.jit(stage)(batch, KEY)
@@ -205,7 +205,7 @@ def test_stage_is_pure_jittable_and_keeps_type_shape_and_other_fields(stage: Any
 
 
 @pytest.mark.parametrize("stage", RANDOM, ids=repr)
-def test_other_keys_draw_differently_and_so_do_the_images_of_a_batch(stage: Any) -> None:
+def test_randomness_differs_between_keys_and_between_images(stage: Any) -> None:
     same = np.repeat(images(1), 32, axis=0)
     out = apply(stage, same)
     assert len(np.unique(out, axis=0)) > 1
@@ -213,13 +213,13 @@ def test_other_keys_draw_differently_and_so_do_the_images_of_a_batch(stage: Any)
 
 
 @pytest.mark.parametrize("stage", RANDOM, ids=repr)
-def test_what_happens_to_an_image_does_not_depend_on_its_neighbours(stage: Any) -> None:
+def test_result_of_an_image_does_not_depend_on_the_batch(stage: Any) -> None:
     image, other = images(), images()
     other[7] = image[7]
     np.testing.assert_array_equal(apply(stage, image)[7], apply(stage, other)[7])
 
 
-def test_compose_runs_in_order_and_gives_each_stage_a_key_of_its_own() -> None:
+def test_compose_runs_in_order_with_a_key_per_stage() -> None:
     seen: list[Any] = []
 
     def add(batch: Any, key: Any) -> Any:
@@ -242,7 +242,7 @@ def test_two_flips_in_one_composition_are_independent() -> None:
     assert 0 < (out != image).any((1, 2, 3)).sum() < 128
 
 
-def test_preprocessing_of_an_evaluation_needs_no_key() -> None:
+def test_evaluation_needs_no_key() -> None:
     prepare = compose(Normalise((0.5,), (0.5,)), lambda batch, key: {**batch, "key": key})
     out = prepare({"image": jnp.asarray(images())}, None)
     assert out["image"].dtype == jnp.float32 and out["key"] is None

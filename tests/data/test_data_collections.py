@@ -1,4 +1,4 @@
-"""The data sets read archive by archive: made-up archives in the original layouts, and two real files."""
+"""Data sets streamed from archives: synthetic archives in the original layouts, and two real files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from PIL import Image
 from jaxtrain.core.errors import InputError
 from jaxtrain.data.prepare import prepare, tables, writer
 from jaxtrain.data.prepare.catalog import COLLECTIONS
-from jaxtrain.data.prepare.tables import plain_file
+from jaxtrain.data.prepare.tables import table_file
 from jaxtrain.data.tfds import TFDS
 
 # Three real synsets: the 1st, the 2nd and the 1,000th label.
@@ -48,7 +48,7 @@ def write(folder: Path, files: Mapping[str, bytes]) -> Path:
 
 
 def picture(i: int, mode: str = "RGB", form: str = "JPEG") -> bytes:
-    """An image whose size is its number."""
+    """Encode a random image whose size depends on ``i``."""
     shape = (12 + i, 20 + 2 * i, *{"RGB": (3,), "CMYK": (4,), "L": ()}[mode])
     pixels = np.random.default_rng(i).integers(0, 256, shape, np.uint8)
     buffer = io.BytesIO()
@@ -126,7 +126,7 @@ def imagenet_files() -> tuple[dict[str, dict[str, bytes]], dict[str, bytes]]:
 
 
 def originals(name: str, folder: Path) -> Path:
-    """The made-up original archives of data set ``name``."""
+    """Write synthetic original archives of data set ``name``."""
     if name == "imdb_reviews/plain_text":
         return write(folder, {"aclImdb_v1.tar.gz": tar(imdb_files(), "w:gz")})
     if name == "movielens/100k-ratings":
@@ -137,12 +137,12 @@ def originals(name: str, folder: Path) -> Path:
         return folder
     if name == "oxford_iiit_pet":
         images, notes = pets_files()
-        # The first is no gzip, whatever its name says.
+        # The first is not gzipped, whatever its name says.
         return write(folder, {"images.tar.gz": tar(images), "annotations.tar.gz": tar(notes, "w:gz")})
     if name == "imagenet2012":
         train, valid = imagenet_files()
-        whole = tar({f"{synset}.tar": tar(files) for synset, files in train.items()})
-        return write(folder, {"ILSVRC2012_img_train.tar": whole, "ILSVRC2012_img_val.tar": tar(valid)})
+        train_tar = tar({f"{synset}.tar": tar(files) for synset, files in train.items()})
+        return write(folder, {"ILSVRC2012_img_train.tar": train_tar, "ILSVRC2012_img_val.tar": tar(valid)})
     return write(folder, {"input.txt": (real_data("text") / "tinyshakespeare.txt").read_bytes()})
 
 
@@ -151,7 +151,7 @@ MADE = [name for name in COLLECTIONS if name != "tiny_shakespeare"]
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """``prepared(name)``: the folder of a data set, prepared from made-up archives once."""
+    """``prepared(name)``: the folder of a data set, prepared once from synthetic archives."""
     root = tmp_path_factory.mktemp("prepared")
 
     def make(name: str) -> Path:
@@ -163,7 +163,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def examples(folder: Path, split: str) -> list[dict[str, Any]]:
-    """What TFDS itself reads, with images as the bytes that are stored."""
+    """Read a split with TFDS itself, with images as the stored bytes."""
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(folder, file_format="array_record")
@@ -191,8 +191,8 @@ def stock_order(split: str, keys: list[Any]) -> list[Any]:
     return sorted(keys, key=hashing.Hasher(split).hash_key)
 
 
-def refusal(name: str, **arguments: object) -> str:
-    """The message of the InputError that ``prepare`` must end with: always one line."""
+def error_message(name: str, **arguments: object) -> str:
+    """Return the message of the InputError that ``prepare`` must raise: always one line."""
     with pytest.raises(InputError) as caught:
         prepare(name, **arguments)  # type: ignore[arg-type]
     message = str(caught.value)
@@ -200,11 +200,11 @@ def refusal(name: str, **arguments: object) -> str:
     return message
 
 
-# What is written.
+# Written files.
 
 
 @pytest.mark.parametrize("name", COLLECTIONS)
-def test_the_stock_builder_takes_it_for_its_own(name: str, prepared: Callable[[str], Path]) -> None:
+def test_stock_builder_accepts_our_files(name: str, prepared: Callable[[str], Path]) -> None:
     import tensorflow_datasets as tfds
 
     folder = prepared(name)
@@ -229,11 +229,11 @@ def test_tiny_shakespeare(prepared: Callable[[str], Path], tmp_path: Path) -> No
     folder = prepared("tiny_shakespeare")
     texts = {s: examples(folder, s) for s in ("train", "validation", "test")}
     assert {s: len(t) for s, t in texts.items()} == {"train": 1, "validation": 1, "test": 1}
-    whole = (real_data("text") / "tinyshakespeare.txt").read_bytes()
+    text = (real_data("text") / "tinyshakespeare.txt").read_bytes()
     # 90 % of 1,115,394 and half of the rest, rounded down.
-    assert texts["train"][0]["text"] == whole[:1_003_854]
-    assert texts["validation"][0]["text"] == whole[1_003_854 : 1_003_854 + 55_770]
-    assert texts["test"][0]["text"] == whole[1_003_854 + 55_770 :]
+    assert texts["train"][0]["text"] == text[:1_003_854]
+    assert texts["validation"][0]["text"] == text[1_003_854 : 1_003_854 + 55_770]
+    assert texts["test"][0]["text"] == text[1_003_854 + 55_770 :]
     for source in (real_data("text"), real_data("text") / "tinyshakespeare.txt"):
         root = tmp_path / source.name
         assert examples(prepare("tiny_shakespeare", data_dir=root, source=source), "test") == texts["test"]
@@ -241,17 +241,17 @@ def test_tiny_shakespeare(prepared: Callable[[str], Path], tmp_path: Path) -> No
 
 def test_imdb(prepared: Callable[[str], Path]) -> None:
     folder, files = prepared("imdb_reviews/plain_text"), imdb_files()
-    for split, place, kinds in (
+    for split, parent, kinds in (
         ("train", "train", ("neg", "pos")),
         ("test", "test", ("neg", "pos")),
         ("unsupervised", "train", ("unsup",)),
     ):
-        keys = [k for k in files if k.split("/")[1] == place and k.split("/")[2] in kinds and "._" not in k]
+        keys = [k for k in files if k.split("/")[1] == parent and k.split("/")[2] in kinds and "._" not in k]
         got = examples(folder, split)
         assert [e["text"] for e in got] == [files[k].strip() for k in stock_order(split, keys)]
         labels = [("neg", "pos", "unsup").index(k.split("/")[2]) for k in stock_order(split, keys)]
         assert [e["label"] for e in got] == ([-1] * 3 if split == "unsupervised" else labels)
-    # The bare name means this config.
+    # The name without a config means this config.
     source = TFDS("imdb_reviews", "train", data_dir=str(folder.parents[2]))
     assert len(source) == 10 and source.class_names == ("neg", "pos")
 
@@ -283,7 +283,7 @@ def test_movielens(prepared: Callable[[str], Path]) -> None:
     assert ages == {b"1": (24, 18), b"2": (0, 1), b"3": (56, 56), b"4": (49, 45)}
     assert [by_user[u]["user_occupation_label"] for u in (b"2", b"3", b"4")] == [11, 21, 2]
     assert not by_user[b"2"]["user_gender"] and by_user[b"2"]["user_zip_code"] == b"T8H1N"
-    # TFDS means another config by the bare name.
+    # In TFDS the name without a config means another one.
     assert not TFDS("movielens", data_dir=str(folder.parents[2])).prepared()
 
 
@@ -314,7 +314,7 @@ def test_imagenet(prepared: Callable[[str], Path]) -> None:
     for e in got:
         assert e["image"] == files[e["file_name"].decode()]
         assert e["label"] == label[e["file_name"].decode().split("_")[0]]
-    # As TFDS lists them: a subset is labelled by the numbers of its images.
+    # A subset is labelled by the numbers of its images, from the list of TFDS.
     shipped = Path(tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")).read_text().split()
     names = Path(tfds.core.tfds_path("datasets/imagenet2012/labels.txt")).read_text().split()
     got = examples(folder, "validation")
@@ -327,8 +327,8 @@ def test_imagenet(prepared: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_unpacked_and_packed_again(name: str, prepared: Callable[[str], Path], tmp_path: Path) -> None:
-    """Folders of the archives' content, under the folder that is given, hold the same data set."""
+def test_extracted_and_repacked_archives(name: str, prepared: Callable[[str], Path], tmp_path: Path) -> None:
+    """Extracted archives in a folder are the same data set."""
     first = prepared(name)
     for archive in originals(name, tmp_path / "archives").iterdir():
         shutil.unpack_archive(archive, tmp_path / "in", *(() if archive.suffix == ".zip" else ("tar",)))
@@ -352,7 +352,7 @@ def test_large_splits_are_sorted_on_disk(
 ) -> None:
     from tensorflow_datasets.core import shuffle
 
-    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 2000)  # Not 1 GB, and images have 1 kB.
+    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 2000)  # Instead of 1 GB; images have 1 kB.
     limits, lazy = resource.getrlimit(resource.RLIMIT_NOFILE), shuffle.tf
     source = originals("imagenet2012", tmp_path / "in")
     folder = prepare("imagenet2012", data_dir=tmp_path / "out", source=source)
@@ -363,8 +363,8 @@ def test_large_splits_are_sorted_on_disk(
     assert not list(folder.glob("*.tmp"))
 
 
-def test_one_image_at_a_time(tmp_path: Path) -> None:
-    """What is read of an archive when the first image is there: not the whole of it."""
+def test_images_are_streamed(tmp_path: Path) -> None:
+    """The first example is returned before most of the archive is read."""
     big = {f"{s}.tar": tar({f"{s}_{i}.JPEG": bytes(100_000) for i in range(50)}) for s in SYNSETS}
     source = write(tmp_path, {"train.tar": tar(big), "val.tar": tar({})})
     splits = COLLECTIONS["imagenet2012"].splits((source / "train.tar", source / "val.tar"))
@@ -377,33 +377,33 @@ def test_one_image_at_a_time(tmp_path: Path) -> None:
     made.close()
 
 
-# Plain tables.
+# Tables.
 
 
 def test_etth1(tmp_path: Path) -> None:
     original = real_data("series") / "ETTh1.csv"
-    assert plain_file("etth1", tmp_path) is None and plain_file("cifar10", tmp_path) is None
+    assert table_file("etth1", tmp_path) is None and table_file("cifar10", tmp_path) is None
     folder = prepare("etth1", data_dir=tmp_path, source=original)
     assert folder == tmp_path / "etth1" / "1.0.0"
-    path = plain_file("etth1", tmp_path)
+    path = table_file("etth1", tmp_path)
     assert path == folder / "ETTh1.csv" and path.read_bytes() == original.read_bytes()
     stamp = path.stat().st_mtime_ns
     assert prepare("etth1", data_dir=tmp_path, source=tmp_path / "gone") == folder
     assert path.stat().st_mtime_ns == stamp and [p.name for p in folder.parent.iterdir()] == ["1.0.0"]
-    assert plain_file("etth1:1.0.0", tmp_path) == path and plain_file("etth1:2.0.0", tmp_path) is None
-    # A folder that holds it; and a copy with one digit changed.
-    assert plain_file(
+    assert table_file("etth1:1.0.0", tmp_path) == path and table_file("etth1:2.0.0", tmp_path) is None
+    # A folder that holds it, and a copy with one digit changed.
+    assert table_file(
         "etth1", prepare("etth1", data_dir=tmp_path / "b", source=real_data("series")).parents[1]
     )
     changed = tmp_path / "ETTh1.csv"
     changed.write_bytes(original.read_bytes().replace(b"5.827", b"5.828", 1))
-    message = refusal("etth1", data_dir=tmp_path / "c", source=changed)
-    assert str(changed) in message and f"expected md5 {tables.PLAIN['etth1'].member.digest}" in message
-    assert "no such file" in refusal("etth1", data_dir=tmp_path / "c", source=tmp_path / "b" / "etth1")
-    assert plain_file("etth1", tmp_path / "c") is None
+    message = error_message("etth1", data_dir=tmp_path / "c", source=changed)
+    assert str(changed) in message and f"expected md5 {tables.TABLES['etth1'].member.digest}" in message
+    assert "no such file" in error_message("etth1", data_dir=tmp_path / "c", source=tmp_path / "b" / "etth1")
+    assert table_file("etth1", tmp_path / "c") is None
 
 
-def test_a_plain_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Path, data: bytes) -> int:
         with self.open("wb") as file:
             file.write(data[:1000])
@@ -421,20 +421,20 @@ def test_a_plain_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(written) == 1 and written[0] != folder / "ETTh1.csv"  # It was renamed.
     shutil.rmtree(tmp_path / "a")
     monkeypatch.setattr(Path, "write_bytes", full)
-    message = refusal("etth1", data_dir=tmp_path, source=real_data("series"))
+    message = error_message("etth1", data_dir=tmp_path, source=real_data("series"))
     assert "No space left" in message
-    assert plain_file("etth1", tmp_path) is None
+    assert table_file("etth1", tmp_path) is None
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
-def test_a_plain_file_is_found_without_tfds(tmp_path: Path) -> None:
-    code = "import sys, jaxtrain.data.prepare.tables as p; p.plain_file('etth1', '/nowhere');" + (
+def test_table_is_found_without_tfds(tmp_path: Path) -> None:
+    code = "import sys, jaxtrain.data.prepare.tables as p; p.table_file('etth1', '/nowhere');" + (
         "assert not {'tensorflow_datasets', 'PIL', 'tensorflow'} & {*sys.modules}"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
-# What is refused.
+# Errors.
 
 
 def broken_movielens(name: str, line: int, text: str) -> Callable[[Path], None]:
@@ -459,7 +459,7 @@ def cut(name: str, keep: float) -> Callable[[Path], None]:
 
 
 def cut_between(name: str) -> Callable[[Path], None]:
-    """Where no file is cut: only the end of the archive is missing."""
+    """Cut between two files: only the end of the archive is missing."""
 
     def edit(folder: Path) -> None:
         with tarfile.open(folder / name) as archive:
@@ -478,7 +478,7 @@ def without(files: Mapping[str, bytes], part: str) -> dict[str, bytes]:
 
 
 def notes(path: str, data: bytes | None) -> Callable[[], Mapping[str, bytes]]:
-    """The annotations with one file changed, or without it."""
+    """Return the annotations with one file replaced or removed."""
     others = {name: old for name, old in pets_files()[1].items() if name != path}
     return lambda: others if data is None else others | {path: data}
 
@@ -490,8 +490,8 @@ def inner(synset: str, files: Mapping[str, bytes]) -> Callable[[], Mapping[str, 
 
 IMDB, ML, PET, NET = MADE
 BAD: list[tuple[str, str, Callable[[Path], Any], tuple[str, ...]]] = [
-    (IMDB, "absent", lambda f: (f / "aclImdb_v1.tar.gz").unlink(), ("aclImdb_v1.tar.gz or", "not in it")),
-    (IMDB, "cut", cut("aclImdb_v1.tar.gz", 0.7), ("aclImdb_v1.tar.gz: not a whole", "fetch it again")),
+    (IMDB, "absent", lambda f: (f / "aclImdb_v1.tar.gz").unlink(), ("aclImdb_v1.tar.gz or", "is missing")),
+    (IMDB, "cut", cut("aclImdb_v1.tar.gz", 0.7), ("aclImdb_v1.tar.gz: not a complete", "download it again")),
     (IMDB, "html", pack("x", dict), ()),
     (
         IMDB,
@@ -512,39 +512,39 @@ BAD: list[tuple[str, str, Callable[[Path], Any], tuple[str, ...]]] = [
         IMDB,
         "twice",
         pack("aclImdb_v1.tar.gz", lambda: imdb_files() | {f"./{k}": v for k, v in imdb_files().items()}),
-        ("aclImdb/train/", "is there twice"),
+        ("aclImdb/train/", "appears twice"),
     ),
-    (ML, "cut", cut("ml-100k.zip", 0.5), ("ml-100k.zip: not a whole",)),
+    (ML, "cut", cut("ml-100k.zip", 0.5), ("ml-100k.zip: not a complete",)),
     (
         ML,
         "no users",
         pack("ml-100k.zip", lambda: without(movielens_files(), "u.user")),
-        ("ml-100k.zip: u.user is not in it",),
+        ("ml-100k.zip: u.user is missing",),
     ),
-    (ML, "columns", broken_movielens("u.data", 3, "2\t3\t1"), ("u.data line 3 is not as in the original",)),
+    (ML, "columns", broken_movielens("u.data", 3, "2\t3\t1"), ("u.data line 3 differs from the original",)),
     (ML, "number", broken_movielens("u.data", 2, "3\t1\tfive\t8"), ("u.data line 2", "five")),
     (ML, "stranger", broken_movielens("u.data", 2, "9\t1\t5\t8"), ("u.data line 2", "'9'")),
     (ML, "job", broken_movielens("u.user", 4, "4|49|M|astronaut|9"), ("u.user line 4", "astronaut")),
     (ML, "genres", broken_movielens("u.item", 1, "1|Toy Story|||u|0|1"), ("u.item line 1",)),
-    (PET, "absent", lambda f: (f / "annotations.tar.gz").unlink(), ("annotations.tar.gz or", "not in it")),
-    (PET, "cut", cut("images.tar.gz", 0.3), ("images.tar.gz: not a whole",)),
+    (PET, "absent", lambda f: (f / "annotations.tar.gz").unlink(), ("annotations.tar.gz or", "is missing")),
+    (PET, "cut", cut("images.tar.gz", 0.3), ("images.tar.gz: not a complete",)),
     (
         PET,
         "no list",
         pack("annotations.tar.gz", notes("annotations/test.txt", None)),
-        ("test.txt is not in it",),
+        ("test.txt is missing",),
     ),
     (
         PET,
         "no outline",
         pack("annotations.tar.gz", notes("annotations/trimaps/beagle_12.png", None)),
-        ("trainval.txt line 2: trimaps/beagle_12.png is not",),
+        ("trainval.txt line 2: trimaps/beagle_12.png is missing",),
     ),
     (
         PET,
         "no image",
         pack("images.tar.gz", lambda: without(pets_files()[0], "beagle")),
-        ("images.tar.gz: beagle_12.jpg is not in it, and trainval.txt",),
+        ("images.tar.gz: beagle_12.jpg is missing, and trainval.txt",),
     ),
     (
         PET,
@@ -556,7 +556,7 @@ BAD: list[tuple[str, str, Callable[[Path], Any], tuple[str, ...]]] = [
         PET,
         "line",
         pack("annotations.tar.gz", notes("annotations/test.txt", b"Bombay_7 8 1 1\nBombay_8\n")),
-        ("test.txt line 2 is not as in the original: 'Bombay_8'",),
+        ("test.txt line 2 differs from the original: 'Bombay_8'",),
     ),
     (
         PET,
@@ -568,7 +568,7 @@ BAD: list[tuple[str, str, Callable[[Path], Any], tuple[str, ...]]] = [
         PET,
         "no box",
         pack("annotations.tar.gz", notes("annotations/xmls/Abyssinian_1.xml", b"<annotation/>")),
-        ("xmls/Abyssinian_1.xml holds no box",),
+        ("xmls/Abyssinian_1.xml has no valid head box",),
     ),
     (
         PET,
@@ -588,7 +588,7 @@ BAD: list[tuple[str, str, Callable[[Path], Any], tuple[str, ...]]] = [
         lambda f: (f / "ILSVRC2012_img_val.tar").unlink(),
         ("ILSVRC2012_img_val.tar or", "register"),
     ),
-    (NET, "cut", cut("ILSVRC2012_img_train.tar", 0.6), ("ILSVRC2012_img_train.tar", "not a whole")),
+    (NET, "cut", cut("ILSVRC2012_img_train.tar", 0.6), ("ILSVRC2012_img_train.tar", "not a complete")),
     (
         NET,
         "inner cut",
@@ -596,13 +596,13 @@ BAD: list[tuple[str, str, Callable[[Path], Any], tuple[str, ...]]] = [
             "ILSVRC2012_img_train.tar",
             lambda: {f"{SYNSETS[0]}.tar": tar(imagenet_files()[0][SYNSETS[0]])[:2500]},
         ),
-        ("ILSVRC2012_img_train.tar", "not a whole"),
+        ("ILSVRC2012_img_train.tar", "not a complete"),
     ),
     (
         NET,
         "synset",
         pack("ILSVRC2012_img_train.tar", inner("n99999999", {"n99999999_1.JPEG": b"x"})),
-        ("'n99999999' is no synset of ILSVRC2012",),
+        ("'n99999999' is not a synset of ILSVRC2012",),
     ),
     (
         NET,
@@ -614,7 +614,7 @@ BAD: list[tuple[str, str, Callable[[Path], Any], tuple[str, ...]]] = [
         NET,
         "number",
         pack("ILSVRC2012_img_val.tar", lambda: {"ILSVRC2012_val_00050001.JPEG": picture(1)}),
-        ("ILSVRC2012_val_00050001.JPEG is not among the 50000",),
+        ("ILSVRC2012_val_00050001.JPEG is not one of the 50000",),
     ),
 ]
 BAD = [case for case in BAD if case[3]]
@@ -626,51 +626,53 @@ def test_refusals(
 ) -> None:
     source = originals(name, tmp_path / "in")
     edit(source)
-    message = refusal(name, data_dir=tmp_path / "out", source=source)
+    message = error_message(name, data_dir=tmp_path / "out", source=source)
     for word in words:
         assert word in message, message
     assert str(source) in message or "twice" in message
     assert not TFDS(name, data_dir=str(tmp_path / "out")).prepared()
-    # Nothing half: what is left are empty folders and the name of the default config.
+    # No partial result: only empty folders and the name of the default config are left.
     assert {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()} <= {"metadata.json"}
-    # And nothing that would stop the next try.
+    # The next try succeeds.
     prepare(name, data_dir=tmp_path / "out", source=originals(name, tmp_path / "again"))
 
 
-def test_another_text_is_refused_with_advice(tmp_path: Path) -> None:
+def test_other_text_is_refused_with_advice(tmp_path: Path) -> None:
     mine = tmp_path / "mine.txt"
     mine.write_bytes(b"To be, or not to be")
-    message = refusal("tiny_shakespeare", data_dir=tmp_path, source=mine)
+    message = error_message("tiny_shakespeare", data_dir=tmp_path, source=mine)
     assert "not tiny Shakespeare" in message and f"--set train.file={mine}" in message
-    whole = real_data("text") / "tinyshakespeare.txt"
-    mine.write_bytes(whole.read_bytes()[:-1] + b"!")
-    message = refusal("tiny_shakespeare", data_dir=tmp_path, source=mine)
+    original = real_data("text") / "tinyshakespeare.txt"
+    mine.write_bytes(original.read_bytes()[:-1] + b"!")
+    message = error_message("tiny_shakespeare", data_dir=tmp_path, source=mine)
     assert "expected md5 6fb458f1232090904fb40fe944165e91" in message
     (tmp_path / "empty").mkdir()
-    message = refusal("tiny_shakespeare", data_dir=tmp_path, source=tmp_path / "empty")
-    assert "input.txt or tinyshakespeare.txt is not in it" in message
-    assert "no such file" in refusal("tiny_shakespeare", data_dir=tmp_path, source=tmp_path / "gone")
+    message = error_message("tiny_shakespeare", data_dir=tmp_path, source=tmp_path / "empty")
+    assert "input.txt or tinyshakespeare.txt is missing" in message
+    assert "no such file" in error_message("tiny_shakespeare", data_dir=tmp_path, source=tmp_path / "gone")
 
 
-def test_imagenet_is_never_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imagenet_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("urllib.request.urlopen", None)
-    message = refusal("imagenet2012", data_dir=tmp_path)
+    message = error_message("imagenet2012", data_dir=tmp_path)
     assert "https://image-net.org/download-images to get ILSVRC2012_img_train.tar and ILSVRC2012_" in message
     assert f"python -m jaxtrain prepare imagenet2012 --data-dir {tmp_path} --from DIR" in message
 
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    assert "did you mean tiny_shakespeare?" in refusal("tiny_shakespear", data_dir=tmp_path)
-    assert "did you mean etth1?" in refusal("etth2", data_dir=tmp_path)
-    assert "only movielens/100k-ratings:0.1.1" in refusal("movielens/100k-ratings:1.0.0", data_dir=tmp_path)
-    assert "only etth1:1.0.0" in refusal("etth1/x", data_dir=tmp_path)
-    assert "movielens/100k-ratings" in refusal("movielens", data_dir=tmp_path)
-    message = refusal("imdb_reviews/bytes", data_dir=tmp_path)
+    assert "did you mean tiny_shakespeare?" in error_message("tiny_shakespear", data_dir=tmp_path)
+    assert "did you mean etth1?" in error_message("etth2", data_dir=tmp_path)
+    assert "only movielens/100k-ratings:0.1.1" in error_message(
+        "movielens/100k-ratings:1.0.0", data_dir=tmp_path
+    )
+    assert "only etth1:1.0.0" in error_message("etth1/x", data_dir=tmp_path)
+    assert "movielens/100k-ratings" in error_message("movielens", data_dir=tmp_path)
+    message = error_message("imdb_reviews/bytes", data_dir=tmp_path)
     assert "needs TensorFlow" in message and "imdb_reviews/plain_text does not" in message
     folder = tmp_path / "imdb_reviews" / "plain_text" / "1.0.0"
     folder.mkdir(parents=True)
-    assert f"{folder} is in the way" in refusal("imdb_reviews", data_dir=tmp_path)
+    assert f"{folder} is in the way" in error_message("imdb_reviews", data_dir=tmp_path)
 
 
 def test_progress_ends_with_the_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -691,28 +693,28 @@ def test_progress_ends_with_the_count(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [p.name for p in (tmp_path / "b").rglob("*") if p.is_file()] == ["metadata.json"]
 
 
-def test_counts_while_writing() -> None:
+def test_progress_while_writing() -> None:
     def make() -> Any:
         yield from ((i, {}) for i in range(2500))
 
     calls: list[tuple[str, int, int]] = []
-    assert len(list(writer._counted("a/b", make, lambda *call: calls.append(call), 0))) == 2500
+    assert len(list(writer._count_examples("a/b", make, lambda *call: calls.append(call), 0))) == 2500
     assert calls == [("a/b", 1000, 0), ("a/b", 2000, 0), ("a/b", 2500, 2500)]
 
 
-def test_a_folder_being_written_is_not_swept(tmp_path: Path) -> None:
+def test_folder_in_use_is_not_removed(tmp_path: Path) -> None:
     import os
 
     folder = write(tmp_path / "base" / "config" / "incomplete.X_1.0.0", {"bucket": b"x"})
     os.utime(folder, (0, 0))
-    writer._sweep(tmp_path / "base")
+    writer._remove_stale(tmp_path / "base")
     assert folder.exists()  # Its file is new.
     os.utime(folder / "bucket", (0, 0))
-    writer._sweep(tmp_path / "base")
+    writer._remove_stale(tmp_path / "base")
     assert not folder.exists()
 
 
-def test_parts_are_the_published_files() -> None:
+def test_parts_match_the_stock_checksums() -> None:
     for collection in COLLECTIONS.values():
         known = stock_builder(collection.name).url_infos
         for part in collection.parts:
@@ -721,11 +723,11 @@ def test_parts_are_the_published_files() -> None:
                 assert part.url.endswith("/" + part.names[0])
 
 
-# Fetching.
+# Downloads.
 
 
 def published(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Made-up originals of ``name`` in the place of those on the network."""
+    """Replace the URLs of ``name`` by those of synthetic originals."""
     source = originals(name, folder)
     collection = COLLECTIONS[name]
     paths = [source / part.names[0] for part in collection.parts]
@@ -742,7 +744,7 @@ def published(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[
     return paths
 
 
-def test_fetched_archives(
+def test_downloaded_archives(
     prepared: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = published(PET, tmp_path / "www", monkeypatch)
@@ -750,7 +752,7 @@ def test_fetched_archives(
 
     def progress(*call: Any) -> None:
         calls.append(call)
-        if len(calls) == 1:  # Beside the result, where there is room.
+        if len(calls) == 1:  # Next to the result, where there is space.
             assert list((tmp_path / "out" / PET).glob("incomplete.fetch-*/images.tar.gz"))
 
     folder = prepare(PET, data_dir=tmp_path / "out", progress=progress)
@@ -760,33 +762,39 @@ def test_fetched_archives(
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_fetched_archives_must_be_the_originals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_downloaded_archives_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (path,) = published(ML, tmp_path / "www", monkeypatch)
     data = bytearray(path.read_bytes())
-    data[-1] ^= 1  # A bit that the format does not care for.
+    data[-1] ^= 1  # A bit that the format ignores.
     path.write_bytes(data)
-    message = refusal(ML, data_dir=tmp_path / "out")
-    assert message.startswith("fetched ml-100k.zip is not the original: expected sha256")
+    message = error_message(ML, data_dir=tmp_path / "out")
+    assert message.startswith("downloaded ml-100k.zip is not the original: expected sha256")
     path.write_bytes(data + b"!")
-    assert f"expected {len(data)} bytes, found {len(data) + 1}" in refusal(ML, data_dir=tmp_path / "out")
+    assert f"expected {len(data)} bytes, found {len(data) + 1}" in error_message(
+        ML, data_dir=tmp_path / "out"
+    )
     path.unlink()
-    message = refusal(ML, data_dir=tmp_path / "out")
-    assert "get ml-100k.zip on a machine with a network" in message
+    message = error_message(ML, data_dir=tmp_path / "out")
+    assert "download ml-100k.zip on a machine with a network" in message
     assert f"prepare movielens/100k-ratings --data-dir {tmp_path / 'out'} --from DIR_OR_TAR" in message
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
     (tmp_path / "file").touch()
-    assert "no place to write" in refusal(ML, data_dir=tmp_path / "file")
+    assert "cannot create a temporary folder" in error_message(ML, data_dir=tmp_path / "file")
 
 
-def test_fetched_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_downloaded_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = write(tmp_path / "www", {"ETTh1.csv": (real_data("series") / "ETTh1.csv").read_bytes()})
     path = original / "ETTh1.csv"
-    monkeypatch.setitem(tables.PLAIN, "etth1", dataclasses.replace(tables.PLAIN["etth1"], url=path.as_uri()))
+    monkeypatch.setitem(
+        tables.TABLES, "etth1", dataclasses.replace(tables.TABLES["etth1"], url=path.as_uri())
+    )
     folder = prepare("etth1", data_dir=tmp_path / "out")
     assert (folder / "ETTh1.csv").read_bytes() == path.read_bytes()
     path.write_bytes(b"<html>")
-    assert refusal("etth1", data_dir=tmp_path / "b").startswith(
-        "fetched ETTh1.csv: ETTh1.csv is not the orig"
+    assert error_message("etth1", data_dir=tmp_path / "b").startswith(
+        "downloaded ETTh1.csv: ETTh1.csv is not the orig"
     )
     path.unlink()
-    assert f"prepare etth1 --data-dir {tmp_path / 'b'} --from" in refusal("etth1", data_dir=tmp_path / "b")
+    assert f"prepare etth1 --data-dir {tmp_path / 'b'} --from" in error_message(
+        "etth1", data_dir=tmp_path / "b"
+    )

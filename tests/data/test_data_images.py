@@ -26,7 +26,7 @@ N, BATCH, SIZE = 21, 8, 24
 
 
 def smooth(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Something like a photograph: a few large blobs and a little noise."""
+    """Make a photograph-like image: a few large blobs and a little noise."""
     rng = np.random.default_rng(seed)
     blobs = Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8))
     noise = rng.normal(0, 3, (height, width, 3))
@@ -34,32 +34,32 @@ def smooth(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def file(picture: Image.Image, kind: str = "jpeg", **options: Any) -> bytes:
+def encode(picture: Image.Image, kind: str = "jpeg", **options: Any) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-PHOTOS = [file(smooth(*SIZES[i % len(SIZES)], seed=i), quality=90) for i in range(N)]
+PHOTOS = [encode(smooth(*SIZES[i % len(SIZES)], seed=i), quality=90) for i in range(N)]
 
 
 def grid(width: int, height: int) -> Image.Image:
-    """Red is the column and green the row."""
+    """Make an image whose red is the column and whose green is the row."""
     row, column = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([column, row, 0 * row], -1).astype(np.uint8))
 
 
 def board(width: int, height: int, square: int) -> tuple[Image.Image, Image.Image]:
-    """A board of two colours and its mask: 1 where red is 200, 3 where it is 0, one corner apart."""
+    """Make a checkerboard and its mask: 1 where red is 200, 3 where it is 0; asymmetric in one corner."""
     row, column = np.mgrid[:height, :width]
     dark = (row // square + column // square) % 2 == 1
-    dark[: height // 2, : width // 3] = False  # So that no mirror image looks like it.
+    dark[: height // 2, : width // 3] = False  # so that a mirrored image differs
     pixels = np.where(dark[..., None], 0, 200).repeat(3, -1).astype(np.uint8)
     return Image.fromarray(pixels), Image.fromarray((1 + 2 * dark).astype(np.uint8))
 
 
 def labelled(root: Path, name: str, files: list[bytes]) -> TFDS:
-    """Each file with its number in the list as its label: TFDS has an order of its own."""
+    """Write the files with their list index as label, because TFDS reorders them."""
     import tensorflow_datasets as tfds
 
     examples = [{"image": data, "label": i} for i, data in enumerate(files)]
@@ -96,7 +96,7 @@ def boards(root: Path) -> TFDS:
     kinds = ["png", "jpeg"]
     pairs = [board(120, 90, 15), board(600, 450, 75)]
     return masked(
-        root, "boards", [(file(p, k), file(m, "png")) for (p, m), k in zip(pairs, kinds, strict=True)]
+        root, "boards", [(encode(p, k), encode(m, "png")) for (p, m), k in zip(pairs, kinds, strict=True)]
     )
 
 
@@ -108,7 +108,7 @@ def drawn(source: Any, ids: Any, epochs: Any, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("crop", [0.875, 1.0])
-def test_evaluation_is_the_resized_centre_as_pillow_makes_it(photos: TFDS, crop: float) -> None:
+def test_evaluation_matches_pillow(photos: TFDS, crop: float) -> None:
     batch = Images(photos, SIZE, crop).gather(np.arange(N))
     assert batch["image"].shape == (N, SIZE, SIZE, 3) and batch["image"].dtype == np.uint8
     assert batch["label"].dtype == np.int32 and sorted(batch["label"]) == list(range(N))
@@ -121,41 +121,41 @@ def test_evaluation_is_the_resized_centre_as_pillow_makes_it(photos: TFDS, crop:
             np.testing.assert_array_equal(found, np.asarray(wanted))
 
 
-def test_evaluation_is_resizing_the_shorter_side_and_cutting_the_centre(root: Path) -> None:
+def test_evaluation_equals_resize_then_centre_crop(root: Path) -> None:
     photo = smooth(96, 64)
-    found = Images(labelled(root, "one", [file(photo, "png")]), 24, crop=0.75).gather(np.array([0]))["image"][
-        0
-    ]
+    found = Images(labelled(root, "one", [encode(photo, "png")]), 24, crop=0.75).gather(np.array([0]))[
+        "image"
+    ][0]
     wanted = photo.resize((48, 32), Image.Resampling.BILINEAR).crop((12, 4, 36, 28))
     assert np.abs(found - np.asarray(wanted, int)).max() <= 1
 
 
-def test_evaluation_is_the_same_in_any_grouping_and_in_a_loader(photos: TFDS, mesh8: Any) -> None:
+def test_evaluation_does_not_depend_on_the_batch(photos: TFDS, mesh8: Any) -> None:
     for source in (Images(photos, SIZE), RandomCrops(photos, SIZE, stages=(RandAugment(),))):
-        whole = source.gather(np.arange(N))["image"]
-        np.testing.assert_array_equal(whole, Images(photos, SIZE).gather(np.arange(N))["image"])
-        np.testing.assert_array_equal(source.gather(np.array([20, 3, 3]))["image"], whole[[20, 3, 3]])
+        full = source.gather(np.arange(N))["image"]
+        np.testing.assert_array_equal(full, Images(photos, SIZE).gather(np.arange(N))["image"])
+        np.testing.assert_array_equal(source.gather(np.array([20, 3, 3]))["image"], full[[20, 3, 3]])
         loader = Streamed(source, Sequential(N, BATCH), mesh8)
-        np.testing.assert_array_equal(loader.batch(1)["image"], whole[8:16])
+        np.testing.assert_array_equal(loader.batch(1)["image"], full[8:16])
         loader.close()
 
 
-def test_every_kind_of_picture_becomes_rgb_and_orientation_is_ignored(root: Path) -> None:
+def test_every_image_mode_becomes_rgb_and_orientation_is_ignored(root: Path) -> None:
     rgb = smooth(40, 30)
     palette = rgb.quantize(16)
-    turned = Image.Exif()
-    turned[0x0112] = 6  # orientation: the camera was held sideways
+    rotated = Image.Exif()
+    rotated[0x0112] = 6  # orientation: rotated by 90 degrees
     alpha = rgb.copy()
     alpha.putalpha(Image.new("L", rgb.size, 7))
     files = [
-        file(rgb.convert("L"), "png"),
-        file(rgb.convert("CMYK"), "jpeg", quality=95),
-        file(palette, "png"),
-        file(palette, "png", transparency=bytes(range(16))),
-        file(alpha, "png"),
-        file(rgb, "jpeg", quality=95, exif=turned),
-        file(rgb.convert("LA"), "png"),
-        file(rgb.convert("L"), "jpeg", quality=95),
+        encode(rgb.convert("L"), "png"),
+        encode(rgb.convert("CMYK"), "jpeg", quality=95),
+        encode(palette, "png"),
+        encode(palette, "png", transparency=bytes(range(16))),
+        encode(alpha, "png"),
+        encode(rgb, "jpeg", quality=95, exif=rotated),
+        encode(rgb.convert("LA"), "png"),
+        encode(rgb.convert("L"), "jpeg", quality=95),
     ]
     grey, colours = np.asarray(rgb.convert("L").convert("RGB")), np.asarray(palette.convert("RGB"))
     wanted = [grey, rgb, colours, colours, rgb, rgb, grey, grey]
@@ -168,47 +168,47 @@ def test_every_kind_of_picture_becomes_rgb_and_orientation_is_ignored(root: Path
 # Training
 
 
-def test_a_crop_depends_on_seed_epoch_and_example_and_on_nothing_else(photos: TFDS) -> None:
+def test_crop_depends_only_on_seed_epoch_and_example(photos: TFDS) -> None:
     source = RandomCrops(photos, SIZE, stages=(RandAugment(),))
     ids, epochs = np.arange(N), np.arange(N) % 3
-    whole = source.draw(ids, epochs, 5)
-    assert whole["image"].shape == (N, SIZE, SIZE, 3) and whole["image"].dtype == np.uint8
-    np.testing.assert_array_equal(whole["label"], source.gather(ids)["label"])
+    full = source.draw(ids, epochs, 5)
+    assert full["image"].shape == (N, SIZE, SIZE, 3) and full["image"].dtype == np.uint8
+    np.testing.assert_array_equal(full["label"], source.gather(ids)["label"])
     order = np.random.default_rng(0).permutation(N)
     copy = pickle.loads(pickle.dumps(source))
     for part in (order[:7], order[7:], order[:1]):
-        np.testing.assert_array_equal(drawn(copy, part, epochs[part], 5), whole["image"][part])
+        np.testing.assert_array_equal(drawn(copy, part, epochs[part], 5), full["image"][part])
     for other in (drawn(source, ids, epochs, 6), drawn(source, ids, epochs + 3, 5)):
-        assert (other != whole["image"]).any((1, 2, 3)).sum() > N - 2
+        assert (other != full["image"]).any((1, 2, 3)).sum() > N - 2
     one = drawn(source, [4] * 20, range(20))
     assert len(np.unique(one, axis=0)) == 20
     assert drawn(source, ids[:0], ids[:0]).shape == (0, SIZE, SIZE, 3)
 
 
-def test_two_examples_of_one_picture_are_cropped_apart(root: Path) -> None:
+def test_duplicate_images_get_different_crops(root: Path) -> None:
     twins = RandomCrops(labelled(root, "twins", PHOTOS[:1] * 9), SIZE)
     assert len(np.unique(drawn(twins, range(9), [0] * 9), axis=0)) == 9
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_draws_the_same_crops_wherever_it_starts(photos: TFDS, mesh1: Any, workers: int) -> None:
+def test_crops_are_the_same_after_resuming(photos: TFDS, mesh1: Any, workers: int) -> None:
     source = RandomCrops(photos, SIZE, stages=(RandAugment(),))
     order = Order(seed=9, n=N, batch=BATCH)
     loader = Streamed(source, order, mesh1, workers)
-    for step in (2, 3) if workers else (2, 3, 0):  # Batch 2 runs over into the second epoch.
-        ids, epochs = order.places(step)
+    for step in (2, 3) if workers else (2, 3, 0):  # Batch 2 continues into the second epoch.
+        ids, epochs = order.ids_and_epochs(step)
         np.testing.assert_array_equal(loader.batch(step)["image"], drawn(source, ids, epochs, 9))
     loader.close()
 
 
-def test_a_subset_of_crops_draws_them(photos: TFDS) -> None:
+def test_subset_of_random_crops(photos: TFDS) -> None:
     source = RandomCrops(photos, SIZE)
     found = Subset(source, np.array([5, 2])).draw(np.array([1, 0]), np.array([0, 1]), 3)["image"]
     np.testing.assert_array_equal(found, drawn(source, [2, 5], [0, 1], 3))
 
 
 def cropped(source: RandomCrops, n: int) -> dict[str, np.ndarray]:
-    """Where ``n`` crops of a ``grid`` picture were cut, read from their pixels."""
+    """Return the positions of ``n`` crops of a ``grid`` image, read from their pixels."""
     image = drawn(source, [0] * n, range(n)).astype(float)
     width = (image[:, 8, 13, 0] - image[:, 8, 2, 0]) * 16 / 11
     height = (image[:, 13, 8, 1] - image[:, 2, 8, 1]) * 16 / 11
@@ -216,8 +216,8 @@ def cropped(source: RandomCrops, n: int) -> dict[str, np.ndarray]:
     return {"width": abs(width), "height": height, "x": x + 0.5, "y": y + 0.5, "mirrored": width < 0}
 
 
-def test_crops_have_the_areas_ratios_places_and_mirror_images_that_were_asked_for(root: Path) -> None:
-    one = labelled(root, "grid", [file(grid(256, 256), "png")])
+def test_distribution_of_crops(root: Path) -> None:
+    one = labelled(root, "grid", [encode(grid(256, 256), "png")])
     at = cropped(RandomCrops(one, 16, area=(0.1, 0.5), ratio=(0.5, 2.0)), 800)
     area, ratio = at["width"] * at["height"] / 256**2, at["width"] / at["height"]
     assert 0.09 < area.min() < 0.12 and 0.47 < area.max() < 0.52
@@ -227,17 +227,17 @@ def test_crops_have_the_areas_ratios_places_and_mirror_images_that_were_asked_fo
     for middle, side in (("x", "width"), ("y", "height")):
         low, high = at[middle] - at[side] / 2, at[middle] + at[side] / 2
         assert -2 < low.min() < 3 and 253 < high.max() < 258, "up to both borders and not over them"
-        place = low / (256 - at[side])  # uniform in [0, 1]
-        assert abs(place.mean() - 0.5) < 0.04 and abs(place.var() - 1 / 12) < 0.01
+        offset = low / (256 - at[side])  # uniform in [0, 1]
+        assert abs(offset.mean() - 0.5) < 0.04 and abs(offset.var() - 1 / 12) < 0.01
     assert 340 < at["mirrored"].sum() < 460
     still = cropped(RandomCrops(one, 16, area=(1.0, 1.0), ratio=(1.0, 1.0), flip=False), 40)
     assert not still["mirrored"].any() and np.all(abs(still["width"] - 256) < 3)
 
 
 @pytest.mark.parametrize(("size", "box"), [((250, 20), (112, 0, 138, 20)), ((20, 250), (0, 112, 20, 139))])
-def test_a_crop_that_never_fits_is_the_centre(root: Path, size: Any, box: Any) -> None:
+def test_crop_falls_back_to_the_centre(root: Path, size: Any, box: Any) -> None:
     strip = grid(*size)
-    source = labelled(root, f"strip{size[0]}", [file(strip, "png")])
+    source = labelled(root, f"strip{size[0]}", [encode(strip, "png")])
     crops = RandomCrops(source, 16, area=(0.9, 1.0), ratio=(0.75, 1.3), flip=False)
     wanted = strip.crop(box).resize((16, 16), Image.Resampling.BILINEAR)
     found = drawn(crops, [0, 0], [0, 1]).astype(int)
@@ -245,21 +245,21 @@ def test_a_crop_that_never_fits_is_the_centre(root: Path, size: Any, box: Any) -
     assert np.abs(found[0] - np.asarray(wanted, int)).max() <= 1
 
 
-def test_a_large_jpeg_is_decoded_smaller_for_training_only(root: Path, monkeypatch: Any) -> None:
-    source = labelled(root, "large", [file(smooth(700, 500, seed=i), quality=95) for i in range(4)])
+def test_large_jpeg_is_decoded_smaller_in_training_only(root: Path, monkeypatch: Any) -> None:
+    source = labelled(root, "large", [encode(smooth(700, 500, seed=i), quality=95) for i in range(4)])
     crops = RandomCrops(source, SIZE, area=(0.5, 1.0))
-    asked: list[tuple[int, int]] = []
+    drafted: list[tuple[int, int]] = []
     real = JpegImagePlugin.JpegImageFile.draft
 
     def spy(self: Any, mode: Any, size: Any) -> Any:
-        asked.append(size)
+        drafted.append(size)
         return real(self, mode, size)
 
     monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", spy)
     crops.gather(np.arange(4))
-    assert not asked
+    assert not drafted
     fast = drawn(crops, range(4), [0] * 4).astype(int)
-    assert asked == [(87, 62)] * 4
+    assert drafted == [(87, 62)] * 4
     monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", lambda *args: None)
     slow = drawn(crops, range(4), [0] * 4).astype(int)
     assert 0 < np.abs(fast - slow).mean() < 1.5, "other pixels of the same crop"
@@ -269,28 +269,30 @@ def test_a_large_jpeg_is_decoded_smaller_for_training_only(root: Path, monkeypat
 
 
 def mistakes(batch: dict[str, np.ndarray]) -> np.ndarray:
-    """Share of each picture's pixels whose class is not the one that its colour says, beyond doubt."""
+    """Return the share of each image's pixels whose class clearly contradicts their colour."""
     red = batch["image"][..., 0].astype(int)
     wrong = (red > 100) != (batch["label"] == 0)
     return (wrong & (abs(red - 100) > 60)).mean((1, 2))
 
 
-def test_masks_follow_their_picture_through_crop_resize_and_mirror(boards: TFDS) -> None:
+def test_mask_is_cropped_resized_and_flipped_with_its_image(boards: TFDS) -> None:
     source = RandomCrops(boards, 64, mask="where", area=(0.2, 1.0))
     ids, epochs = np.arange(80) % 2, np.arange(80) // 2
     batch = source.draw(ids, epochs, 0)
     assert batch["label"].dtype == np.int32 and batch["label"].shape == (80, 64, 64)
     assert sorted(np.unique(batch["label"])) == [0, 2]
     assert mistakes(batch).max() < 0.01
-    assert mistakes({**batch, "label": batch["label"][:, :, ::-1]}).mean() > 0.3, "a mirror image is seen"
+    assert mistakes({**batch, "label": batch["label"][:, :, ::-1]}).mean() > 0.3, (
+        "a mirrored mask is detected"
+    )
     centre = Images(boards, 64, crop=1.0, mask="where").gather(np.arange(2))
     assert mistakes(centre).max() < 0.01
 
 
-def test_the_centre_of_a_mask_is_the_nearest_pixel(boards: TFDS) -> None:
+def test_mask_is_resized_by_nearest_neighbour(boards: TFDS) -> None:
     mask = np.asarray(board(120, 90, 15)[1]).astype(int)
     found = Images(boards, 90, crop=1.0, mask="where", offset=0).gather(np.arange(2))["label"]
-    for one in found:  # The second board is the first, five times as large.
+    for one in found:  # The second board is the first, enlarged five times.
         np.testing.assert_array_equal(one, mask[:, 15:105])
 
 
@@ -302,29 +304,29 @@ def test_the_centre_of_a_mask_is_the_nearest_pixel(boards: TFDS) -> None:
         (Image.new("RGB", (30, 20), 1), r"example 0 .* mask 'where' is RGB"),
     ],
 )
-def test_a_mask_that_cannot_be_meant_is_refused(tmp_path: Path, mask: Image.Image, message: str) -> None:
-    source = masked(tmp_path, "wrong", [(file(smooth(30, 20)), file(mask, "png"))])
+def test_invalid_mask_is_refused(tmp_path: Path, mask: Image.Image, message: str) -> None:
+    source = masked(tmp_path, "wrong", [(encode(smooth(30, 20)), encode(mask, "png"))])
     for use in (Images.gather, lambda s, ids: RandomCrops(source, 8, mask="where").draw(ids, ids, 0)):
         with pytest.raises(InputError, match=message) as caught:
             use(Images(source, 8, mask="where"), np.array([0]))
         assert "\n" not in str(caught.value)
 
 
-def test_palette_masks_are_read_by_number(tmp_path: Path) -> None:
+def test_palette_mask_is_read_by_index(tmp_path: Path) -> None:
     mask = board(60, 60, 15)[1]
     palette = mask.copy()
     palette.putpalette([9, 9, 9, 200, 0, 0, 0, 0, 0, 0, 200, 0])
-    source = masked(tmp_path, "palette", [(file(smooth(60, 60)), file(palette, "png"))])
+    source = masked(tmp_path, "palette", [(encode(smooth(60, 60)), encode(palette, "png"))])
     found = Images(source, 60, crop=1.0, mask="where").gather(np.array([0]))["label"][0]
     np.testing.assert_array_equal(found, np.asarray(mask).astype(int) - 1)
 
 
-# What users meet
+# Errors and metadata
 
 
 @pytest.mark.parametrize("damage", ["cut", "noise", "empty"])
-def test_a_broken_picture_is_named_in_one_line(tmp_path: Path, damage: str) -> None:
-    data = file(smooth(300, 200), quality=95)
+def test_damaged_image_is_located(tmp_path: Path, damage: str) -> None:
+    data = encode(smooth(300, 200), quality=95)
     broken = {"cut": data[: len(data) // 2], "noise": b"not a picture" * 9, "empty": b""}[damage]
     source = labelled(tmp_path, "broken", [broken])
     for use in (Images(source, 8).gather, lambda ids: RandomCrops(source, 8).draw(ids, ids, 0)):
@@ -335,21 +337,21 @@ def test_a_broken_picture_is_named_in_one_line(tmp_path: Path, damage: str) -> N
         assert "\n" not in str(caught.value)
 
 
-def test_features_of_another_kind_are_refused(photos: TFDS, boards: TFDS, root: Path) -> None:
+def test_wrong_feature_is_refused(photos: TFDS, boards: TFDS, root: Path) -> None:
     ids = np.array([0])
     for source, message in (
-        (Images(photos, 8, image="label"), "'label' holds no picture"),
-        (Images(boards, 8, label="text"), "'text' is no whole number"),
-        (Images(boards, 8, mask="text"), "'text' cannot be decoded|'text' holds no picture"),
+        (Images(photos, 8, image="label"), "'label' is not an image"),
+        (Images(boards, 8, label="text"), "'text' is not an integer"),
+        (Images(boards, 8, mask="text"), "'text' cannot be decoded|'text' is not an image"),
         (Images(photos, 8, label="colour"), "has no feature 'colour': it has image, label"),
-        (Images(labelled(root, "deep", [file(Image.new("I;16", (9, 9)), "png")]), 8), "more than 8 bits"),
+        (Images(labelled(root, "deep", [encode(Image.new("I;16", (9, 9)), "png")]), 8), "more than 8 bits"),
     ):
         with pytest.raises((InputError, RunError), match=message):
             source.gather(ids)
     with pytest.raises(IndexError):
         Images(photos, 8).gather(np.array([N]))
     bad = RandomCrops(photos, 8, stages=(lambda picture, draws: picture.resize((4, 4)),))
-    with pytest.raises(InputError, match="must return an RGB picture"):
+    with pytest.raises(InputError, match="must return an RGB image"):
         drawn(bad, [0], [0])
 
 
@@ -367,12 +369,12 @@ REFUSED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_settings_that_mean_nothing_are_refused(name: str) -> None:
+def test_invalid_settings_are_refused(name: str) -> None:
     with pytest.raises(InputError, match=name):
         REFUSED[name](TFDS("photos"))
 
 
-def test_what_is_known_of_the_data_set(photos: TFDS, boards: TFDS, tmp_path: Path) -> None:
+def test_metadata_of_the_data_set(photos: TFDS, boards: TFDS, tmp_path: Path) -> None:
     absent = TFDS("nothing", data_dir=str(tmp_path))
     for source in (Images(absent, 8), RandomCrops(absent, 8)):
         assert not source.prepared() and source.name == "nothing" and source.data_dir == str(tmp_path)
@@ -404,29 +406,29 @@ def test_importing_is_cheap() -> None:
 # Random numbers and RandAugment
 
 
-def test_the_random_numbers_never_change() -> None:
+def test_random_numbers_never_change() -> None:
     """Runs resume by these: if they differ, a resumed run sees other crops. Never update them."""
     draws = Draws(seed=1, epoch=2, example=3)
     got = [draws.integer(1000), draws.uniform(0.0, 1.0), draws.coin(0.5), draws.integer(1000)]
     assert got == [248, 0.04304472748440813, False, 358]
 
 
-def test_random_numbers_are_uniform_and_shared_with_nothing() -> None:
+def test_random_numbers_are_uniform_and_independent() -> None:
     draws = Draws(0, 0, 0)
-    whole = np.array([draws.integer(7) for _ in range(7000)])
-    assert np.bincount(whole, minlength=7).min() > 850 and whole.max() == 6
+    integers = np.array([draws.integer(7) for _ in range(7000)])
+    assert np.bincount(integers, minlength=7).min() > 850 and integers.max() == 6
     floats = np.array([draws.uniform(-1.0, 3.0) for _ in range(5000)])
     assert floats.min() >= -1 and floats.max() < 3 and abs(floats.mean() - 1) < 0.1
     assert abs(np.mean([draws.coin(0.2) for _ in range(5000)]) - 0.2) < 0.03
-    places = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 2**40)]
-    words = [Draws(*at).integer(2**64) for at in places]
+    keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 2**40)]
+    words = [Draws(*at).integer(2**64) for at in keys]
     words += np.random.Philox(key=np.zeros(2, np.uint64)).random_raw(4 * N).tolist()
-    assert len(set(words)) == len(words), "neither another example's nor the order's"
-    assert permutation(0, 0, N)[0] == np.argmin(words[len(places) : len(places) + N])
+    assert len(set(words)) == len(words), "no words are shared with other examples or with the permutation"
+    assert permutation(0, 0, N)[0] == np.argmin(words[len(keys) : len(keys) + N])
 
 
 @pytest.mark.parametrize("name", _operations())
-def test_each_operation_changes_the_picture_more_with_magnitude_and_not_at_all_at_0(name: str) -> None:
+def test_operations_scale_with_magnitude(name: str) -> None:
     picture = Image.eval(smooth(48, 40, seed=3), lambda v: 30 + v * 3 // 4)
     before = np.asarray(picture).astype(int)
 
@@ -445,7 +447,7 @@ def test_each_operation_changes_the_picture_more_with_magnitude_and_not_at_all_a
             assert 0 < change(0.3 * sign) < change(sign)
 
 
-def test_geometry_is_as_far_as_it_says() -> None:
+def test_geometric_operations_by_hand() -> None:
     picture, operations = grid(200, 100), _operations()
 
     def pixel(name: str, strength: float, column: int, row: int) -> list[int]:
@@ -461,7 +463,7 @@ def test_geometry_is_as_far_as_it_says() -> None:
     assert np.abs(np.array(pixel("rotate", -1.0, 140, 50)) - [135, 30, 0]).max() <= 1
 
 
-def test_colour_is_as_strong_as_it_says() -> None:
+def test_colour_operations_by_hand() -> None:
     picture, operations = Image.new("RGB", (4, 4), (100, 203, 31)), _operations()
 
     def pixel(name: str, strength: float) -> tuple[int, ...]:
@@ -473,7 +475,7 @@ def test_colour_is_as_strong_as_it_says() -> None:
     assert pixel("brightness", -1.0) == (10, 20, 3) and pixel("brightness", 1.0)[0] == 190
 
 
-def test_fourteen_operations_are_equally_likely_in_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operations_and_directions_are_uniform(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, float]] = []
     spies = {k: lambda p, s, k=k: seen.append((k, s)) or p for k in _operations()}  # type: ignore
     monkeypatch.setattr("jaxtrain.data.randaugment._operations", lambda: spies)
@@ -485,7 +487,7 @@ def test_fourteen_operations_are_equally_likely_in_both_directions(monkeypatch: 
     assert 1900 < sum(s > 0 for _, s in seen) < 2300
 
 
-def test_randaugment_is_pure_and_every_field_of_it_counts() -> None:
+def test_randaugment_is_pure_and_uses_every_field() -> None:
     picture = smooth(40, 30)
 
     def result(stage: RandAugment, example: int = 0) -> bytes:

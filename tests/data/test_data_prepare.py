@@ -1,4 +1,4 @@
-"""jaxtrain.data.prepare: real files bit for bit, made-up ones for everything that can go wrong."""
+"""jaxtrain.data.prepare: written files match the originals bit for bit, and errors are one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures_data import know, tiny_files, write
+from fixtures_data import patch_checksums, tiny_files, write
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.data.prepare import download, originals, prepare
@@ -34,9 +34,9 @@ NAMES = sorted(originals.ORIGINALS)
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder of made-up CIFAR-10 originals that pass for the real ones."""
+    """Write synthetic CIFAR-10 originals whose checksums are accepted."""
     files = tiny_files("cifar10")
-    know(monkeypatch, "cifar10", files)
+    patch_checksums(monkeypatch, "cifar10", files)
     return write(tmp_path / "originals", files)
 
 
@@ -49,8 +49,8 @@ def tar(path: Path, files: dict[str, bytes], mode: str = "w:gz") -> Path:
     return path
 
 
-def refusal(name: str, **arguments: object) -> str:
-    """The message of the InputError that ``prepare`` must end with: always one line."""
+def error_message(name: str, **arguments: object) -> str:
+    """Return the message of the InputError that ``prepare`` must raise: always one line."""
     with pytest.raises(InputError) as caught:
         prepare(name, **arguments)  # type: ignore[arg-type]
     message = str(caught.value)
@@ -65,22 +65,24 @@ def everything(name: str, split: str, root: Path) -> dict[str, np.ndarray]:
 
 @functools.cache
 def stock_order(split: str, count: int) -> np.ndarray:
-    """Positions in the original files, in the order of the stock TFDS data set."""
+    """Return positions in the original files, in the order of the stock TFDS data set."""
     from tensorflow_datasets.core import hashing
 
     hasher = hashing.Hasher(split)
     return np.array(sorted(range(count), key=hasher.hash_key))
 
 
-# Forms in which the originals may come.
+# Formats of the originals.
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_own_data_set(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_originals_match_the_stock_builders(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import tensorflow_datasets as tfds
 
     files = tiny_files(name)
-    know(monkeypatch, name, files)
+    patch_checksums(monkeypatch, name, files)
     folder = prepare(name, data_dir=tmp_path, source=write(tmp_path / "in" / "deep", files))
     assert folder == tmp_path / name / originals.ORIGINALS[name].version
     stock = tfds.builder_cls(name)
@@ -91,7 +93,7 @@ def test_every_own_data_set(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path
         assert np.array_equal(got["image"], data.images[order])
         for key, labels in data.labels.items():
             assert np.array_equal(got[key], labels[order])
-    # The stock builder takes it for its own: version, features and splits agree.
+    # The stock builder accepts it: version, features and splits agree.
     info = stock(data_dir=tmp_path).info
     assert folder.name == str(stock.VERSION) and list(info.splits) == ["train", "test"]
     written = tfds.builder_from_directory(folder).info.features
@@ -100,7 +102,7 @@ def test_every_own_data_set(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 @pytest.mark.parametrize("form", ["tar.gz", "tar", "tgz", "zip", "in folder", "gz", "no suffix"])
-def test_archives(form: str, tiny: Path, tmp_path: Path) -> None:
+def test_source_formats(form: str, tiny: Path, tmp_path: Path) -> None:
     files = {f"some/where/{p.name}": p.read_bytes() for p in tiny.iterdir()}
     files["some/where/readme.html"] = b"ignored"
     source = tmp_path / f"archive.{form}"
@@ -120,10 +122,10 @@ def test_archives(form: str, tiny: Path, tmp_path: Path) -> None:
     assert len(TFDS("cifar10", data_dir=str(tmp_path / "out"))) == 30
 
 
-def test_other_data_sets_files_do_not_confuse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_files_of_another_data_set_are_skipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # MNIST and Fashion-MNIST use the same file names.
     write(tmp_path / "in" / "a_fashion", {k: v[::-1] for k, v in tiny_files("mnist").items()})
-    know(monkeypatch, "mnist", tiny_files("mnist"))
+    patch_checksums(monkeypatch, "mnist", tiny_files("mnist"))
     write(tmp_path / "in" / "b_mnist", tiny_files("mnist"))
     prepare("mnist", data_dir=tmp_path, source=tmp_path / "in")
     mnist = TFDS("mnist", data_dir=str(tmp_path))
@@ -131,7 +133,7 @@ def test_other_data_sets_files_do_not_confuse(monkeypatch: pytest.MonkeyPatch, t
     assert sorted(mnist.gather(np.arange(len(mnist)))["label"]) == sorted(labels)
 
 
-# What is refused.
+# Errors.
 
 
 def test_one_flipped_bit_is_refused(tiny: Path, tmp_path: Path) -> None:
@@ -139,7 +141,7 @@ def test_one_flipped_bit_is_refused(tiny: Path, tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[4000] ^= 1
     path.write_bytes(data)
-    message = refusal("cifar10", data_dir=tmp_path / "out", source=tiny)
+    message = error_message("cifar10", data_dir=tmp_path / "out", source=tiny)
     found = hashlib.md5(data).hexdigest()
     expected = originals.ORIGINALS["cifar10"].members[2].digest
     assert str(path) in message and f"expected md5 {expected}, found {found}" in message
@@ -148,22 +150,22 @@ def test_one_flipped_bit_is_refused(tiny: Path, tmp_path: Path) -> None:
 
 def test_wrong_size_and_missing_file(tiny: Path, tmp_path: Path) -> None:
     path = tiny / "test_batch.bin"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1])
-    message = refusal("cifar10", data_dir=tmp_path / "out", source=tiny)
-    assert f"expected {len(whole)} bytes, found {len(whole) - 1}" in message
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    message = error_message("cifar10", data_dir=tmp_path / "out", source=tiny)
+    assert f"expected {len(data)} bytes, found {len(data) - 1}" in message
     path.unlink()
-    message = refusal("cifar10", data_dir=tmp_path / "out", source=tiny)
+    message = error_message("cifar10", data_dir=tmp_path / "out", source=tiny)
     assert "test_batch.bin" in message and "data_batch_1.bin" not in message
-    assert "no such file" in refusal("cifar10", data_dir=tmp_path, source=tmp_path / "nowhere")
+    assert "no such file" in error_message("cifar10", data_dir=tmp_path, source=tmp_path / "nowhere")
 
 
-def test_cut_archive_is_refused(tiny: Path, tmp_path: Path) -> None:
+def test_truncated_archive_is_refused(tiny: Path, tmp_path: Path) -> None:
     source = tar(tmp_path / "a.tar.gz", {p.name: p.read_bytes() for p in tiny.iterdir()})
     source.write_bytes(source.read_bytes()[:-20_000])
-    assert str(source) in refusal("cifar10", data_dir=tmp_path / "out", source=source)
+    assert str(source) in error_message("cifar10", data_dir=tmp_path / "out", source=source)
     source.write_bytes(b"<html>not found</html>")
-    assert "not a whole" in refusal("cifar10", data_dir=tmp_path / "out", source=source)
+    assert "not a complete" in error_message("cifar10", data_dir=tmp_path / "out", source=source)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -180,7 +182,7 @@ def test_python_pickles_are_never_opened(packed: bool, tiny: Path, tmp_path: Pat
     else:
         source = tmp_path / "cifar-10-batches-py"
         write(source, {Path(n).name: d for n, d in files.items()})
-    message = refusal("cifar10", data_dir=tmp_path / "out", source=source)
+    message = error_message("cifar10", data_dir=tmp_path / "out", source=source)
     assert "binary version" in message
     assert not (tmp_path / "boom").exists()
 
@@ -188,34 +190,34 @@ def test_python_pickles_are_never_opened(packed: bool, tiny: Path, tmp_path: Pat
 def test_label_out_of_range(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     files = tiny_files("cifar10")
     files["data_batch_2.bin"] = b"\x0a" + files["data_batch_2.bin"][1:]
-    know(monkeypatch, "cifar10", files)
+    patch_checksums(monkeypatch, "cifar10", files)
     source = write(tmp_path / "in", files)
-    message = refusal("cifar10", data_dir=tmp_path / "out", source=source)
+    message = error_message("cifar10", data_dir=tmp_path / "out", source=source)
     assert "label 10 of example 6 is out of range" in message
 
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    monkeypatch.setattr(socket, "socket", None)  # No network is asked.
-    assert "did you mean cifar10" in refusal("cifer10", data_dir=tmp_path)
-    assert "expected NAME" in refusal("hugging face:x", data_dir=tmp_path)
-    assert "only cifar10:3.0.2" in refusal("cifar10:1.0.0", data_dir=tmp_path)
-    message = refusal("svhn_cropped", data_dir=tmp_path)
+    monkeypatch.setattr(socket, "socket", None)  # No network access.
+    assert "did you mean cifar10" in error_message("cifer10", data_dir=tmp_path)
+    assert "expected NAME" in error_message("hugging face:x", data_dir=tmp_path)
+    assert "only cifar10:3.0.2" in error_message("cifar10:1.0.0", data_dir=tmp_path)
+    message = error_message("svhn_cropped", data_dir=tmp_path)
     assert "pip install 'jaxtrain[prepare]'" in message
 
 
-def test_other_folders_in_the_way_are_not_taken_for_the_data(tiny: Path, tmp_path: Path) -> None:
+def test_unfinished_folder_is_refused(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out" / "cifar10" / "3.0.2"
     folder.mkdir(parents=True)
     arguments = {"data_dir": tmp_path / "out", "source": tiny}
-    assert "no complete data set" in refusal("cifar10", **arguments)
+    assert "no complete data set" in error_message("cifar10", **arguments)
     (folder / "features.json").write_text("{}")
     (folder / "dataset_info.json").write_text('{"fileFormat": "tfrecord"}')
-    assert "holds tfrecord files" in refusal("cifar10", **arguments)
+    assert "holds tfrecord files" in error_message("cifar10", **arguments)
     assert not TFDS("cifar10", data_dir=str(tmp_path / "out")).prepared()
 
 
-# Fetching.
+# Downloads.
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
@@ -236,7 +238,7 @@ def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
         thread.join()
 
 
-def test_fetch_with_progress(
+def test_download_with_progress(
     tiny: Path, tmp_path: Path, server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {f"x/{p.name}": p.read_bytes() for p in tiny.iterdir()}
@@ -245,21 +247,21 @@ def test_fetch_with_progress(
     monkeypatch.setattr(download, "_BLOCK", 10_000)
     calls: list[tuple[str, int, int]] = []
     prepare("cifar10", data_dir=tmp_path / "out", progress=lambda *call: calls.append(call))
-    fetched = [c for c in calls if c[0] == "cifar-10-binary.tar.gz"]
-    assert len(fetched) > 3 and fetched[-1][1:] == (size, size)
+    downloads = [c for c in calls if c[0] == "cifar-10-binary.tar.gz"]
+    assert len(downloads) > 3 and downloads[-1][1:] == (size, size)
     assert ("cifar10/train", 30, 30) in calls and ("cifar10/test", 6, 6) in calls
     assert len(TFDS("cifar10", data_dir=str(tmp_path / "out"))) == 30
 
 
-def test_fetched_rubbish_names_the_file(
+def test_wrong_download_is_named(
     tiny: Path, tmp_path: Path, server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (server[0] / "cifar-10-binary.tar.gz").write_bytes(b"<html>sign in</html>")
     monkeypatch.setitem(download.URLS, "cifar10", (server[1] + "cifar-10-binary.tar.gz",))
-    message = refusal("cifar10", data_dir=tmp_path / "out")
-    assert message.startswith("fetched cifar-10-binary.tar.gz")
+    message = error_message("cifar10", data_dir=tmp_path / "out")
+    assert message.startswith("downloaded cifar-10-binary.tar.gz")
     monkeypatch.setitem(download.URLS, "cifar10", (server[1] + "absent.tar.gz",))
-    assert "File not found" in refusal("cifar10", data_dir=tmp_path / "out")
+    assert "File not found" in error_message("cifar10", data_dir=tmp_path / "out")
 
 
 def test_no_network_fails_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,24 +271,24 @@ def test_no_network_fails_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     urls = tuple(f"http://127.0.0.1:{port}/{u.rsplit('/')[-1]}" for u in download.URLS["mnist"])
     monkeypatch.setitem(download.URLS, "mnist", urls)
     start = time.monotonic()
-    message = refusal("mnist", data_dir=tmp_path)
+    message = error_message("mnist", data_dir=tmp_path)
     assert time.monotonic() - start < 5
     assert f"python -m jaxtrain prepare mnist --data-dir {tmp_path} --from DIR_OR_TAR" in message
     assert urls[0] in message and "t10k-labels-idx1-ubyte.gz" in message
 
 
-def test_a_network_that_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_that_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = threading.Event()
     monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: done.wait(10))
     monkeypatch.setattr(download, "_CONNECT_SECONDS", 0.2)
     assert download._SOCKET_SECONDS <= 5  # With 8 s to connect: under 10 s in all.
     start = time.monotonic()
-    assert "no answer" in refusal("mnist", data_dir=tmp_path)
+    assert "no answer" in error_message("mnist", data_dir=tmp_path)
     assert time.monotonic() - start < 5
     done.set()
 
 
-def test_a_cut_connection_is_noticed(
+def test_cut_connection_is_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: tuple[Path, str]
 ) -> None:
     def cut(self: http.server.SimpleHTTPRequestHandler) -> None:
@@ -297,10 +299,10 @@ def test_a_cut_connection_is_noticed(
 
     monkeypatch.setattr(_Quiet, "do_GET", cut)
     monkeypatch.setitem(download.URLS, "cifar10", (server[1] + "cifar-10-binary.tar.gz",))
-    assert "after 50 of 100000 bytes" in refusal("cifar10", data_dir=tmp_path)
+    assert "after 50 of 100000 bytes" in error_message("cifar10", data_dir=tmp_path)
 
 
-# Whole or not at all.
+# Atomic writes.
 
 
 def test_idempotent_and_silent(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
@@ -314,7 +316,7 @@ def test_idempotent_and_silent(tiny: Path, tmp_path: Path, capfd: pytest.Capture
     assert [p.name for p in out.rglob("*") if p.is_dir()] == ["cifar10", "3.0.2"]
 
 
-def test_a_failure_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
+def test_failure_leaves_no_files(tiny: Path, tmp_path: Path) -> None:
     def fail(label: str, done: int, total: int) -> None:
         raise ZeroDivisionError
 
@@ -327,11 +329,11 @@ _CHILD = """
 import os, pathlib, signal, sys, time
 sys.path[:0] = sys.argv[1:3]
 import pytest
-from fixtures_data import know, tiny_files
+from fixtures_data import patch_checksums, tiny_files
 from jaxtrain.data.prepare import prepare
 
 root, mode, other = pathlib.Path(sys.argv[3]), sys.argv[4], int(sys.argv[5])
-know(pytest.MonkeyPatch(), "cifar10", tiny_files("cifar10"))
+patch_checksums(pytest.MonkeyPatch(), "cifar10", tiny_files("cifar10"))
 
 def progress(label, done, total):
     if mode == "die" and label == "cifar10/test":
@@ -361,17 +363,17 @@ def test_killed_halfway(tiny: Path, tmp_path: Path) -> None:
     (left,) = (tmp_path / "out" / "cifar10").iterdir()
     os.utime(left, (0, 0))
     for path in left.rglob("*"):
-        os.utime(path, (0, 0))  # Long ago, so no running process can own it.
+        os.utime(path, (0, 0))  # Old enough that no running process can own it.
     folder = prepare("cifar10", data_dir=tmp_path / "out", source=tiny)
     assert list(folder.parent.iterdir()) == [folder]
     assert len(everything("cifar10", "train", tmp_path / "out")["label"]) == 30
 
 
 def test_two_processes_at_once(tiny: Path, tmp_path: Path) -> None:
-    # Each waits until the other is writing too.
+    # Each waits until the other is writing as well.
     both = [child(tmp_path, "race", 0), child(tmp_path, "race", 1)]
-    said = [process.communicate(timeout=90)[0].strip() for process in both]
+    printed = [process.communicate(timeout=90)[0].strip() for process in both]
     folder = tmp_path / "out" / "cifar10" / "3.0.2"
-    assert [p.returncode for p in both] == [0, 0] and said == [str(folder)] * 2
+    assert [p.returncode for p in both] == [0, 0] and printed == [str(folder)] * 2
     assert list(folder.parent.iterdir()) == [folder]
     assert len(everything("cifar10", "train", tmp_path / "out")["label"]) == 30

@@ -1,4 +1,4 @@
-"""jaxtrain.data.tfds: reading, without TensorFlow, without a network."""
+"""jaxtrain.data.tfds: reading without TensorFlow and without a network."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fixtures_data import know, tiny_files, write, write_tfds
+from fixtures_data import patch_checksums, tiny_files, write, write_tfds
 from PIL import Image
 
 from jaxtrain.core.errors import InputError, RunError
-from jaxtrain.data.data_dir import default_data_dir, find_folder
+from jaxtrain.data.data_dir import default_data_dir, find_prepared
 from jaxtrain.data.prepare import prepare
 from jaxtrain.data.tfds import TFDS
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data_dir with a made-up CIFAR-10 of 3,000 training and 600 test examples."""
+    """A data_dir with a synthetic CIFAR-10 of 3,000 training and 600 test examples."""
     folder = tmp_path_factory.mktemp("tfds")
     with pytest.MonkeyPatch.context() as patch:
         files = tiny_files("cifar10", 600)
-        know(patch, "cifar10", files)
+        patch_checksums(patch, "cifar10", files)
         prepare("cifar10", data_dir=folder, source=write(folder / "originals", files))
     return folder
 
@@ -68,7 +68,7 @@ def test_splits(root: Path) -> None:
     np.testing.assert_array_equal(np.concatenate(parts), labels("train"))
     assert len(labels("train+test")) == 3600
     for split in ("valid", "train[", "", "train[:0%]"):
-        with pytest.raises(InputError, match=r"train, test|holds no example"):
+        with pytest.raises(InputError, match=r"train, test|is empty"):
             len(TFDS("cifar10", split, data_dir=str(root)))
 
 
@@ -80,7 +80,7 @@ def test_indices_out_of_range(root: Path) -> None:
 
 
 def test_not_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "socket", None)  # A network would be noticed.
+    monkeypatch.setattr(socket, "socket", None)  # Network access would fail.
     mnist = TFDS("mnist", data_dir=str(tmp_path))
     assert not mnist.prepared()
     for use in (len, lambda s: s.gather(np.arange(1)), lambda s: s.classes):
@@ -115,19 +115,19 @@ def test_versions_configs_and_formats(tmp_path: Path) -> None:
 
     old, new = put("a/1.9.0"), put("a/1.10.0")
     put("a/incomplete.ABCDEF_2.0.0")
-    assert find_folder("a", tmp_path) == new
-    assert find_folder("a:1.9.0", tmp_path) == old == find_folder("a:1.9.*", tmp_path)
-    assert find_folder("a:3.0.0", tmp_path) is None
+    assert find_prepared("a", tmp_path) == new
+    assert find_prepared("a:1.9.0", tmp_path) == old == find_prepared("a:1.9.*", tmp_path)
+    assert find_prepared("a:3.0.0", tmp_path) is None
     text = put("b/plain/1.0.0")
-    assert find_folder("b/plain", tmp_path) == text and find_folder("b", tmp_path) is None
+    assert find_prepared("b/plain", tmp_path) == text and find_prepared("b", tmp_path) is None
     write(tmp_path / "b" / ".config", {"metadata.json": b'{"default_config_name": "plain"}'})
-    assert find_folder("b", tmp_path) == text
+    assert find_prepared("b", tmp_path) == text
     put("c/1.0.0", "tfrecord")
     with pytest.raises(InputError, match="holds tfrecord files, which need TensorFlow"):
         len(TFDS("c", data_dir=str(tmp_path)))
 
 
-def test_a_value_not_a_handle(root: Path) -> None:
+def test_source_is_a_picklable_value(root: Path) -> None:
     source = TFDS("cifar10", "test", data_dir=str(root))
     fresh = dataclasses.replace(source)
     before = (repr(source), hash(source), pickle.dumps(source))
@@ -138,8 +138,8 @@ def test_a_value_not_a_handle(root: Path) -> None:
     np.testing.assert_array_equal(copy.gather(np.arange(20))["image"], first["image"])
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        there = pool.submit(source.gather, np.arange(20)).result(60)
-    np.testing.assert_array_equal(there["image"], first["image"])
+        other = pool.submit(source.gather, np.arange(20)).result(60)
+    np.testing.assert_array_equal(other["image"], first["image"])
 
 
 def test_files_are_opened_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,17 +162,17 @@ def test_files_are_opened_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_threads(root: Path) -> None:
     train = TFDS("cifar10", "train[1:]", data_dir=str(root))
     rng = np.random.default_rng(1)
-    asked = [rng.integers(0, 2999, 700) for _ in range(16)]
+    requests = [rng.integers(0, 2999, 700) for _ in range(16)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # The first calls open the files.
-        got = list(pool.map(train.gather, asked))
+        batches = list(pool.map(train.gather, requests))
     everything = train.gather(np.arange(2999))
-    for indices, batch in zip(asked, got, strict=True):
+    for indices, batch in zip(requests, batches, strict=True):
         assert np.array_equal(batch["image"], everything["image"][indices])
         assert np.array_equal(batch["label"], everything["label"][indices])
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
-def test_damage_is_noticed(damage: str, root: Path, tmp_path: Path) -> None:
+def test_damage_is_detected(damage: str, root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "cifar10", tmp_path / "cifar10")
     (path,) = tmp_path.rglob("cifar10-test.array_record*")
     data = bytearray(path.read_bytes())
@@ -182,7 +182,7 @@ def test_damage_is_noticed(damage: str, root: Path, tmp_path: Path) -> None:
         path.unlink()
     test = TFDS("cifar10", "test", data_dir=str(tmp_path))
     with pytest.raises(RunError, match="run: python -m jaxtrain prepare cifar10") as caught:
-        # A missing file is noticed before any example is asked for.
+        # A missing file is detected before any example is read.
         len(test) if damage == "gone" else test.gather(np.arange(600))
     assert "\n" not in str(caught.value)
 
@@ -202,7 +202,7 @@ def test_other_features(tmp_path: Path) -> None:
     )
     examples = [
         {
-            # A grey file among colour ones.
+            # A grey file among RGB ones.
             "picture": encoded(image if i % 2 else np.stack([image] * 3, -1)),
             "score": i / 2,
             "text": "x",

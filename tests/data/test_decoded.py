@@ -1,4 +1,4 @@
-"""A data set that was decoded once is read as arrays the next time, if they are what was written."""
+"""jaxtrain.data.decoded_cache: decoded arrays are loaded from disk the next time, if undamaged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FIELDS = {"image": np.arange(24, dtype=np.uint8).reshape(4, 3, 2), "label": np.a
 @pytest.fixture(autouse=True)
 def home(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    monkeypatch.setattr(decoded_cache, "WORTH", 0.0)
+    monkeypatch.setattr(decoded_cache, "MIN_SECONDS", 0.0)
     return tmp_path / "caches" / "jaxtrain" / "decoded"
 
 
@@ -32,8 +32,8 @@ class Decoder:
         return self.fields
 
 
-def read(decode, identity="ab"):
-    found = decoded_cache.arrays(identity, decode)
+def read(decode, fingerprint="ab"):
+    found = decoded_cache.load_or_decode(fingerprint, decode)
     assert found.keys() == FIELDS.keys()
     for name, array in found.items():
         np.testing.assert_array_equal(array, FIELDS[name])
@@ -49,7 +49,7 @@ def test_decoded_once(home):
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "about"])
-def test_damaged_arrays_are_decoded_again_and_mended(damage, home):
+def test_damaged_arrays_are_decoded_again(damage, home):
     decode = Decoder()
     read(decode)
     path = home / "ab" / ("about.json" if damage == "about" else "0.npy")
@@ -62,12 +62,12 @@ def test_damaged_arrays_are_decoded_again_and_mended(damage, home):
     assert [read(decode), read(decode)] == [2, 2]
 
 
-def test_what_is_decoded_fast_is_not_kept(home, monkeypatch):
-    monkeypatch.setattr(decoded_cache, "WORTH", 60.0)
+def test_fast_decoding_is_not_cached(home, monkeypatch):
+    monkeypatch.setattr(decoded_cache, "MIN_SECONDS", 60.0)
     assert [read(Decoder()), read(Decoder())] == [1, 1] and list(home.iterdir()) == []
 
 
-def test_nothing_is_kept_where_it_is_not_wanted_or_cannot_be(home, monkeypatch, tmp_path):
+def test_no_cache_when_disabled_or_unsafe(home, monkeypatch, tmp_path):
     monkeypatch.setenv("JAXTRAIN_CACHE", "off")
     decode = Decoder()
     assert [read(decode), read(decode)] == [1, 2] and not home.exists()
@@ -77,34 +77,34 @@ def test_nothing_is_kept_where_it_is_not_wanted_or_cannot_be(home, monkeypatch, 
     assert [read(decode), read(decode)] == [3, 4]
     home.mkdir(parents=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    home.chmod(0o777)  # others could write what is read here
+    home.chmod(0o777)  # other users could write to it
     assert [read(decode), read(decode)] == [5, 6]
 
 
-def test_the_least_recently_used_go_first(home):
+def test_least_recently_used_are_removed_first(home):
     for k, name in enumerate("abc"):
         read(Decoder(), name)
         os.utime(home / name, (1000 + k, 1000 + k))
     read(Decoder(), "a")
-    (home / ".part-x").mkdir()  # of a process that was killed
+    (home / ".part-x").mkdir()  # left by a killed process
     os.utime(home / ".part-x", (0, 0))
     size = sum(file.stat().st_size for file in (home / "a").iterdir())
     decoded_cache._trim(home, 2 * size)
     assert sorted(path.name for path in home.iterdir()) == ["a", "c"]
 
 
-def test_a_data_set_is_told_from_every_other(home, tmp_path):
+def test_fingerprint_depends_on_split_and_files(home, tmp_path):
     features = {"x": tfds.features.Tensor(shape=(2,), dtype=np.float32)}
     rows = [{"x": np.full(2, k, np.float32)} for k in range(3)]
     write_tfds(tmp_path / "data", "small", features, train=rows, test=rows)
     train, test = (TFDS("small", split, str(tmp_path / "data")) for split in ("train", "test"))
-    assert train.identity() == dataclasses.replace(train).identity() != test.identity()
+    assert train.fingerprint() == dataclasses.replace(train).fingerprint() != test.fingerprint()
     before = in_memory(train, 10**9).fields
-    assert [path.name for path in home.iterdir()] == [train.identity()]
+    assert [path.name for path in home.iterdir()] == [train.fingerprint()]
     again = in_memory(train, 10**9).fields
     for fields in (before, again):
         assert sorted(fields["x"][:, 0].tolist()) == [0, 1, 2] and fields["x"].dtype == np.float32
     (path,) = (tmp_path / "data").rglob("*train*array_record*")
-    os.utime(path, (time.time(), 12345))  # it was written again
+    os.utime(path, (time.time(), 12345))  # rewritten
     np.testing.assert_array_equal(in_memory(train, 10**9).fields["x"], before["x"])
     assert len(list(home.iterdir())) == 2

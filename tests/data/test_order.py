@@ -25,14 +25,14 @@ def crc(values: np.ndarray) -> int:
 
 @pytest.mark.parametrize(("n", "batch"), SIZES)
 @pytest.mark.parametrize("seed", [0, -5, 2**40])
-def test_wrapped_batches_are_whole_permutations_end_to_end(seed: int, n: int, batch: int) -> None:
+def test_batches_are_concatenated_permutations(seed: int, n: int, batch: int) -> None:
     order, epochs = Order(seed, n, batch), 4
     visited = stream(order, -(-epochs * n // batch))[: epochs * n].reshape(epochs, n)
     np.testing.assert_array_equal(np.sort(visited), np.tile(np.arange(n), (epochs, 1)))
 
 
 @pytest.mark.parametrize(("n", "batch"), [(n, batch) for n, batch in SIZES if batch <= n])
-def test_dropped_batches_are_permutations_cut_to_whole_batches(n: int, batch: int) -> None:
+def test_drop_remainder_truncates_permutations(n: int, batch: int) -> None:
     order, per_epoch = Order(0, n, batch, True), n // batch
     visited = stream(order, 4 * per_epoch).reshape(4, per_epoch * batch)
     for epoch, row in enumerate(visited):
@@ -40,7 +40,7 @@ def test_dropped_batches_are_permutations_cut_to_whole_batches(n: int, batch: in
         np.testing.assert_array_equal(row, permutation(0, epoch, n)[: per_epoch * batch])
 
 
-def test_dropped_examples_are_others_in_every_epoch() -> None:
+def test_dropped_examples_differ_between_epochs() -> None:
     order = Order(0, 10, 4, True)
     left = {frozenset(range(10)) - {*order.indices(2 * e), *order.indices(2 * e + 1)} for e in range(4)}
     assert all(len(ids) == 2 for ids in left)
@@ -49,7 +49,7 @@ def test_dropped_examples_are_others_in_every_epoch() -> None:
 
 @pytest.mark.parametrize("drop_remainder", [False, True])
 @pytest.mark.parametrize(("n", "batch"), [(10, 3), (7, 7)])
-def test_every_batch_is_whole_and_int64(n: int, batch: int, drop_remainder: Any) -> None:
+def test_every_batch_is_full_and_int64(n: int, batch: int, drop_remainder: Any) -> None:
     for step in range(20):
         ids = Order(0, n, batch, drop_remainder).indices(step)
         assert ids.shape == (batch,) and ids.dtype == np.int64
@@ -57,7 +57,7 @@ def test_every_batch_is_whole_and_int64(n: int, batch: int, drop_remainder: Any)
 
 
 @pytest.mark.parametrize("drop_remainder", [False, True])
-def test_a_batch_does_not_depend_on_what_was_asked_before(drop_remainder: Any) -> None:
+def test_batch_does_not_depend_on_earlier_calls(drop_remainder: Any) -> None:
     order, steps = Order(3, 10, 4, drop_remainder), list(range(30))
     forwards = {step: order.indices(step).tolist() for step in steps}
     np.random.default_rng(0).shuffle(steps)
@@ -66,18 +66,18 @@ def test_a_batch_does_not_depend_on_what_was_asked_before(drop_remainder: Any) -
         assert Order(3, 10, 4, drop_remainder).indices(step).tolist() == forwards[step]
 
 
-def test_a_batch_cannot_be_spoilt_by_who_received_it() -> None:
+def test_batch_is_read_only() -> None:
     order = Order(0, 4, 4)
     with pytest.raises(ValueError, match="read-only"):
         order.indices(0)[:] = 0
     assert sorted(order.indices(0).tolist()) == [0, 1, 2, 3]
 
 
-def test_a_step_of_a_very_long_run_costs_one_permutation() -> None:
+def test_late_step_costs_one_permutation() -> None:
     assert sorted(Order(0, 5, 5).indices(10**15).tolist()) == [0, 1, 2, 3, 4]
 
 
-def test_other_seeds_and_other_epochs_are_other_permutations() -> None:
+def test_permutations_differ_between_seeds_and_epochs() -> None:
     seen = [permutation(seed, epoch, 20).tobytes() for seed in range(-3, 30) for epoch in range(30)]
     assert len(set(seen)) == len(seen)
 
@@ -98,13 +98,13 @@ def test_no_two_consecutive_epochs_are_equal(n: int) -> None:
         (2**31 - 1, -1, 1000, 310592093),
     ],
 )
-def test_permutations_are_the_same_for_ever(seed: int, epoch: int, n: int, expected: int) -> None:
-    """Never update these: a run started with an older version would go on with other batches."""
+def test_permutations_never_change(seed: int, epoch: int, n: int, expected: int) -> None:
+    """Never update these: a resumed run of an older version would get other batches."""
     assert crc(permutation(seed, epoch, n)) == expected
 
 
-def test_batches_are_the_same_for_ever() -> None:
-    """Never update these either: they pin where batches begin."""
+def test_batches_never_change() -> None:
+    """Never update these either: they fix where batches start."""
     assert crc(stream(Order(7, 100, 32), 50)) == 2269748630
     assert crc(stream(Order(7, 100, 32, True), 50)) == 1106100308
 
@@ -184,20 +184,20 @@ def test_sequential_visits_each_example_once_and_masks_the_padding(n: int) -> No
     np.testing.assert_array_equal(visited, np.arange(n))
 
 
-@pytest.mark.parametrize(("n", "part", "held"), [(10, 0.2, 2), (10, 3, 3), (1437, 0.1, 144), (2, 0.5, 1)])
+@pytest.mark.parametrize(("n", "part", "count"), [(10, 0.2, 2), (10, 3, 3), (1437, 0.1, 144), (2, 0.5, 1)])
 @pytest.mark.parametrize("seed", [0, 9])
-def test_holdout_is_a_sorted_disjoint_complete_split(n: int, part: float, held: int, seed: int) -> None:
-    kept, out = holdout(n, part, seed)
-    assert len(out) == held
-    np.testing.assert_array_equal(np.sort(np.concatenate([kept, out])), np.arange(n))
-    assert np.all(np.diff(kept) > 0) and np.all(np.diff(out) > 0)
+def test_holdout_is_a_sorted_disjoint_complete_split(n: int, part: float, count: int, seed: int) -> None:
+    train, valid = holdout(n, part, seed)
+    assert len(valid) == count
+    np.testing.assert_array_equal(np.sort(np.concatenate([train, valid])), np.arange(n))
+    assert np.all(np.diff(train) > 0) and np.all(np.diff(valid) > 0)
 
 
 def test_holdout_is_fixed_by_its_seed_and_random() -> None:
     first = holdout(1000, 0.1)[1]
     permutation.cache_clear()
     np.testing.assert_array_equal(holdout(1000, 0.1)[1], first)
-    assert crc(first) == 2363226796  # never update: old runs would validate on what they trained on
+    assert crc(first) == 2363226796  # never update: resumed runs would validate on training examples
     other = holdout(1000, 0.1, seed=1)[1]
     assert 0 < len(np.intersect1d(first, other)) < 40
     assert 300 < first.mean() < 700
@@ -208,17 +208,17 @@ def test_a_larger_holdout_contains_the_smaller() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_holdout_is_none_of_the_runs_own_epochs(seed: int) -> None:
-    held = set(holdout(50, 10)[1].tolist())
-    assert all(set(permutation(seed, epoch, 50)[:10].tolist()) != held for epoch in range(100))
+def test_holdout_is_independent_of_the_epochs(seed: int) -> None:
+    valid = set(holdout(50, 10)[1].tolist())
+    assert all(set(permutation(seed, epoch, 50)[:10].tolist()) != valid for epoch in range(100))
 
 
-def test_runs_of_all_seeds_hold_out_the_same_examples(mesh1: Any) -> None:
+def test_holdout_is_the_same_for_all_run_seeds(mesh1: Any) -> None:
     from jaxtrain import data, losses, models, optim
     from jaxtrain.experiment import Experiment
     from jaxtrain.program.splits import open_sources
 
-    def held(seed: int) -> np.ndarray:
+    def validation_images(seed: int) -> np.ndarray:
         source = data.Synthetic(n=40, shape=(2, 2, 1))
         experiment = Experiment(
             model=models.MLP(),
@@ -235,7 +235,7 @@ def test_runs_of_all_seeds_hold_out_the_same_examples(mesh1: Any) -> None:
         assert (len(sources["train"]), len(sources["valid"])) == (30, 10)
         return sources["valid"].gather(np.arange(10))["image"]
 
-    np.testing.assert_array_equal(held(0), held(1))
+    np.testing.assert_array_equal(validation_images(0), validation_images(1))
 
 
 @pytest.mark.parametrize("part", [0, 1.0e-3, 10, 11, 2.5, -1, -0.2, 0.99])

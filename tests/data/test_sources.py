@@ -1,4 +1,4 @@
-"""jaxtrain.data.sources: what each source gives, and that it is a pure function of the ids."""
+"""jaxtrain.data.sources: the examples of each source, as a pure function of the ids."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_source_gathers_the_same_examples_whatever_is_asked_with_them(name: str) -> None:
+def test_gather_does_not_depend_on_the_batch(name: str) -> None:
     source = SOURCES[name]
     assert isinstance(source, Source)
-    whole = source.gather(np.arange(len(source)))
+    full = source.gather(np.arange(len(source)))
     for ids in ([3], [5, 3, 5], [len(source) - 1, 0], []):
         part = source.gather(np.array(ids, np.int64))
-        assert part.keys() == whole.keys()
+        assert part.keys() == full.keys()
         for field, array in part.items():
-            np.testing.assert_array_equal(array, whole[field][ids])
-            assert array.dtype == whole[field].dtype
+            np.testing.assert_array_equal(array, full[field][ids])
+            assert array.dtype == full[field].dtype
 
 
 def everything(split: Any) -> dict[str, np.ndarray]:
@@ -40,14 +40,14 @@ def everything(split: Any) -> dict[str, np.ndarray]:
     return source.gather(np.arange(len(source)))
 
 
-def test_digits_are_split_once_and_for_all_and_stratified() -> None:
+def test_digits_split_is_fixed_and_stratified() -> None:
     train, test = everything("train"), everything("test")
     assert (len(train["label"]), len(test["label"])) == (1437, 360)
     in_train, in_test = np.bincount(train["label"]), np.bincount(test["label"])
     assert np.all(np.abs(in_test - (in_train + in_test) / 5) <= 1)
 
 
-def test_digits_are_scikit_learns_each_in_one_split() -> None:
+def test_digits_splits_partition_scikit_learns_digits() -> None:
     from sklearn.datasets import load_digits
 
     def count(images: np.ndarray, labels: np.ndarray) -> collections.Counter[Any]:
@@ -76,7 +76,7 @@ def test_digits_have_no_other_split() -> None:
         Digits("valid")  # type: ignore[arg-type]
 
 
-def test_a_gathered_batch_is_a_copy() -> None:
+def test_gathered_batch_is_a_copy() -> None:
     Digits().gather(np.arange(2))["image"][:] = 99
     assert Digits().gather(np.arange(2))["image"].max() <= 16
 
@@ -97,7 +97,7 @@ def test_arrays_without_one_common_length_are_refused(fields: Any) -> None:
         Arrays(fields)
 
 
-def test_arrays_take_lists_and_do_not_follow_the_callers_dict() -> None:
+def test_arrays_convert_lists_and_copy_the_dict() -> None:
     fields: dict[str, Any] = {"label": [3, 1, 2]}
     source = Arrays(fields)
     fields["late"] = [0]
@@ -105,15 +105,15 @@ def test_arrays_take_lists_and_do_not_follow_the_callers_dict() -> None:
     assert {k: v.tolist() for k, v in source.gather(np.array([2, 0])).items()} == {"label": [2, 3]}
 
 
-def test_subset_of_a_subset_goes_through_both_in_order() -> None:
-    whole = Arrays({"label": np.arange(10) * 10})
-    inner = Subset(whole, np.array([9, 7, 5, 3, 1]))
+def test_subset_of_a_subset() -> None:
+    full = Arrays({"label": np.arange(10) * 10})
+    inner = Subset(full, np.array([9, 7, 5, 3, 1]))
     outer = Subset(inner, np.array([4, 0]))
     assert len(outer) == 2
     assert outer.gather(np.array([0, 1, 1]))["label"].tolist() == [10, 90, 90]
 
 
-def test_synthetic_is_the_same_every_time_and_its_splits_share_patterns() -> None:
+def test_synthetic_is_deterministic() -> None:
     ids = np.arange(60)
     first, again = SMALL.gather(ids), dataclasses.replace(SMALL).gather(ids)
     np.testing.assert_array_equal(first["image"], again["image"])
@@ -122,7 +122,7 @@ def test_synthetic_is_the_same_every_time_and_its_splits_share_patterns() -> Non
     assert first["image"].dtype == np.uint8 and first["label"].dtype == np.int32
 
 
-def test_synthetic_is_learnable_on_one_split_for_the_other() -> None:
+def test_synthetic_generalises_between_splits() -> None:
     train = Synthetic(n=200, shape=(8, 8, 1)).gather(np.arange(200))
     test = Synthetic(n=100, shape=(8, 8, 1), split="test").gather(np.arange(100))
     means = np.stack([train["image"][train["label"] == c].mean(0) for c in range(10)])
@@ -159,17 +159,17 @@ def test_every_field_of_a_source_changes_its_examples(cls: type, field: str) -> 
 
 
 @pytest.mark.parametrize("source", [SMALL, SOURCES["arrays"]], ids=["made", "arrays"])
-def test_in_memory_holds_what_fits_the_limit_exactly(source: Any) -> None:
-    whole = source.gather(np.arange(60))
-    size = sum(array.nbytes for array in whole.values())
-    held = in_memory(source, size)
-    assert isinstance(held, Arrays)
-    for name, array in whole.items():
-        np.testing.assert_array_equal(held.fields[name], array)
+def test_in_memory_respects_the_limit(source: Any) -> None:
+    full = source.gather(np.arange(60))
+    size = sum(array.nbytes for array in full.values())
+    loaded = in_memory(source, size)
+    assert isinstance(loaded, Arrays)
+    for name, array in full.items():
+        np.testing.assert_array_equal(loaded.fields[name], array)
     assert in_memory(source, size - 1) is None
 
 
-def test_in_memory_does_not_read_what_cannot_fit() -> None:
+def test_in_memory_does_not_read_large_sources() -> None:
     class Huge:
         def __len__(self) -> int:
             return 10**12

@@ -1,4 +1,4 @@
-"""jaxtrain.data.text: windows for the next byte, and labelled texts as bytes or words."""
+"""jaxtrain.data.text: windows for next-byte prediction, and labelled texts as bytes or words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from fixtures_data import check_fresh_process, real_data, write_tfds
 
 from jaxtrain.core.errors import InputError
-from jaxtrain.data import text
+from jaxtrain.data import text, word_tokenizer
 from jaxtrain.data.sources import Source
 from jaxtrain.data.text import LabelledText, TextWindows
 from jaxtrain.experiment import override
@@ -53,7 +53,7 @@ def corpus(folder: Path, size: int = 1000) -> tuple[str, np.ndarray]:
 
 
 def polarity(folder: Path, count: int = 20) -> tuple[str, str]:
-    """Two files of numbered lines, with gaps and every kind of line end."""
+    """Write two files of numbered lines, with empty lines and every kind of line ending."""
     for name in ("neg", "pos"):
         rows = [line(name, i) + (b"\r\n", b"\n", b"\n \n\n")[i % 3] for i in range(count)]
         (folder / f"{name}.txt").write_bytes(b"".join(rows).rstrip(b"\n"))
@@ -82,7 +82,7 @@ def sources(folder: Path, root: str) -> list[Any]:
 
 def test_gather_is_a_pure_function_of_each_id(tmp_path: Path, root: str) -> None:
     for source in sources(tmp_path, root):
-        whole, n = everything(source), len(source)
+        full, n = everything(source), len(source)
         assert isinstance(source, Source) and n > 1
         ids = np.random.default_rng(0).integers(0, n, 3 * n)  # any order, with repeats
         for some in (ids, ids[:1], ids[:0], ids[::-1].astype(np.int32)):
@@ -90,19 +90,19 @@ def test_gather_is_a_pure_function_of_each_id(tmp_path: Path, root: str) -> None
             for name, array in source.example().items():
                 assert batch[name].dtype == array.dtype and batch[name].shape[1:] == array.shape[1:]
                 assert batch[name].flags.c_contiguous
-                np.testing.assert_array_equal(batch[name], whole[name][some])
+                np.testing.assert_array_equal(batch[name], full[name][some])
             assert batch.keys() == source.example().keys()
         with pytest.raises(IndexError):
             source.gather(np.array([n]))
 
 
-def test_a_fresh_process_reads_the_same(tmp_path: Path, root: str, python: Any) -> None:
+def test_fresh_process_reads_the_same(tmp_path: Path, root: str, python: Any) -> None:
     check_fresh_process(sources(tmp_path, root), tmp_path, python)
 
 
-def test_looking_reads_nothing_and_a_file_needs_no_preparing() -> None:
-    given = [TextWindows(file="/none"), LabelledText(files=("/none", "/neither"), words=9)]
-    for source in given:
+def test_example_reads_nothing_and_files_need_no_preparation() -> None:
+    sources = [TextWindows(file="/none"), LabelledText(files=("/none", "/neither"), words=9)]
+    for source in sources:
         assert source.example() and source.prepared()
     for missing in (TextWindows(data_dir="/none"), LabelledText(data_dir="/none")):
         assert missing.example() and not missing.prepared()
@@ -143,7 +143,7 @@ def test_windows_predict_every_byte_once(context: int, split: str, tmp_path: Pat
     source = TextWindows(context=context, split=split, file=file)
     batch = everything(source)
     n = len(source) * context
-    assert 0 <= len(part) - 1 - n < context  # what is left out at the end
+    assert 0 <= len(part) - 1 - n < context  # bytes left over at the end
     np.testing.assert_array_equal(batch["tokens"].ravel(), part[:n])
     np.testing.assert_array_equal(batch["label"].ravel(), part[1 : n + 1])
 
@@ -157,11 +157,11 @@ def test_stride(stride: int, tmp_path: Path) -> None:
         np.testing.assert_array_equal(row, data[950 + i * stride : 958 + i * stride])
 
 
-def test_a_file_is_split_as_tfds_splits_it(tmp_path: Path) -> None:
+def test_file_is_split_as_in_tfds(tmp_path: Path) -> None:
     for size in (999, 1001, 1009, 1019):
         file, data = corpus(tmp_path, size)
         Path(file).rename(tmp_path / str(size))
-        parts = [text._part(str(tmp_path / str(size)), split) for split in SPLITS]
+        parts = [text._read_split(str(tmp_path / str(size)), split) for split in SPLITS]
         first = int(size * 0.9)
         assert [len(p) for p in parts] == [first, (size - first) // 2, size - first - (size - first) // 2]
         np.testing.assert_array_equal(np.concatenate(parts), data)
@@ -170,7 +170,7 @@ def test_a_file_is_split_as_tfds_splits_it(tmp_path: Path) -> None:
 def test_windows_of_a_data_set(root: str) -> None:
     for split, play in SHAKESPEARE.items():
         batch = everything(TextWindows(context=1, split=split, name="plays", data_dir=root))
-        # The order of the examples is that of TFDS: a hash of their keys.
+        # TFDS orders the examples by a hash of their keys.
         read = bytes(batch["tokens"][:1].ravel()) + bytes(batch["label"].astype(np.uint8).ravel())
         assert read in (play[:20] + b"\n" + play[20:], play[20:] + b"\n" + play[:20])
     with pytest.raises(InputError, match="no split 'validation': its splits are"):
@@ -211,13 +211,13 @@ def test_lines_of_files(tmp_path: Path) -> None:
     every = sorted(row for part in parts.values() for row in part)
     # Complete, disjoint, and with the right label.
     assert every == sorted((line(name, i), j) for j, name in enumerate(("neg", "pos")) for i in range(20))
-    for name in ("neg", "pos"):  # drawn, and neither the first lines nor the last
-        held = {text.split()[1] for text, _ in parts["validation"] + parts["test"] if name.encode() in text}
-        assert len(held) == 4
-        assert all(held != {line(name, i).split()[1] for i in cut} for cut in (range(4), range(16, 20)))
+    for name in ("neg", "pos"):  # at random, neither the first lines nor the last
+        others = {text.split()[1] for text, _ in parts["validation"] + parts["test"] if name.encode() in text}
+        assert len(others) == 4
+        assert all(others != {line(name, i).split()[1] for i in cut} for cut in (range(4), range(16, 20)))
 
 
-def test_bytes_are_cut_and_padded(root: str) -> None:
+def test_bytes_are_truncated_and_padded(root: str) -> None:
     source = LabelledText(length=8, name="reviews", data_dir=root)
     batch = everything(source)
     assert source.classes == 2 and source.class_names == ("neg", "pos") and source.vocabulary == 256
@@ -231,7 +231,7 @@ def test_bytes_are_cut_and_padded(root: str) -> None:
 
 
 def test_words(root: str) -> None:
-    # Twice film and good, in the order of the alphabet; then bad before café.
+    # film and good occur twice, in alphabetical order; then bad before café.
     source = LabelledText(length=12, name="reviews", split="train", words=3, data_dir=root)
     film, good, bad = 256, 257, 258
     rows = {tuple(t[:n]) for t, n in zip(*list(everything(source).values())[:2], strict=True)}
@@ -256,12 +256,12 @@ def test_words(root: str) -> None:
     ],
 )
 def test_word_tokens(written: bytes, want: list[int]) -> None:
-    assert text._in_words(written, {b"the": 256}, 99) == want
+    assert word_tokenizer.encode(written, {b"the": 256}, 99) == want
     for length in range(len(want)):
-        assert text._in_words(written, {b"the": 256}, length) == want[:length]
+        assert word_tokenizer.encode(written, {b"the": 256}, length) == want[:length]
 
 
-def test_the_vocabulary_is_that_of_the_train_split(tmp_path: Path) -> None:
+def test_vocabulary_comes_from_the_train_split(tmp_path: Path) -> None:
     files = polarity(tmp_path)
     seen = {split: lines(LabelledText(split=split, files=files)) for split in SPLITS}
     words = {split: {word for row, _ in seen[split] for word in row.split()} for split in SPLITS}
@@ -275,10 +275,10 @@ def test_the_vocabulary_is_that_of_the_train_split(tmp_path: Path) -> None:
         assert first[0] == 256 and (first[1] >= 256) == (label in words["train"])
 
 
-def test_the_train_text_is_counted_once(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_text_is_counted_once(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
-    real = text._tfds_texts
-    monkeypatch.setattr(text, "_tfds_texts", lambda source: reads.append(source.split) or real(source))
+    real = text._iterate_tfds
+    monkeypatch.setattr(text, "_iterate_tfds", lambda source: reads.append(source.split) or real(source))
     for split in ("test", "train", "train[:2]", "test"):
         LabelledText(length=3, split=split, name="reviews", words=2, data_dir=root).gather(np.array([0]))
     assert reads == ["train"]
@@ -292,20 +292,20 @@ def test_rt_polarity() -> None:
     every = sorted(row for part in parts.values() for row in part)
     assert every == sorted((x, j) for j in (0, 1) for x in Path(files[j]).read_bytes().split(b"\n") if x)
     source = LabelledText(length=60, split="test", files=files, words=2000)
-    assert source.class_names == ("rt-polarity.neg", "rt-polarity.pos")  # their stems are the same
+    assert source.class_names == ("rt-polarity.neg", "rt-polarity.pos")  # their stems are equal
     batch = everything(source)
     known = text._vocabulary(source._paths(), source._train(), 2000)
     assert list(known)[:3] == [b"the", b"a", b"and"] and batch["tokens"].max() < source.vocabulary
-    # Undoing the tokens gives the words back, whichever of them were spelt.
-    spoken = {256 + i: b" " + word + b" " for i, word in enumerate(known)}
+    # Decoding the tokens returns the words, also those encoded as bytes.
+    decode_table = {256 + i: b" " + word + b" " for i, word in enumerate(known)}
     for row, n, (line, _) in zip(batch["tokens"], batch["length"], parts["test"], strict=True):
         if n < 60:
-            back = b"".join(spoken.get(t, bytes([t % 256])) for t in row[:n].tolist())
+            back = b"".join(decode_table.get(t, bytes([t % 256])) for t in row[:n].tolist())
             words = re.compile(rb"[a-z0-9'\x80-\xff]+|\S")
             assert words.findall(back) == words.findall(line.lower())
 
 
-# --- what goes wrong, in one line
+# --- errors
 
 
 @pytest.mark.parametrize(
@@ -326,10 +326,10 @@ def test_rt_polarity() -> None:
         (lambda f: LabelledText(files=(f"{f}/lines", f"{f}/gone")), "gone cannot be read"),
         (lambda f: LabelledText(files=(f"{f}/lines", f"{f}/empty")), "empty holds no text"),
         (lambda f: LabelledText(files=(f"{f}/lines", f"{f}/ten")), "ten has 1 texts, too few for splits"),
-        (lambda f: LabelledText(files=("a", "b", "a")), "each class needs a file of its own"),
+        (lambda f: LabelledText(files=("a", "b", "a")), "each class needs its own file"),
     ],
 )
-def test_one_line_errors(wrong: Any, message: str, tmp_path: Path) -> None:
+def test_errors(wrong: Any, message: str, tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "ten").write_bytes(b"0123456789")
     (tmp_path / "lines").write_bytes(b"a line\n" * 10)
@@ -339,6 +339,6 @@ def test_one_line_errors(wrong: Any, message: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["scores", "plays"])
-def test_a_label_that_is_no_class(name: str, root: str) -> None:
+def test_label_without_classes_is_refused(name: str, root: str) -> None:
     with pytest.raises(InputError, match=f"data set {name} has no class label in a feature named 'label'"):
         LabelledText(name=name, data_dir=root).gather(np.array([0]))

@@ -1,4 +1,4 @@
-"""Profiles: the updates asked for, whose time adds up; telemetry that asks for nothing and costs little."""
+"""--profile, its trace and table of shares; step times, memory, power and energy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tiny import EXPERIMENT
 from jaxtrain import models, monitor, run
 from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.signals import Stopped
-from jaxtrain.monitor import nvml, op_names, step_times, telemetry, xplane
+from jaxtrain.monitor import nvml, step_times, telemetry, xplane
 from jaxtrain.monitor import trace as tracing
 from jaxtrain.monitor.time_shares import BETWEEN, COPY, HOST, OPERATION, Span, Timeline, shares
 from jaxtrain.program import assemble
@@ -50,14 +50,14 @@ def where(folder: Path) -> dict:
 # Shares
 
 
-def test_a_moment_is_the_operations_and_else_the_loops():
+def test_time_belongs_to_operations_first_then_to_the_loop():
     lanes = [[Span(0, 6, OPERATION, "dot"), Span(2, 4, OPERATION, "inner")], [Span(5, 8, OPERATION, "copy")]]
     host = [Span(-5, 20, HOST, "other"), Span(7, 9, HOST, "data")]
     found = shares(Timeline((0, 10), [lanes], host))
     rows = {(place, what): share for place, what, share in found.rows}
     assert rows == pytest.approx(
         {
-            ("device", "dot"): 0.35,  # 3 alone, and half of the one beside the copy
+            ("device", "dot"): 0.35,  # 3 alone, and half of the 1 shared with the copy
             ("device", "inner"): 0.2,
             ("device", "copy"): 0.25,
             ("host", "data"): 0.1,
@@ -68,7 +68,7 @@ def test_a_moment_is_the_operations_and_else_the_loops():
     assert found.host == pytest.approx({"other": 0.8, "data": 0.2})
 
 
-def test_a_copy_from_the_host_is_no_work_and_a_running_program_is():
+def test_copy_from_the_host_is_idle_time_and_a_running_program_is_not():
     lane = [Span(0, 4, BETWEEN, "between"), Span(1, 2, OPERATION, "dot"), Span(4, 7, COPY, "MemcpyH2D")]
     found = shares(Timeline((0, 10), [[lane]], []))
     assert found.idle == pytest.approx(0.6)
@@ -76,16 +76,16 @@ def test_a_copy_from_the_host_is_no_work_and_a_running_program_is():
         ("device", "between"),
         ("device", "dot"),
         ("copy", "MemcpyH2D"),
-        ("host", "not in the loop"),
+        ("host", "outside the loop"),
     }
 
 
-def test_the_mean_of_devices_of_which_one_does_nothing():
+def test_shares_are_means_over_devices():
     found = shares(Timeline((0, 10), [[[Span(0, 10, OPERATION, "dot")]], []], [Span(0, 10, HOST, "data")]))
     assert found.idle == 0.5 and found.rows == [("device", "dot", 0.5), ("host", "data", 0.5)]
 
 
-# What a trace holds
+# Traces
 
 
 def event(name, start, duration, **stats):
@@ -98,7 +98,7 @@ def plane(name, **lines):
     )
 
 
-def test_a_gpu_is_its_streams_and_kernels_of_graphs_are_named_too(monkeypatch):
+def test_gpu_streams_are_read_and_graph_kernels_named(monkeypatch):
     planes = [
         plane("/host:CPU", python=[event(xplane.WINDOW, 0, 100)]),
         plane(
@@ -106,22 +106,21 @@ def test_a_gpu_is_its_streams_and_kernels_of_graphs_are_named_too(monkeypatch):
             **{
                 "Stream #13(Compute)": [
                     event("gemm_7", 0, 40, hlo_op="dot.7", hlo_module="jit_step"),
-                    event("loop_add_fusion_3", 40, 10),  # by a CUDA graph, which tells no operation
+                    event("loop_add_fusion_3", 40, 10),  # by a CUDA graph, which names no operation
                     event("ncclAllReduce", 50, 10),
                 ],
                 "Stream #14(MemcpyH2D)": [event("MemcpyH2D", 60, 20)],
-                "XLA Ops": [event("dot.7", 0, 100)],  # sums up what the streams did
+                "XLA Ops": [event("dot.7", 0, 100)],  # a summary of the streams
             },
         ),
     ]
     data = SimpleNamespace(planes=planes)
-    origins = {
+    names = {
         ("jit_step", "dot.7"): "jit(step)/dot_general",
         ("jit_step", "loop_add_fusion.3"): "jit(step)/add",
     }
     monkeypatch.setattr(jax.profiler.ProfileData, "from_file", lambda path: data, raising=False)
-    monkeypatch.setattr(op_names, "origins", lambda path: origins)
-    found = shares(xplane.read(Path("x.xplane.pb"), devices=1))
+    found = shares(xplane.read(Path("x.xplane.pb"), devices=1, op_names=names))
     assert {row[1]: round(row[2], 3) for row in found.rows} == {
         "dot_general": 0.4,
         "other work of the loop": 0.2,
@@ -132,26 +131,26 @@ def test_a_gpu_is_its_streams_and_kernels_of_graphs_are_named_too(monkeypatch):
     assert found.idle == pytest.approx(0.4)
 
 
-def test_an_operation_of_a_cpu_lasts_to_its_end_on_another_thread():
+def test_cpu_operation_may_end_on_another_thread():
     dot = event("dot.1", 10, 5, hlo_op="dot.1", hlo_module="jit_step", device_ordinal=1, _p=77)
     lines = [
         [event("ThunkExecutor::Execute", 5, 60), dot],
         [event("end: dot.1", 50, 1, _c=77)],
-        [event("ThunkExecutor::Execute", 0, 9)],  # of nobody knows which device
+        [event("ThunkExecutor::Execute", 0, 9)],  # of an unknown device
         [event("ThunkExecutor::Execute", 0, 9), event("b", 70, 5, hlo_op="b", device_ordinal=0)],  # nor this
     ]
-    assert xplane._cpu(lines, {}) == {
+    assert xplane._cpu_lanes(lines, {}) == {
         "1": [[Span(10, 50, OPERATION, "dot"), Span(5, 65, BETWEEN, "between operations")]],
         "0": [[Span(70, 75, OPERATION, "b")]],
     }
 
 
-def test_a_trace_without_a_loop_an_empty_one_and_none_are_told(tmp_path):
-    with pytest.raises(RunError, match="holds no trace"):
+def test_missing_empty_and_foreign_traces_are_refused(tmp_path):
+    with pytest.raises(RunError, match="no trace"):
         monitor.idle(tmp_path)
     with jax.profiler.trace(tmp_path):
         jnp.ones(3).block_until_ready()
-    with pytest.raises(RunError, match="no mark of the training loop: take it with --profile"):
+    with pytest.raises(RunError, match="no mark of the training loop: take the trace with --profile"):
         monitor.idle(tmp_path)
     file = tmp_path / "a.xplane.pb"
     file.write_bytes(b"\x0a\xff")
@@ -184,7 +183,7 @@ class Slow:
         return self._loader.batches(step, count)
 
 
-def test_waiting_for_a_slow_source_is_seen_and_the_shares_add_up(program, tmp_path, console, capsys):
+def test_profile_shows_a_slow_source_and_shares_add_up(program, tmp_path, console, capsys):
     plain = fit(program, tmp_path / "plain", console)
     slow = dataclasses.replace(program, train=Slow(program.train, 0.03))
     capsys.readouterr()
@@ -192,7 +191,6 @@ def test_waiting_for_a_slow_source_is_seen_and_the_shares_add_up(program, tmp_pa
     found, out = where(tmp_path / "slow"), capsys.readouterr().out
     assert found["updates"] == [7, 12] and found["complete"]
     assert sum(row["share"] for row in found["rows"]) == pytest.approx(1)
-    assert sum(row["share"] for row in found["top"]) <= 1 + 1e-9 and len(found["top"]) == 10
     assert found["rows"][0]["what"] == "waiting for data" and found["rows"][0]["share"] > 0.5
     assert found["host"]["waiting for data"] * found["seconds"] >= 6 * 0.03
     assert 0.5 < found["idle"] < 1 and monitor.idle(tmp_path / "slow") == found["idle"]
@@ -207,7 +205,7 @@ def test_waiting_for_a_slow_source_is_seen_and_the_shares_add_up(program, tmp_pa
     assert [r["step"] for r in records if "train/loss" in r] == [3, 5, 10, 12, 13, 15, 20, 25]
 
 
-def test_a_device_that_works_is_not_idle(tmp_path, console):
+def test_busy_device_is_not_idle(tmp_path, console):
     @jax.jit
     def work(x):
         return jax.lax.fori_loop(0, 20, lambda _, y: y @ x / 400, x)
@@ -228,70 +226,77 @@ def test_a_device_that_works_is_not_idle(tmp_path, console):
     ("updates", "each", "start", "begins", "covers", "note"),
     [
         ((5, 6), 1, 0, 2, (5, 6), ""),
-        ((3, 4), 1, 0, 1, (3, 4), ""),  # too few before
-        ((1, 20), 1, 7, 8, (8, 10), "update 8 is the first here of such"),  # goes on within, and ends in it
+        ((3, 4), 1, 0, 1, (3, 4), ""),  # fewer than three before
+        (
+            (1, 20),
+            1,
+            7,
+            8,
+            (8, 10),
+            "update 8 is the first call of the step",
+        ),  # resumes within the range and ends in it
         ((6, 7), 2, 0, 3, (5, 8), ""),  # two updates a call
-        ((2, 3), 2, 0, 1, (1, 4), "updates 1 to 2 are the first here of such"),
+        ((2, 3), 2, 0, 1, (1, 4), "updates 1 to 2 are the first call of the step"),
     ],
 )
-def test_which_updates_are_traced(
-    updates, each, start, begins, covers, note, tmp_path, console, monkeypatch, capsys
-):
+def test_traced_updates(updates, each, start, begins, covers, note, tmp_path, console, monkeypatch, capsys):
     began, state, order = [], jnp.ones(2), []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: began.append(step))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
-    told = {}
+    seen = {}
 
     @contextlib.contextmanager
     def paused():
         order.append("record")
         yield
 
-    monkeypatch.setattr(tracing.Trace, "_close", lambda self, text="": told.update(vars(self), text=text))
+    monkeypatch.setattr(
+        tracing.Trace, "_finish", lambda self, complete=True: seen.update(vars(self), complete=complete)
+    )
     record = SimpleNamespace(paused=paused)
     with monitor.trace_updates(updates, tmp_path, console, 1) as trace:
         trace.begin(start, 10)
         for step in range(start + 1, 11, each):
             trace.step(step, each, state, record, lambda: order.append("guard"))
-            if told:
+            if seen:
                 break
         else:
             trace.end(state, record, lambda: order.append("guard"))
-        # A bad update is the guard's to tell; nothing is queued where the window begins.
+        # The guard checks updates before their record; nothing is queued where the window begins.
         assert order == ["guard", "record", "guard", "guard", "record"]
         out = capsys.readouterr().out
-        assert note in out and ("first here" in out) == bool(note)
-        assert (told["_first"], told["_last"]) == covers and began[0] == begins and told["text"] == ""
-        trace._begin = None
+        assert note in out and ("first call" in out) == bool(note)
+        assert (seen["_first"], seen["_last"]) == covers and began[0] == begins and seen["complete"]
+        trace._trace_from = None
 
 
-def test_a_run_that_stops_within_and_goes_on_within(program, tmp_path, console, capsys, monkeypatch):
+def test_profile_of_a_run_that_stops_and_resumes_within_the_range(
+    program, tmp_path, console, capsys, monkeypatch
+):
     with monkeypatch.context() as patch:
         stopping(9, patch)
         with pytest.raises(Stopped):
             fit(program, tmp_path, console, updates=(7, 14))
-    assert "the run ended within it; the trace is in" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "--profile: the run ended within the range" in out and "trace: " in out
     assert where(tmp_path)["updates"] == [7, 9] and not where(tmp_path)["complete"]
     fit(program, tmp_path, console, updates=(7, 14))
     out = capsys.readouterr().out
-    assert "--profile 7:14: this run computes 10 to 25, so 10 to 14 of it" in out
-    assert "update 10 is the first here of such, so compilation is in the profile" in out
+    assert "--profile 7:14: this run computes updates 10 to 25, so it profiles 10 to 14" in out
+    assert "update 10 is the first call of the step, so the profile includes compilation" in out
     assert where(tmp_path / "profile/updates-10-14")["updates"] == [10, 14]
     fit(program, tmp_path, console, updates=(7, 14))
-    assert (
-        "--profile 7:14: nothing to profile, the run goes on after update 25 of 25" in capsys.readouterr().out
-    )
+    out = capsys.readouterr().out
+    assert "--profile 7:14: nothing to profile, the run resumes after update 25 of 25" in out
 
 
-def test_a_trace_that_cannot_be_taken_is_told_and_the_run_goes_on(
-    program, tmp_path, console, capsys, monkeypatch
-):
+def test_failing_profiler_does_not_end_the_run(program, tmp_path, console, capsys, monkeypatch):
     with jax.profiler.trace(tmp_path / "other"):
         result = fit(program, tmp_path / "run", console, updates=(2, 3))
     assert result["steps"] == 25 and "--profile: no trace can be taken (" in capsys.readouterr().out
 
 
-def test_each_of_several_processes_writes_its_own(tmp_path, console, monkeypatch):
+def test_each_process_writes_its_own_trace(tmp_path, console, monkeypatch):
     folders = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder, **_: folders.append(folder))
     monkeypatch.setattr(multihost, "process_count", lambda: 2)
@@ -303,7 +308,7 @@ def test_each_of_several_processes_writes_its_own(tmp_path, console, monkeypatch
     assert folders == [tmp_path / "profile/updates-1-2/process-1"]
 
 
-def test_no_trace_leaves_the_loop_as_it_is():
+def test_without_a_trace_functions_are_not_wrapped():
     def function():
         pass
 
@@ -311,19 +316,19 @@ def test_no_trace_leaves_the_loop_as_it_is():
 
 
 @pytest.mark.parametrize("text", ["5", "0:3", "4:3", "a:b", "-1:2", "1:2:3", "", "1:"])
-def test_a_bad_range_is_refused_before_anything_is_read(text, capsys):
+def test_bad_range_is_refused_before_anything_is_read(text, capsys):
     assert run.main(["--experiment", "there is none", f"--profile={text}"]) == 2
     error = capsys.readouterr().err
     assert "give the first and the last update to profile as START:STOP" in error and error.count("\n") == 1
 
 
-def test_a_range_after_the_end_is_refused():
-    with pytest.raises(InputError, match="--profile 26:30: the run has 25 updates, and so ends before"):
+def test_range_after_the_end_is_refused():
+    with pytest.raises(InputError, match="--profile 26:30: the run has only 25 updates"):
         monitor.parse_window("26:30", 25)
     assert monitor.parse_window("25:30", 25) == (25, 30) and monitor.parse_window(None, 25) is None
 
 
-def test_a_finished_run_says_that_there_is_nothing_to_profile(tmp_path, capsys):
+def test_finished_run_has_nothing_to_profile(tmp_path, capsys):
     file = tmp_path / "small.py"
     file.write_text(
         "import dataclasses\nfrom tiny import EXPERIMENT as E\nfrom jaxtrain import models\n"
@@ -332,10 +337,10 @@ def test_a_finished_run_says_that_there_is_nothing_to_profile(tmp_path, capsys):
     )
     command = ["--experiment", str(file), "--workdir", str(tmp_path / "run"), "--devices", "1"]
     assert run.main([*command, "--profile", "14:15"]) == 2
-    assert "the run has 13 updates" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert "the run has only 13 updates" in capsys.readouterr().err and not (tmp_path / "run").exists()
     assert run.main([*command, "--profile", "12:15"]) == 0
     assert where(tmp_path / "run")["updates"] == [12, 13] and where(tmp_path / "run")["complete"]
-    assert "this run computes 1 to 13, so 12 to 13 of it" in capsys.readouterr().out
+    assert "this run computes updates 1 to 13, so it profiles 12 to 13" in capsys.readouterr().out
     assert run.main([*command, "--profile", "8:9"]) == 0
     assert "--profile 8:9: nothing to profile, no update is left" in capsys.readouterr().out
 
@@ -343,7 +348,7 @@ def test_a_finished_run_says_that_there_is_nothing_to_profile(tmp_path, capsys):
 # Step times
 
 
-def test_step_times_are_those_between_completions_by_update(monkeypatch):
+def test_step_times_are_between_completions_per_update(monkeypatch):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(step_times, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     found = step_times.StepTimes()
@@ -366,7 +371,7 @@ def test_step_times_are_those_between_completions_by_update(monkeypatch):
     assert found.overall() == pytest.approx({"step_ms_p50": 10, "step_ms_p99": 20}, rel=0.01)
 
 
-def test_percentiles_of_a_run_are_those_of_all_its_steps(monkeypatch):
+def test_percentiles_of_a_run_cover_all_steps(monkeypatch):
     monkeypatch.setattr(step_times, "EVERY", 0.0)
     rng, found = np.random.default_rng(0), step_times.StepTimes()
     everything = rng.lognormal(-5, 0.5, 3000)
@@ -377,7 +382,7 @@ def test_percentiles_of_a_run_are_those_of_all_its_steps(monkeypatch):
     assert found.overall() == pytest.approx(expected, rel=0.02)
 
 
-def test_records_and_result_tell_step_times_and_memory(program, tmp_path, console):
+def test_records_and_result_have_step_times_and_memory(program, tmp_path, console):
     result = fit(program, tmp_path, console)
     first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     for found in (result, first, json.loads((tmp_path / "result.json").read_text())):
@@ -393,7 +398,7 @@ class NVMLError(Exception):
 
 
 class Board:
-    """A fake pynvml: boards in the order of their slots; 100 W, and a clock of its own."""
+    """A fake pynvml: boards in the order of their slots; 100 W, and a simulated clock."""
 
     NVMLError = NVMLError
     boards = ("NVIDIA A", "NVIDIA A", "NVIDIA B")
@@ -441,7 +446,7 @@ def fake(monkeypatch):
     return board
 
 
-def test_energy_is_counted_from_the_beginning_and_by_examples(fake, monkeypatch):
+def test_energy_since_the_start_and_per_examples(fake, monkeypatch):
     monkeypatch.setattr(telemetry, "EVERY", 0.0)
     with monitor.measure_devices([gpu(0), gpu(1)], share=0.5) as meter:
         fake.seconds += 10
@@ -455,7 +460,7 @@ def test_energy_is_counted_from_the_beginning_and_by_examples(fake, monkeypatch)
     assert fake.open == 0
 
 
-def test_figures_are_read_once_a_second(fake):
+def test_telemetry_is_read_once_a_second(fake):
     with monitor.measure_devices([gpu(0)]) as meter:
         assert meter.record(10)["energy_joules"] == 0
         fake.seconds += 100
@@ -463,7 +468,7 @@ def test_figures_are_read_once_a_second(fake):
         assert meter.result(20)["energy_joules"] == pytest.approx(1e4)
 
 
-def test_power_is_summed_where_no_board_counts_its_energy(fake, monkeypatch):
+def test_power_is_integrated_without_an_energy_counter(fake, monkeypatch):
     monkeypatch.setattr(nvml, "EVERY", 0.01)
     fake.counts = False
     began = time.perf_counter()
@@ -486,7 +491,7 @@ def test_power_is_summed_where_no_board_counts_its_energy(fake, monkeypatch):
         (None, SimpleNamespace(platform="cpu", memory_stats=lambda: None), None),
     ],
 )
-def test_the_board_is_the_one_that_jax_uses(visible, device, watts, fake, monkeypatch):
+def test_board_matches_the_jax_device(visible, device, watts, fake, monkeypatch):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with monitor.measure_devices([device]) as meter:
@@ -503,7 +508,7 @@ def test_without_nvml_there_are_no_figures(fake, monkeypatch):
     assert nvml.open([gpu(0)]) is None
 
 
-def test_memory_is_of_the_device_that_holds_most():
+def test_memory_is_the_maximum_over_devices():
     devices = [gpu(0, bytes_in_use=10, peak_bytes_in_use=30), gpu(1, bytes_in_use=20, peak_bytes_in_use=25)]
     assert monitor.memory(devices) == {"device_bytes": 20, "device_peak_bytes": 30}
     assert sorted(monitor.memory([gpu(0)])) == ["process_rss_bytes", "process_rss_peak_bytes"]

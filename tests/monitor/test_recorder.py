@@ -1,4 +1,4 @@
-"""Recorder and consoles: late, complete, and readable."""
+"""jaxtrain.monitor: the recorder's files and the consoles."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tensorboardX.record_writer import masked_crc32c
 from jaxtrain import monitor
 from jaxtrain.core.errors import RunError
 from jaxtrain.metrics import Mean
-from jaxtrain.monitor.console import Plain, Rich
+from jaxtrain.monitor.console import Notebook, Plain, Rich
 
 
 def metrics(loss: float, count: int = 1):
@@ -27,7 +27,7 @@ def read(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_window_is_merged_by_weight(tmp_path):
+def test_window_is_merged_by_weight(tmp_path):
     with monitor.open(tmp_path, Plain(), start=0, log_every=2, examples=8) as record:
         record.step(1, metrics(1.0, 3))
         assert read(tmp_path) == []
@@ -40,18 +40,20 @@ def test_a_window_is_merged_by_weight(tmp_path):
 def test_tensorboard_files_hold_the_scalars(tmp_path):
     with monitor.open(tmp_path, Plain(), start=0, log_every=1, examples=8) as record:
         record.scalars(1, {"test/accuracy": 0.5, "note": "text"})
-        assert seen(tmp_path) == [(1, "test/accuracy", 0.5)]  # while the run goes on: a kill loses nothing
+        assert seen(tmp_path) == [(1, "test/accuracy", 0.5)]  # during the run: a kill loses nothing
         record.step(1, metrics(0.25))
         record.scalars(2, {"/a metric": 1.0})
     assert seen(tmp_path) == [(1, "test/accuracy", 0.5), (1, "train/loss", 0.25), (2, "a_metric", 1.0)]
     with monitor.open(tmp_path, Plain(), start=1, log_every=1, examples=8) as record:
         record.scalars(2, {"test/accuracy": 1.0})
     assert seen(tmp_path, ".1") == [(2, "test/accuracy", 1.0)]
-    assert [e.step for e in events(tmp_path, ".1") if e.HasField("session_log")] == [2]  # drops later ones
+    assert [e.step for e in events(tmp_path, ".1") if e.HasField("session_log")] == [
+        2
+    ]  # TensorBoard drops later steps
 
 
 def events(folder, suffix=".0"):
-    """TensorBoard's events as they are on the disk."""
+    """TensorBoard's events on disk."""
     (path,) = (folder / "tensorboard").glob(f"*{suffix}")
     data, found = path.read_bytes(), []
     while data:  # length, its checksum, the event, its checksum
@@ -69,11 +71,11 @@ def seen(folder, suffix=".0"):
 
 
 @pytest.mark.parametrize(("name", "mode"), [("_jsonl", ""), ("_events", "b")])
-def test_a_full_disk_ends_the_run_in_one_line(name, mode, tmp_path, monkeypatch):
+def test_full_disk_is_a_one_line_error(name, mode, tmp_path, monkeypatch):
     with (
         pytest.raises(
             RunError, match=r"records in .* cannot be written \(No space left on device\): free"
-        ) as told,
+        ) as raised,
         monitor.open(tmp_path, Plain(), start=0, log_every=1, examples=8) as record,
     ):
         record.scalars(1, {"test/accuracy": 0.5})
@@ -81,12 +83,12 @@ def test_a_full_disk_ends_the_run_in_one_line(name, mode, tmp_path, monkeypatch)
         full = Path("/dev/full").open("w" + mode, buffering=1 - len(mode))  # noqa: SIM115
         monkeypatch.setattr(record._files, name, full)
         record.scalars(2, {"test/accuracy": 0.5})
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     assert seen(tmp_path) == [(1, "test/accuracy", 0.5)]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_raises_with_its_step(value, tmp_path):
+def test_non_finite_loss_raises_with_its_step(value, tmp_path):
     with (
         pytest.raises(RunError, match=r"loss is (nan|inf) by step 1: lower the learning rate"),
         monitor.open(tmp_path, Plain(), start=0, log_every=1, examples=8) as record,
@@ -116,19 +118,44 @@ def test_rich_shows_bars_values_and_a_table():
     console.train(5, {"accuracy": 0.5, "loss": 1.0}, 1000.0)
     with console.task("evaluate test", 4) as advance:
         advance(3)
-        console._progress.refresh()  # it does so by itself five times a second
-        console.note("a line of its own [not markup]")
+        console._progress.refresh()  # otherwise done five times a second
+        console.note("a note [not markup]")
     console.end()
     console.summary("result", {"test": "99 %"})
     out = file.getvalue()
     for text in ("train", "5/10", "loss 1.0000  accuracy 50.00 %  1,000 examples/s", "evaluate test", "3/4"):
         assert text in out
-    assert "a line of its own [not markup]" in out and "│ test │ 99 % │" in out
+    assert "a note [not markup]" in out and "│ test │ 99 % │" in out
 
 
-def test_a_task_before_training_starts_and_ends_its_own_display():
+def test_task_before_training_has_its_own_display():
     file = io.StringIO()
     console = Rich(RichConsole(file=file, force_terminal=True, width=80, color_system=None))
     with console.task("cifar10/train", 0) as advance:
         advance(5)
     assert "cifar10/train" in file.getvalue() and not console._progress.live.is_started
+
+
+def test_a_notebook_gets_one_bar_that_moves(capsys):
+    class Handle:
+        def update(self, bundle, raw):
+            shown.append((bundle, raw))
+
+    shown = []
+
+    def display(bundle, raw, display_id):
+        shown.append((bundle, raw))
+        return Handle() if display_id else None
+
+    console = Notebook(display)
+    console.advance(1)  # before the display exists: nothing to move
+    console.begin(0, 10)
+    console.advance(5)
+    console.train(10, {"loss": 0.5}, 100.0)
+    console.note("a line")
+    console.end()
+    console.advance(10)
+    texts = [bundle["text/plain"] for bundle, _ in shown]
+    assert texts == ["step 0/10  ", "step 5/10  ", "step 10/10  loss 0.5000  100 examples/s"]
+    assert all(raw and '<progress value="' in bundle["text/html"] for bundle, raw in shown)
+    assert capsys.readouterr().out == "a line\n"

@@ -1,4 +1,4 @@
-"""jaxtrain.plan.collectives: what compiled programs move, against counts made by hand."""
+"""jaxtrain.plan.collectives: collectives of compiled programs, against counts by hand."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def text(fn: Any, *args: Any) -> str:
     return jax.jit(fn).lower(*args).compile().as_text()
 
 
-def moved(fn: Any, mesh: Mesh, *args: Any) -> dict[tuple[str, tuple[str, ...]], int]:
-    """Bytes by kind and axes: how many arrays are combined into one collective is XLA's business."""
+def bytes_moved(fn: Any, mesh: Mesh, *args: Any) -> dict[tuple[str, tuple[str, ...]], int]:
+    """Bytes by kind and axes; how many arrays XLA combines into one collective is not compared."""
     return {(one.kind, one.axes): one.bytes for one in collectives(text(fn, *args), mesh)}
 
 
 def loss(params: dict[str, jax.Array], x: jax.Array, y: jax.Array) -> jax.Array:
-    """Of a net 16 → 32 → 8."""
+    """The loss of a network 16 → 32 → 8."""
     return jnp.mean((jnp.tanh(x @ params["in"]) @ params["out"] - y) ** 2)
 
 
@@ -61,17 +61,17 @@ def test_data_parallel_reduces_the_gradients_over_data(name: str, order: str) ->
     params = {"in": array(mesh, (16, 32)), "out": array(mesh, (32, 8))}
     batch = array(mesh, (8, 16), "data"), array(mesh, (8, 8), "data")
     gradients = 4 * (16 * 32 + 32 * 8)
-    assert moved(jax.value_and_grad(loss), mesh, params, *batch) == {
+    assert bytes_moved(jax.value_and_grad(loss), mesh, params, *batch) == {
         ("all-reduce", ("data",)): gradients + 4  # and the loss
     }
 
 
-def test_a_batch_over_two_axes_reduces_over_both() -> None:
+def test_batch_over_two_axes_reduces_over_both() -> None:
     mesh = make_mesh(MESHES["2x2x2"], "transposed")
     params = {"in": array(mesh, (16, 32)), "out": array(mesh, (32, 8))}
     both = ("data", "model")
     batch = array(mesh, (8, 16), both), array(mesh, (8, 8), both)
-    found = moved(jax.value_and_grad(loss), mesh, params, *batch)
+    found = bytes_moved(jax.value_and_grad(loss), mesh, params, *batch)
     assert found == {("all-reduce", both): 4 * (16 * 32 + 32 * 8) + 4}
 
 
@@ -79,15 +79,15 @@ def test_a_batch_over_two_axes_reduces_over_both() -> None:
 @pytest.mark.parametrize("shape", [{"data": 2, "fsdp": 4}, {"fsdp": 4, "data": 2}, MESHES["2x2x2"]])
 def test_fsdp_gathers_the_parameters_over_fsdp(shape: dict[str, int], order: str) -> None:
     mesh = make_mesh(shape, order)
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
 
-    def gathered(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        return loss(jax.lax.with_sharding_constraint(params, whole), x, y)
+    def gathered_loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return loss(jax.lax.with_sharding_constraint(params, replicated), x, y)
 
     params = {"in": array(mesh, (16, 32), "fsdp"), "out": array(mesh, (32, 8), "fsdp")}
     split = ("data", "fsdp")
     batch = array(mesh, (8, 16), split), array(mesh, (8, 8), split)
-    assert moved(gathered, mesh, params, *batch) == {
+    assert bytes_moved(gathered_loss, mesh, params, *batch) == {
         ("all-gather", ("fsdp",)): 4 * (16 * 32 + 32 * 8),
         ("all-reduce", tuple(name for name in shape if name in split)): 4,
     }
@@ -99,7 +99,7 @@ def test_tensor_parallel_reduces_the_activations_over_model(name: str, order: st
     mesh = make_mesh(MESHES[name], order)
     params = {"in": array(mesh, (16, 32), None, "model"), "out": array(mesh, (32, 8), "model")}
     batch = array(mesh, (8, 16), "data"), array(mesh, (8, 8), "data")
-    assert moved(loss, mesh, params, *batch) == {
+    assert bytes_moved(loss, mesh, params, *batch) == {
         ("all-reduce", ("model",)): 4 * 8 * 8 // MESHES[name]["data"],
         ("all-reduce", ("data",)): 4,
     }
@@ -120,32 +120,32 @@ def test_each_kind_over_each_set_of_axes(axes: tuple[str, ...], order: str) -> N
         x = jnp.sin(jax.lax.psum_scatter(x.reshape(8, 16), axes, tiled=True))
         return jax.lax.all_gather(jnp.sin(x), axes, tiled=True)
 
-    whole = PartitionSpec()
-    mapped = jax.shard_map(step, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+    replicated = PartitionSpec()
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=replicated, out_specs=replicated, check_vma=False)
     kinds = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
     expected = tuple(Collective(kind, axes, 512, 1) for kind in kinds)
     assert collectives(text(mapped, array(mesh, (8, 16))), mesh) == expected
 
 
-def on_each(mesh: Mesh, fn: Any) -> str:
-    """The text of ``fn`` on a float32 [8, 16] of each device, 512 bytes."""
-    whole = PartitionSpec()
-    mapped = jax.shard_map(fn, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+def hlo_text(mesh: Mesh, fn: Any) -> str:
+    """Compile ``fn`` on a float32 [8, 16] per device, 512 bytes; returns the text."""
+    replicated = PartitionSpec()
+    mapped = jax.shard_map(fn, mesh=mesh, in_specs=replicated, out_specs=replicated, check_vma=False)
     return text(mapped, array(mesh, (8, 16)))
 
 
-def test_what_stays_on_its_device_is_left_out() -> None:
+def test_collectives_within_one_device_are_left_out() -> None:
     mesh = make_mesh({"data": 8, "model": 1})
-    assert collectives(on_each(mesh, lambda x: jax.lax.psum(x, "model")), mesh) == ()
-    stay = on_each(mesh, lambda x: jax.lax.ppermute(x, "data", [(i, i) for i in range(8)]))
+    assert collectives(hlo_text(mesh, lambda x: jax.lax.psum(x, "model")), mesh) == ()
+    stay = hlo_text(mesh, lambda x: jax.lax.ppermute(x, "data", [(i, i) for i in range(8)]))
     assert collectives(stay, mesh) == ()
     one = Mesh(np.array(jax.devices()[:1]), ("data",))
-    assert collectives(on_each(one, lambda x: jax.lax.psum(x, "data")), one) == ()
+    assert collectives(hlo_text(one, lambda x: jax.lax.psum(x, "data")), one) == ()
 
 
-def test_a_permutation_within_an_axis_need_not_touch_all_of_it() -> None:
+def test_partial_permutation_of_an_axis() -> None:
     mesh = make_mesh(MESHES["2x4"])
-    found = collectives(on_each(mesh, lambda x: jax.lax.ppermute(x, "model", [(0, 3)])), mesh)
+    found = collectives(hlo_text(mesh, lambda x: jax.lax.ppermute(x, "model", [(0, 3)])), mesh)
     assert found == (Collective("collective-permute", ("model",), 512, 1),)
 
 
@@ -153,14 +153,14 @@ def summed(axis: str) -> Any:
     return lambda x: jnp.sin(jax.lax.psum(x, axis))
 
 
-def test_a_scan_counts_its_length_and_what_is_outside_once() -> None:
+def test_scan_multiplies_by_its_length() -> None:
     mesh = make_mesh(MESHES["2x4"])
 
     def step(x: jax.Array) -> jax.Array:
         x, _ = jax.lax.scan(lambda c, _: (summed("model")(c), None), x, None, length=5)
         return summed("data")(summed("model")(x))
 
-    hlo = on_each(mesh, step)
+    hlo = hlo_text(mesh, step)
     expected = (
         Collective("all-reduce", ("model",), 6 * 512, 6),
         Collective("all-reduce", ("data",), 512, 1),
@@ -177,31 +177,31 @@ def test_nested_loops_multiply() -> None:
         inner = lambda x: jax.lax.scan(lambda c, _: (summed("model")(c), None), x, None, length=3)[0]  # noqa: E731
         return jax.lax.fori_loop(2, 9, lambda _, x: summed("data")(inner(x)), x)
 
-    assert collectives(on_each(mesh, step), mesh) == (
+    assert collectives(hlo_text(mesh, step), mesh) == (
         Collective("all-reduce", ("model",), 21 * 512, 21),
         Collective("all-reduce", ("data",), 7 * 512, 7),
     )
 
 
-def test_a_loop_of_unknown_length_counts_as_one_iteration() -> None:
+def test_loop_of_unknown_length_counts_as_one_iteration() -> None:
     mesh = make_mesh(MESHES["2x4"])
 
     def step(x: jax.Array) -> jax.Array:
         small = lambda x: jax.lax.psum(x.sum(), "model") < 100  # noqa: E731
         return jax.lax.while_loop(small, summed("data"), x)
 
-    assert collectives(on_each(mesh, step), mesh) == (
+    assert collectives(hlo_text(mesh, step), mesh) == (
         Collective("all-reduce", ("data",), 512, 1),
         Collective("all-reduce", ("model",), 4, 1),
     )
 
 
-def test_of_two_branches_the_larger_counts() -> None:
+def test_conditional_counts_its_larger_branch() -> None:
     mesh = make_mesh(MESHES["2x4"])
     large = lambda x: jax.lax.all_gather(x, "data").sum(0) + 1  # noqa: E731
 
     for branches in ((large, summed("model")), (summed("model"), large)):
-        hlo = on_each(mesh, lambda x, pair=branches: jax.lax.cond(x[0, 0] > 0, *pair, x))
+        hlo = hlo_text(mesh, lambda x, pair=branches: jax.lax.cond(x[0, 0] > 0, *pair, x))
         assert "conditional(" in hlo
         assert collectives(hlo, mesh) == (Collective("all-gather", ("data",), 2 * 512, 1),)
 
@@ -244,7 +244,7 @@ GROUPS = [
 
 
 @pytest.mark.parametrize(("mesh", "groups", "axes", "size"), GROUPS, ids=[row[1] for row in GROUPS])
-def test_groups_in_all_their_forms(mesh: Any, groups: str, axes: tuple[str, ...], size: int) -> None:
+def test_device_groups_in_every_notation(mesh: Any, groups: str, axes: tuple[str, ...], size: int) -> None:
     rest = (
         f"channel_id=3, replica_groups={groups}, use_global_device_ids=true, dimensions={{0}}, to_apply=%add"
     )
@@ -266,7 +266,7 @@ def test_groups_of_unequal_sizes() -> None:
     assert collectives(hlo, CUBE) == (Collective("all-reduce", ("b", "c"), 12, 1),)
 
 
-def test_ids_of_replicas_and_of_partitions() -> None:
+def test_replica_ids_and_partition_ids() -> None:
     """Without use_global_device_ids a reduction over replica 0 is one over all of its partitions."""
     every = ("data", "model")
     hlo = program(
@@ -342,7 +342,7 @@ ASYNC = {
 
 
 @pytest.mark.parametrize("name", ASYNC)
-def test_asynchronous_ones_count_once_and_their_result(name: str) -> None:
+def test_asynchronous_collectives_count_once_by_their_result(name: str) -> None:
     start, done, size = ASYNC[name]
     start = start.replace("GROUPS", f"channel_id=1, {OVER_MODEL}")
     end = ', metadata={op_name="jit(step)/psum"}'
@@ -352,7 +352,7 @@ def test_asynchronous_ones_count_once_and_their_result(name: str) -> None:
     assert collectives(hlo, FLAT) == (Collective(name.partition(" ")[0], ("model",), size, 1),)
 
 
-def test_computations_count_as_often_as_they_are_called() -> None:
+def test_computations_count_once_per_call() -> None:
     before = f"""
 %async_computation (q: f32[16]) -> f32[4] {{
   %q = f32[16]{{0}} parameter(0)
@@ -434,7 +434,7 @@ LOOPS = [
 
 
 @pytest.mark.parametrize(("rest", "count"), LOOPS)
-def test_how_often_a_loop_runs(rest: str, count: int) -> None:
+def test_trip_count_of_a_loop(rest: str, count: int) -> None:
     hlo = program(f"%w = (s32[], f32[2]) while(%t), {rest}", before=LOOP)
     assert collectives(hlo, FLAT) == (Collective("all-reduce", ("model",), 8 * count, count),)
 
@@ -483,7 +483,7 @@ def test_bytes_of_each_type(shape: str) -> None:
     assert one.bytes == SIZES[shape]
 
 
-def test_equal_ones_are_summed_and_the_largest_comes_first() -> None:
+def test_equal_collectives_are_summed_and_sorted_by_bytes() -> None:
     model, data = "replica_groups=[2,4]<=[8]", "replica_groups=[4,2]<=[2,4]T(1,0)"
     hlo = program(
         f"%a = f32[2] all-reduce(%p), {model}, to_apply=%add",
@@ -498,7 +498,7 @@ def test_equal_ones_are_summed_and_the_largest_comes_first() -> None:
     )
 
 
-def test_what_cannot_be_read_is_refused() -> None:
+def test_unreadable_text_is_refused() -> None:
     mesh = make_mesh(MESHES["2x4"])
     lowered = jax.jit(jnp.sin).lower(array(mesh, (8, 16), "data"))
     with pytest.raises(InputError, match=r"compiled\.as_text"):

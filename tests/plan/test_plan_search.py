@@ -1,4 +1,4 @@
-"""jaxtrain.plan: the nearest change that fits and the table of all ways, made-up needs and real ones."""
+"""jaxtrain.plan: the nearest change that fits and the search of all variants, on fake and real plans."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from jaxtrain import __main__ as verbs
+from jaxtrain import __main__ as commands
 from jaxtrain import plan
 from jaxtrain.plan import report
 from jaxtrain.plan.variants import Variant
@@ -38,7 +38,7 @@ def in_empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def mlp(tmp_path):
-    """Writes an experiment of an MLP; gives its path."""
+    """Write an experiment of an MLP; returns its path."""
 
     def write(widths, batch=8) -> str:
         (tmp_path / "mlp.py").write_text(FILE.format(widths=widths, batch=batch))
@@ -47,8 +47,8 @@ def mlp(tmp_path):
     return write
 
 
-def made_up(state: int, activations: int, refuse=lambda variant: ""):
-    """A trial: so many bytes of state, and of activations for each example; ``asked`` lists what it was."""
+def fake_trial(state: int, activations: int, refuse=lambda variant: ""):
+    """Fake trial with ``state`` bytes, and ``activations`` bytes per example; ``asked`` lists its calls."""
     asked = []
 
     def trial(variant: Variant) -> plan.Trial:
@@ -84,13 +84,13 @@ def flags(tried: plan.Trial | None, given: Variant = GIVEN) -> str | None:
     [
         (10, 100, 500, "--set accumulate=2", 1),
         (10, 100, 300, "--set accumulate=4", 2),
-        (800, 10, 200, "--mesh fsdp=8", 1),  # microbatches do not help where the state is too large already
+        (800, 10, 200, "--mesh fsdp=8", 1),  # microbatches do not help where the state alone is too large
         (100, 100, 150, "--mesh fsdp=8 --set accumulate=8", None),
         (100, 100, 60, "--mesh fsdp=8 --set accumulate=8 --set remat=nothing_saveable", None),
     ],
 )
-def test_the_change_that_alters_least_comes_first(state, activations, limit, expected, tries):
-    trial = made_up(state, activations)
+def test_least_intrusive_change_comes_first(state, activations, limit, expected, tries):
+    trial = fake_trial(state, activations)
     found = nearest(limit, trial)
     assert flags(found.fits) == expected and found.fits.plan.total <= limit
     assert found.tried[-1] is found.fits and [one.variant for one in found.tried] == trial.asked
@@ -101,55 +101,55 @@ def test_the_change_that_alters_least_comes_first(state, activations, limit, exp
 
 def test_on_one_device_recomputation_comes_after_microbatches():
     one = Variant((1, 1, 1), 2, 1, "none")
-    found = nearest(95, made_up(10, 100), one)
+    found = nearest(95, fake_trial(10, 100), one)
     assert [flags(tried, one) for tried in found.tried] == [
         "--set accumulate=2",
         "--set remat=dots_saveable",
         "--set remat=dots_with_no_batch_dims_saveable",
         "--set remat=nothing_saveable",
     ]
-    both = nearest(60, made_up(10, 100), one)
+    both = nearest(60, fake_trial(10, 100), one)
     assert flags(both.fits, one) == "--set accumulate=2 --set remat=nothing_saveable"
     assert len(both.tried) == len({tried.variant for tried in both.tried}) == 5
 
 
-def test_a_batch_that_does_not_halve_is_cut_by_its_divisors():
-    found = nearest(30, made_up(0, 10), Variant((1, 1, 1), 15, 1, "none"))
+def test_odd_batch_is_divided_by_its_divisors():
+    found = nearest(30, fake_trial(0, 10), Variant((1, 1, 1), 15, 1, "none"))
     assert [one.variant.accumulate for one in found.tried] == [3, 15]
-    tripled = nearest(15, made_up(0, 10), Variant((1, 1, 1), 12, 3, "none"))
+    tripled = nearest(15, fake_trial(0, 10), Variant((1, 1, 1), 12, 3, "none"))
     assert [one.variant.accumulate for one in tripled.tried] == [6, 12]
 
 
-def test_the_batch_is_halved_last():
-    only_whole = made_up(
+def test_batch_is_halved_last():
+    batch_only = fake_trial(
         10, 100, lambda variant: "no" if variant.accumulate > 1 or variant.mesh[1] > 1 else ""
     )
-    found = nearest(150, only_whole)
+    found = nearest(150, batch_only)
     assert flags(found.fits) == "--set batch=8"
     assert [one.variant.batch for one in found.tried][-3:] == [32, 16, 8]
     assert found.tried[0].reason == "no"
 
 
-def test_where_nothing_fits_the_smallest_is_told(monkeypatch):
-    trial = made_up(800, 100)
+def test_nothing_fits_reports_the_smallest(monkeypatch):
+    trial = fake_trial(800, 100)
     found = nearest(50, trial)
     assert found.fits is None and flags(found.smallest) == "--mesh fsdp=8"
-    assert len(found.tried) == 1  # less than the split state is not to be had
-    several = nearest(105, made_up(100, 10), Variant((1, 1, 1), 8, 1, "none"))
+    assert len(found.tried) == 1  # the sharded state alone exceeds the limit
+    several = nearest(105, fake_trial(100, 10), Variant((1, 1, 1), 8, 1, "none"))
     totals = [one.plan.total for one in several.tried]
     assert several.fits is not None and several.smallest.plan.total == min(totals) < max(totals)
     text = report.nearest_text(found, GIVEN)
-    assert "no change that was tried fits; the smallest is --mesh fsdp=8: 900 B" in text
+    assert "no change that was tried fits; least memory with --mesh fsdp=8: 900 B" in text
     assert report.nearest_json(found, GIVEN)["change"] is None
     monkeypatch.setattr("jaxtrain.plan.nearest.MOST", 5)
-    assert len(nearest(1, made_up(0, 10**6)).tried) == 5
+    assert len(nearest(1, fake_trial(0, 10**6)).tried) == 5
     impossible = plan.Nearest(None, ())
-    assert "nothing else was tried, because" in report.nearest_text(impossible, GIVEN)
+    assert "nothing else was tried: " in report.nearest_text(impossible, GIVEN)
 
 
-def test_what_does_not_help_is_not_done_more_of():
-    """Compilers may not save by microbatches, nor by a smaller batch: the second try shows it."""
-    trial = made_up(10, 100)
+def test_useless_change_is_not_taken_further():
+    """A compiler may save nothing by microbatches or a smaller batch: the second trial shows it."""
+    trial = fake_trial(10, 100)
 
     def stubborn(variant: Variant) -> plan.Trial:
         return dataclasses.replace(
@@ -162,17 +162,19 @@ def test_what_does_not_help_is_not_done_more_of():
     assert {one.variant.batch for one in tried} == {64, 32, 16}
 
 
-def test_every_mesh_is_searched_and_what_is_impossible_is_listed_once():
+def test_every_mesh_is_searched_and_impossible_ones_are_listed_once():
     def refuse(variant: Variant) -> str:
         if variant.mesh[2] == 8:
             return "params/head/kernel [64, 4]: heads of 4 does not divide over model = 8: use another mesh"
         return "batch 32 does not divide" if variant.batch == 32 and variant.mesh[2] == 1 else ""
 
-    trial, done = made_up(800, 10, refuse), []
+    trial, done = fake_trial(800, 10, refuse), []
     found = plan.search_all(GIVEN, 200, trial, done.append)
     assert plan.attempts(GIVEN) == done[-1] == 60 and found.left_out == 0
-    assert sum(one.mesh[2] == 8 for one in trial.asked) == 1  # and the same of any other batch
-    assert sum(one.batch == 32 for one in trial.asked) == 18  # but a batch says nothing about others
+    assert sum(one.mesh[2] == 8 for one in trial.asked) == 1  # not tried with another batch
+    assert (
+        sum(one.batch == 32 for one in trial.asked) == 18
+    )  # an impossible batch does not exclude other batches
     assert len(found.found) + len(found.impossible) == len(trial.asked) == 55
     totals = [one.plan.total for one in found.found]
     assert totals == sorted(totals) and min(totals) <= 200 < max(totals)
@@ -185,18 +187,18 @@ def test_every_mesh_is_searched_and_what_is_impossible_is_listed_once():
     assert body["impossible"][0]["reason"].startswith(("params", "batch"))
 
 
-def test_the_search_is_bounded():
+def test_search_is_bounded():
     sixteen = dataclasses.replace(GIVEN, mesh=(16, 1, 1))
-    found = plan.search_all(sixteen, None, made_up(800, 10))
+    found = plan.search_all(sixteen, None, fake_trial(800, 10))
     assert len(found.found) == plan.attempts(sixteen) == 60 and found.left_out == 90 - 60
-    assert "30 more were left out" in report.search_text(found, None)
+    assert "30 more variants were not compiled" in report.search_text(found, None)
     assert found.found[0].plan.total < found.found[-1].plan.total
 
 
 def command(capsys, *args) -> tuple[str, str]:
-    assert verbs.main(["plan", "--experiment", *args]) == 0
-    told = capsys.readouterr()
-    return told.out, told.err
+    assert commands.main(["plan", "--experiment", *args]) == 0
+    captured = capsys.readouterr()
+    return captured.out, captured.err
 
 
 @pytest.mark.parametrize(
@@ -206,17 +208,17 @@ def command(capsys, *args) -> tuple[str, str]:
         pytest.param((128, 256), 8, 0.75, "--mesh fsdp=2", marks=pytest.mark.full),
     ],
 )
-def test_the_change_that_is_told_fits_when_it_is_planned(widths, batch, part, expected, mlp, capsys):
+def test_suggested_change_fits_when_planned(widths, batch, part, expected, mlp, capsys):
     args = (mlp(widths, batch), "--devices", "2", "--set", "placement=stream")
-    whole = json.loads(command(capsys, *args, "--json")[0])
-    assert whole["fits"] is None
-    memory = ("--device-memory", f"{part * whole['bytes_per_device']['total'] / 0.75 / 1000:.3f}KB")
+    given = json.loads(command(capsys, *args, "--json")[0])
+    assert given["fits"] is None
+    memory = ("--device-memory", f"{part * given['bytes_per_device']['total'] / 0.75 / 1000:.3f}KB")
     out, progress = command(capsys, *args, *memory)
     assert "verdict: DOES NOT FIT" in out and "(" in out and max(map(len, out.splitlines())) < 100
-    told = re.search(r"^it fits with (.+): ([\d.]+ [KM]?B)$", out, re.M)
-    assert told[1].startswith(expected) and progress.splitlines()[-1] == f"tried {told[1]}: {told[2]}"
-    again = json.loads(command(capsys, *args, *memory, *told[1].split(), "--json")[0])
-    assert again["fits"] is True and device_limits.size_text(again["bytes_per_device"]["total"]) == told[2]
+    change = re.search(r"^fits with (.+): ([\d.]+ [KM]?B)$", out, re.M)
+    assert change[1].startswith(expected) and progress.splitlines()[-1] == f"tried {change[1]}: {change[2]}"
+    again = json.loads(command(capsys, *args, *memory, *change[1].split(), "--json")[0])
+    assert again["fits"] is True and device_limits.size_text(again["bytes_per_device"]["total"]) == change[2]
     assert "change" not in again
 
 
@@ -228,11 +230,11 @@ def test_json_of_what_does_not_fit_has_the_change(mlp, capsys):
     assert body["smallest"] is None and body["tried"] == []  # the state alone is too large
 
 
-def test_search_compiles_what_the_model_allows(mlp, capsys, monkeypatch):
+def test_search_lists_impossible_meshes(mlp, capsys, monkeypatch):
     monkeypatch.setattr("jaxtrain.plan.search.MOST", 4)
     out, _ = command(capsys, mlp((129,), 8), "--devices", "2", "--search", "--device-memory", "1MB")
-    table = out.partition("what each way of running it needs")[2]
+    table = out.partition("variants: memory on each device")[2]
     assert re.findall(r"^  (data=2|fsdp=2) +8  (none|nothing_saveable)  yes", table, re.M)
     assert re.search(r"^  model=2  params/dense0/\w+ \[.*129\]: mlp of 129 does not divide", table, re.M)
-    assert "14 more were left out" in table and "it fits with" not in out
+    assert "14 more variants were not compiled" in table and "fits with" not in out
     assert max(map(len, out.splitlines())) < 100

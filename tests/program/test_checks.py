@@ -92,7 +92,7 @@ class Case:
 def flipped(patch: pytest.MonkeyPatch) -> None:
     """A prepared MNIST whose record 4 of the training file has one bit changed."""
     files = fixtures_data.tiny_files("mnist", 6)
-    fixtures_data.know(patch, "mnist", files)
+    fixtures_data.patch_checksums(patch, "mnist", files)
     root = Path("tfds").absolute()
     folder = prepare("mnist", data_dir=root, source=fixtures_data.write(Path("originals"), files))
     patch.setenv("TFDS_DATA_DIR", str(root))
@@ -167,7 +167,7 @@ CASES = {
         "change(rules=(sharding.Rule('head/kernel$', ('daata', None)),))",
     ),
     "data not prepared": Case(
-        ("imagenet2012 cannot be fetched for you", "python -m jaxtrain prepare imagenet2012 --from"),
+        ("imagenet2012 cannot be downloaded automatically", "python -m jaxtrain prepare imagenet2012 --from"),
         str(ROOT / "experiments" / "imagenet_resnet50.py"),
     ),
     "corrupt record": Case(

@@ -46,7 +46,7 @@ def loaded(loader: Any, steps: Any) -> list[dict[str, np.ndarray]]:
 
 def expected(order: Any, step: int) -> dict[str, np.ndarray]:
     if isinstance(order, Order):
-        ids, epochs = order.places(step)
+        ids, epochs = order.ids_and_epochs(step)
         return {**SOURCE.gather(ids), "example_id": ids, "epoch": epochs}
     ids, mask = order.rows(step)
     return {**SOURCE.gather(ids), "mask": mask}
@@ -246,7 +246,7 @@ def test_training_batches_are_drawn_by_seed_epoch_and_example(name: str, workers
     order = ORDERS[name]
     loader = Streamed(Drawn(), order, mesh1, workers)
     for step in (4, 5, 1):
-        ids, epochs = order.places(step)
+        ids, epochs = order.ids_and_epochs(step)
         wanted = np.stack([ids, epochs, np.full(BATCH, order.seed)], axis=1)
         np.testing.assert_array_equal(loader.batch(step)["x"], wanted)
     loader.close()

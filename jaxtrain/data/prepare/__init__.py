@@ -1,9 +1,9 @@
-"""Writing a data set to disk in the TensorFlow Datasets layout: ``prepare(name)``.
+"""Download a data set and write it in the TensorFlow Datasets layout: ``prepare(name)``.
 
-The small image sets of ``formats.ORIGINALS`` and the ``collections.COLLECTIONS`` are written from their
-original files without TensorFlow, as the stock TFDS builders would: same version, features, names and
-example order. The ``plain.PLAIN`` tables are kept as they are. Every other name goes through its stock TFDS
-builder, which needs TensorFlow.
+The small image sets of ``originals.ORIGINALS`` and the ``catalog.COLLECTIONS`` are written from their
+original files without TensorFlow, as the stock TFDS builders would: same version, features, names and example
+order. The ``tables.TABLES`` are stored as published. Every other name goes through its stock TFDS builder,
+which needs TensorFlow.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from jaxtrain.data.data_dir import (
     data_dir_option,
     default_data_dir,
     file_formats,
-    find_folder,
-    folders,
+    find_prepared,
     parse_name,
+    version_folders,
 )
 from jaxtrain.data.prepare.archives import load_members
 from jaxtrain.data.prepare.catalog import COLLECTIONS, Collection, find_collection
-from jaxtrain.data.prepare.download import Progress, check, connect, fetch, fetch_members
-from jaxtrain.data.prepare.originals import ORIGINALS, About, Examples, Original, Parsed, Split
-from jaxtrain.data.prepare.tables import PLAIN, Plain, plain_file, write_plain
-from jaxtrain.data.prepare.writer import quiet, write
+from jaxtrain.data.prepare.download import Progress, fetch, fetch_members, open_url, verify_checksum
+from jaxtrain.data.prepare.originals import ORIGINALS, DataSetInfo, Examples, Original, Parsed, Split
+from jaxtrain.data.prepare.tables import TABLES, Table, table_file, write_table
+from jaxtrain.data.prepare.writer import silence_tfds, write_data_set
 
-# The command that an error tells the user to type, up to its data set.
+# The command in an error message, up to the name of the data set.
 _COMMAND = re.compile(r"python -m jaxtrain prepare [^\s:,]+")
 
 
@@ -49,31 +49,29 @@ def prepare(
     source: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes data set ``name`` in the TFDS layout (``array_record``) and returns its folder.
+    """Write data set ``name`` in the TFDS layout (``array_record``) and return its folder.
 
-    Does nothing when it is prepared already. The folder appears whole or not at all, whatever
-    interrupts this call and however many processes make it at the same time.
+    Does nothing if it is already prepared. The write is atomic, whatever interrupts it and however many
+    processes do it at the same time.
 
     Original files of the small image sets, tiny_shakespeare and etth1 are checked against their known
     checksums (cifar100's two lists of class names have none: their lengths are checked). The archives of
-    imdb_reviews, movielens/100k-ratings and oxford_iiit_pet are checked so only when they were fetched here:
-    with ``source``, a part of one or one that was packed again will do, and what is checked is that the
-    examples stand where the original has them.
+    imdb_reviews, movielens/100k-ratings and oxford_iiit_pet are checked only when they are downloaded here:
+    ``source`` may be a subset or a repacked archive, in which the paths of the examples are checked.
 
     Args:
       name: a TFDS name: ``"cifar10"``, ``"imdb_reviews/plain_text"``.
       data_dir: the folder of all data sets; None: ``$TFDS_DATA_DIR``, else
         ``~/tensorflow_datasets``.
       source: original files already on this machine: a .tar.gz, .tar or .zip archive, or a folder
-        that holds the files or such an archive. None: fetch them (imagenet2012 must be fetched by
-        hand). For names that go through their stock TFDS builder, the folder that TFDS calls
-        ``manual_dir``.
-      progress: called as ``progress(label, done, total)``, in bytes while fetching and in examples
-        while writing; total is 0 when it is not known.
+        that holds the files or such an archive. None: download them (imagenet2012 must be downloaded
+        by hand). For names that go through their stock TFDS builder, the ``manual_dir`` of TFDS.
+      progress: called as ``progress(label, done, total)``, in bytes while downloading and in examples
+        while writing; total is 0 if it is not known.
 
     Raises:
-      InputError: no such data set, no network, a file that is missing or not the original, or
-        TensorFlow is needed and not installed.
+      InputError: no such data set, no network, a file is missing or not the original, or TensorFlow
+        is needed and not installed.
 
     >>> prepare("cifer10", data_dir="/nowhere")
     Traceback (most recent call last):
@@ -83,7 +81,7 @@ def prepare(
     try:
         return _prepare(name, data_dir, source, progress)
     except InputError as error:
-        # Whoever gives advice below does not know the folder, and must not send the user to another.
+        # The functions below do not know the folder, so the option is added to their commands here.
         option = data_dir_option(data_dir)
         raise InputError(_COMMAND.sub(lambda found: found[0] + option, str(error))) from error
 
@@ -94,48 +92,48 @@ def _prepare(
     source: str | os.PathLike[str] | None,
     progress: Progress | None,
 ) -> Path:
-    plain = plain_file(name, data_dir)
-    folder = plain.parent if plain is not None else find_folder(name, data_dir)
+    table = table_file(name, data_dir)
+    folder = table.parent if table is not None else find_prepared(name, data_dir)
     if folder is not None:
         return folder
     root = Path(data_dir).expanduser().absolute() if data_dir is not None else default_data_dir()
     report = progress or (lambda label, done, total: None)
     files = Path(source).expanduser() if source is not None else None
     base, config, version = parse_name(name)
-    own = PLAIN.get(base) or ORIGINALS.get(base) or find_collection(base, config)
+    own = TABLES.get(base) or ORIGINALS.get(base) or find_collection(base, config)
     if own is None:
         return _prepare_stock(name, root, files, report)
-    full = own.full if isinstance(own, About) else base
-    asked = f"{base}/{config}" if config else base
-    if asked not in (base, full) or version not in (None, own.version):
+    full = own.full if isinstance(own, DataSetInfo) else base
+    requested = f"{base}/{config}" if config else base
+    if requested not in (base, full) or version not in (None, own.version):
         raise InputError(f"data set {name}: only {full}:{own.version} can be prepared")
-    if isinstance(own, Plain):
-        return write_plain(base, root, files, report)
-    _refuse_occupied(name, root / full / own.version)
+    if isinstance(own, Table):
+        return write_table(base, root, files, report)
+    _check_unoccupied(name, root / full / own.version)
     if isinstance(own, Original):
         _prepare_original(own, root, files, report)
     else:
         _prepare_collection(own, root, files, report)
-    return _result(name, root)
+    return _find_result(name, root)
 
 
-def _refuse_occupied(name: str, folder: Path) -> None:
-    """TFDS takes any existing folder for the finished data set, so say no before it does."""
+def _check_unoccupied(name: str, folder: Path) -> None:
+    """Raise if ``folder`` exists without a readable data set: TFDS would take it for the finished one."""
     kinds = file_formats(folder)
     if folder.exists() and "array_record" not in kinds:
-        holds = f"{kinds[0]} files, which need TensorFlow" if kinds else "no complete data set"
+        contents = f"{kinds[0]} files, which need TensorFlow" if kinds else "no complete data set"
         raise InputError(
-            f"{folder} is in the way: it holds {holds}. Move it away (or set TFDS_DATA_DIR to "
+            f"{folder} is in the way: it holds {contents}. Move it away (or set TFDS_DATA_DIR to "
             f"another folder), then run: python -m jaxtrain prepare {name}"
         )
 
 
-def _result(name: str, root: Path) -> Path:
-    folder = find_folder(name, root)
+def _find_result(name: str, root: Path) -> Path:
+    folder = find_prepared(name, root)
     if folder is None:
-        for other in folders(name, root):
-            _refuse_occupied(name, other)
-        raise InputError(f"data set {name}: nothing that can be read was written to {root}")
+        for other in version_folders(name, root):
+            _check_unoccupied(name, other)
+        raise InputError(f"data set {name}: no readable files were written to {root}")
     return folder
 
 
@@ -148,7 +146,7 @@ def _prepare_original(original: Original, root: Path, source: Path | None, repor
         for split, data in parsed.splits.items()
     }
     totals = {split: len(data.images) for split, data in parsed.splits.items()}
-    write(original, _features(original, parsed), splits, root, report, totals)
+    write_data_set(original, _features(original, parsed), splits, root, report, totals)
 
 
 def _check_labels(original: Original, parsed: Parsed) -> None:
@@ -180,8 +178,8 @@ def _features(original: Original, parsed: Parsed) -> dict[str, Any]:
 
 
 def _examples(split: str, data: Split, ids: bool) -> Examples:
-    # The key is the position in the original files: TFDS orders examples by a hash of it, so this
-    # is what makes the order that of the stock builders.
+    # The key is the position in the original files. TFDS orders examples by a hash of the key, so this
+    # gives the order of the stock builders.
     for index, image in enumerate(data.images):
         example: dict[str, Any] = {key: int(value[index]) for key, value in data.labels.items()}
         example["image"] = _png(image)
@@ -191,7 +189,7 @@ def _examples(split: str, data: Split, ids: bool) -> Examples:
 
 
 def _png(image: np.ndarray) -> bytes:
-    """Encoded here, from uint8 [height, width, channel], because TFDS encodes with TensorFlow."""
+    """Encode uint8 [height, width, channel] as PNG; TFDS itself would need TensorFlow."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -205,28 +203,28 @@ def _prepare_collection(collection: Collection, root: Path, source: Path | None,
             urls = [part.url for part in collection.parts if part.url is not None]
             if len(urls) != len(collection.parts):
                 raise InputError(
-                    f"{collection.full} cannot be fetched for you: {collection.by_hand}, then run: "
+                    f"{collection.full} cannot be downloaded automatically: {collection.by_hand}, then run: "
                     f"python -m jaxtrain prepare {collection.full} --from DIR"
                 )
-            # Beside the result, because what is fetched may be too big for the system's own place.
-            place = root / collection.name
-            source = stack.enter_context(fetch(collection.full, urls, report, place))
+            # Next to the result, because the system's temporary folder may be too small.
+            parent = root / collection.name
+            source = stack.enter_context(fetch(collection.full, urls, report, parent))
             for part in collection.parts:
-                check(source / part.names[0], part.size, part.sha256)
+                verify_checksum(source / part.names[0], part.size, part.sha256)
         splits = collection.examples(collection.find(source))
-        write(collection, collection.features(), splits, root, report)
+        write_data_set(collection, collection.features(), splits, root, report)
 
 
 def _prepare_stock(name: str, root: Path, source: Path | None, report: Progress) -> Path:
-    """Any other name, through the builder that TFDS has for it."""
+    """Prepare any other name with its TFDS builder."""
     import tensorflow_datasets as tfds
 
     base = parse_name(name)[0]
     known = tfds.list_builders(with_community_datasets=False)
     own = [collection.full for collection in COLLECTIONS.values() if collection.name == base]
     if base not in known:
-        close = own or difflib.get_close_matches(base, {*known, *PLAIN}, n=1)
-        hint = f"did you mean {close[0]}?" if close else "TFDS has none of that name"
+        close = own or difflib.get_close_matches(base, {*known, *TABLES}, n=1)
+        hint = f"did you mean {close[0]}?" if close else "TFDS has no data set of that name"
         raise InputError(f"unknown data set {name!r}: {hint}")
     if importlib.util.find_spec("tensorflow") is None:
         other = f"; {own[0]} does not" if own else ""
@@ -238,37 +236,37 @@ def _prepare_stock(name: str, root: Path, source: Path | None, report: Progress)
         raise InputError(f"{source}: no such file or folder")
     manual = source.parent if source is not None and source.is_file() else source
     report(name, 0, 0)
-    with quiet(report):
+    with silence_tfds(report):
         try:
             builder = tfds.builder(name, data_dir=root, file_format="array_record")
-            _refuse_occupied(name, Path(builder.data_dir))
+            _check_unoccupied(name, Path(builder.data_dir))
             if source is None:
-                _refuse_offline(name, builder.url_infos, root)
+                _check_network(name, builder.url_infos, root)
             builder.download_and_prepare(
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False, manual_dir=manual)
             )
         except InputError:
             raise
-        except Exception as error:  # Some hundred builders: each fails in its own way.
-            if find_folder(name, root) is None:
+        except Exception as error:  # Each of the hundreds of builders raises its own types.
+            if find_prepared(name, root) is None:
                 line = " ".join(str(error).split())[:300]
                 raise InputError(f"TFDS could not prepare {name}: {type(error).__name__}: {line}") from error
-    return _result(name, root)
+    return _find_result(name, root)
 
 
-def _refuse_offline(name: str, urls: Mapping[str, Any] | None, root: Path) -> None:
-    """Without a network TFDS would retry for minutes: ask the first address once, and fast."""
+def _check_network(name: str, urls: Mapping[str, Any] | None, root: Path) -> None:
+    """Raise if the first URL does not answer: without a network TFDS would retry for minutes."""
     url = next(iter(urls or ()), "")
-    downloads = root / "downloads"  # What TFDS fetched before may be all it needs.
+    downloads = root / "downloads"  # Earlier downloads may be all that TFDS needs.
     cached = downloads.is_dir() and any(path.is_file() for path in downloads.iterdir())
     if cached or not url.startswith("http"):
         return
     try:
-        connect(url).close()
+        open_url(url).close()
     except urllib.error.HTTPError:
-        return  # Somebody answered.
+        return  # The server answered.
     except OSError as error:
         raise InputError(
-            f"cannot fetch {url} ({' '.join(str(error).split())}): get it on a machine with a "
-            f"network, then run: python -m jaxtrain prepare {name} --from DIR"
+            f"cannot download {url} ({' '.join(str(error).split())}): download it on a machine with "
+            f"a network, then run: python -m jaxtrain prepare {name} --from DIR"
         ) from error

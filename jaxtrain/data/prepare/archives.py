@@ -1,7 +1,7 @@
-"""Finding the original files of a data set in a folder or an archive, and checking them.
+"""Read the original files of a data set from a folder or an archive, and check them.
 
-Nothing is unpacked to disk and nothing is ever unpickled. An archive that holds links, devices or paths which
-lead out of it, or that expands to far more than it could hold, is refused all the same.
+Nothing is extracted to disk and nothing is unpickled. An archive with links, devices, paths that lead out of
+it, or far more data than its size can hold (a decompression bomb) is refused.
 """
 
 from __future__ import annotations
@@ -17,247 +17,211 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 from jaxtrain.core.errors import InputError
-from jaxtrain.data.prepare.originals import Member, Original
+from jaxtrain.data.prepare.originals import Original
 
-# A file of unknown size (a list of label names) is not read further than this.
-_TEXT_LIMIT = 65_536
-# The whole of one file is read into memory: the largest original, an image, has some 15 MB.
-_LARGEST = 128 << 20
-# Photographs do not expand, drawn digits and text some five times, and 20 leaves room.
-_EXPANSION, _SLACK = 20, 64 << 20
-_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
-_Files = Generator[tuple[str, str, IO[bytes], int], None, None]  # where, path, open file, size
-_UNREADABLE = (
+# A file of unknown size (a list of label names) is read up to this many bytes.
+_MAX_TEXT = 65_536
+# A file is read into memory; the largest original file is an image of about 15 MB.
+_MAX_FILE = 128 << 20
+# An archive may expand to _MAX_RATIO times its size and _SLACK bytes: text expands about 5 times.
+_MAX_RATIO, _SLACK = 20, 64 << 20
+_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+_DECOMPRESS: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZ": bz2.open,
+    b"\xfd7": lzma.open,
+}
+_READ_ERRORS = (
     *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, OverflowError),
     RuntimeError,  # an encrypted zip
 )
-_OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One file of a folder or an archive, open until the next one is asked for.
+    """One file of a folder or an archive, open until the next one is requested.
 
     Attributes:
-      where: the folder's file or the archive, for messages.
-      path: inside it, beginning with the name of the folder.
-      size: bytes, as the archive claims.
+      where: path of the file or of its archive, for messages.
+      path: inside the folder or archive; for a folder it starts with the folder's name.
+      file: the contents, not yet read.
     """
 
     where: str
     path: PurePosixPath
     file: IO[bytes]
-    size: int
 
     def read(self) -> bytes:
-        """All of it.
+        """Return the contents.
 
         Raises:
-          InputError: the archive ends before the file does, or is damaged; or the file is larger than any
-            original is.
+          InputError: the archive is damaged, or the file is larger than any original file.
         """
-        try:
-            data = self.file.read(_LARGEST + 1)
-        except _UNREADABLE as error:
-            raise InputError(_broken(self.where, error)) from error
-        if len(data) > _LARGEST:
-            raise InputError(_refused(self.where, str(self.path), f"has more than {_LARGEST:,} bytes"))
+        with _read_errors(self.where):
+            data = self.file.read(_MAX_FILE + 1)
+        if len(data) > _MAX_FILE:
+            raise _refusal(self.where, f"{str(self.path)[:200]!r} has more than {_MAX_FILE:,} bytes")
         return data
 
     def entries(self) -> Iterator[Entry]:
-        """The files of a tar archive inside an archive."""
-        try:
-            where = f"{self.where}: {self.path}"
-            with tarfile.open(fileobj=_expanded(self.file, where, self.size), mode="r|") as tar:
-                for path, file, size in _members(tar, where):
-                    yield Entry(self.where, PurePosixPath(path), file, size)
-        except _UNREADABLE as error:
-            raise InputError(_broken(f"{self.where}: {self.path}", error)) from error
+        """Yield the files of this entry, an uncompressed tar archive inside an archive."""
+        where = f"{self.where}: {self.path}"
+        with _read_errors(where):
+            yield from _tar(self.file, where)
 
 
 def entries(source: Path) -> Iterator[Entry]:
-    """Every file of a folder or an archive, one at a time, front to back; hidden ones are left out.
+    """Yield every file of a folder or an archive, one at a time; hidden files are skipped.
 
     Raises:
-      InputError: ``source`` is no archive, or not a whole one.
+      InputError: ``source`` is not an archive, is damaged, or is refused.
     """
-    with contextlib.closing(_walk(source) if source.is_dir() else _archive(source)) as found:
-        for where, path, file, size in found:
-            entry = Entry(where, PurePosixPath(path), file, size)
-            if not entry.path.name.startswith("."):
-                yield entry
-
-
-def _walk(folder: Path) -> _Files:
-    # One folder's names at a time: an unpacked ImageNet has over a million.
-    for parent, below, names in os.walk(folder):
-        below.sort()
-        for name in sorted(names):
-            path = Path(parent, name)
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                yield str(path), path.relative_to(folder.parent).as_posix(), file, size
+    for entry in _folder(source) if source.is_dir() else _archive(source):
+        if not entry.path.name.startswith("."):
+            yield entry
 
 
 def load_members(original: Original, source: Path) -> dict[str, bytes]:
-    """The checked contents of every member of ``original``, by name, decompressed.
+    """Return the checked contents of every member of ``original``, by name, decompressed.
 
     Args:
-      source: a folder that holds the files, or an archive of them, anywhere below; or an archive.
+      source: a folder that holds the files, or an archive of them, at any depth; or an archive.
 
     Raises:
-      InputError: ``source`` is absent or unreadable, or a file is missing or is not the original.
+      InputError: ``source`` is missing or unreadable, or a file is missing or is not the original.
     """
     if not source.exists():
         raise InputError(f"{source}: no such file or folder")
-    wanted = {member.name: member for member in original.members}
+    members = {member.name: member for member in original.members}
     found: dict[str, bytes] = {}
-    wrong: dict[str, str] = {}
-    pickled = bool(set(original.pickled) & {*source.parts})
-    for where, path, file, _ in _files(source):
-        pickled |= bool(set(original.pickled) & {*PurePosixPath(path).parts})
-        name = PurePosixPath(path).name
-        member = wanted.get(name.removesuffix(".gz"))
-        if member is None or member.name in found:
+    problems: dict[str, str] = {}
+    names = {*source.parts}
+    for entry in _entries_at_any_depth(source):
+        names.update(entry.path.parts)
+        name = entry.path.name.removesuffix(".gz")
+        if name not in members or name in found:
             continue
-        data = _read(file, member, where, packed=name.endswith(".gz"))
+        member = members[name]
+        file = gzip.GzipFile(fileobj=entry.file) if entry.path.suffix == ".gz" else entry.file
+        try:  # One byte more than expected shows that the file is too large, whatever size it claims.
+            data = file.read((_MAX_TEXT if member.size is None else member.size) + 1)
+        except _READ_ERRORS as error:
+            raise InputError(f"{entry.where}: cannot read {name} ({error})") from error
         problem = member.problem(data)
         if problem is None:
-            found[member.name] = data
-        else:  # Another data set may use the same file names: look on.
-            wrong.setdefault(member.name, f"{where}: {problem}")
-        if len(found) == len(wanted):
+            found[name] = data
+        else:  # Another data set may use the same file names, so keep looking.
+            problems.setdefault(name, f"{entry.where}: {problem}")
+        if len(found) == len(members):
             return found
-    raise InputError(_missing(original, source, found, wrong, pickled))
-
-
-def _missing(
-    original: Original,
-    source: Path,
-    found: Mapping[str, bytes],
-    wrong: Mapping[str, str],
-    pickled: bool,
-) -> str:
-    missing = [member.name for member in original.members if member.name not in found]
+    missing = [name for name in members if name not in found]
     for name in missing:
-        if name in wrong:
-            return wrong[name]
-    if pickled:
-        return (
-            f"{source}: this is the Python version of {original.name}, a pickle, which is never "
-            f"opened: use the binary version, which holds {', '.join(missing)}"
+        if name in problems:
+            raise InputError(problems[name])
+    if names & {*original.pickled}:
+        raise InputError(
+            f"{source}: this is the Python version of {original.name}, a pickle, which is never opened: use "
+            f"the binary version, which holds {', '.join(missing)}"
         )
-    return f"{source}: {', '.join(missing)} (or .gz) is not in it, and {original.name} needs it"
+    raise InputError(f"{source}: {', '.join(missing)} (or .gz) is missing, and {original.name} needs it")
 
 
-def _read(file: IO[bytes], member: Member, where: str, *, packed: bool) -> bytes:
-    # One byte past the expected size shows that there is more, whatever the file claims.
-    limit = (member.size if member.size is not None else _TEXT_LIMIT) + 1
-    try:
-        return gzip.GzipFile(fileobj=file).read(limit) if packed else file.read(limit)
-    except _UNREADABLE as error:
-        raise InputError(f"{where}: {member.name} cannot be read ({error})") from error
+def _entries_at_any_depth(source: Path) -> Iterator[Entry]:
+    yield from entries(source)
+    if source.is_dir():
+        for path in sorted(source.rglob("*")):
+            if path.name.lower().endswith(_SUFFIXES) and path.is_file():
+                yield from entries(path)
 
 
-def _files(source: Path) -> _Files:
-    """(where, path, open file, size) of every file in a folder, then in the archives of that folder."""
-    if source.is_file():
-        yield from _archive(source)
-        return
-    paths = sorted(path for path in source.rglob("*") if path.is_file())
-    for path in paths:
-        with path.open("rb") as file:
-            yield str(path), path.relative_to(source).as_posix(), file, path.stat().st_size
-    for path in paths:
-        if path.name.lower().endswith(_ARCHIVES):
-            yield from _archive(path)
+def _folder(folder: Path) -> Iterator[Entry]:
+    # os.walk lists one directory at a time: an extracted ImageNet has over a million files.
+    for parent, subfolders, names in os.walk(folder):
+        subfolders.sort()
+        for path in (Path(parent, name) for name in sorted(names)):
+            if path.is_file():
+                with path.open("rb") as file:
+                    yield Entry(str(path), PurePosixPath(path.relative_to(folder.parent)), file)
 
 
-def _archive(path: Path) -> _Files:
-    try:
-        yield from _zip(path) if zipfile.is_zipfile(path) else _tar(path)
-    except _UNREADABLE as error:
-        raise InputError(_broken(path, error)) from error
+def _archive(path: Path) -> Iterator[Entry]:
+    where = str(path)
+    with _read_errors(where), path.open("rb") as file:
+        limit = _MAX_RATIO * path.stat().st_size + _SLACK
+        if zipfile.is_zipfile(file):
+            yield from _zip(file, where, limit)
+            return
+        file.seek(0)
+        decompress = _DECOMPRESS.get(file.peek(2)[:2], lambda file: file)
+        yield from _tar(cast(IO[bytes], _Capped(decompress(file), where, limit)), where)
 
 
-def _broken(where: str | Path, error: Exception) -> str:
-    line = " ".join(str(error).split())
-    return f"{where}: not a whole .tar, .tar.gz or .zip archive ({line}): fetch it again"
+class _Capped:
+    """A stream that refuses to expand to more than ``limit`` bytes.
 
+    It counts what tarfile reads, so it covers long names and skipped members too.
+    """
 
-def _refused(where: str | Path, name: str, why: str) -> str:
-    return f"{where}: {name[:200]!r} {why}, which no original does: fetch it again"
-
-
-def _tar(path: Path) -> _Files:
-    # "r|" reads front to back once: a gzipped archive is never rewound.
-    with path.open("rb") as packed:
-        whole = _expanded(packed, str(path), path.stat().st_size)
-        with tarfile.open(fileobj=whole, mode="r|") as tar:
-            for name, file, size in _members(tar, str(path)):
-                yield str(path), name, file, size
-            # tarfile takes a cut between two files for the end, but a whole archive ends in blocks of zeros.
-            if tar.fileobj is None or tar.fileobj.tell() < tar.offset + tarfile.BLOCKSIZE:
-                raise tarfile.ReadError("unexpected end of data")
-
-
-def _expanded(packed: IO[bytes], where: str, size: int) -> IO[bytes]:
-    """The bytes of a tar archive, which may be compressed; refuses to give far more than ``size`` of it."""
-    head: bytes = packed.peek(2)[:2]  # type: ignore[attr-defined] # as every buffered reader has
-    opener = _OPENERS.get(head)
-    most = _EXPANSION * size + _SLACK
-    return cast(IO[bytes], _Limited(packed if opener is None else opener(packed), where, most))
-
-
-class _Limited:
-    """A file that is read front to back, and never further than ``most`` bytes."""
-
-    def __init__(self, file: Any, where: str, most: int) -> None:
-        self._file, self._where, self._left = file, where, most
+    def __init__(self, file: IO[bytes], where: str, limit: int) -> None:
+        self._file, self._where, self._left = file, where, limit
 
     def read(self, size: int) -> bytes:
-        data: bytes = self._file.read(size)
+        data = self._file.read(size)
         self._left -= len(data)
         if self._left < 0:
-            raise InputError(
-                _refused(self._where, "all of it", f"expands to over {_EXPANSION} times its size")
-            )
+            raise _refusal(self._where, f"expands to more than {_MAX_RATIO} times its size")
         return data
 
 
-def _members(tar: tarfile.TarFile, where: str) -> Iterator[tuple[str, IO[bytes], int]]:
-    for info in tar:
-        _check_path(where, info.name)
-        # Stricter than tarfile's data filter, which Python has only from 3.11.4 on: no links at all.
-        if not (info.isfile() or info.isdir()):
-            raise InputError(_refused(where, info.name, "is a link or a device"))
-        file = tar.extractfile(info) if info.isfile() else None
-        if file is not None:
-            yield info.name, file, info.size
+def _tar(file: IO[bytes], where: str) -> Iterator[Entry]:
+    # "r|" reads front to back once, so a compressed archive is never rewound.
+    with tarfile.open(fileobj=file, mode="r|") as tar:
+        for info in tar:
+            # Stricter than tarfile's data filter, which Python has only from 3.11.4 on: no links at all.
+            _check_member(where, info.name, info.isfile() or info.isdir())
+            if info.isfile():
+                yield Entry(where, PurePosixPath(info.name), cast(IO[bytes], tar.extractfile(info)))
+        # tarfile accepts an archive cut between two files, but a complete one ends in blocks of zeros.
+        if tar.fileobj is None or tar.fileobj.tell() < tar.offset + tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("unexpected end of data")
 
 
-def _check_path(where: str | Path, name: str) -> None:
-    """Refuse what would be written elsewhere if it were written: such an archive is a trap."""
-    if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
-        raise InputError(_refused(where, name, "leads out of the archive"))
-
-
-def _zip(path: Path) -> _Files:
-    with zipfile.ZipFile(path) as archive:
-        left = _EXPANSION * path.stat().st_size + _SLACK
+def _zip(file: IO[bytes], where: str, limit: int) -> Iterator[Entry]:
+    with zipfile.ZipFile(file) as archive:
+        # zipfile reads no more of a member than the size it claims.
+        if sum(info.file_size for info in archive.infolist()) > limit:
+            raise _refusal(where, f"expands to more than {_MAX_RATIO} times its size")
         for info in archive.infolist():
-            _check_path(path, info.filename)
             kind = stat.S_IFMT(info.external_attr >> 16)
-            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise InputError(_refused(path, info.filename, "is a link or a device"))
-            left -= info.file_size  # no more than it claims is ever read of it
-            if left < 0:
-                raise InputError(_refused(path, "all of it", f"expands to over {_EXPANSION} times its size"))
+            _check_member(where, info.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
             if not info.is_dir():
-                with archive.open(info) as file:
-                    yield str(path), info.filename, file, info.file_size
+                with archive.open(info) as member:
+                    yield Entry(where, PurePosixPath(info.filename), member)
+
+
+def _check_member(where: str, name: str, regular: bool) -> None:
+    if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
+        raise _refusal(where, f"{name[:200]!r} leads out of the archive")
+    if not regular:
+        raise _refusal(where, f"{name[:200]!r} is a link or a device")
+
+
+def _refusal(where: str, problem: str) -> InputError:
+    return InputError(f"{where}: {problem}, unlike any original file: download it again")
+
+
+@contextlib.contextmanager
+def _read_errors(where: str) -> Iterator[None]:
+    """Turn the errors of a damaged archive into one line."""
+    try:
+        yield
+    except _READ_ERRORS as error:
+        line = " ".join(str(error).split())
+        raise InputError(
+            f"{where}: not a complete .tar, .tar.gz or .zip archive ({line}): download it again"
+        ) from error

@@ -1,7 +1,7 @@
-"""The data sets whose archives are read one example at a time: one table, ``COLLECTIONS``.
+"""The data sets whose archives are streamed, one example at a time: ``COLLECTIONS``.
 
-Features, keys and versions are those of the stock TFDS builders, so that a copy prepared here and one
-prepared by TensorFlow hold the same examples in the same order.
+Features, keys and versions are those of the stock TFDS builders, so a copy prepared here and one prepared by
+TensorFlow hold the same examples in the same order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.data.prepare import images, text
-from jaxtrain.data.prepare.originals import About, Examples
+from jaxtrain.data.prepare.originals import DataSetInfo, Examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Part:
     """One file of an original distribution.
 
     Attributes:
-      names: what it is called, the original name first; a folder of such a name is the unpacked file.
-      url: where it is fetched; None: only by hand.
-      size, sha256: of the original, checked where it was fetched: subsets and archives that were packed
-        again are fine with ``--from``.
+      names: its file names, the original first; a folder of such a name is the extracted archive.
+      url: where to download it; None: only by hand.
+      size, sha256: of the original, checked after a download; with ``--from``, subsets and repacked archives
+        are accepted.
     """
 
     names: tuple[str, ...]
@@ -35,15 +35,15 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Collection(About):
-    """A data set as it is published, and how its examples are found in that.
+class Collection(DataSetInfo):
+    """A data set as published, and how its examples are read.
 
     Attributes:
-      parts: the files that make it up.
+      parts: its files.
       features: TFDS features by name.
-      splits: from the path of each part, for each split, what makes an iterator of examples.
-      layout: for each split, where the original has its examples.
-      by_hand: where to get the files that nobody may fetch for you.
+      splits: from the paths of the parts, a function per split that returns an iterator of examples.
+      layout: per split, where the original has its examples, for messages.
+      by_hand: how to get files that may not be downloaded automatically.
     """
 
     parts: tuple[Part, ...]
@@ -53,10 +53,10 @@ class Collection(About):
     by_hand: str = ""
 
     def find(self, source: Path) -> tuple[Path, ...]:
-        """The path of each part in ``source``: a file, or a folder that holds them or is an unpacked one.
+        """Return the path of each part in ``source``: a file, a folder that holds them, or an extracted one.
 
         Raises:
-          InputError: one is missing.
+          InputError: a part is missing.
         """
         if not source.exists():
             raise InputError(f"{source}: no such file or folder")
@@ -73,29 +73,29 @@ class Collection(About):
                 if (parent / name).exists():
                     return parent / name
         raise InputError(
-            f"{folder}: {' or '.join(part.names)} is not in it, and {self.full} needs it"
+            f"{folder}: {' or '.join(part.names)} is missing, and {self.full} needs it"
             + (f": {self.by_hand}" if self.by_hand else "")
         )
 
     def examples(self, parts: Sequence[Path]) -> Mapping[str, Callable[[], Examples]]:
-        """The splits, each of which has at least one example.
+        """Return the splits, each with at least one example.
 
         Raises:
-          InputError: one has none.
+          InputError: a split has none.
         """
         splits = self.splits(parts)
         for split, make in splits.items():
             with contextlib.closing(make()) as examples:
                 if next(examples, None) is None:
                     raise InputError(
-                        f"{' and '.join(map(str, parts))}: split {split} of {self.full} would be empty, for "
-                        f"there is no {self.layout[split]}: give the original files"
+                        f"{' and '.join(map(str, parts))}: split {split} of {self.full} would be empty: "
+                        f"no {self.layout[split]} found: give the original files"
                     )
         return splits
 
 
 def find_collection(base: str, config: str | None) -> Collection | None:
-    """The collection that TFDS means by ``base/config``, or by ``base``.
+    """Return the collection that TFDS means by ``base/config``, or by ``base``; None if there is none.
 
     >>> find_collection("imdb_reviews", None).full
     'imdb_reviews/plain_text'

@@ -1,4 +1,4 @@
-"""Fetching the original files of a data set, failing fast where there is no network."""
+"""Download the original files of a data set; fail fast without a network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxtrain.core.errors import InputError
 from jaxtrain.data.prepare.archives import load_members
 from jaxtrain.data.prepare.originals import Original
 
-# Called as progress(label, done, total); total is 0 when it is not known.
+# Called as progress(label, done, total); total is 0 if it is not known.
 Progress = Callable[[str, int, int], None]
 
 _MNIST_FILES = (
@@ -28,7 +28,7 @@ _MNIST_FILES = (
     "t10k-labels-idx1-ubyte.gz",
 )
 _FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-# Where the originals are fetched from. What arrives is checked, so http and mirrors are fine.
+# Downloads are checked against checksums, so http and mirrors are fine.
 URLS: dict[str, tuple[str, ...]] = {
     "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",),
     "cifar100": ("https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",),
@@ -37,18 +37,18 @@ URLS: dict[str, tuple[str, ...]] = {
 }
 
 _SOCKET_SECONDS = 5.0
-# Name look-up knows no timeout of its own, and each address of a host may take the socket's.
+# A DNS look-up has no timeout, and each address of a host may take the socket's.
 _CONNECT_SECONDS = 8.0
 _BLOCK = 1 << 20
-_MOST = 4 << 30  # The largest original that is fetched, the photographs of pets, has 0.8 GB.
+_MAX_BYTES = 4 << 30  # The largest download, the photographs of pets, has 0.8 GB.
 
 
 def fetch_members(original: Original, report: Progress) -> dict[str, bytes]:
-    """The checked contents of every member of ``original``, by name, from its ``URLS``.
+    """Download and check every member of ``original``; return the contents by name.
 
     Raises:
-      InputError: no network, or what arrived is not the original. The message names the files to
-        fetch by other means and the command that takes them.
+      InputError: no network, or a download is not the original. The message names the files to download
+        elsewhere and the command that takes them.
     """
     with fetch(original.name, URLS[original.name], report) as folder:
         return load_members(original, folder)
@@ -56,22 +56,24 @@ def fetch_members(original: Original, report: Progress) -> dict[str, bytes]:
 
 @contextlib.contextmanager
 def fetch(name: str, urls: Sequence[str], report: Progress, parent: Path | None = None) -> Iterator[Path]:
-    """A folder that holds what ``urls`` give, which is removed in the end.
+    """Download ``urls`` to a temporary folder, yield it, and remove it on exit.
 
     Args:
-      parent: where to make it, for what is too big for the system's own place.
+      parent: where to create it; None: the system's temporary folder.
 
     Raises:
-      InputError: no network. The message names the files to fetch by other means and the command
-        that takes them. An InputError of the caller's that names a file here says ``fetch`` instead.
+      InputError: no network. The message names the files to download elsewhere and the command that takes
+        them. In an InputError of the caller, the folder's path is replaced by "downloaded".
     """
-    prefix = "jaxtrain-" if parent is None else "incomplete.fetch-"  # Swept up after a kill.
+    prefix = "jaxtrain-" if parent is None else "incomplete.fetch-"  # The writer removes it after a kill.
     try:
         if parent is not None:
             parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix=prefix, dir=parent)
     except OSError as error:
-        raise InputError(f"{name} cannot be fetched: no place to write to ({error})") from error
+        raise InputError(
+            f"{name} cannot be downloaded: cannot create a temporary folder ({error})"
+        ) from error
     with scratch as folder:
         for url in urls:
             try:
@@ -81,15 +83,15 @@ def fetch(name: str, urls: Sequence[str], report: Progress, parent: Path | None 
         try:
             yield Path(folder)
         except InputError as error:
-            # The copy on disk is about to go: name what was fetched instead.
-            raise InputError(str(error).replace(f"{folder}/", "fetched ")) from error
+            # The folder is about to be removed, so its path means nothing to the user.
+            raise InputError(str(error).replace(f"{folder}/", "downloaded ")) from error
 
 
-def check(path: Path, size: int | None, sha256: str | None) -> None:
-    """Compares a fetched file with what is known of the original; None: not known.
+def verify_checksum(path: Path, size: int | None, sha256: str | None) -> None:
+    """Check the size and the checksum of a download; None: not known.
 
     Raises:
-      InputError: it is another file.
+      InputError: it is not the original.
     """
     if size is not None and path.stat().st_size != size:
         found = path.stat().st_size
@@ -104,28 +106,28 @@ def _unreachable(name: str, urls: Sequence[str], url: str, error: Exception) -> 
     reason = getattr(error, "reason", None) or error
     names = ", ".join(u.rsplit("/", 1)[1] for u in urls)
     return (
-        f"cannot fetch {url} ({' '.join(str(reason).split())}): get {names} on a machine with a "
-        f"network, then run: python -m jaxtrain prepare {name} --from DIR_OR_TAR"
+        f"cannot download {url} ({' '.join(str(reason).split())}): download {names} on a machine with "
+        f"a network, then run: python -m jaxtrain prepare {name} --from DIR_OR_TAR"
     )
 
 
 def _download(url: str, folder: Path, report: Progress) -> None:
     name = url.rsplit("/", 1)[1]
-    with contextlib.closing(connect(url)) as answer, (folder / name).open("wb") as file:
+    with contextlib.closing(open_url(url)) as answer, (folder / name).open("wb") as file:
         total, done = int(answer.headers.get("Content-Length") or 0), 0
         while block := answer.read(_BLOCK):
             file.write(block)
             done += len(block)
-            if done > _MOST:
-                raise OSError(f"it is larger than {_MOST:,} bytes, which no original is")
+            if done > _MAX_BYTES:
+                raise OSError(f"it is larger than {_MAX_BYTES:,} bytes, unlike any original file")
             report(name, done, total)
-    # http.client ends a cut connection like a whole one when it is read by blocks.
+    # Read in blocks, http.client reports no error when the connection is cut.
     if total and done != total:
         raise OSError(f"the connection ended after {done} of {total} bytes")
 
 
-def connect(url: str) -> Any:
-    """An open response to ``url``; whatever the network does, an answer or OSError within 8 s."""
+def open_url(url: str) -> Any:
+    """Return an open response to ``url``, or raise OSError within 8 s, whatever the network does."""
     answers: queue.Queue[Any] = queue.Queue(1)
 
     def call() -> None:
@@ -140,7 +142,7 @@ def connect(url: str) -> Any:
     except queue.Empty:
         raise TimeoutError(f"no answer in {_CONNECT_SECONDS:.0f} s") from None
     if isinstance(answer, urllib.error.HTTPError):
-        answer.close()  # It holds the connection.
+        answer.close()  # It keeps the connection open.
     if isinstance(answer, Exception):
         raise answer
     return answer

@@ -1,6 +1,6 @@
-"""The original files of the small image sets that need no TensorFlow to be prepared.
+"""The original files of the small image sets, prepared without TensorFlow: ``ORIGINALS``.
 
-What each file is (size, checksum) and how its bytes become arrays: one table, ``ORIGINALS``.
+Each entry has the size and checksum of every file, and the parser from bytes to arrays.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import numpy as np
 
 from jaxtrain.core.errors import InputError
 
-# (key, example) one after another. Keys are those of the stock TFDS builder, which orders by their hash.
+# Yields (key, example). Keys are those of the stock TFDS builder, which orders examples by their hash.
 Examples = Generator[tuple[int | str, Mapping[str, Any]], None, None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class About:
-    """What a prepared data set says of itself; names and versions are those of the stock TFDS builder.
+class DataSetInfo:
+    """Metadata of a data set; names and versions are those of the stock TFDS builder.
 
     Attributes:
-      config: the part after the slash, None where there is none.
-      default_config: the config that TFDS means by the bare name.
-      supervised: the features that are input and target.
+      config: the part of the name after the slash, or None.
+      default_config: the config that the name without a config means in TFDS.
+      supervised: the input feature and the target feature.
     """
 
     name: str
@@ -49,8 +49,8 @@ class Member:
 
     Attributes:
       name: its base name, without ``.gz``.
-      size: bytes, decompressed; None when it is not known beforehand.
-      digest: md5 (32 hex digits) or sha1 (40) of the decompressed bytes; None when none is known.
+      size: bytes, decompressed; None if it is not known.
+      digest: md5 (32 hex digits) or sha1 (40) of the decompressed bytes; None if it is not known.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Member:
     digest: str | None = None
 
     def problem(self, data: bytes) -> str | None:
-        """Why ``data`` is not this file, or None.
+        """Return why ``data`` is not this file, or None.
 
         >>> Member("a.bin", 3).problem(b"four")
         'a.bin is not the original: expected 3 bytes, found more'
@@ -85,21 +85,22 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:
-    """A whole data set: its splits, and the class names of each label (a count if unnamed)."""
+    """A parsed data set: its splits, and the class names of each label (a count if unnamed)."""
 
     splits: Mapping[str, Split]
     classes: Mapping[str, tuple[str, ...] | int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Original(About):
-    """A small data set in the form its authors published: read into memory, every byte checked.
+class Original(DataSetInfo):
+    """A small data set as published: read into memory, every file checked.
 
     Attributes:
-      members: the files that must be there.
-      pickled: names by which the authors' Python-pickle version is recognised and refused.
+      members: the required files.
+      parse: from the contents of the members by name to arrays.
+      pickled: file names of the authors' Python-pickle version, which is refused.
       shape: of one image, [height, width, channel].
-      ids: whether examples carry the feature ``id``, as the stock TFDS builder gives it.
+      ids: whether examples have the feature ``id`` of the stock TFDS builder.
     """
 
     members: tuple[Member, ...]
@@ -109,18 +110,7 @@ class Original(About):
     ids: bool = False
 
 
-_CIFAR10_CLASSES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
-)
+_CIFAR10_NAMES = "airplane automobile bird cat deer dog frog horse ship truck"
 
 
 def _cifar(
@@ -128,7 +118,7 @@ def _cifar(
     splits: Mapping[str, tuple[str, ...]],
     classes: Mapping[str, tuple[str, ...] | int],
 ) -> Parsed:
-    """Records of one byte per label, then 1,024 bytes each of red, green and blue."""
+    """Parse records of one byte per label, then 1,024 bytes each of red, green and blue."""
     keys, parsed = list(classes), {}
     for split, names in splits.items():
         raw = np.frombuffer(b"".join(files[name] for name in names), np.uint8)
@@ -140,7 +130,8 @@ def _cifar(
 
 def _cifar10(files: Mapping[str, bytes]) -> Parsed:
     train = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
-    return _cifar(files, {"train": train, "test": ("test_batch.bin",)}, {"label": _CIFAR10_CLASSES})
+    classes = {"label": tuple(_CIFAR10_NAMES.split())}
+    return _cifar(files, {"train": train, "test": ("test_batch.bin",)}, classes)
 
 
 def _cifar100(files: Mapping[str, bytes]) -> Parsed:
@@ -156,7 +147,7 @@ def _cifar100(files: Mapping[str, bytes]) -> Parsed:
 
 
 def _idx(name: str, data: bytes, rank: int) -> np.ndarray:
-    """An idx file of bytes: two zeros, type 8, the rank, the big-endian sizes, the values."""
+    """Parse an idx file of bytes: two zeros, type 8, the rank, the big-endian sizes, the values."""
     head = 4 + 4 * rank
     shape = np.frombuffer(data[4:head], ">u4").astype(int)
     if data[:4] != bytes((0, 0, 8, rank)) or len(data) != head + int(shape.prod()):
@@ -167,10 +158,10 @@ def _idx(name: str, data: bytes, rank: int) -> np.ndarray:
 def _mnist(files: Mapping[str, bytes], classes: tuple[str, ...] | int = 10) -> Parsed:
     splits = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
-        pictures, digits = f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
-        images, labels = _idx(pictures, files[pictures], 3), _idx(digits, files[digits], 1)
+        image_file, label_file = f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
+        images, labels = _idx(image_file, files[image_file], 3), _idx(label_file, files[label_file], 1)
         if len(images) != len(labels):
-            raise InputError(f"{pictures} has {len(images)} images, {digits} {len(labels)} labels")
+            raise InputError(f"{image_file} has {len(images)} images, {label_file} {len(labels)} labels")
         splits[split] = Split(images[..., None], {"label": labels})
     return Parsed(splits, {"label": classes})
 
@@ -201,8 +192,7 @@ _KRIZHEVSKY = (
     "title={Learning multiple layers of features from tiny images}}"
 )
 
-# The one table of what is known here. Checksums are of the decompressed files, so a file that was
-# gzipped again by somebody else is still recognised.
+# Checksums are of the decompressed files, so a file that was gzipped again still matches.
 ORIGINALS: dict[str, Original] = {
     original.name: original
     for original in (
@@ -234,9 +224,9 @@ ORIGINALS: dict[str, Original] = {
             description="60,000 colour images of 32 x 32 pixels in 100 classes, grouped into 20.",
             homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
             citation=_KRIZHEVSKY,
-            # No md5 of these is published by the authors. The sha1 are those that Apache MXNet's
-            # gluon.data.vision.CIFAR100 checks its downloads with; the same table's six sha1 for
-            # CIFAR-10 equal those of the original files. For the lists of names none is known.
+            # The authors publish no md5 of these. The sha1 are those with which Apache MXNet's
+            # gluon.data.vision.CIFAR100 checks its downloads; its six sha1 for CIFAR-10 equal those of
+            # the original files. None is known for the lists of names.
             members=(
                 Member("train.bin", 50_000 * 3074, "e207cd2e05b73b1393c74c7f5e7bea451d63e08e"),
                 Member("test.bin", 10_000 * 3074, "8fb6623e830365ff53cf14adec797474f5478006"),

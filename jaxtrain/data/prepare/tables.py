@@ -1,4 +1,4 @@
-"""Data sets that are one table, kept as it was published: ``plain_file(name)``."""
+"""Data sets that are one csv table, stored as published: ``table_file(name)``."""
 
 from __future__ import annotations
 
@@ -15,67 +15,67 @@ from jaxtrain.data.prepare.originals import Member
 
 
 @dataclasses.dataclass(frozen=True)
-class Plain:
-    """One file, its checksum and where it is fetched."""
+class Table:
+    """One file, its checksum and its URL."""
 
     member: Member
     url: str
     version: str = "1.0.0"
 
 
-PLAIN: dict[str, Plain] = {
-    # Zhou et al. 2021, "Informer": seven hourly readings of a transformer over two years.
-    "etth1": Plain(
+TABLES: dict[str, Table] = {
+    # Zhou et al. 2021, "Informer": seven hourly measurements of a power transformer over two years.
+    "etth1": Table(
         Member("ETTh1.csv", 2_589_657, "8381763947c85f4be6ac456c508460d6"),
         "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/ETTh1.csv",
     ),
 }
 
 
-def plain_file(name: str, data_dir: str | os.PathLike[str] | None = None) -> Path | None:
-    """The file of the prepared data set ``name``; None when it is not prepared or not of this kind.
+def table_file(name: str, data_dir: str | os.PathLike[str] | None = None) -> Path | None:
+    """Return the file of the prepared data set ``name``; None if it is not prepared or not a table.
 
     Args:
       data_dir: the folder of all data sets; None: ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
 
-    >>> plain_file("etth1", "/nowhere")
+    >>> table_file("etth1", "/nowhere")
     """
     base, config, version = parse_name(name)
-    plain = PLAIN.get(base)
-    if plain is None or config is not None or version not in (None, plain.version):
+    table = TABLES.get(base)
+    if table is None or config is not None or version not in (None, table.version):
         return None
     root = Path(data_dir).expanduser().absolute() if data_dir is not None else default_data_dir()
-    path = root / base / plain.version / plain.member.name
+    path = root / base / table.version / table.member.name
     return path if path.is_file() else None
 
 
-def write_plain(name: str, root: Path, source: Path | None, report: Progress) -> Path:
-    """Puts the file of ``name`` into ``root``, whole or not at all, and returns its folder.
+def write_table(name: str, root: Path, source: Path | None, report: Progress) -> Path:
+    """Write the table ``name`` to ``root`` atomically and return its folder.
 
     Args:
-      source: the file, or a folder that holds it; None: fetch it.
+      source: the file, or a folder that holds it; None: download it.
 
     Raises:
-      InputError: it is missing, cannot be fetched, or is another file.
+      InputError: it is missing, cannot be downloaded, or is not the original.
     """
-    plain = PLAIN[name]
+    table = TABLES[name]
     with contextlib.ExitStack() as stack:
         if source is None:
-            source = stack.enter_context(fetch(name, [plain.url], report))
-        path = source / plain.member.name if source.is_dir() else source
+            source = stack.enter_context(fetch(name, [table.url], report))
+        path = source / table.member.name if source.is_dir() else source
         if not path.is_file():
             raise InputError(f"{path}: no such file")
         data = path.read_bytes()
-        problem = plain.member.problem(data)
+        problem = table.member.problem(data)
         if problem is not None:
             raise InputError(f"{path}: {problem}")
-    folder = root / name / plain.version
+    folder = root / name / table.version
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="incomplete.", dir=folder.parent) as scratch:
-            whole = Path(scratch, plain.member.name)
-            whole.write_bytes(data)
-            whole.replace(folder / plain.member.name)
+            unfinished = Path(scratch, table.member.name)
+            unfinished.write_bytes(data)
+            unfinished.replace(folder / table.member.name)
     except OSError as error:
         raise InputError(f"cannot write {name} to {root}: {error}") from error
     return folder

@@ -1,4 +1,4 @@
-"""Examples of the data sets of words and ratings, from their original files, one at a time."""
+"""Read tiny_shakespeare, imdb_reviews and movielens/100k-ratings from their original files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from jaxtrain.data.prepare.originals import Examples, Member
 
 _SHAKESPEARE = Member("input.txt", 1_115_394, "6fb458f1232090904fb40fe944165e91")
 
-# Genres are flags in u.item, in this order; the class labels are numbered as below.
+# Genres are flags in u.item, in this order; class labels are numbered in the order of _GENRES.
 _FLAG_NAMES = (
     "Unknown Action Adventure Animation Children Comedy Crime Documentary Drama Fantasy Film-Noir Horror "
     "Musical Mystery Romance Sci-Fi Thriller War Western"
 )
-_FLAGS = _FLAG_NAMES.split()
-_GENRES = [*sorted({*_FLAGS, "IMAX"}), "(no genres listed)"]
-# The occupations of u.user that TFDS names otherwise, to share its names with the 1M data set.
+_GENRE_FLAGS = _FLAG_NAMES.split()
+_GENRES = [*sorted({*_GENRE_FLAGS, "IMAX"}), "(no genres listed)"]
+# Occupations of u.user that TFDS renames, to share the names of the 1M data set.
 _RENAMED = {
     "administrator": "clerical/admin",
     "doctor": "doctor/health care",
@@ -34,52 +34,52 @@ _RENAMED = {
     "salesman": "sales/marketing",
     "technician": "technician/engineer",
 }
-_KEPT = "artist entertainment homemaker lawyer librarian programmer retired scientist student writer"
-_ELSEWHERE = ("customer service", "farmer", "self-employed", "tradesman/craftsman", "unemployed")
-_OCCUPATIONS = sorted({*_RENAMED.values(), *_KEPT.split(), *_ELSEWHERE})
-_AGES = (1, 18, 25, 35, 45, 50, 56)  # The lowest age of each group, as TFDS has them.
+_SAME_NAME = "artist entertainment homemaker lawyer librarian programmer retired scientist student writer"
+_UNUSED = ("customer service", "farmer", "self-employed", "tradesman/craftsman", "unemployed")
+_OCCUPATIONS = sorted({*_RENAMED.values(), *_SAME_NAME.split(), *_UNUSED})
+_AGES = (1, 18, 25, 35, 45, 50, 56)  # The lowest age of each group in TFDS.
 
 
 def shakespeare_features() -> dict[str, Any]:
-    """One text."""
+    """Return the features: one text."""
     import tensorflow_datasets as tfds
 
     return {"text": tfds.features.Text()}
 
 
 def shakespeare(parts: Sequence[Path]) -> dict[str, Callable[[], Examples]]:
-    """The first 90 % of the characters, half of the rest, and the rest, one example each.
+    """Return the splits, one example each: the first 90 % of the characters, the next 5 %, the last 5 %.
 
     Raises:
-      InputError: another text.
+      InputError: it is another text.
     """
     data = parts[0].read_bytes()
     problem = _SHAKESPEARE.problem(data)
     if problem is not None:
         raise InputError(
             f"{parts[0]} is not tiny Shakespeare ({problem.split(': ', 1)[1]}): "
-            f"any other text is trained on as it is, with --set train.file={parts[0]}"
+            f"to train on any other text, use --set train.file={parts[0]}"
         )
     text = data.decode()
     train, rest = text[: int(len(text) * 0.9)], text[int(len(text) * 0.9) :]
     half = int(len(rest) * 0.5)
     pieces = {"train": train, "validation": rest[:half], "test": rest[half:]}
-    return {split: functools.partial(_whole, split, piece) for split, piece in pieces.items()}
+    return {split: functools.partial(_one_example, split, piece) for split, piece in pieces.items()}
 
 
-def _whole(split: str, text: str) -> Examples:
+def _one_example(split: str, text: str) -> Examples:
     yield split, {"text": text}
 
 
 def imdb_features() -> dict[str, Any]:
-    """A review and whether it is negative or positive."""
+    """Return the features: a review and whether it is negative or positive."""
     import tensorflow_datasets as tfds
 
     return {"text": tfds.features.Text(), "label": tfds.features.ClassLabel(names=["neg", "pos"])}
 
 
 def imdb(parts: Sequence[Path]) -> dict[str, Callable[[], Examples]]:
-    """Labelled reviews for training and testing; unlabelled ones (label -1)."""
+    """Return the splits: labelled reviews for training and testing, and unlabelled ones (label -1)."""
     return {
         "train": functools.partial(_reviews, parts[0], "train", ("neg", "pos")),
         "test": functools.partial(_reviews, parts[0], "test", ("neg", "pos")),
@@ -89,15 +89,15 @@ def imdb(parts: Sequence[Path]) -> dict[str, Callable[[], Examples]]:
 
 def _reviews(archive: Path, split: str, kinds: tuple[str, ...]) -> Examples:
     for entry in entries(archive):
-        place = entry.path.parts[-3:]
-        if len(place) == 3 and place[0] == split and place[1] in kinds and entry.path.suffix == ".txt":
-            label = -1 if place[1] == "unsup" else place[1]
+        parts = entry.path.parts[-3:]
+        if len(parts) == 3 and parts[0] == split and parts[1] in kinds and entry.path.suffix == ".txt":
+            label = -1 if parts[1] == "unsup" else parts[1]
             # The key is the path in the archive.
-            yield "/".join(("aclImdb", *place)), {"text": entry.read().strip(), "label": label}
+            yield "/".join(("aclImdb", *parts)), {"text": entry.read().strip(), "label": label}
 
 
 def movielens_features() -> dict[str, Any]:
-    """A rating with its film and its viewer; ids are strings, as TFDS has them."""
+    """Return the features: a rating with its film and its user; ids are strings as in TFDS."""
     import numpy as np
     import tensorflow_datasets as tfds
 
@@ -118,10 +118,10 @@ def movielens_features() -> dict[str, Any]:
 
 
 def movielens(parts: Sequence[Path]) -> dict[str, Callable[[], Examples]]:
-    """All ratings, with the film and the viewer of each.
+    """Return the split: all ratings, with the film and the user of each.
 
     Raises:
-      InputError: a file is missing. A line that is not as it should be is found while iterating.
+      InputError: a file is missing. Malformed lines raise while iterating.
     """
     wanted, files = ("u.item", "u.user", "u.data"), {}
     for entry in entries(parts[0]):
@@ -129,15 +129,13 @@ def movielens(parts: Sequence[Path]) -> dict[str, Callable[[], Examples]]:
             files[entry.path.name] = entry.read()
     missing = [name for name in wanted if name not in files]
     if missing:
-        raise InputError(
-            f"{parts[0]}: {', '.join(missing)} is not in it, and movielens/100k-ratings needs it"
-        )
+        raise InputError(f"{parts[0]}: {', '.join(missing)} is missing, and movielens/100k-ratings needs it")
     return {"train": functools.partial(_ratings, parts[0], files)}
 
 
 def _ratings(archive: Path, files: Mapping[str, bytes]) -> Examples:
     def item(number: str, title: str, *rest: str) -> tuple[str, dict[str, Any]]:
-        genres = [name for name, flag in zip(_FLAGS, rest[3:], strict=True) if flag == "1"]
+        genres = [name for name, flag in zip(_GENRE_FLAGS, rest[3:], strict=True) if flag == "1"]
         return number, {"movie_id": number, "movie_title": title, "movie_genres": genres}
 
     def user(number: str, age: str, gender: str, job: str, code: str) -> tuple[str, dict[str, Any]]:
@@ -146,7 +144,7 @@ def _ratings(archive: Path, files: Mapping[str, bytes]) -> Examples:
             "raw_user_age": float(age),
             "bucketized_user_age": float(max((a for a in _AGES if a <= int(age)), default=1)),
             "user_gender": gender == "M",
-            "user_occupation_label": job if job in _KEPT.split() else _RENAMED[job],
+            "user_occupation_label": job if job in _SAME_NAME.split() else _RENAMED[job],
             "user_occupation_text": job,
             "user_zip_code": code,
         }
@@ -167,5 +165,5 @@ def _rows(where: str, data: bytes, separator: str, parse: Callable[..., Any]) ->
             yield parse(*line.decode("latin-1").strip().split(separator))
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(
-                f"{where} line {number} is not as in the original ml-100k.zip ({error})"
+                f"{where} line {number} differs from the original ml-100k.zip ({error})"
             ) from error
