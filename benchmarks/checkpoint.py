@@ -1,14 +1,13 @@
 """How long a save holds up training, and how fast steps are while it is being written.
 
-MLPs with AdamW whose states have about 12, 100 and 400 MB, on the CPU's own memory. Nothing runs when a save
-begins, so that no step's arithmetic is counted. Held up is the time of ``Checkpoints.save`` and of a step
-after it that only adds one to the counter but is given the state's memory: what is still read of it must be
-copied by then. A whole save ends when the manifest is there, with nothing else running. Beside it in turn: a
-copy of the state (``np.array`` of each array, into memory that it asks for), and Orbax's own ``save_async``
-with its defaults, which writes no checksums.
+MLPs with AdamW whose states have about 12, 100 and 400 MB, in CPU memory. The device is idle when a save
+starts, so no training arithmetic is counted. "Held up" is the time of ``Checkpoints.save`` and of a step
+after it that only increments the counter, with the state donated: by then the save must have copied what it
+still reads. A "whole save" ends when the manifest exists, with nothing else running. Interleaved with it: a
+copy of the state (``np.array`` of each array, into new memory), and Orbax's own ``save_async`` with its
+defaults, which writes no checksums.
 
-Then training steps, a row of them without a save and a row that begins with one and lasts until its
-manifest is there.
+Then training steps, some without a save, and some from the start of a save until its manifest exists.
 
   python -m benchmarks.checkpoint [--rounds N] [--sizes 1,8,32] [--folder DIR] [--out FILE]
 """
@@ -67,7 +66,7 @@ class Saves:
         self._counted = jax.jit(_count, donate_argnums=0)
         self.state, _ = saved.restore_or(run.init, run.abstract_state)
         self._step, self._batch = 0, run.train.batch(0)
-        self.whole: dict[str, list[float]] = {"jaxtrain": [], "Orbax alone": []}
+        self.total: dict[str, list[float]] = {"jaxtrain": [], "Orbax alone": []}
         self.state = self._counted(self.state)
         self.train(2)
 
@@ -100,20 +99,20 @@ class Saves:
         self.state = jax.block_until_ready(self._counted(self.state))
         return time.perf_counter() - began
 
-    def held(self) -> float:
+    def save(self) -> float:
         """Seconds that a save holds up the loop."""
         self._step += 1
         jax.block_until_ready(self.state)
         began = time.perf_counter()
         self._saved.save(self._step, self.state)
         self.counting()
-        held = time.perf_counter() - began
+        blocked = time.perf_counter() - began
         self._saved.wait()
-        self.whole["jaxtrain"].append(time.perf_counter() - began)
-        return held
+        self.total["jaxtrain"].append(time.perf_counter() - began)
+        return blocked
 
     def orbax(self) -> float:
-        """The same of Orbax's ``save_async``, as it comes."""
+        """The same of Orbax's ``save_async`` with its defaults."""
         from orbax.checkpoint import v1 as ocp
 
         to = self._folder / "orbax"
@@ -121,13 +120,13 @@ class Saves:
         began = time.perf_counter()
         response = ocp.save_async(to, leaf_paths(self.state), overwrite=True)
         self.counting()
-        held = time.perf_counter() - began
+        blocked = time.perf_counter() - began
         response.result()
-        self.whole["Orbax alone"].append(time.perf_counter() - began)
+        self.total["Orbax alone"].append(time.perf_counter() - began)
         shutil.rmtree(to)
-        return held
+        return blocked
 
-    def beside(self) -> tuple[float, float, int]:
+    def while_writing(self) -> tuple[float, float, int]:
         """Seconds of a step with no save, of one while a save is being written, and how many of those."""
         quiet = statistics.median(self.train(QUIET))
         self._step += 1
@@ -140,32 +139,32 @@ class Saves:
         return quiet, statistics.fmean(busy[:-1] or busy), len(busy)
 
 
-def measured(layers: int, folder: Path, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure(layers: int, folder: Path, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Results and figures for one size."""
     with checkpoint.open(folder, max_to_keep=1) as saved:
         side = Saves(program(layers), folder, saved)
         sides: dict[str, Callable[[], float]] = {
             "memcpy": side.memcpy,
             "counting step": side.counting,
-            "save": side.held,
+            "save": side.save,
             "save by Orbax alone": side.orbax,
         }
         rounds = max(3, rounds // (1 + layers // 8))
-        times = common.interleaved(sides, rounds)
-        rows = [side.beside() for _ in range(rounds)]
-    wholes = {name: values[1:] for name, values in side.whole.items()}
+        times = common.interleave(sides, rounds)
+        rows = [side.while_writing() for _ in range(rounds)]
+    totals = {name: values[1:] for name, values in side.total.items()}
     allowed = [1.2 * seconds + 0.02 for seconds in times["memcpy"]]
     name = f"{side.size / 1e6:.0f} MB"
     results = [
         common.speedup(f"{name}: held up / (1.2 memcpy + 20 ms)", times["save"], allowed, "< 1.0"),
-        common.speedup(f"{name}: held up / whole save", times["save"], wholes["jaxtrain"], "< 0.1"),
+        common.speedup(f"{name}: held up / whole save", times["save"], totals["jaxtrain"], "< 0.1"),
         common.result(f"{name}: step while writing / step", [b / q for q, b, _ in rows], "×", "< 1.5"),
         common.speedup(f"{name}: Orbax alone / held up", times["save by Orbax alone"], times["save"]),
     ]
     figures = {
         "bytes": side.size,
         "held_up_ms": common.medians(times, 1e3),
-        "whole_ms": common.medians(wholes, 1e3),
+        "whole_ms": common.medians(totals, 1e3),
         "step_ms": 1e3 * statistics.median(q for q, _, _ in rows),
         "step_while_writing_ms": 1e3 * statistics.median(b for _, b, _ in rows),
         "steps_while_writing": statistics.median(n for _, _, n in rows),
@@ -177,12 +176,12 @@ def main() -> None:
     """Every size, one JSON object."""
     parser = common.arguments(__doc__, rounds=9)
     parser.add_argument("--sizes", default=SIZES, help="hidden layers, with commas")
-    parser.add_argument("--folder", type=Path, help="on the disk that is meant; default: a temporary one")
+    parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
     args = parser.parse_args()
     results, figures = [], {}
     for layers in map(int, args.sizes.split(",")):
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            found, more = measured(layers, Path(folder), args.rounds)
+            found, more = measure(layers, Path(folder), args.rounds)
         results += found
         figures |= more
     common.finish(args, "checkpoint", results, figures)

@@ -42,7 +42,7 @@ def _positive(text: str) -> int:
     return number
 
 
-def interleaved(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def interleave(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Time every side once a round, after one round of warm-up that is thrown away.
 
     Every other round goes through the sides backwards (A B B A), so that a machine that slows down or is

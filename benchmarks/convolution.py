@@ -67,14 +67,14 @@ class Jax:
         self.model, tx = NETS[name]["model"], optimizer(name)
         loss = losses.CrossEntropy(smoothing=CNN_SMOOTHING if name == "cifar_cnn" else 0.0)
         mesh = sharding.make_mesh(jax.devices()[:devices])
-        whole, split = sharding.replicated(mesh), sharding.batch_split(mesh)
-        self.batch, self.key = jax.device_put(batch, split), jax.device_put(jax.random.key(1), whole)
+        replicated, split = sharding.replicated(mesh), sharding.batch_split(mesh)
+        self.batch, self.key = jax.device_put(batch, split), jax.device_put(jax.random.key(1), replicated)
         where = f"jaxtrain.models.{'cnn' if name == 'cifar_cnn' else 'convnet'}.conv"
         with mock.patch(where, stock) if plain else mock.patch.object(self, "model", self.model):
-            init = sharding.compile(make_init(self.model, tx), args=(None, split), out=whole)
+            init = sharding.compile(make_init(self.model, tx), args=(None, split), out=replicated)
             self.state = init(jax.random.key(0), self.batch)
             update = make_train_step(self.model, loss, tx)
-            step = sharding.compile(update, args=(whole, split, whole), out=whole, donate=(0,))
+            step = sharding.compile(update, args=(replicated, split, replicated), out=replicated, donate=(0,))
             self.step = step.lower(self.state, self.batch, self.key).compile()
             self.logits = np.asarray(self._apply())
 
@@ -97,22 +97,22 @@ def peers(
     name: str, params: Any, batch: dict[str, np.ndarray], eager: bool, skipped: dict[str, str]
 ) -> dict[str, Any]:
     """PyTorch's sides by name, with as many threads as there are cores; only the eager ones if ``eager``."""
-    from benchmarks import torch_peers  # here: torch is optional
+    from benchmarks.peers import torch_networks  # here: torch is optional
 
-    torch = torch_peers.torch
+    torch = torch_networks.torch
     torch.set_num_threads(len(os.sched_getaffinity(0)))
 
     def trainer(channels_last: bool, compiled: bool = False) -> Any:
         if name == "cifar_cnn":
-            net = torch_peers.CNN((32, 96, 192), 2, 10)
+            net = torch_networks.CNN((32, 96, 192), 2, 10)
             settings: dict[str, Any] = {"smoothing": CNN_SMOOTHING, "weight_decay": CNN_DECAY}
         elif name == "cifar_lenet":
-            net = torch_peers.ConvNet((6, 16), 5, False, (120, 84), 10)
+            net = torch_networks.ConvNet((6, 16), 5, False, (120, 84), 10)
             settings = {"optimizer": functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9)}
         else:
-            net = torch_peers.ConvNet((32, 64), 3, True, (), 10)
+            net = torch_networks.ConvNet((32, 64), 3, True, (), 10)
             settings = {"optimizer": functools.partial(torch.optim.Adam, lr=1e-3)}
-        return torch_peers.Trainer(
+        return torch_networks.Trainer(
             net, params, batch["image"], batch["label"], channels_last, compiled=compiled, **settings
         )
 
@@ -161,7 +161,7 @@ def measure(
     work: dict[str, Callable[[], float]] = {
         side: functools.partial(seconds, value, steps, size, clock) for side, value in sides.items()
     }
-    times = common.interleaved(work, rounds)
+    times = common.interleave(work, rounds)
     results = [
         common.speedup(f"{name}: examples/s over stock nn.Conv", times["stock flax"], times["jaxtrain"])
     ]
@@ -188,7 +188,7 @@ def measure(
 
 
 def main() -> None:
-    """The networks one after another, all sides of each interleaved, one JSON object."""
+    """The networks in turn, all sides of each interleaved, one JSON object."""
     parser = common.arguments(__doc__, rounds=12)
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--eager", action="store_true", help="leave torch.compile out")

@@ -1,10 +1,10 @@
-"""Run a shipped experiment over several seeds and keep its figures; or print what was kept as a table.
+"""Run a shipped experiment over several seeds and record its figures; or print the records as a table.
 
 python -m benchmarks.experiments NAME [--seeds 0 1 2] [--set PATH=VALUE ...] [--out FILE]
 python -m benchmarks.experiments --table [FOLDER]
 
-Every seed is one run of ``python -m jaxtrain.run`` in a process of its own, from an empty folder to the
-result; its wall time counts reading the data, compiling and every evaluation.
+Every seed is a separate run of ``python -m jaxtrain.run``, from an empty folder to the result; its wall time
+counts reading the data, compiling and every evaluation.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
 def measure(name: str, seeds: list[int], settings: list[str], out: Path) -> None:
     """Run the seeds one after the other; the file is written after each of them."""
     flags = [word for setting in settings for word in ("--set", setting)]
-    # The device is asked for in a process of its own: a GPU held here would be missing there.
+    # A separate process finds out the device: a GPU taken by this one would be missing in the runs.
     record: dict[str, Any] = {
         "experiment": name,
         "command": shlex.join(["--experiment", name, *flags]),

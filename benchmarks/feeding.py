@@ -11,8 +11,8 @@ mirrors half of them:
   tf.data        ``from_tensor_slices``, shuffle, map and batch, all with AUTOTUNE
 
 jaxtrain's batches are ready on the device and the peers' on the host, which favours the peers. Goals are over
-the faster of a peer's variants. Pixels are random bytes: what is in them costs no time. Peers that are not
-installed are skipped.
+the faster of a peer's variants. Pixels are random bytes: their values do not affect the time. Peers that are
+not installed are skipped.
 
   python -m benchmarks.feeding [--batch N] [--rounds N] [--out FILE]
 """
@@ -63,12 +63,12 @@ def drawn(loader: Loader, batches: int) -> Callable[[], None]:
 
 def torch_sides(arrays: dict[str, Any], batch: int) -> Sides:
     """The DataLoaders by name; seconds an example."""
-    from benchmarks import torch_peers  # here: torch is optional
+    from benchmarks.peers import torch_networks  # here: torch is optional
 
-    dataset = torch_peers.Augmented(arrays["image"], arrays["label"], PAD)
+    dataset = torch_networks.Augmented(arrays["image"], arrays["label"], PAD)
 
     def side(workers: int) -> Callable[[], float]:
-        loader = torch_peers.loader(dataset, batch, PEER_BATCHES, workers)
+        loader = torch_networks.loader(dataset, batch, PEER_BATCHES, workers)
         return common.each(lambda: [None for _ in loader], PEER_BATCHES * batch)
 
     return {f"torch, {workers} workers": side(workers) for workers in (0, WORKERS)}
@@ -135,7 +135,7 @@ def main() -> None:
             sides |= made(arrays, args.batch)
         except ImportError as error:
             skipped[peer] = f"not installed ({error}): pip install {packages[peer]}"
-    times = common.interleaved(sides, args.rounds)
+    times = common.interleave(sides, args.rounds)
     results = []
     for peer, (label, goal) in GOALS.items():
         found = [name for name in times if name.partition(",")[0] == peer]

@@ -1,18 +1,18 @@
-"""How step time and memory grow with batch, width, depth, sequence length and devices, beside the arithmetic.
+"""How step time and memory scale with batch, width, depth, length and devices, against the FLOPs of a step.
 
 Each curve changes one size of an ordinary run (``assemble``: the guard, data on the device, AdamW). Step
-time is wall time, memory what XLA says of the compiled step on one device: its temporaries, and the state and
-the batch that it is given. An exponent is the slope between the logarithms of size and value over the three
+time is wall time; memory is XLA's figure for the compiled step on one device: temporaries, state and batch.
+An exponent is the slope between the logarithms of size and value over the three
 largest sizes. That of the time may exceed that of the step's floating-point operations (``plan.model_flops``)
 by at most 0.15, that of the memory the largest power in its formula:
 
   batch     activations: batch^1
-  width     weights of a hidden layer and what the optimizer keeps of them: width^2
+  width     weights of a hidden layer and their optimizer state: width^2
   depth     weights and activations: depth^1
   sequence  attention's weights for each pair of positions: length^2
   devices   data parallel, 256 examples a device: devices^0 on each
 
-Simulated devices share this machine's cores, so that their time grows with the work of all together.
+Simulated devices share the cores of this machine, so their time grows with the total work.
 
   python -m benchmarks.growth [--rounds N] [--plot FILE.png] [--out FILE]
 """
@@ -86,7 +86,7 @@ def curves() -> dict[str, Curve]:
 
 
 class Point:
-    """One size of a curve: its compiled step, and a state that goes on."""
+    """One size of a curve: its compiled step and its state."""
 
     def __init__(self, exp: Experiment, devices: int) -> None:
         self._program = program = assemble(exp, sharding.make_mesh(jax.devices()[:devices]))
@@ -120,10 +120,10 @@ def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes[-LARGE:]), np.log(values[-LARGE:]), 1)[0])
 
 
-def measured(name: str, curve: Curve, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure(name: str, curve: Curve, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The results of a curve, and its points."""
     points = {size: Point(curve.make(size), curve.devices(size)) for size in curve.sizes}
-    times = common.interleaved({str(size): point.seconds for size, point in points.items()}, rounds)
+    times = common.interleave({str(size): point.seconds for size, point in points.items()}, rounds)
     flops = [point.flops for point in points.values()]
     memory = [point.memory for point in points.values()]
     arithmetic = exponent(curve.sizes, flops)
@@ -189,7 +189,7 @@ def main() -> None:
         if curve.devices(curve.sizes[-1]) > jax.device_count():
             skipped[name] = f"there are {jax.device_count()} devices"
             continue
-        found, figures[name] = measured(name, curve, args.rounds)
+        found, figures[name] = measure(name, curve, args.rounds)
         results += found
     common.finish(args, "growth", results, figures, skipped)
     if args.plot is not None:

@@ -1,9 +1,9 @@
-"""What the guard costs a step of about 5 ms, and what looking for a second compile costs.
+"""What the guard adds to a step of about 5 ms, and what the check for recompilation costs.
 
 ``guard="stop"`` against ``guard="off"``: the same model, data and order, each through ``loop._train``,
-without evaluations and saves. So the cost has both sides: the judging inside the program, and the host that
-reads the figures of earlier steps. ``norm`` is ``off`` with the update's norm as one more metric and nothing
-chosen by it: what that figure alone costs. ``off`` is measured twice: what the two differ by is noise.
+without evaluations and saves. So the cost includes both the check inside the program and the host that reads
+the figures of earlier steps. ``norm`` is ``off`` with the norm of the update as one more metric, the cost of
+that figure alone. ``off`` is measured twice: the difference of the two is noise.
 
   python -m benchmarks.guard [--rounds N] [--out FILE]
 """
@@ -23,14 +23,14 @@ import jax
 import optax
 
 from benchmarks import common
-from benchmarks.sides import TOTAL, Unsaved
+from benchmarks.sides import TOTAL, without_saves
 from jaxtrain import checkpoint, data, losses, models, monitor, optim, sharding
 from jaxtrain.core.signals import Request
 from jaxtrain.core.types import Batch, Metrics, State
 from jaxtrain.experiment import Experiment
 from jaxtrain.metrics import Mean
 from jaxtrain.monitor.console import Plain
-from jaxtrain.program import assemble
+from jaxtrain.program import Program, assemble
 from jaxtrain.step import make_train_step
 from jaxtrain.train import loop
 from jaxtrain.train.bad_updates import BadUpdateMonitor
@@ -73,13 +73,12 @@ def with_norm(model: Any, loss: Any, tx: Any, prepare: Any, after: Any) -> Any:
 
 
 class Side:
-    """One policy: a state that goes on from chunk to chunk."""
+    """One policy, with a state that continues from chunk to chunk."""
 
     def __init__(self, exp: Experiment, folder: Path, null: TextIO, stack: contextlib.ExitStack) -> None:
         folder.mkdir()
         program = assemble(exp, sharding.make_mesh(jax.devices()[:1]))
-        fields = {field.name: getattr(program, field.name) for field in dataclasses.fields(program)}
-        self.program = Unsaved(**fields)
+        self.program = without_saves(program)
         self._null, self._console, self._at = null, Plain(), 0
         self._saved = stack.enter_context(checkpoint.open(folder))
         self._record = stack.enter_context(
@@ -90,14 +89,14 @@ class Side:
     def run(self) -> None:
         """``CHUNK`` steps, until all are finished."""
         start, self._at = self._at, self._at + CHUNK
-        program = dataclasses.replace(self.program, steps=self._at)
+        program = self.program.with_cadence(steps=self._at)
         with contextlib.redirect_stdout(self._null):
-            given = (self._saved, self._record, self._console, Request())
-            self._state = jax.block_until_ready(loop._train(program, self._state, start, *given))
+            others = (self._saved, self._record, self._console, Request())
+            self._state = jax.block_until_ready(loop._train(program, self._state, start, *others))
             self._record.flush()
 
 
-def host_us(program: Unsaved, repeats: int = 4000) -> dict[str, float]:
+def host_us(program: Program, repeats: int = 4000) -> dict[str, float]:
     """Microseconds a step of what the host does for the guard and for the recompile check, device idle."""
     watch = BadUpdateMonitor(program, None, print)
     _, found = program.train_step(program.init(), program.train.batch(0), program.key)
@@ -109,13 +108,13 @@ def host_us(program: Unsaved, repeats: int = 4000) -> dict[str, float]:
     tiny = jax.jit(lambda state, batch, key: state)
     once, state = OneCompile(tiny, 0, print), jax.numpy.zeros(())
     sides = {
-        "judge a step (Watch.judge)": common.each(lambda: _times(judge, repeats // 25), repeats // 25),
+        "judge a step": common.each(lambda: _times(judge, repeats // 25), repeats // 25),
         "a jitted call": common.each(lambda: _times(lambda: tiny(state, state, None), 500), 500),
         "the same through OneCompile": common.each(
             lambda: _times(lambda: once(state, state, None), 2000), 2000
         ),
     }
-    return common.medians(common.interleaved(sides, 20), 1e6)
+    return common.medians(common.interleave(sides, 20), 1e6)
 
 
 def _times(work: Callable[[], Any], count: int) -> None:
@@ -140,7 +139,7 @@ def main() -> None:
                 for side, what in (("off", off), ("stop", exp), ("norm", norm), ("off again", off))
             }
             began = time.perf_counter()
-            times = common.interleaved(
+            times = common.interleave(
                 {name: common.each(side.run, CHUNK) for name, side in sides.items()}, args.rounds
             )
             figures[case] = {

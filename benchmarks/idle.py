@@ -1,7 +1,8 @@
-"""How much of the time the device works on nothing in a run over resident data.
+"""The share of time in which the device is idle, in a run over resident data.
 
 A run of a small convolutional network (batch 128, crop and flip, a record every 50 updates) is profiled as
-``--profile 20:59`` does; ``jaxtrain.monitor.idle`` tells the share (docs/profiling.md). Every round is a run.
+``--profile 20:59`` does; ``jaxtrain.monitor.idle`` computes the share (docs/profiling.md). Every round is a
+run.
 
   python -m benchmarks.idle [--rounds N] [--out FILE]
 """

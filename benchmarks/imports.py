@@ -1,7 +1,8 @@
-"""What ``import jaxtrain`` costs beside the libraries it stands on, and how long ``--list`` takes.
+"""Time of ``import jaxtrain`` against that of its dependencies, and of ``--list``.
 
 Every import is timed inside a fresh interpreter, so the interpreter's own start is not counted; ``--list`` is
-timed from outside, whole. Files are in the page cache after the first round, which is thrown away.
+timed from outside, interpreter included. Files are in the page cache after the first round, which is thrown
+away.
 
   python -m benchmarks.imports [--rounds N] [--out FILE]
 """
@@ -29,7 +30,7 @@ print(time.perf_counter() - began)
 
 
 def fresh(code: str) -> Callable[[], float]:
-    """A side: seconds that ``code`` takes in an interpreter of its own."""
+    """A side: seconds that ``code`` takes in a fresh interpreter."""
 
     def side() -> float:
         command = [sys.executable, "-c", TIMED.format(code)]
@@ -47,7 +48,7 @@ def main() -> None:
     """All imports interleaved, one JSON object."""
     args = common.arguments(__doc__, rounds=9).parse_args()
     sides = {name: fresh(code) for name, code in IMPORTS.items()}
-    times = common.interleaved({**sides, "--list": common.each(listing, 1)}, args.rounds)
+    times = common.interleave({**sides, "--list": common.each(listing, 1)}, args.rounds)
     base = times["libraries"]
     results = [
         common.speedup("time of import jaxtrain over jax, flax, optax", times["jaxtrain"], base, "< 1.2"),

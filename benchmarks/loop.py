@@ -1,8 +1,8 @@
-"""What ``train.loop.fit`` costs a step, over a loop written by hand.
+"""What ``train.loop.fit`` adds to a step, against a loop written by hand.
 
 Loops over the same model, the same resident data, the same augmentation and the same order:
 
-  fit      the loop of ``train.loop.fit`` as it is: JSONL and TensorBoard records every 50 steps, bounded
+  fit      the loop of ``train.loop.fit``: JSONL and TensorBoard records every 50 steps, bounded
            queue, checkpoint polling, plain console (to /dev/null). Evaluations and saves are left out.
   no log, log 1    the same without records, and with one of every step
   queue K  the same with ``max_in_flight=K``
@@ -10,7 +10,7 @@ Loops over the same model, the same resident data, the same augmentation and the
   library  a bare ``for`` around jaxtrain's compiled step
   hand     the same, around a step written by hand with flax, optax and ``jax.jit(donate_argnums=0)``
 
-The hand-written loop logs nothing and never waits, so all that fit does for its user counts as its cost.
+The hand-written loop logs nothing and never waits, so everything else that fit does counts as its cost.
 
   python -m benchmarks.loop [--rounds N] [--out FILE]
 """
@@ -26,9 +26,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import common
-from benchmarks.sides import TOTAL, Case, Fit, Hand, Library, cases, rows_from, unsaved
+from benchmarks.sides import TOTAL, Case, Fit, Hand, Library, assemble_without_saves, cases, rows_from
 from jaxtrain import sharding
-from jaxtrain.program import Program
+from jaxtrain.program import Cadence, Program
 from jaxtrain.train.bad_updates import BadUpdateMonitor
 
 WINDOWS = 20  # records written for the breakdown
@@ -41,7 +41,7 @@ Times = dict[str, list[float]]
 
 def sides_of(name: str, case: Case, stack: contextlib.ExitStack) -> dict[str, Any]:
     """What is compared for the case ``name``: objects with ``steps(count)``."""
-    program = unsaved(case.experiment)
+    program = assemble_without_saves(case.experiment)
     sides = {"fit": Fit(program, stack), "library": Library(program), "hand": Hand(case, program)}
     if name == "lenet":
         every = {"no log": TOTAL, "log 1": 1}
@@ -52,13 +52,13 @@ def sides_of(name: str, case: Case, stack: contextlib.ExitStack) -> dict[str, An
     return sides
 
 
-def compared(name: str, times: Times) -> list[dict[str, Any]]:
+def ratios(name: str, times: Times) -> list[dict[str, Any]]:
     """The lines of the table for the case ``name``."""
     fit, hand = times["fit"], times["hand"]
     added = [1e6 * (a - b) for a, b in zip(fit, hand, strict=True)]
-    whole, extra = GOALS[name]
+    ratio, extra = GOALS[name]
     found = [
-        common.speedup(f"{name}: steps/s, fit over hand-written", hand, fit, whole),
+        common.speedup(f"{name}: steps/s, fit over hand-written", hand, fit, ratio),
         common.speedup(f"{name}: steps/s, fit over a bare loop", times["library"], fit),
         common.result(f"{name}: added to a step by fit", added, "µs", extra),
     ]
@@ -82,6 +82,7 @@ def breakdown(fit: Fit, repeats: int = 2000) -> dict[str, float]:
     program, record, watch = fit.program, fit.record, BadUpdateMonitor(fit.program, None, print)
     state, metrics = program.train_step(program.init(), program.train.batch(0), program.key)
     (taken,) = metrics.rows()
+    cadence = program.cadence
     every, at = program.experiment.log_every, 0
     copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
     # Arrays that were never read: the host keeps a copy of those that were.
@@ -97,12 +98,12 @@ def breakdown(fit: Fit, repeats: int = 2000) -> dict[str, float]:
     parts: dict[str, tuple[Callable[[], Any], int]] = {
         "row numbers (train.batch)": (lambda: program.train.batch(7), 1),
         "row numbers, by hand": (lambda: list(rows_from(program.order, 7, 100)), 100),
-        "read finished metrics (Packed.rows)": (lambda: next(fresh).rows(), 1),
-        "judge them (Watch.judge)": (lambda: watch.judge(7, dict(taken)), 1),
+        "read finished metrics": (lambda: next(fresh).rows(), 1),
+        "judge them": (lambda: watch.judge(7, dict(taken)), 1),
         "record them, every 50th written (Recorder.step)": (window, every),
-        "is it time to evaluate": (lambda: Program.evaluates(program, 7), 1),
-        "is it time to save": (lambda: Program.saves(program, 7), 1),
-        "how many to dispatch": (lambda: program.dispatched(7), 1),
+        "is it time to evaluate": (lambda: Cadence.evaluates_after(cadence, 7), 1),
+        "is it time to save": (lambda: Cadence.saves_after(cadence, 7), 1),
+        "how many to dispatch": (lambda: cadence.updates_per_call(7), 1),
         "checkpoint poll": (fit.saved.poll, 1),
         "console advance": (lambda: fit.console.advance(1), 1),
         **_dispatch(program, state),
@@ -127,11 +128,13 @@ def _dispatch(program: Program, state: Any) -> dict[str, tuple[Callable[[], Any]
     def nothing(state: Any, batch: Any, key: jax.Array) -> Any:
         return state.step + 1
 
-    whole = sharding.replicated(sharding.make_mesh(jax.devices()[:1]))
-    given = sharding.compile(nothing, args=(whole, program.train.shardings, whole), out=whole)
+    replicated = sharding.replicated(sharding.make_mesh(jax.devices()[:1]))
+    compiled = sharding.compile(
+        nothing, args=(replicated, program.train.shardings, replicated), out=replicated
+    )
     plain, batch = jax.jit(nothing), program.train.batch(0)
     return {
-        "call of an empty step, shardings given": (lambda: given(state, batch, program.key), 1),
+        "call of an empty step, shardings given": (lambda: compiled(state, batch, program.key), 1),
         "call of an empty step, plain jit": (lambda: plain(state, batch, program.key), 1),
     }
 
@@ -149,8 +152,8 @@ def main() -> None:
                 label: common.each(lambda side=side, chunk=chunk: side.steps(chunk), chunk)
                 for label, side in sides.items()
             }
-            times = common.interleaved(timed, args.rounds)
-            results += compared(name, times)
+            times = common.interleave(timed, args.rounds)
+            results += ratios(name, times)
             figures[name] = {
                 "batch": case.experiment.batch,
                 "steps a round": chunk,

@@ -1,8 +1,8 @@
 """What huge pages bring to runs on a CPU (``GLIBC_TUNABLES=glibc.malloc.hugetlb=1``).
 
 The same run of each network over resident data, crop and flip, batch 128, in processes with huge pages and
-without, one after the other (A B B A). Every round is a process of each, compiled programs kept. Timed is
-what a run tells: examples a second, without compilation and evaluation.
+without, in turn (A B B A). Each round starts one process per side, with a warm compile cache. The figure is
+the run's own: examples per second, without compilation and evaluation.
 
   python -m benchmarks.pages [--nets NAME ...] [--rounds N] [--out FILE]
 """
@@ -43,7 +43,7 @@ def run(name: str) -> dict[str, Any]:
     return {**figures, "huge_pages": huge_page_status()}
 
 
-def started(name: str, side: str) -> dict[str, Any]:
+def run_process(name: str, side: str) -> dict[str, Any]:
     """``run(name)`` in a process that has such pages."""
     environment = {**os.environ, "GLIBC_TUNABLES": f"{TUNABLE}={SIDES[side]}"}
     words = [sys.executable, "-m", "benchmarks.pages", "--run", name]
@@ -60,11 +60,11 @@ def measure(name: str, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
 
     def side(which: str) -> float:
-        runs[which].append(started(name, which))
+        runs[which].append(run_process(name, which))
         seconds: float = runs[which][-1]["seconds"]
         return seconds
 
-    times = common.interleaved({which: lambda which=which: side(which) for which in SIDES}, rounds)
+    times = common.interleave({which: lambda which=which: side(which) for which in SIDES}, rounds)
     losses = {one["loss"] for found in runs.values() for one in found}
     if len(losses) > 1:
         raise SystemExit(f"these were not the same runs: their losses are {losses}")

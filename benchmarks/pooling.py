@@ -78,12 +78,12 @@ class Jax:
 
 def torch_trainers(params: Any, batch: dict[str, np.ndarray]) -> dict[str, Any]:
     """PyTorch's sides by name, with as many threads as there are cores."""
-    from benchmarks import torch_peers  # here: torch is optional
+    from benchmarks.peers import torch_networks  # here: torch is optional
 
-    torch_peers.torch.manual_seed(0)
+    torch_networks.torch.manual_seed(0)
     return {
-        f"torch {name}": torch_peers.Trainer(
-            torch_peers.CNN(WIDTHS, CONVS, CLASSES),
+        f"torch {name}": torch_networks.Trainer(
+            torch_networks.CNN(WIDTHS, CONVS, CLASSES),
             params,
             batch["image"],
             batch["label"],
@@ -119,7 +119,7 @@ def main() -> None:
         name: common.each(lambda side=side: side.steps(STEPS), STEPS * args.batch)
         for name, side in sides.items()
     }
-    times = common.interleaved(work, args.rounds)
+    times = common.interleave(work, args.rounds)
     results = [
         common.speedup(
             "cifar_cnn: examples/s over stock nn.max_pool", times["stock flax"], times["jaxtrain"], ">= 1.3"

@@ -22,8 +22,7 @@ HEAD = """\
 # Performance
 
 Written by `python -m benchmarks.render` from `benchmarks/results/*.json`: change it by measuring again, with
-the command of a section. What each benchmark compares, and how, is said at the top of its file in
-`benchmarks/`.
+the command of a section. The docstring of each file in `benchmarks/` says what it compares and how.
 
 - A ratio is taken round by round, with both sides interleaved in one process (A B B A), and is the median
   over the `n` rounds, with quartiles. Of speeds, above 1 means that the side named first is faster.
@@ -32,13 +31,13 @@ the command of a section. What each benchmark compares, and how, is said at the 
   Where nothing is said of them there were none.
 - `load` is the machine's load average before the benchmark. Well above 0, others were using it: their work is
   part of the spread, and of the median where they used the cores that a side needed.
-- Figures are of the device and the versions that stand beside them. What no section has was not measured;
-  where none names a GPU, nothing here was measured on one.
+- Figures hold for the device and versions of their section. Without a section that names a GPU, nothing was
+  measured on one.
 """
 
 
 def page(folder: Path = RESULTS) -> str:
-    """The whole page, from the files in ``folder`` in the order of their names."""
+    """The page, from the files in ``folder`` in the order of their names."""
     records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     return "\n".join([HEAD, *(line for name, record in records.items() for line in section(name, record))])
 

@@ -179,46 +179,46 @@ def whole_steps(case: Case, lanes: Mapping[str, Lane]) -> dict[str, Callable[[],
 def parts(lanes: Mapping[str, Lane]) -> dict[str, Callable[[], float]]:
     """What splitting adds to a step, one thing at a time: sides for ``interleaved``."""
     mesh = mesh_of(ALL)
-    whole, split = sharding.replicated(mesh), sharding.batch_split(mesh)
+    replicated, split = sharding.replicated(mesh), sharding.batch_split(mesh)
     size = sum(x.size for x in jax.tree.leaves(lanes[ALL].program.abstract_state.params))
     rows = jax.device_put(np.ones((DEVICES, size), np.float32), split)
-    small = jax.device_put(np.zeros((), np.float32), whole)
-    reduce = sharding.compile(lambda x: x.sum(0), args=(split,), out=whole)
-    nothing = sharding.compile(lambda x: x + 1, args=(whole,), out=whole)
+    small = jax.device_put(np.zeros((), np.float32), replicated)
+    reduce = sharding.compile(lambda x: x.sum(0), args=(split,), out=replicated)
+    nothing = sharding.compile(lambda x: x + 1, args=(replicated,), out=replicated)
 
-    def repeated(fn: Callable[[Any], Any], x: Any) -> Callable[[], float]:
+    def repeat(fn: Callable[[Any], Any], x: Any) -> Callable[[], float]:
         return common.each(lambda: [jax.block_until_ready(fn(x)) for _ in range(REPEATS)], REPEATS)
 
     return {
         "update, 1 device": updates(lanes[ONE].program),
         f"update, {DEVICES} devices": updates(lanes[ALL].program),
-        f"all-reduce of the gradients, {DEVICES} devices": repeated(reduce, rows),
-        f"empty program, {DEVICES} devices": repeated(nothing, small),
+        f"all-reduce of the gradients, {DEVICES} devices": repeat(reduce, rows),
+        f"empty program, {DEVICES} devices": repeat(nothing, small),
     }
 
 
 def updates(program: Program) -> Callable[[], float]:
     """The optimizer alone, on the program's parameters."""
     tx = program.experiment.optimizer.build(program.steps)
-    whole = sharding.replicated(program.key.sharding.mesh)
+    replicated = sharding.replicated(program.key.sharding.mesh)
 
     def update(params: Any, opt_state: Any, grads: Any) -> Any:
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    fn = sharding.compile(update, args=(whole,) * 3, out=(whole, whole), donate=(0, 1))
+    fn = sharding.compile(update, args=(replicated,) * 3, out=(replicated, replicated), donate=(0, 1))
     state, grads = program.init(), program.init().params
-    held = [state.params, state.opt_state]
+    buffers = [state.params, state.opt_state]
 
     def work() -> None:
         for _ in range(REPEATS):
-            held[:] = fn(*held, grads)
-        jax.block_until_ready(held)
+            buffers[:] = fn(*buffers, grads)
+        jax.block_until_ready(buffers)
 
     return common.each(work, REPEATS)
 
 
-def moved(lane: Lane) -> dict[str, dict[str, int]]:
+def communication(lane: Lane) -> dict[str, dict[str, int]]:
     """What a step moves between the devices: how many collectives and how many bytes, by kind and axes."""
     program = lane.program
     compiled = program.train_step.lower(program.abstract_state, program.train.batch(0), program.key).compile()
@@ -236,13 +236,13 @@ def main() -> None:
     for name, case in cases().items():
         lanes = {mesh: Lane(case.experiment, mesh_of(mesh)) for mesh in (ONE, *case.meshes)}
         sides = whole_steps(case, lanes) | (parts(lanes) if case.apart else {})
-        times = common.interleaved(sides, args.rounds)
+        times = common.interleave(sides, args.rounds)
         figures[name] = {
             "model": case.about,
             "batch": case.experiment.batch,
             "steps a round": case.chunk,
             "ms": common.medians(times, 1e3),
-            "moved": {mesh: moved(lanes[mesh]) for mesh in case.meshes},
+            "moved": {mesh: communication(lanes[mesh]) for mesh in case.meshes},
         }
         for mesh in case.meshes:
             goal = case.goal if mesh == ALL else None

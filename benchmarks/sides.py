@@ -1,6 +1,6 @@
 """Training loops that the benchmarks time: jaxtrain's own, and one written by hand around the same model.
 
-Each keeps a state of its own and goes on with it from one chunk of steps to the next.
+Each has its own state and continues with it from one chunk of steps to the next.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jaxtrain.core.signals import Request
 from jaxtrain.data.order import permutation
 from jaxtrain.experiment import Experiment
 from jaxtrain.monitor.console import Plain
-from jaxtrain.program import Program, assemble
+from jaxtrain.program import Cadence, Program, assemble
 from jaxtrain.train import loop
 
 TOTAL = 10**6  # steps of the schedule: never reached
@@ -42,14 +42,19 @@ class Case:
     )
 
 
-class Unsaved(Program):
-    """A program that the loop neither saves nor evaluates."""
+class NoSaves(Cadence):
+    """Neither saves nor evaluates, not even after the last update."""
 
-    def saves(self, step: int) -> bool:
+    def saves_after(self, step: int) -> bool:
         return False
 
-    def evaluates(self, step: int) -> bool:
+    def evaluates_after(self, step: int) -> bool:
         return False
+
+
+def without_saves(program: Program) -> Program:
+    """``program``, for which the loop neither saves nor evaluates."""
+    return dataclasses.replace(program, cadence=NoSaves(**vars(program.cadence)))
 
 
 def experiment(model: Any, source: data.Arrays, batch: int, **settings: Any) -> Experiment:
@@ -80,7 +85,7 @@ def lenet() -> models.ConvNet:
 
 
 def short(updates: int, **settings: Any) -> Program:
-    """The case ``cnn``, with other ``settings``, as a whole run of so few updates on the first device."""
+    """The case ``cnn``, with other ``settings``, as a run of ``updates`` updates on the first device."""
     base = cases()["cnn"].experiment
     few = data.Arrays({name: array[: base.batch] for name, array in base.train.fields.items()})
     fields = {**vars(base), "test": few, "epochs": updates * base.batch / len(base.train)}
@@ -88,17 +93,16 @@ def short(updates: int, **settings: Any) -> Program:
     return assemble(exp, sharding.make_mesh(jax.devices()[:1]))
 
 
-def unsaved(exp: Experiment) -> Program:
-    """``exp`` on the first device, neither saved nor evaluated by the loop."""
-    program = assemble(exp, sharding.make_mesh(jax.devices()[:1]))
-    return Unsaved(**{field.name: getattr(program, field.name) for field in dataclasses.fields(program)})
+def assemble_without_saves(exp: Experiment) -> Program:
+    """``exp`` on the first device; the loop neither saves nor evaluates."""
+    return without_saves(assemble(exp, sharding.make_mesh(jax.devices()[:1])))
 
 
 class Fit:
     """What ``jaxtrain.train.loop.fit`` does between its beginning and its end, with all its records.
 
     Args:
-      program: from ``unsaved``; its compiled functions may be shared with other sides.
+      program: from ``assemble_without_saves``; its compiled functions may be shared with other sides.
       stack: closes the files.
       together: updates that are dispatched at once.
       settings: fields of the experiment that change no compiled function.
@@ -108,7 +112,7 @@ class Fit:
         self, program: Program, stack: contextlib.ExitStack, together: int = 1, **settings: Any
     ) -> None:
         exp = dataclasses.replace(program.experiment, **settings)
-        self.program = dataclasses.replace(program, experiment=exp, steps_per_execution=together)
+        self.program = dataclasses.replace(program, experiment=exp).with_cadence(steps_per_execution=together)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         self.null = stack.enter_context(Path(os.devnull).open("w"))  # noqa: SIM115 - the stack closes it
         self.console, self._request = Plain(), Request()
@@ -127,7 +131,7 @@ class Fit:
     def steps(self, count: int) -> None:
         """``count`` updates, finished and recorded."""
         start, self._at = self._at, self._at + count
-        program = dataclasses.replace(self.program, steps=self._at)
+        program = self.program.with_cadence(steps=self._at)
         with contextlib.redirect_stdout(self.null):
             self._state = loop._train(
                 program, self._state, start, self.saved, self.record, self.console, self._request

@@ -1,9 +1,9 @@
-"""How long a run takes to its first step with nothing kept, and with what an earlier one has kept.
+"""Time from the start of a run to its first step, with cold and warm caches.
 
-Each side is ``python -m jaxtrain.run`` in a fresh process, from its start to the line that records its first
-step, which is written when the second has been dispatched; then it is ended. ``cold`` has an empty cache
-folder, ``warm`` the one that the cold run of its round has filled: compiled programs and the decoded data
-set. The system's own cache of files is warm in both. Needs CIFAR-10 prepared
+Each side is ``python -m jaxtrain.run`` in a fresh process, timed until it records its first step, which is
+when the second has been dispatched; then it is stopped. ``cold`` has an empty cache folder, ``warm`` the one
+that the cold run of the round filled: compiled programs and the decoded data set. The page cache of the
+system is warm in both. Needs CIFAR-10 prepared
 (``python -m jaxtrain prepare cifar10``).
 
 ``--help`` and ``--list`` are timed too.
@@ -27,7 +27,7 @@ SHORT = ("epochs=0.02", "log_every=1", "eval_every=None", "save_every=100")
 
 
 def environment(caches: Path) -> dict[str, str]:
-    """A user's, with a cache folder of its own."""
+    """The environment of a user, with a separate cache folder."""
     return {**{k: v for k, v in os.environ.items() if "CACHE" not in k}, "XDG_CACHE_HOME": str(caches)}
 
 
@@ -51,7 +51,7 @@ def first_step(experiment: str, caches: Path) -> float:
 
 
 def command(words: tuple[str, ...], caches: Path) -> float:
-    """Seconds of a whole command."""
+    """Seconds of a command, from start to exit."""
     began = time.perf_counter()
     subprocess.run([*RUN, *words], env=environment(caches), stdout=subprocess.DEVNULL, check=True)
     return time.perf_counter() - began

@@ -2,10 +2,10 @@
 
   streamed   ``jaxtrain.program.loader.Streamed`` with 2 workers: files read, decoded, cropped at random to
              224×224 and flipped by ``data.RandomCrops``, checked for a new batch and put on the device
-  workers    the same workers' batches, taken and thrown away
+  workers    the same workers' batches, discarded
 
-Some hundred files of ImageNet's usual size are written to a temporary folder first. Every turn starts its
-workers anew and begins to count when they are under way, so that no side gains from what was made before.
+A few hundred files of ImageNet's usual size are written to a temporary folder first. Every turn restarts its
+workers and starts the clock once they produce batches, so no side profits from prefetched ones.
 
   python -m benchmarks.streaming [--files N] [--batch N] [--rounds N] [--out FILE]
 """
@@ -68,7 +68,7 @@ def main() -> None:
         folder = photographs.write(path, args.files)
         sizes = [file.stat().st_size for file in Path(path).iterdir()]
         turns = Turns(data.RandomCrops(folder, size=224), args.batch)
-        times = common.interleaved({"streamed": turns.streamed, "workers": turns.workers}, args.rounds)
+        times = common.interleave({"streamed": turns.streamed, "workers": turns.workers}, args.rounds)
     label = "JPEG images/s, streamed to the device over the workers alone"
     figures = {
         "batch": args.batch,

@@ -46,7 +46,7 @@ def calls() -> dict[str, tuple[Callable[[], Any], int]]:
     }
 
 
-def traced(rounds: int) -> dict[str, list[float]]:
+def time_traced(rounds: int) -> dict[str, list[float]]:
     """Seconds a step of the small MLP of ``benchmarks.loop``, with and without a trace."""
     program = assemble(cases()["mlp"].experiment, sharding.make_mesh(jax.devices()[:1]))
     states = [program.init()]
@@ -65,7 +65,7 @@ def traced(rounds: int) -> dict[str, list[float]]:
         with tempfile.TemporaryDirectory() as folder, jax.profiler.trace(folder, profiler_options=options):
             return steps()
 
-    return common.interleaved({"plain": steps, "traced": under}, rounds)
+    return common.interleave({"plain": steps, "traced": under}, rounds)
 
 
 def main() -> None:
@@ -74,9 +74,9 @@ def main() -> None:
     sides = {}
     for name, (work, count) in calls().items():
         sides[name] = common.each(lambda work=work, count=count: [work() for _ in range(count)], count)
-    times = common.interleaved(sides, args.rounds)
+    times = common.interleave(sides, args.rounds)
     results = [common.result(name, [1e6 * t for t in values], "µs") for name, values in times.items()]
-    both = traced(args.rounds)
+    both = time_traced(args.rounds)
     results.append(common.speedup("a step while traced, over one that is not", both["traced"], both["plain"]))
     common.finish(args, "telemetry", results, {"step_ms": common.medians(both, 1e3)})
 

@@ -1,8 +1,8 @@
-"""What the head and the loss of a GPT take in chunks of positions, against all logits at once.
+"""Time and memory of the head and loss of a GPT in chunks of positions, against all logits at once.
 
 Loss and gradients of a GPT of one block (width 128, 8 sequences of 128 tokens), vocabularies of 256, 8,192
 and 50,304, with ``head_chunk=16`` and without: time, and XLA's figure for the temporaries of the compiled
-program (``memory_analysis``), which is exact and no matter of rounds. Both sides compute the same loss.
+program (``memory_analysis``), which is exact. Both sides compute the same loss.
 
   python -m benchmarks.vocabulary [--precision float32] [--rounds N] [--out FILE]
 """
@@ -51,15 +51,15 @@ def main() -> None:
     args = parser.parse_args()
     results, figures = [], {}
     for vocab in VOCABULARIES:
-        whole, chunked = (side(vocab, chunk, args.precision) for chunk in (None, CHUNK))
-        assert abs(whole[2] - chunked[2]) < (1e-4 if args.precision == "float32" else 0.05), "another loss"
-        sides = {"whole": common.each(whole[0], 1), "in chunks": common.each(chunked[0], 1)}
-        times = common.interleaved(sides, args.rounds)
+        full, chunked = (side(vocab, chunk, args.precision) for chunk in (None, CHUNK))
+        assert abs(full[2] - chunked[2]) < (1e-4 if args.precision == "float32" else 0.05), "another loss"
+        sides = {"whole": common.each(full[0], 1), "in chunks": common.each(chunked[0], 1)}
+        times = common.interleave(sides, args.rounds)
         results.append(common.speedup(f"vocabulary {vocab:,}: time", times["whole"], times["in chunks"]))
-        results.append(common.result(f"vocabulary {vocab:,}: memory", [whole[1] / chunked[1]], "×"))
+        results.append(common.result(f"vocabulary {vocab:,}: memory", [full[1] / chunked[1]], "×"))
         figures[f"vocabulary {vocab:,}"] = {
             "ms": common.medians(times, 1e3),
-            "temporaries_mb": {"whole": whole[1] / 1e6, "in chunks": chunked[1] / 1e6},
+            "temporaries_mb": {"whole": full[1] / 1e6, "in chunks": chunked[1] / 1e6},
             "logits_mb": BATCH * LENGTH * vocab * 4 / 1e6,
         }
     figures["setting"] = {

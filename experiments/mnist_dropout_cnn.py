@@ -3,7 +3,7 @@
 Run:       python -m jaxtrain.run --experiment mnist_dropout_cnn
 Measured:  98.27 ± 0.19 % test accuracy (n = 3 seeds, 0 to 2); 289 s (median) on two cores of an AMD EPYC CPU
            with other work on them, 2026-11-21. The reference to meet was 98.5 %; the same program in PyTorch
-           (python -m benchmarks.torch_mnist) gave 98.39 ± 0.10 % (n = 3) there.
+           (python -m benchmarks.peers.torch_mnist) gave 98.39 ± 0.10 % (n = 3) there.
 """
 
 from jaxtrain import data, losses, models, optim

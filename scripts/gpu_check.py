@@ -25,9 +25,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_parts as parts
-from benchmarks import gpu_runs as runs
-from benchmarks.gpu_session import Failed, Session, Skipped, TimedOut, missing
+from benchmarks.gpu import parts, runs
+from benchmarks.gpu.session import Failed, Session, Skipped, TimedOut, missing
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = ("jax", "flax", "optax", "orbax", "pydantic", "rich")  # jaxtrain does not start without them
@@ -43,11 +42,11 @@ PARTS: dict[str, tuple[Part, float]] = {
     "cifar_airbench94": (parts.airbench, 120),
     "gpt": (parts.gpt, 150),
     "resnet50": (parts.resnet50, 130),
-    "feeding": (parts.measured("feeding", needs=("grain",)), 60),
+    "feeding": (parts.child_part("feeding", needs=("grain",)), 60),
     "airbench_torch": (parts.airbench_torch, 60),
-    "saving": (parts.measured("saving", lambda session: session.scratch), 60),
-    "attention": (parts.measured("attention"), 45),
-    "scan": (parts.measured("scan"), 75),
+    "saving": (parts.child_part("saving", lambda session: session.scratch), 60),
+    "attention": (parts.child_part("attention"), 45),
+    "scan": (parts.child_part("scan"), 75),
     "guard": (runs.guard, 60),
     "deterministic": (runs.deterministic, 120),
     "memory": (runs.memory, 120),

@@ -154,7 +154,7 @@ def check(kind: str, n: int, values: dict[str, Any], params: Any) -> None:
 
     The device works in float32: a figure has gone through some 40 roundings (dot products of 6 and 8, a
     softmax of 4, a sum of at most 32), each by at most 2^-24 of what it rounds, and every sum is of numbers
-    of one sign. One example too many or too few moves it by far more: ``test_the_cases_would_show_it``.
+    of one sign. One example too many or too few moves it by far more: ``test_cases_detect_a_wrong_mask``.
     """
     want = expected(kind, fields(kind, n), params)
     assert sorted(values) == sorted(want)

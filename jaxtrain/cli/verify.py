@@ -229,7 +229,8 @@ class RecordingLoader:
     """
 
     def __init__(self, loader: Any, folder: Path, phase: str, half: int) -> None:
-        self._loader, self.shardings, self.many = loader, loader.shardings, loader.many
+        self._loader, self.shardings = loader, loader.shardings
+        self.stacked_shardings = loader.stacked_shardings
         self._file = (folder / f"{phase}-{multihost.process_index()}.jsonl").open("w")
         self._kill_step = half if phase == "killed" else None
         self._manifest = folder / "checkpoints" / f"{half:06d}" / "manifest.json"

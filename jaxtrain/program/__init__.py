@@ -1,5 +1,7 @@
 """An experiment assembled on a mesh: its data opened, its values checked, its functions ready to compile."""
 
-from jaxtrain.program.program import Program, Split, abstract_state, assemble
+from jaxtrain.program.assembly import abstract_state, assemble
+from jaxtrain.program.cadence import Cadence
+from jaxtrain.program.program import Program, Split
 
-__all__ = ["Program", "Split", "abstract_state", "assemble"]
+__all__ = ["Cadence", "Program", "Split", "abstract_state", "assemble"]

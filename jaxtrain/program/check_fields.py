@@ -1,4 +1,4 @@
-"""Checks of fields, shapes and types: of a split against the others, and of an example against the model."""
+"""Checks of fields, shapes and dtypes: that the splits agree, and that the model accepts an example."""
 
 from __future__ import annotations
 
@@ -20,46 +20,44 @@ from jaxtrain.program.loader import EPOCH, EXAMPLE_ID
 
 
 def check_splits(experiment: Experiment) -> None:
-    """Raise InputError where splits that a source cuts itself are not cut from the same data.
+    """Raise InputError where splits that a source makes itself do not come from the same data.
 
-    A source class names in ``shared`` the settings that its splits must have in common: with another file,
-    part or number of rows, training examples would be test examples, or words have other numbers.
+    A source class lists in ``shared`` the settings that its splits must have in common: with another file,
+    fraction or number of rows, training examples would be test examples, or words would have other ids.
     """
     train = experiment.train
     for name, other in (("valid", experiment.valid), ("test", experiment.test)):
         if type(other) is not type(train):
             continue
         for field in getattr(train, "shared", ()):
-            ours, theirs = getattr(train, field), getattr(other, field)
-            if ours != theirs:
+            expected, actual = getattr(train, field), getattr(other, field)
+            if actual != expected:
                 raise InputError(
-                    f"{name}.{field} is {theirs!r} and train.{field} is {ours!r}: both must be the same, "
-                    f"because {type(train).__name__} cuts its splits from one set of data"
+                    f"{name}.{field} is {actual!r} and train.{field} is {expected!r}: both must be the same, "
+                    f"because {type(train).__name__} makes its splits from one set of data"
                 )
 
 
 def check_fields(sources: Mapping[str, Source]) -> None:
-    """Raise InputError when a split's fields, shapes or types are no batch's, or not those of ``"train"``."""
-    want = _specs("train", sources["train"])
+    """Raise InputError for reserved names, unsupported dtypes and splits that differ from ``"train"``."""
+    expected = _specs("train", sources["train"])
     for field in ("mask", EXAMPLE_ID, EPOCH):
-        if field in want:
-            raise InputError(
-                f"the source gives a field {field!r}, a name that batches use themselves: rename it"
-            )
+        if field in expected:
+            raise InputError(f"the source has a field {field!r}, a name reserved for batches: rename it")
     for name, source in sources.items():
-        have = _specs(name, source)
-        for field in sorted(want.keys() | have.keys()):
-            if want.get(field) != have.get(field):
+        actual = _specs(name, source)
+        for field in sorted(expected.keys() | actual.keys()):
+            if expected.get(field) != actual.get(field):
                 raise InputError(
-                    f"field {field!r} is {want.get(field, 'absent')} in train and "
-                    f"{have.get(field, 'absent')} in {name}: both must give the same examples"
+                    f"field {field!r} is {expected.get(field, 'absent')} in train and "
+                    f"{actual.get(field, 'absent')} in {name}: both need the same fields, shapes and dtypes"
                 )
 
 
 def trace(fn: Callable[..., Any], *args: Any, what: str) -> Any:
-    """``jax.eval_shape(fn, *args)``: shapes without computing anything.
+    """Return ``jax.eval_shape(fn, *args)``, with user errors as InputError; nothing is computed.
 
-    A function made by ``jax.jit`` finds this trace when it is called.
+    A function made by ``jax.jit`` reuses this trace when it is called.
 
     Raises:
       InputError: the model, the loss or a stage cannot take these shapes.
@@ -74,62 +72,62 @@ def trace(fn: Callable[..., Any], *args: Any, what: str) -> Any:
         ) from error
 
 
-def mesh_notes(experiment: Experiment, mesh: Mesh, state: State, whole: Sequence[str]) -> tuple[str, ...]:
-    """What changes with the mesh or is not as one may think, a line each.
+def mesh_notes(experiment: Experiment, mesh: Mesh, state: State, undivided: Sequence[str]) -> tuple[str, ...]:
+    """Warnings about microbatches and the mesh, one per line.
 
     Args:
-      experiment: what is to be run.
+      experiment: the run's.
       mesh: the devices.
       state: its shapes.
-      whole: paths of arrays that ``fsdp`` could not divide.
+      undivided: paths of arrays that ``fsdp`` could not divide.
     """
     lines = []
     if experiment.accumulate > 1 and "batch_stats" in state.extra:
         lines.append(
             f"BatchNorm statistics are those of a microbatch of {experiment.batch // experiment.accumulate} "
-            f"examples (accumulate={experiment.accumulate}), not of the whole batch"
+            f"examples (accumulate={experiment.accumulate}), not of the full batch"
         )
-    if whole:
-        more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
+    if undivided:
+        more = f" and {len(undivided) - 3} more" if len(undivided) > 3 else ""
         lines.append(
-            f"fsdp={mesh.shape['fsdp']} divides no dimension of {', '.join(whole[:3])}{more}: "
-            "each device holds all of it"
+            f"fsdp={mesh.shape['fsdp']} divides no dimension of {', '.join(undivided[:3])}{more}: "
+            "replicated on every device"
         )
     return tuple(lines)
 
 
 def _specs(split: str, source: Source) -> dict[str, str]:
+    """Dtype and shape of an example's fields, such as ``uint8[28, 28, 1]``."""
     two = source.gather(np.zeros(2, np.int64))
     for name, array in two.items():
-        _check_kind(f"{split}: field {name!r}", source.fields[name] if isinstance(source, Arrays) else array)
+        _check_dtype(f"{split}: field {name!r}", source.fields[name] if isinstance(source, Arrays) else array)
     return {name: f"{array.dtype}{list(array.shape[1:])}" for name, array in two.items()}
 
 
-def _check_kind(what: str, array: np.ndarray) -> None:
-    """Raise InputError for what a device cannot hold: text, objects, and whole numbers that would wrap."""
-    kind = jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool
-    if not kind:
+def _check_dtype(what: str, array: np.ndarray) -> None:
+    """Raise InputError for values that no device array has: text, objects, and integers that would wrap."""
+    if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
         raise InputError(
-            f"{what} is {array.dtype}, which is no number: leave it out of what the source gives, or give "
-            "numbers for it"
+            f"{what} has dtype {array.dtype}, which is not numeric: encode it as numbers in the source, or "
+            "leave the field out"
         )
-    held = jax.dtypes.canonicalize_dtype(array.dtype)  # 64 bits become 32, and JAX does not say so
-    if held != array.dtype and np.issubdtype(held, np.integer) and array.size:
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)  # JAX turns 64 bits into 32 without a warning
+    if dtype != array.dtype and np.issubdtype(dtype, np.integer) and array.size:
         low, high = int(array.min()), int(array.max())
-        if low < np.iinfo(held).min or high > np.iinfo(held).max:
+        if low < np.iinfo(dtype).min or high > np.iinfo(dtype).max:
             raise InputError(
-                f"{what} holds {low if low < np.iinfo(held).min else high}, and JAX keeps {array.dtype} as "
-                f"{held}: give smaller numbers, or leave the field out"
+                f"{what} contains {low if low < np.iinfo(dtype).min else high}, and JAX stores {array.dtype} "
+                f"as {dtype}: use smaller numbers, or leave the field out"
             )
 
 
 def describe_experiment(experiment: Experiment) -> tuple[str, str, str]:
-    """Data set, model and number of parameters, without reading data or starting a backend."""
+    """Return data set, model and number of parameters, without reading data or starting a backend."""
     source, model = experiment.train, experiment.model
     data = getattr(source, "name", type(source).__name__.lower())
     example = getattr(source, "example", None)
     shapes = example() if example else source.gather(np.zeros(1, np.int64))
-    if shapes is None:  # a data set whose shapes are known once it is prepared
+    if shapes is None:  # its shapes are unknown until the data set is prepared
         return data, type(model).__name__, "–"
     batch = {k: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype) for k, v in shapes.items()}
 

@@ -1,4 +1,4 @@
-"""Memory of a run as text for a person, in tables at most ``WIDTH`` columns wide."""
+"""Memory of a run as text tables, at most ``WIDTH`` columns wide."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from jaxtrain.core.text import size_text
 
 WIDTH = 99
 
-
 NAMES = {
     "params": "parameters",
     "optimizer": "optimizer state",
     "other_state": "other state",
     "batch": "batch",
-    "batches_ahead": "batches sent ahead",
-    "data": "data kept there",
+    "batches_ahead": "prefetched batches",
+    "data": "resident data",
     "temporaries": "temporaries",
     "outputs": "outputs",
 }
 
 
 def memory_text(sizes: dict[str, int], remarks: dict[str, str]) -> str:
-    """A line a part, with its share of the total; ``remarks`` say what a line is."""
+    """Format one line per part, with its share of the total and its remark."""
     total = sum(sizes.values())
     rows = [
         (NAMES[part], size_text(size), f"{100 * size / max(total, 1):.0f} %", remarks.get(part, ""))
@@ -34,7 +33,7 @@ def memory_text(sizes: dict[str, int], remarks: dict[str, str]) -> str:
 
 
 def table(title: str, rows: Sequence[Sequence[str]], align: str) -> str:
-    """Rows under a title, aligned; the first column gives way where a line would be too long.
+    """Format rows under a title, aligned; shortens the last column if it is text, else the first.
 
     >>> print(table("sizes", [("a", "5 B"), ("bc", "12 MB")], "<>"))
     sizes
@@ -44,7 +43,7 @@ def table(title: str, rows: Sequence[Sequence[str]], align: str) -> str:
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(len(align))]
     others = sum(width + 2 for width in widths[1:])
     last = align[-1] == "<" and len(align) > 1
-    if last:  # the end of a line is cut, not its beginning
+    if last:
         widths[-1] = min(widths[-1], WIDTH - 2 - sum(width + 2 for width in widths[:-1]))
     else:
         widths[0] = min(widths[0], WIDTH - 2 - others)
@@ -59,7 +58,7 @@ def table(title: str, rows: Sequence[Sequence[str]], align: str) -> str:
 
 
 def _cut(text: str, width: int, end: bool) -> str:
-    """``text`` with ``…`` for what is too long, at its end or in its middle."""
+    """Shorten ``text`` to ``width`` with ``…``, at its end or in its middle."""
     if len(text) <= width:
         return text
     head = width - 1 if end else width // 3

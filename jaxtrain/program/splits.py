@@ -1,4 +1,4 @@
-"""The examples of an experiment, opened: which sources, where they are kept, and how batches are made."""
+"""Open the data of an experiment: its sources, in memory or streamed, and the loaders of their batches."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from jaxtrain.experiment import Experiment
 from jaxtrain.program.loader import Check, Loader, Resident, Streamed
 from jaxtrain.sharding import multihost
 
-RESIDENT_PART = 10  # a set of at most this part of a device's memory is kept on it
+RESIDENT_PART = 10  # a data set of at most this part of a device's memory is resident
 
 
 def open_sources(exp: Experiment, mesh: Mesh) -> dict[str, Source]:
-    """``train``, ``test`` and perhaps ``valid``; what is small enough comes back as Arrays."""
+    """Open ``train``, ``test`` and, where there is one, ``valid``; small sources are returned as Arrays."""
     limit = {
         "auto": multihost.broadcast_from_0(sharding.device_memory(mesh), "memory") // RESIDENT_PART,
         "device": sys.maxsize,
         "stream": 0,
     }[exp.placement]
 
-    def opened(name: str, source: Source) -> Source:
+    def load(name: str, source: Source) -> Source:
         if len(source) < 1:
             raise InputError(f"{name}: the data set {type(source).__name__} is empty")
         try:
@@ -41,12 +41,12 @@ def open_sources(exp: Experiment, mesh: Mesh) -> dict[str, Source]:
                 "(--debug shows where)"
             ) from error
 
-    train, valid = opened("train", exp.train), exp.valid
+    train, valid = load("train", exp.train), exp.valid
     if exp.holdout:
-        kept, held = holdout(len(train), exp.holdout)
-        train, valid = opened("train", Subset(train, kept)), Subset(train, held)
-    splits = {"train": train, "test": opened("test", exp.test)}
-    return splits if valid is None else {**splits, "valid": opened("valid", valid)}
+        train_ids, valid_ids = holdout(len(train), exp.holdout)
+        train, valid = load("train", Subset(train, train_ids)), Subset(train, valid_ids)
+    splits = {"train": train, "test": load("test", exp.test)}
+    return splits if valid is None else {**splits, "valid": load("valid", valid)}
 
 
 def make_loader(
@@ -57,16 +57,24 @@ def make_loader(
     check: Check,
     first: Check | None = None,
 ) -> Loader:
-    """Batches of ``source`` in that order: resident where it is in memory, else streamed.
+    """Make the loader of ``source``: resident where it is in memory, else streamed.
+
+    Args:
+      source: from ``open_sources``.
+      order: which examples make up batch k.
+      exp: its ``placement`` and ``workers``.
+      mesh: the devices.
+      check: checks every raw batch of a stream (``Streamed``).
+      first: checks the first batch of a stream.
 
     Raises:
-      InputError: it is to be resident and larger than a device's memory.
+      InputError: the source must be resident and is larger than a device's memory.
     """
     if isinstance(source, Arrays) and exp.placement != "stream":
         size, limit = sum(array.nbytes for array in source.fields.values()), sharding.device_memory(mesh)
         if size > limit:
             raise InputError(
-                f"placement={exp.placement} would keep {size / 1e9:.2f} GB of examples on each device, which "
+                f"placement={exp.placement} would put {size / 1e9:.2f} GB of examples on each device, which "
                 f"has {limit / 1e9:.2f} GB: use --set placement=stream"
             )
         return Resident(source, order, mesh)
@@ -74,17 +82,17 @@ def make_loader(
 
 
 def _check_rows(split: str, source: Source) -> None:
-    """Raise InputError unless ``gather`` gives a leading axis: an unbatched image would pass for a batch."""
+    """Raise InputError unless ``gather`` returns batches: a single image could pass for one."""
     for name, array in source.gather(np.zeros(2, np.int64)).items():
         if np.shape(array)[:1] != (2,):
             raise InputError(
                 f"{split}: field {name!r} has shape {list(np.shape(array))} for 2 examples: "
-                f"{type(source).__name__}.gather must give arrays with a leading axis of that length, as "
-                "np.stack makes of single ones"
+                f"{type(source).__name__}.gather must return arrays with a leading axis of that length, such "
+                "as np.stack(examples)"
             )
 
 
 def first_examples(exp: Experiment, source: Source) -> Batch:
-    """What initialisation sees: parameters need one example's shapes; ``data_init`` asks for more."""
+    """The raw examples that ``init`` gets: one for its shapes, or as many as ``data_init`` asks for."""
     examples = 1 if exp.data_init is None else getattr(exp.data_init, "examples", exp.batch)
     return source.gather(np.arange(min(examples, len(source))))

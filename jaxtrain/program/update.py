@@ -1,4 +1,4 @@
-"""The update of an experiment: its train step with all that its settings ask for, not compiled."""
+"""The train step of an experiment with all its settings, not compiled yet."""
 
 from __future__ import annotations
 
@@ -23,39 +23,43 @@ Update = Callable[[State, Batch, jax.Array], tuple[State, Metrics]]
 def build_train_step(
     exp: Experiment, mesh: Mesh, model: Model, tx: Any, prepare: Prepare, post_update: Any
 ) -> Update:
-    """The train step, guarded from outside: so a factory of the user's own needs to know nothing of it."""
+    """Build the step with ``exp.step_factory`` and guard it from outside, so a factory needs no guard."""
     loss = exp.loss if exp.guard == "off" else count_bad_labels(exp.loss)
     factory = exp.step_factory or make_train_step
-    return guard_step(factory(model, loss, tx, prepare, post_update, **_options(exp, mesh)), exp.guard)
+    step = factory(model, loss, tx, prepare, post_update, **_factory_options(exp, mesh))
+    return guard_step(step, exp.guard)
 
 
-def _options(exp: Experiment, mesh: Mesh) -> dict[str, Any]:
-    """What the step factory is given beyond its five arguments, where it is asked for."""
+def _factory_options(exp: Experiment, mesh: Mesh) -> dict[str, Any]:
+    """Keyword arguments of the step factory: only those in use, so that a factory may lack the others."""
     if exp.accumulate == 1:
         return loss_scaling(exp)
-    # XLA:CPU runs convolutions in a loop several times slower than outside.
+    # XLA:CPU runs convolutions several times slower inside a loop.
     unroll = mesh.devices.flat[0].platform == "cpu"
     return {"accumulate": exp.accumulate, "unroll": unroll, **loss_scaling(exp)}
 
 
 def loss_scaling(exp: Experiment) -> dict[str, Any]:
-    """The loss scale that float16 needs, for ``make_init`` and the step factory; else nothing."""
+    """Keyword arguments of ``make_init`` and the step factory: a loss scale for float16, else none."""
     return {"loss_scale": LossScale()} if exp.precision == "float16" else {}
 
 
 def compiler_options(exp: Experiment, mesh: Mesh) -> dict[str, str]:
-    """Compiler options for a step that counts on barriers: guarded, computing again, or in microbatches."""
-    counts = exp.guard != "off" or exp.remat != "none" or exp.accumulate > 1
-    return sharding.KEEP_BARRIERS if counts and mesh.devices.flat[0].platform == "cpu" else {}
+    """Compiler options that keep the barriers of guard, remat and microbatches, which XLA:CPU would drop."""
+    has_barriers = exp.guard != "off" or exp.remat != "none" or exp.accumulate > 1
+    return sharding.KEEP_BARRIERS if has_barriers and mesh.devices.flat[0].platform == "cpu" else {}
 
 
 def build_post_update(exp: Experiment, steps: int) -> tuple[Callable[[State], State], ...]:
-    """The post-update stages; those whose work depends on the run's length are built for ``steps``."""
+    """The post-update stages; those that depend on the length of the run are built for ``steps``."""
     return tuple(stage.build(steps) if hasattr(stage, "build") else stage for stage in exp.post_update)
 
 
 def learning_rates(exp: Experiment, steps: int) -> np.ndarray | None:
-    """Computed once: a schedule called while training would wait behind the steps on the device."""
+    """The learning rate of every update, or None without an ``lr``.
+
+    Computed in advance: a schedule that is called during training waits behind the steps on the device.
+    """
     lr = getattr(exp.optimizer, "lr", None)
     if not isinstance(lr, float | int | Schedule):
         return None

@@ -1,4 +1,4 @@
-"""The pure update: functions that make the initial state, the train step and the eval step, not jitted.
+"""The pure update: factories of the init, train and eval steps, which the caller jits.
 
 >>> from jaxtrain.step import make_eval_step, make_init, make_train_step
 """

@@ -1,6 +1,6 @@
-"""Init, train step and eval step as pure functions of arrays, made by factories and not jitted.
+"""Factories of the init, train and eval steps: pure functions of arrays, which the caller jits.
 
-They need nothing else of jaxtrain: a model, a loss and an optax transformation are enough.
+A model, a loss and an optax transformation are all that they need.
 
 >>> import jax, jax.numpy as jnp, optax
 >>> from jaxtrain.losses import CrossEntropy
@@ -38,7 +38,7 @@ PostUpdate = Callable[[State], State]
 
 
 def identity(batch: Batch, key: jax.Array | None) -> Batch:
-    """The ``prepare`` that does nothing."""
+    """Return the batch unchanged: the default ``prepare``."""
     return batch
 
 
@@ -50,15 +50,19 @@ def make_init(
     post_update: Sequence[PostUpdate] = (),
     loss_scale: LossScale | None = None,
 ) -> Callable[[jax.Array, Batch], State]:
-    """Pure ``(key, batch) -> State`` at step 0.
+    """Make the pure function ``(key, batch) -> State`` that returns the state of step 0.
 
     Args:
       model: a Linen module or an ``(init, apply)`` pair.
       tx: any optax transformation.
-      prepare: what is done to the batch before the model sees it.
+      prepare: ``(batch, key) -> batch``, the preprocessing that comes before the model.
       data_init: ``(params, prepared batch) -> params`` for initialisation from data (whitening).
-      post_update: the functions given to the train step; one with an ``init`` method adds its own state.
-      loss_scale: the one given to the train step; adds its own state too.
+      post_update: as for ``make_train_step``; a function with an ``init`` method adds its state.
+      loss_scale: as for ``make_train_step``; adds its state too.
+
+    Raises:
+      InputError: while tracing, for an ``init`` that does not return ``(params, extra)``, or a ``data_init``
+        that changes the structure of the parameters.
     """
     pair = as_model(model)
 
@@ -68,21 +72,20 @@ def make_init(
         params, extra = pair.init(model_key, batch)
         if not isinstance(extra, dict):
             raise InputError(
-                f"the model's init gives a {type(extra).__name__} beside its parameters: return "
-                "(params, extra) with a dict of what the model keeps, {} for nothing"
+                f"the model's init returns a {type(extra).__name__} after its parameters: return "
+                "(params, extra) with a dict of the model's statistics, {} for none"
             )
         if data_init is not None:
-            changed = data_init(params, batch)
-            before: Any = jax.tree.structure(params)
-            if jax.tree.structure(changed) != before:
-                raise InputError("data_init must return params of the structure it was given")
-            params = changed
+            structure: Any = jax.tree.structure(params)
+            params = data_init(params, batch)
+            if jax.tree.structure(params) != structure:
+                raise InputError("data_init must return params of the structure that it received")
         if loss_scale is not None:
             extra = {**extra, "loss_scale": loss_scale.init()}
         state = State(jnp.zeros((), jnp.int32), params, extra, tx.init(params))
-        for change in post_update:
-            if hasattr(change, "init"):
-                state = change.init(state)
+        for stage in post_update:
+            if hasattr(stage, "init"):
+                state = stage.init(state)
         return state
 
     return init
@@ -99,10 +102,10 @@ def make_train_step(
     unroll: bool = False,
     guard: Policy = "off",
 ) -> Callable[[State, Batch, jax.Array], tuple[State, Metrics]]:
-    """Pure ``(state, batch, key) -> (state, metrics)``: one update.
+    """Make the pure function ``(state, batch, key) -> (state, metrics)`` of one update.
 
-    The same key is given at every step; what is random folds in ``state.step``, so step k of a resumed
-    run draws what step k of an uninterrupted one does.
+    Pass the same key at every step: the step folds ``state.step`` into it, so step k of a resumed run draws
+    the same random numbers as step k of an uninterrupted one.
 
     Args:
       model: a Linen module or an ``(init, apply)`` pair.
@@ -110,21 +113,21 @@ def make_train_step(
       tx: any optax transformation.
       prepare: ``(batch, key) -> batch``, compiled with the step: cast, normalise, augment.
       post_update: pure ``State -> State`` functions, applied in order (EMA, Lookahead, masks).
-      accumulate: microbatches that the prepared batch is cut into, one after another, for the memory of one.
-        The gradient is that of the whole batch for a loss that is a mean over examples; what a model takes
-        over a batch (BatchNorm) or draws (dropout) is of each microbatch.
-      loss_scale: for float16; updates whose gradient overflows are skipped, and ``loss_scale`` and
-        ``skipped`` reported. The same must be given to ``make_init``.
-      unroll: compile the microbatches one by one instead of as a loop: larger programs, and on a CPU
-        convolutions are several times slower in a loop.
-      guard: ``"stop"`` and ``"skip"`` leave out an update whose loss, gradient norm or update norm is not
-        finite or whose labels are no classes, and report the figures as the metric ``guard``
-        (``jaxtrain.step.guard``); with ``"skip"`` such an update counts for nothing in the other metrics, and
+      accumulate: number of microbatches that the prepared batch is split into, computed one after another
+        in the memory of one. For a loss that is a mean over examples the gradient is that of the full batch;
+        BatchNorm statistics and dropout are those of each microbatch.
+      loss_scale: for float16: skips updates whose gradient overflows, and reports ``loss_scale`` and
+        ``skipped``. ``make_init`` needs the same one.
+      unroll: unroll the loop over microbatches: the program is larger, but on CPUs convolutions are several
+        times slower inside a loop.
+      guard: ``"stop"`` and ``"skip"`` do not apply an update whose loss, gradient norm or update norm is not
+        finite or whose labels are out of range, and report these figures as the metric ``guard``
+        (``jaxtrain.step.guard``). With ``"skip"`` the other metrics of such an update are dropped, and
         ``skipped`` is reported.
 
     Raises:
-      InputError: while tracing, for a loss that is no scalar, a metric that cannot be merged, or a batch that
-        does not divide by ``accumulate``.
+      InputError: while tracing, for a loss that is not a scalar, a metric that cannot be merged, or a batch
+        that does not divide by ``accumulate``.
     """
     if accumulate < 1:
         raise InputError(f"accumulate is {accumulate}: it must be at least 1")
@@ -139,14 +142,14 @@ def make_train_step(
         loss, grads, extra, metrics = gradient(state.params, state.extra, batch, model_key, scale)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        norm = optax.tree.norm(grads)
-        metrics = {"loss": Mean.of(loss), **metrics, "grad_norm": Mean.of(norm)}
+        grad_norm = optax.tree.norm(grads)
+        metrics = {"loss": Mean.of(loss), **metrics, "grad_norm": Mean.of(grad_norm)}
         old, state = state, State(state.step + 1, params, extra, opt_state)
         if loss_scale is not None:
-            state, scaling = loss_scale.guard(old, state, grads, norm)
-            metrics |= scaling
-        for change in post_update:
-            state = change(state)
+            state, scale_metrics = loss_scale.guard(old, state, grads, grad_norm)
+            metrics |= scale_metrics
+        for stage in post_update:
+            state = stage(state)
         return state, metrics
 
     return guard_step(train_step, guard)
@@ -155,18 +158,18 @@ def make_train_step(
 def scan_steps(
     train_step: Callable[[State, Batch, jax.Array], tuple[State, Any]],
 ) -> Callable[..., tuple[State, Any]]:
-    """Pure ``(state, batches, key, shared={}) -> (state, metrics)``: several updates as one program.
+    """Make the pure function ``(state, batches, key, shared={}) -> (state, metrics)`` of several updates.
 
-    For steps so short that starting each of them costs more than computing it. On CPUs convolutions run
-    several times slower inside than outside.
+    For steps so short that dispatching each of them costs more than computing it. On CPUs convolutions are
+    several times slower inside the scan.
 
     Args:
       train_step: pure ``(state, batch, key) -> (state, metrics)``, as from ``make_train_step``.
 
     Returns:
-      A function of a state; of ``batches``, the fields ``[updates, batch, ...]``; of the key that every
-      update is given; and of ``shared``, fields that are the same in all of them. Its metrics have a leading
-      axis of updates.
+      A function of a state; of ``batches``, fields ``[updates, batch, ...]``; of the key that every update
+      gets; and of ``shared``, fields that all updates have in common. Its metrics have a leading axis of
+      updates.
 
     >>> import optax
     >>> from jaxtrain.losses import MSE
@@ -197,13 +200,13 @@ def make_eval_step(
     prepare: Prepare = identity,
     metrics_fn: Callable[[Any, Batch], Metrics] | None = None,
 ) -> Callable[[State, Batch], Metrics]:
-    """Pure ``(state, batch) -> metrics`` with the averaged weights where the state holds them.
+    """Make the pure function ``(state, batch) -> metrics``, of the averaged weights where there are any.
 
     Args:
       model: a Linen module or an ``(init, apply)`` pair.
-      loss_fn: as for the train step; rows where ``batch["mask"]`` is false must count for nothing.
-      prepare: ``(batch, None) -> batch``: the train step's without what is random.
-      metrics_fn: ``(outputs, batch) -> metrics``, reported beside the loss's own.
+      loss_fn: as for the train step; must ignore rows where ``batch["mask"]`` is false.
+      prepare: ``(batch, None) -> batch``, that of the train step without random stages.
+      metrics_fn: ``(outputs, batch) -> metrics``, reported in addition to the loss's own.
     """
     pair = as_model(model)
 
@@ -218,7 +221,7 @@ def make_eval_step(
 
 
 def eval_state(state: State) -> tuple[Any, dict[str, Any]]:
-    """The params and statistics that evaluation uses: the averaged ones where the state holds them."""
+    """The parameters and statistics to evaluate with: the averaged ones where the state has them."""
     if "ema" not in state.extra:
         return state.params, state.extra
     averaged = dict(state.extra["ema"])

@@ -1,4 +1,4 @@
-"""The gradient of a loss over a batch: at once, or in microbatches one after another."""
+"""The gradient of a loss over a batch, in one pass or accumulated over microbatches."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ LossFn = Callable[[Any, Batch], tuple[jax.Array, Metrics]]
 
 
 class Gradient(NamedTuple):
-    """What one pass over a batch gives.
+    """The results of one forward and backward pass.
 
     Attributes:
       loss: a scalar, the mean over the examples.
-      grads: its gradient, of the structure and types of the params.
+      grads: its gradient, with the structure and dtypes of the params.
       extra: the state's ``extra`` with the model's statistics updated.
       metrics: those of the loss.
     """
@@ -35,20 +35,20 @@ class Gradient(NamedTuple):
 
 
 GradientFn = Callable[[Any, dict[str, Any], Batch, jax.Array, jax.Array | None], Gradient]
-"""``(params, extra, batch, key, scale)``; where ``scale`` is given the loss is multiplied by it before it is
-differentiated, and the gradient divided by it again."""
+"""``(params, extra, batch, key, scale) -> Gradient``. A ``scale`` other than None multiplies the loss before
+the backward pass and divides the gradient after it."""
 
 
 def gradient_of(model: Model, loss_fn: LossFn) -> GradientFn:
-    """The gradient of ``loss_fn`` over the whole batch."""
+    """Make the gradient function of ``loss_fn`` over a batch in one pass."""
 
     def gradient(
         params: Any, extra: dict[str, Any], batch: Batch, key: jax.Array, scale: jax.Array | None
     ) -> Gradient:
         def objective(params: Any) -> tuple[jax.Array, tuple[jax.Array, dict[str, Any], Metrics]]:
-            # A pair of functions may give back a dict of its own making, without what is not the model's.
-            own, others = split_extra(extra)
-            outputs, updated = model.apply(params, own, batch, train=True, key=key)
+            # The model sees only its statistics, and may return a new dict with nothing but those.
+            statistics, others = split_extra(extra)
+            outputs, updated = model.apply(params, statistics, batch, train=True, key=key)
             updated = {**others, **updated}
             loss, metrics = evaluate_loss(loss_fn, outputs, batch)
             return loss if scale is None else loss * scale.astype(loss.dtype), (loss, updated, metrics)
@@ -62,51 +62,52 @@ def gradient_of(model: Model, loss_fn: LossFn) -> GradientFn:
 
 
 def accumulate_gradients(gradient: GradientFn, parts: int, unroll: bool = False) -> GradientFn:
-    """``gradient`` over ``parts`` microbatches, one after another: the memory of one, the result of all.
+    """Make a gradient function that computes ``parts`` microbatches one after another, in the memory of one.
 
-    Each counts by its share of the examples, which is the count of ``metrics["loss"]`` where the loss reports
-    a ``Mean`` of that name, so that masked rows and weights change nothing; else all count alike. Statistics
-    go from one microbatch to the next; microbatch i has the key ``fold_in(key, i)``.
+    Each microbatch is weighted by the count of ``metrics["loss"]`` where the loss reports a ``Mean`` of that
+    name, so the result is exact with masked rows and example weights; otherwise all weigh the same.
+    Statistics pass from one microbatch to the next; microbatch i has the key ``fold_in(key, i)``.
 
     Args:
-      gradient: of one microbatch.
-      parts: how many, at least 2.
-      unroll: no loop in the compiled program.
+      gradient: the function for one microbatch.
+      parts: the number of microbatches, at least 2.
+      unroll: compile the microbatches without a loop.
     """
 
-    def run(
+    def accumulated(
         params: Any, extra: dict[str, Any], batch: Batch, key: jax.Array, scale: jax.Array | None
     ) -> Gradient:
         rows = split_rows(batch, parts)
-        own, fixed = split_extra(extra)
+        statistics, others = split_extra(extra)
 
-        def one(carry: tuple[Any, Any], i: jax.Array) -> tuple[tuple[Any, Any], Any]:
-            if unroll:  # or XLA is free to begin with all of them, and to keep the activations of all
+        def microbatch(carry: tuple[Any, Any], i: jax.Array) -> tuple[tuple[Any, Any], Any]:
+            if unroll:  # otherwise XLA may start all microbatches and keep the activations of all of them
                 carry, i = jax.lax.optimization_barrier((carry, i))
-            stats, total = carry
+            statistics, total = carry
             part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), rows)
-            found = gradient(params, {**fixed, **stats}, part, jax.random.fold_in(key, i), scale)
-            share = _count(found)
-            total = jax.tree.map(lambda t, g: t + share.astype(g.dtype) * g, total, found.grads)
-            return (split_extra(found.extra)[0], total), (share, share * found.loss, found.metrics)
+            one = gradient(params, {**others, **statistics}, part, jax.random.fold_in(key, i), scale)
+            weight = _weight(one)
+            total = jax.tree.map(lambda t, g: t + weight.astype(g.dtype) * g, total, one.grads)
+            return (split_extra(one.extra)[0], total), (weight, weight * one.loss, one.metrics)
 
-        start = own, jax.tree.map(jnp.zeros_like, params)
-        (stats, total), (shares, losses, metrics) = jax.lax.scan(
-            one, start, jnp.arange(parts), unroll=parts if unroll else 1
+        start = statistics, jax.tree.map(jnp.zeros_like, params)
+        (statistics, total), (weights, losses, metrics) = jax.lax.scan(
+            microbatch, start, jnp.arange(parts), unroll=parts if unroll else 1
         )
-        count = jnp.where(shares.sum() > 0, shares.sum(), 1)
+        count = jnp.where(weights.sum() > 0, weights.sum(), 1)
         grads = jax.tree.map(lambda t: t / count.astype(t.dtype), total)
         each = [jax.tree.map(lambda x, i=i: x[i], metrics) for i in range(parts)]
-        return Gradient(losses.sum() / count, grads, {**fixed, **stats}, functools.reduce(merge, each))
+        merged = functools.reduce(merge, each)
+        return Gradient(losses.sum() / count, grads, {**others, **statistics}, merged)
 
-    return run
+    return accumulated
 
 
 def split_rows(batch: Batch, parts: int) -> Batch:
-    """Every field ``[batch, ...]`` as ``[batch / parts, parts, ...]``: microbatch i is rows ``i::parts``.
+    """Reshape fields ``[batch, ...]`` to ``[batch / parts, parts, ...]``: microbatch i is rows ``i::parts``.
 
-    Neighbouring rows go to different microbatches, so that each device of a batch that is split in blocks
-    has its share of every microbatch, and none is sent.
+    Neighbouring rows go to different microbatches: a batch is sharded in blocks, so every device then has its
+    share of every microbatch and no row moves between devices.
 
     Raises:
       InputError: a field without one row for each example, or a batch that does not divide.
@@ -120,7 +121,7 @@ def split_rows(batch: Batch, parts: int) -> Batch:
     for path, shape in shapes.items():
         if shape[:1] != (size,):
             raise InputError(
-                f"accumulate={parts} cuts every field of the batch along its axis of {size} examples, and "
+                f"accumulate={parts} splits every field of the batch along its axis of {size} examples, and "
                 f"{path!r} has shape {list(shape)}: give it a row for each example, or set accumulate=1"
             )
     if size % parts:
@@ -133,24 +134,24 @@ def split_rows(batch: Batch, parts: int) -> Batch:
 
 
 def evaluate_loss(loss_fn: LossFn, outputs: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
-    """``loss_fn(outputs, batch)``, or InputError where that is no scalar with mergeable metrics."""
+    """Return ``loss_fn(outputs, batch)``; raise InputError unless it is a scalar with mergeable metrics."""
     result = loss_fn(outputs if getattr(loss_fn, "chunked", False) else full_logits(outputs), batch)
     name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
         raise InputError(f"{name} must return (loss, metrics): a scalar and a dict of mergeable metrics")
     loss, metrics = result
     if jnp.shape(loss) != ():
-        raise InputError(f"{name} gives a loss of shape {jnp.shape(loss)}: average it to a scalar")
+        raise InputError(f"{name} returns a loss of shape {jnp.shape(loss)}: average it to a scalar")
     for key, metric in metrics.items():
         if not (hasattr(metric, "merge") and hasattr(metric, "compute")):
             raise InputError(
-                f"{name} gives the metric {key!r} as a bare {type(metric).__name__}, which cannot be "
+                f"{name} returns the metric {key!r} as a bare {type(metric).__name__}, which cannot be "
                 "merged over batches: return jaxtrain.metrics.Mean.of(values, batch.get('mask'))"
             )
     return loss, dict(metrics)
 
 
-def _count(found: Gradient) -> jax.Array:
-    """How much the microbatch counts, a scalar of the loss's type."""
-    mean = found.metrics.get("loss")
-    return jnp.asarray(mean.count if isinstance(mean, Mean) else 1, found.loss.dtype)
+def _weight(microbatch: Gradient) -> jax.Array:
+    """The weight of a microbatch, a scalar of the loss's dtype."""
+    mean = microbatch.metrics.get("loss")
+    return jnp.asarray(mean.count if isinstance(mean, Mean) else 1, microbatch.loss.dtype)

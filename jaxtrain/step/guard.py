@@ -1,7 +1,7 @@
 """The guard inside a train step: a bad update is not applied.
 
-Bad is an update whose loss, gradient norm or update norm is not finite, or whose batch has a label that is no
-class. The loop hears of it from ``metrics["guard"]`` (``jaxtrain.train.bad_updates``); in a loop of your own:
+An update is bad when its loss, gradient norm or update norm is not finite, or when its batch has a label out
+of range. The loop reads this from ``metrics["guard"]`` (``jaxtrain.train.bad_updates``), and so can yours:
 
 >>> import optax
 >>> from jaxtrain.losses import CrossEntropy
@@ -34,7 +34,7 @@ from jaxtrain.core.types import Batch, Metrics, State
 from jaxtrain.metrics import Mean
 
 Policy = Literal["stop", "skip", "off"]
-GUARD = "guard"  # of the figures among a step's metrics
+GUARD = "guard"  # the name of the figures among a step's metrics
 BAD_LABELS = "labels_out_of_range"
 FIGURES = ("loss", "grad_norm", "update_norm", BAD_LABELS)
 
@@ -44,12 +44,12 @@ Step = Callable[[State, Batch, jax.Array], tuple[State, Metrics]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What an update is judged by: ``values``, float ``[4]`` in the order of ``FIGURES``."""
+    """The figures that make an update good or bad: ``values``, float ``[4]`` in the order of ``FIGURES``."""
 
     values: Any
 
     def merge(self, other: Self) -> Self:
-        """Of both: a sum is not finite where either was not."""
+        """Add the figures of both: a sum is not finite where one of the two is not."""
         return type(self)(self.values + other.values)
 
     def figures(self) -> dict[str, float]:
@@ -64,12 +64,12 @@ class Figures:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Total:
-    """A count that adds up over microbatches."""
+    """A count that is summed over microbatches."""
 
     total: Any
 
     def merge(self, other: Self) -> Self:
-        """Both together."""
+        """The sum of both."""
         return type(self)(self.total + other.total)
 
     def compute(self) -> float:
@@ -78,82 +78,82 @@ class Total:
 
 
 class CountBadLabels:
-    """A loss that also counts the labels which are no classes, where ``loss.outside`` can tell."""
+    """A loss that also counts labels out of range, by ``loss.outside(outputs, batch) -> int []``."""
 
     def __init__(self, loss_fn: Any) -> None:
         self._loss_fn = loss_fn
 
     def __call__(self, outputs: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
-        """As the loss, with the metric ``labels_out_of_range`` beside its own."""
+        """The loss, with the metric ``labels_out_of_range`` in addition to its own."""
         loss, metrics = self._loss_fn(outputs, batch)
         return loss, {**metrics, BAD_LABELS: Total(self._loss_fn.outside(outputs, batch))}
 
-    def __getattr__(self, name: str) -> Any:  # a step factory may want to know the loss's settings
+    def __getattr__(self, name: str) -> Any:  # a step factory may read settings of the loss
         return getattr(self._loss_fn, name)
 
 
 def count_bad_labels(loss_fn: Any) -> Any:
-    """``loss_fn``, counting labels out of range if it has ``outside(outputs, batch) -> int []``."""
+    """Make ``loss_fn`` count labels out of range if it has ``outside(outputs, batch) -> int []``."""
     return CountBadLabels(loss_fn) if hasattr(loss_fn, "outside") else loss_fn
 
 
 def guard_step(train_step: Step, policy: Policy) -> Step:
-    """``train_step``, whose bad updates leave the state as it was, except for ``state.step``.
+    """Make ``train_step`` leave the state unchanged on a bad update, except for ``state.step``.
 
-    ``state.step`` is the position in the data, and goes on. The figures are added to the metrics as
-    ``guard``. An overflow that ``optim.LossScale`` handles is no fault: it has no gradient norm and changes
-    no parameter.
+    ``state.step`` is the position in the data, and always advances. The figures are added to the metrics as
+    ``guard``. An overflow that ``optim.LossScale`` handles is not bad: it reports no gradient norm and
+    changes no parameter.
 
-    The update is computed as it would be without the guard, bit for bit, because a barrier keeps XLA from
-    fusing the two. On CPUs that needs ``sharding.KEEP_BARRIERS``, without which the last bits may differ.
+    The update is bit-for-bit that of the step without a guard, because a barrier keeps XLA from fusing the
+    two. On CPUs that needs the compiler options ``sharding.KEEP_BARRIERS``; without them the last bits may
+    differ.
 
     Args:
-      train_step: pure ``(state, batch, key) -> (state, metrics)``; its metrics ``loss`` and ``grad_norm``,
-        where it has them, are two of the figures. ``count_bad_labels`` adds a fourth, the labels.
-      policy: with ``"skip"`` the metrics of a bad update count for nothing, and ``skipped`` (0 or 1) is
-        reported; with ``"off"`` the step is returned as it is.
+      train_step: pure ``(state, batch, key) -> (state, metrics)``. Its metrics ``loss`` and ``grad_norm``,
+        where it has them, and the norm of the update are figures, and so are the labels that
+        ``count_bad_labels`` counts.
+      policy: ``"skip"`` drops the metrics of a bad update and reports ``skipped`` (0 or 1); ``"off"``
+        returns ``train_step`` unchanged.
     """
     if policy == "off":
         return train_step
 
     def step(state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
         new, metrics = jax.lax.optimization_barrier(train_step(state, batch, key))
-        outside = metrics.get(BAD_LABELS)
+        bad_labels = metrics.get(BAD_LABELS)
         metrics = {name: metric for name, metric in metrics.items() if name != BAD_LABELS}
         values = jnp.stack(
             [
-                _figure(metrics.get("loss")),
-                _figure(metrics.get("grad_norm")),
-                optax.tree.norm(jax.tree.map(_change, new.params, state.params)),
-                _figure(outside),
+                _scalar(metrics.get("loss")),
+                _scalar(metrics.get("grad_norm")),
+                optax.tree.norm(jax.tree.map(_difference, new.params, state.params)),
+                _scalar(bad_labels),
             ]
         )
         good = jnp.isfinite(values).all() & (values[-1] == 0)
-        kept = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, state)
+        guarded = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, state)
         if policy == "skip":
-            metrics = _counted(metrics, good)
-        return kept.replace(step=new.step), {**metrics, GUARD: Figures(values)}
+            metrics = _drop_unless(good, metrics)
+        return guarded.replace(step=new.step), {**metrics, GUARD: Figures(values)}
 
     return step
 
 
 def bad_figures(figures: Mapping[str, float]) -> list[str]:
-    """What is wrong with an update, in words, the likeliest cause first; empty for a good one.
+    """Describe what is wrong with an update, the likeliest cause first; empty for a good one.
 
     >>> bad_figures({"loss": 0.3, "grad_norm": float("inf"), "update_norm": 0.1, "labels_out_of_range": 0.0})
     ['grad_norm is inf']
     """
-    outside = figures[BAD_LABELS]
-    labels = (
-        [f"{outside:.0f} label{'s are' if outside > 1 else ' is'} no class of the model"] if outside else []
-    )
+    count = figures[BAD_LABELS]
+    labels = [f"{count:.0f} label{'s are' if count > 1 else ' is'} no class of the model"] if count else []
     return labels + [
         f"{name} is {figures[name]}" for name in FIGURES[:-1] if not math.isfinite(figures[name])
     ]
 
 
-def _figure(metric: Any) -> jax.Array:
-    """A metric of one step as a scalar that is finite where the metric is; 0 where there is none."""
+def _scalar(metric: Any) -> jax.Array:
+    """Reduce a metric of one step to a scalar that is finite exactly when the metric is; 0 for None."""
     if isinstance(metric, Mean):
         return jnp.asarray(metric.total / jnp.maximum(metric.count, 1))
     total = jnp.float32(0)
@@ -162,14 +162,14 @@ def _figure(metric: Any) -> jax.Array:
     return total
 
 
-def _change(after: jax.Array, before: jax.Array) -> jax.Array:
+def _difference(after: jax.Array, before: jax.Array) -> jax.Array:
     dtype = jnp.promote_types(after.dtype, jnp.float32)
     return after.astype(dtype) - before.astype(dtype)
 
 
-def _counted(metrics: Metrics, good: jax.Array) -> Metrics:
-    """``metrics`` of a good update; of a bad one sums and counts of nothing. And ``skipped``."""
-    scaled = metrics.get("skipped", Mean.of(jnp.array(False)))  # by the loss scale
-    skipped = Mean(jnp.where(good, scaled.total, scaled.count), scaled.count)
-    kept = jax.tree.map(lambda x: jnp.where(good, x, jnp.zeros_like(x)), metrics)
-    return {**kept, "skipped": skipped}
+def _drop_unless(good: jax.Array, metrics: Metrics) -> Metrics:
+    """Zero the sums and counts of a bad update, and report ``skipped``."""
+    overflowed = metrics.get("skipped", Mean.of(jnp.array(False)))  # skipped by the loss scale
+    skipped = Mean(jnp.where(good, overflowed.total, overflowed.count), overflowed.count)
+    counted = jax.tree.map(lambda x: jnp.where(good, x, jnp.zeros_like(x)), metrics)
+    return {**counted, "skipped": skipped}

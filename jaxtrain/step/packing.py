@@ -1,13 +1,12 @@
-"""A program's metrics as one vector for each dtype: one array to make and to read instead of one a figure.
+"""Metrics packed as one vector per dtype, so that the host reads one or two arrays a step.
 
-Each result of a compiled function costs the host some microseconds when it is made and again when it is
-read, and on a GPU a transfer: more than a short step takes, for the seven or more figures of an update.
+The host pays some microseconds to make and to read each result of a compiled function, and on a GPU a
+transfer: for the seven or more figures of an update, more than a short step takes.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
@@ -19,7 +18,7 @@ from jaxtrain.core.types import Metrics
 
 
 class _Layout(NamedTuple):
-    """Where the leaves of the metrics are: ``(vector, start, stop, shape)`` of each."""
+    """The tree of the metrics and for each leaf ``(vector, start, stop, shape)``."""
 
     tree: Any
     leaves: tuple[tuple[int, int, int, tuple[int, ...]], ...]
@@ -27,16 +26,16 @@ class _Layout(NamedTuple):
 
 @jax.tree_util.register_pytree_node_class
 class PackedMetrics(Mapping[str, Any]):
-    """The metrics of an update, or with a leading axis those of several; made by ``Packed.of``.
+    """The metrics of one update, or with a leading axis those of several (``step.scan_steps``).
 
-    As a mapping it gives single metrics as they were packed.
+    A mapping of the metrics by name.
 
     >>> from jaxtrain.metrics import Mean
-    >>> step = jax.jit(lambda x: Packed.of({"loss": Mean.of(x), "seen": Mean.of(2 * x)}))
-    >>> found = step(jnp.array([1.0, 3.0]))
-    >>> jax.tree.map(jnp.shape, found.vectors), found["loss"].compute()
+    >>> step = jax.jit(lambda x: PackedMetrics.of({"loss": Mean.of(x), "seen": Mean.of(2 * x)}))
+    >>> metrics = step(jnp.array([1.0, 3.0]))
+    >>> jax.tree.map(jnp.shape, metrics.vectors), metrics["loss"].compute()
     (((4,),), 2.0)
-    >>> found.rows()[0]["seen"].compute()
+    >>> metrics.rows()[0]["seen"].compute()
     4.0
     """
 
@@ -45,40 +44,37 @@ class PackedMetrics(Mapping[str, Any]):
 
     @classmethod
     def of(cls, metrics: Metrics) -> Self:
-        """Pure, inside of a step: ``metrics`` as vectors, each of the leaves of one dtype."""
+        """Pack ``metrics``; pure, for use inside a step."""
         leaves, tree = jax.tree.flatten(metrics)
-        flat: dict[Any, list[jax.Array]] = {}
+        parts: dict[Any, list[jax.Array]] = {}
+        places = []
         for leaf in map(jnp.asarray, leaves):
-            flat.setdefault(leaf.dtype, []).append(leaf)
-        places, taken = [], dict.fromkeys(flat, 0)
-        for leaf in map(jnp.asarray, leaves):
-            start = taken[leaf.dtype]
-            taken[leaf.dtype] += math.prod(leaf.shape)
-            places.append((list(flat).index(leaf.dtype), start, taken[leaf.dtype], leaf.shape))
-        vectors = [jnp.concatenate([leaf.reshape(-1) for leaf in each]) for each in flat.values()]
-        return cls(tuple(vectors) or (jnp.zeros(1),), _Layout(tree, tuple(places)))  # one to wait for
+            part = parts.setdefault(leaf.dtype, [])
+            start = sum(each.size for each in part)
+            places.append((list(parts).index(leaf.dtype), start, start + leaf.size, leaf.shape))
+            part.append(leaf)
+        vectors = [jnp.concatenate([leaf.reshape(-1) for leaf in part]) for part in parts.values()]
+        return cls(tuple(vectors) or (jnp.zeros(1),), _Layout(tree, tuple(places)))  # never without a result
 
     def rows(self) -> list[Metrics]:
-        """The metrics of each update on the host, float64 and int64; waits for them."""
+        """Wait for the metrics of each update and return them on the host, as float64 and int64."""
         vectors = [_widen(np.asarray(vector)) for vector in self.vectors]
         if vectors[0].ndim == 1:
-            return [self._unpacked(vectors)]
-        return [self._unpacked(rows) for rows in zip(*vectors, strict=True)]
+            return [self._unpack(vectors)]
+        return [self._unpack(row) for row in zip(*vectors, strict=True)]
 
-    def _unpacked(self, vectors: Any) -> Metrics:
+    def _unpack(self, vectors: Any) -> Metrics:
         leaves = [
-            vectors[at][..., start:stop].reshape(*vectors[at].shape[:-1], *shape)
+            vectors[i][..., start:stop].reshape(*vectors[i].shape[:-1], *shape)
             if shape
-            else vectors[at][..., start]
-            for at, start, stop, shape in self._layout.leaves
+            else vectors[i][..., start]
+            for i, start, stop, shape in self._layout.leaves
         ]
-        unpacked: Metrics = jax.tree.unflatten(self._layout.tree, leaves)
-        return unpacked
+        metrics: Metrics = jax.tree.unflatten(self._layout.tree, leaves)
+        return metrics
 
     def __getitem__(self, name: str) -> Any:
-        shapes = isinstance(self.vectors[0], jax.ShapeDtypeStruct)
-        unpack = functools.partial(jax.eval_shape, self._unpacked) if shapes else self._unpacked
-        return unpack(self.vectors)[name]
+        return self._unpack(self.vectors)[name]
 
     def __iter__(self) -> Iterator[str]:
         tree = self._layout.tree
@@ -88,17 +84,17 @@ class PackedMetrics(Mapping[str, Any]):
         return len(list(iter(self)))
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], _Layout]:
-        """The vectors."""
+        """The vectors and their layout."""
         return self.vectors, self._layout
 
     @classmethod
     def tree_unflatten(cls, layout: _Layout, vectors: Any) -> Self:
-        """Back from ``tree_flatten``."""
+        """Inverse of ``tree_flatten``."""
         return cls(tuple(vectors), layout)
 
 
 def pack_metrics(train_step: Callable[..., tuple[Any, Metrics]]) -> Callable[..., tuple[Any, PackedMetrics]]:
-    """``train_step``, whose metrics are packed."""
+    """``train_step`` with its metrics packed."""
 
     @functools.wraps(train_step)
     def step(*args: Any) -> tuple[Any, PackedMetrics]:
@@ -109,6 +105,6 @@ def pack_metrics(train_step: Callable[..., tuple[Any, Metrics]]) -> Callable[...
 
 
 def _widen(array: np.ndarray) -> np.ndarray:
-    """For adding up: float32 counts up to 2^24 only, int32 to 2^31."""
+    """Make room for sums over many steps: float32 counts to 2^24 only, int32 to 2^31."""
     kind = array.dtype.kind  # V is bfloat16
     return array.astype(np.float64) if kind in "fV" else array.astype(np.int64) if kind in "iub" else array

@@ -76,7 +76,7 @@ def choose(program: Program) -> Choice:
     one = multihost.broadcast_from_0(trial.seconds(1, WARMUP_UPDATES), "seconds of one update")
     if one >= MAX_STEP_SECONDS:
         return Choice(1, f"{1e3 * one:.1f} ms an update", {1: one})
-    count = _even_count(program.uninterrupted(), MAX_COUNT)
+    count = _even_count(program.cadence.shortest_interval(), MAX_COUNT)
     if count == 1:
         return Choice(1, "an evaluation or a checkpoint after every update", {1: one})
     trial.seconds(count)

@@ -57,7 +57,7 @@ def locate(program: Program, step: int) -> list[BadField]:
     Returns:
       One entry per bad field; empty where none is.
     """
-    indices, raw = program.examples(step), program.raw(step)
+    indices, raw = program.example_ids(step), program.raw_batch(step)
     from_source = _bad_fields(program, raw, indices, stage=False)
     return from_source or _bad_fields(program, _apply_stages(program, raw, step), indices, stage=True)
 
@@ -80,7 +80,8 @@ def _bad_fields(program: Program, batch: dict[str, Any], indices: np.ndarray, st
         for name, rows in not_finite(rest).items()
     ]
     loss = program.experiment.loss
-    shapes = jax.tree.leaves(program.outputs, is_leaf=lambda x: hasattr(x, "shape"))  # ChunkedLogits is one
+    outputs = program.abstract_outputs
+    shapes = jax.tree.leaves(outputs, is_leaf=lambda x: hasattr(x, "shape"))  # ChunkedLogits is a leaf
     if hasattr(loss, "outside") and len(shapes) == 1:
         for name in (getattr(loss, "label", "label"), "label_mixed"):
             label = rest.get(name)

@@ -119,6 +119,6 @@ class BadUpdateMonitor:
         return {
             "step": step,
             "figures": {name: x if math.isfinite(x) else str(x) for name, x in figures.items()},
-            "examples": np.asarray(self._program.examples(step)).tolist(),
+            "examples": np.asarray(self._program.example_ids(step)).tolist(),
             "fields": {field.field: field.record for field in fields},
         }

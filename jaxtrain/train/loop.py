@@ -157,7 +157,7 @@ def _train(
     trace.begin(start, program.steps)
     console.begin(start, program.steps)
     while step < program.steps:
-        count = program.dispatched(step)
+        count = program.cadence.updates_per_call(step)
         trace.step(step + 1, count, state, record, drain)
         state, metrics = dispatch(state, step, count)
         step += count
@@ -165,13 +165,13 @@ def _train(
         console.advance(step)
         saved.poll()
         score = None
-        if program.evaluates(step):
+        if program.cadence.evaluates_after(step):
             drain()
             with record.paused():
                 score = _evaluate_mid_run(program, state, step, record, console)
         improved = score is not None and (best is None or score > best)
         stop = votes.any_process(request.signum or 0)
-        if program.saves(step) or improved or stop:
+        if program.cadence.saves_after(step) or improved or stop:
             drain()  # raises on a bad update, so nothing after one is ever saved
             record.flush()  # with the guard off, raises on a loss that is not finite
             save(step, state, score)

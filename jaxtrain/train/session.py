@@ -179,7 +179,7 @@ def _prepare(
     if choice.count > 1:
         console.note(f"{choice.count} updates per compiled call: {choice.why}")
     session.acquire(program.experiment, record | program.choices | choice.record())
-    return dataclasses.replace(program, steps_per_execution=choice.count)
+    return program.with_cadence(steps_per_execution=choice.count)
 
 
 def _train(

@@ -12,7 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import common, peers, sides, stock
+from benchmarks import common, sides
+from benchmarks.peers import compare, flax_stock
 from jaxtrain import data, models
 
 BATCH = 8
@@ -28,42 +29,42 @@ def case() -> sides.Case:
 
 @pytest.fixture(scope="module")
 def program(case: sides.Case) -> Any:
-    return sides.unsaved(case.experiment)
+    return sides.assemble_without_saves(case.experiment)
 
 
-def test_losses_are_the_same_and_another_training_is_refused(case: sides.Case, program: Any) -> None:
+def test_equal_losses_pass_and_a_different_training_is_rejected(case: sides.Case, program: Any) -> None:
     with contextlib.ExitStack() as stack:
         each = {
             "jaxtrain": sides.Fit(program, stack),
             "hand": sides.Hand(case, program),
-            "stock flax": stock.Loop(stock.StockMLP((8,)), case.experiment, case.tx, program.init()),
+            "stock flax": flax_stock.Loop(
+                flax_stock.StockMLP((8,)), case.experiment, case.tx, program.init()
+            ),
         }
-        losses = peers.check("mlp", peers.Sides(each, {}, 1))
+        losses = compare.check("mlp", compare.Sides(each, {}, 1))
         assert len(losses) == 3 and losses["hand"][0] > losses["hand"][2]
         other = dataclasses.replace(case, tx=optax.sgd(0.1, momentum=0.9))
         each["jaxtrain"] = sides.Hand(other, program)
         with pytest.raises(SystemExit, match="mlp: these are not the same training"):
-            peers.check("mlp", peers.Sides(each, {}, 1))
+            compare.check("mlp", compare.Sides(each, {}, 1))
 
 
-def test_a_peer_that_cannot_compile_is_left_out_and_any_other_error_is_not(
-    case: sides.Case, program: Any
-) -> None:
+def test_peer_that_cannot_compile_is_skipped_and_other_errors_raise(case: sides.Case, program: Any) -> None:
     class Broken:
         def losses(self, count: int) -> list[float]:
             raise RuntimeError("no compiler\nfar too much text")
 
     hand = sides.Hand(case, program)
-    found = peers.Sides({"hand": hand, "torch.compile, contiguous": Broken()}, {}, 1)
-    peers.check("mlp", found)
+    found = compare.Sides({"hand": hand, "torch.compile, contiguous": Broken()}, {}, 1)
+    compare.check("mlp", found)
     assert list(found.each) == ["hand"]
     assert found.skipped == {"mlp: torch.compile, contiguous": "RuntimeError: no compiler"}
     with pytest.raises(RuntimeError):
-        peers.check("mlp", peers.Sides({"hand": hand, "torch eager": Broken()}, {}, 1))
+        compare.check("mlp", compare.Sides({"hand": hand, "torch eager": Broken()}, {}, 1))
 
 
 @pytest.mark.parametrize("together", [1, 2])
-def test_a_chunk_goes_on_where_the_last_one_ended(
+def test_chunk_continues_after_the_last_one(
     program: Any, together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sides.tempfile, "TemporaryDirectory", lambda: contextlib.nullcontext(str(tmp_path)))
@@ -76,10 +77,10 @@ def test_a_chunk_goes_on_where_the_last_one_ended(
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8]
 
 
-def test_of_a_peers_variants_the_fastest_counts_and_goals_are_stated() -> None:
+def test_fastest_variant_of_a_peer_counts_and_goals_are_stated() -> None:
     times = {"jaxtrain": [1.0], "hand": [2.0], "torch eager, contiguous": [3.0]}
     times |= {"torch eager, channels_last": [0.5]}
-    found = {line["name"]: line for line in peers.compared("lenet_128", times)}
+    found = {line["name"]: line for line in compare.ratios("lenet_128", times)}
     assert found["lenet_128: steps/s, jaxtrain over hand"]["median"] == 2
     torch = found["lenet_128: steps/s, jaxtrain over torch eager, channels_last"]
     assert torch["median"] == 0.5 and torch["goal"] == ">= 1" and not torch["met"] and len(found) == 2

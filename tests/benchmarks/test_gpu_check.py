@@ -16,8 +16,10 @@ from tiny import EXPERIMENT
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks is no part of the package
 
-from benchmarks import common, gpu_airbench, gpu_session  # noqa: E402
-from benchmarks.gpu_session import Failed, Session, Skipped, TimedOut  # noqa: E402
+from benchmarks import common  # noqa: E402
+from benchmarks.gpu import airbench  # noqa: E402
+from benchmarks.gpu import session as sessions  # noqa: E402
+from benchmarks.gpu.session import Failed, Session, Skipped, TimedOut  # noqa: E402
 from jaxtrain import models, sharding  # noqa: E402
 from jaxtrain.program import assemble  # noqa: E402
 
@@ -60,7 +62,7 @@ def session(tmp_path):
     return Session(tmp_path, None, True, env, deadline=now + 100, limit=5, began=now)
 
 
-def test_a_part_that_is_cut_gives_what_it_had(session, tmp_path):
+def test_part_that_times_out_returns_its_partial_results(session, tmp_path):
     (tmp_path / "grows.py").write_text(GROWS)
     assert session.child(module="grows") == {"results": [1]}
     session.limit = 2
@@ -71,11 +73,11 @@ def test_a_part_that_is_cut_gives_what_it_had(session, tmp_path):
         session.child("fails", module="grows")
 
 
-def test_sides_answer_in_turn_and_their_last_words_are_told(session, tmp_path):
+def test_sides_answer_in_turn_and_report_their_last_output(session, tmp_path):
     (tmp_path / "answers.py").write_text(ANSWERS)
     with session.side(module="answers") as one, session.side(module="answers") as other:
         assert one.answer() == other.answer() == {"ready": True}
-        times = common.interleaved(
+        times = common.interleave(
             {"a": lambda: one.ask("xla", 2)["seconds"], "b": lambda: other.ask("y", 2)["seconds"]}, 3
         )
         assert times == {"a": [6, 6, 6], "b": [4, 4, 4]}
@@ -85,7 +87,7 @@ def test_sides_answer_in_turn_and_their_last_words_are_told(session, tmp_path):
     assert other._process.poll() is not None
 
 
-def test_one_part_hides_no_other_and_a_missed_goal_is_a_result(check, session, monkeypatch):
+def test_parts_fail_independently_and_a_missed_goal_is_a_result(check, session, monkeypatch):
     missed = common.result("speed", [0.9, 0.8], "×", ">= 1.1")
 
     def raises(error):
@@ -128,18 +130,18 @@ def test_one_part_hides_no_other_and_a_missed_goal_is_a_result(check, session, m
     assert "goal >= 1.1 MISSED" in check.format_part("measured", found["measured"])
 
 
-def test_without_what_jaxtrain_needs_every_part_says_so(check, session, monkeypatch):
+def test_missing_requirements_are_reported_by_every_part(check, session, monkeypatch):
     monkeypatch.setattr(check, "REQUIRED", ("jax", "no_such_package"))
     found = check.run_parts(session, ["doctor"], lambda found: None)
     assert found["doctor"]["why"] == "no_such_package is not installed"
-    assert gpu_session.missing("jax", "flax") is None
+    assert sessions.missing("jax", "flax") is None
 
 
-def test_another_seed_of_airbench_is_that_seed_and_compiles_nothing(caplog):
+def test_airbench_changes_seed_without_compiling(caplog):
     """The state, the key and the batches of ``Experiment(seed=3)``, with the functions of seed 0."""
     exp = dataclasses.replace(EXPERIMENT, model=models.MLP(widths=(8,), classes=4), augment=(), epochs=0.16)
-    recipe = gpu_airbench.Recipe(exp)
-    program, init = recipe.seeded(3)
+    recipe = airbench.Recipe(exp)
+    program, init = recipe.with_seed(3)
     there = assemble(dataclasses.replace(exp, seed=3), sharding.make_mesh(jax.devices()[:1]))
     jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (init(), there.init())))
     assert jax.random.key_data(program.key).tolist() == jax.random.key_data(there.key).tolist()

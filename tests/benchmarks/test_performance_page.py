@@ -18,7 +18,7 @@ def rendering() -> Any:
     return module
 
 
-def test_the_page_is_what_the_results_say() -> None:
+def test_page_matches_the_results() -> None:
     render = rendering()
     again = "run `python -m benchmarks.render` after measuring, and commit both"
     assert render.PAGE.read_text() == render.page(), again
@@ -26,7 +26,7 @@ def test_the_page_is_what_the_results_say() -> None:
         assert f"## {path.stem}\n" in render.page()
 
 
-def test_a_section_has_the_figures_their_device_and_what_was_missed(tmp_path: Path) -> None:
+def test_section_has_figures_device_and_missed_goals(tmp_path: Path) -> None:
     found = {"name": "a|b", "unit": "×", "median": 0.5, "q1": 0.4, "q3": 0.61234, "n": 7}
     record = {
         "command": "python -m benchmarks.some",

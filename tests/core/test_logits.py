@@ -154,7 +154,7 @@ def test_experiment_with_chunks_can_be_assembled(mesh1: Any) -> None:
         batch=8,
         epochs=1,
     )
-    assert assemble(exp, mesh1).outputs.shape == (8, 8, 11)
+    assert assemble(exp, mesh1).abstract_outputs.shape == (8, 8, 11)
     source.fields["label"][3, 0] = 11
     with pytest.raises(InputError, match="label 11 of example 3"):
         assemble(exp, mesh1)

@@ -212,7 +212,7 @@ def test_invalid_size_is_refused(text, capsys):
     )
     assert code == 2 and error.count("\n") == 1
     if text == "80":
-        assert "say of what, such as 80GB or 80GiB" in error
+        assert "has no unit: use 80GB or 80GiB" in error
 
 
 @pytest.mark.parametrize("name", [None, "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"])
@@ -221,7 +221,7 @@ def test_limit_is_the_fraction_that_jax_allocates(name, monkeypatch, mesh1):
         monkeypatch.setenv(name, ".9")
     limit = device_limits.limit_of(mesh1, "80GB")
     assert limit.bytes == (72 if name else 60) * 10**9
-    assert (f"90 % of 80GB, as {name} says" if name else "75 % of 80GB") in limit.text
+    assert (f"90 % of 80GB, set by {name}" if name else "75 % of 80GB") in limit.text
     assert device_limits.limit_of(mesh1) is None  # a CPU
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "lots")
     with pytest.raises(InputError, match="XLA_CLIENT_MEM_FRACTION=lots"):

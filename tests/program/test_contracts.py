@@ -140,12 +140,12 @@ eight = pytest.mark.parametrize("name", rows(ROWS, EIGHT))
 kinds = pytest.mark.parametrize("name", rows(ROWS, distinct()))
 
 
-def test_the_table_names_only_experiments_that_exist() -> None:
+def test_table_names_existing_experiments() -> None:
     assert set(SMALLER) <= set(NAMES)
 
 
 @functools.cache
-def looked(name: str) -> dict[str, Any]:
+def forward_passes(name: str) -> dict[str, Any]:
     """One initialisation and one look at four examples, each with two keys, from two compiled functions."""
     exp = small(name)
     model, batch = as_model(exp.model), prepared(exp, 4)
@@ -172,7 +172,7 @@ def looked(name: str) -> dict[str, Any]:
 
 @row
 def test_init_and_apply_are_pure(name: str) -> None:
-    found = looked(name)
+    found = forward_passes(name)
     same(found["init"], found["init again"])
     same(found["one"], found["again"])
     pairs = zip(jax.tree.leaves(found["init"][0]), jax.tree.leaves(found["init two"][0]), strict=True)
@@ -180,8 +180,8 @@ def test_init_and_apply_are_pure(name: str) -> None:
 
 
 @row
-def test_mode_says_whether_there_is_dropout_and_whether_statistics_move(name: str) -> None:
-    found, model = looked(name), small(name).model
+def test_train_mode_controls_dropout_and_statistics(name: str) -> None:
+    found, model = forward_passes(name), small(name).model
     same(found["one"]["eval"], found["two"]["eval"])
     assert found["one"]["eval"].dtype == jnp.float32 and len(found["one"]["eval"]) == 4
     drops = any(getattr(model, field, 0) > 0 for field in ("dropout", "channel_dropout"))
@@ -193,7 +193,7 @@ def test_mode_says_whether_there_is_dropout_and_whether_statistics_move(name: st
 
 
 @row
-def test_output_has_the_shape_that_the_loss_takes(name: str) -> None:
+def test_output_shape_fits_the_loss(name: str) -> None:
     exp = small(name)
     outputs, batch = jax.eval_shape(lambda: forward(exp, exp.train.gather(np.arange(32)))), prepared(exp)
     target = batch.get("label", batch.get("target"))
@@ -213,7 +213,7 @@ def initial(name: str) -> Any:
 
 @functools.cache
 def stepped(name: str, devices: int) -> dict[str, Any]:
-    """Two steps in float64: in float32 Adam makes whole steps of the rounding noise of a zero gradient."""
+    """Two steps in float64: in float32 Adam takes full steps on the rounding noise of a zero gradient."""
     exp = small(name)
     source = data.Arrays(widened(exp.train.fields))
     exp = dataclasses.replace(exp, train=source, test=source)
@@ -240,7 +240,7 @@ def stepped(name: str, devices: int) -> dict[str, Any]:
 
 
 @eight
-def test_eight_devices_give_what_one_gives(name: str) -> None:
+def test_eight_devices_compute_the_step_of_one(name: str) -> None:
     one, eight = stepped(name, 1), stepped(name, 8)
     # Attention and normalisation reduce in float32 even here.
     chex.assert_trees_all_close(one["params"], eight["params"], rtol=1e-5, atol=1e-6)
@@ -260,7 +260,7 @@ def test_one_optimizer_step_lowers_the_loss_on_a_fixed_batch(name: str) -> None:
 
 
 @row
-def test_a_rate_outside_its_range_is_refused(name: str) -> None:
+def test_learning_rate_out_of_range_is_rejected(name: str) -> None:
     exp, batch = small(name), prepared(small(name), 2)
     net = getattr(exp.model, "net", exp.model)
     for field in ("dropout", "channel_dropout", "bn_momentum"):

@@ -75,7 +75,7 @@ def test_two_processes(kind, n, placement, together):
 
 @dataclasses.dataclass
 class Poisoned:
-    """A loader whose padding rows hold what must never be looked at, instead of copies of an example."""
+    """A loader whose padding rows hold invalid values instead of copies of an example."""
 
     loader: Any
 
@@ -88,7 +88,7 @@ class Poisoned:
 
 
 @pytest.mark.parametrize("kind", cases.KINDS)
-def test_padding_may_hold_anything(kind, mesh):
+def test_padding_values_are_ignored(kind, mesh):
     """NaN in inputs and targets, labels and tokens that there are none of."""
     program = cases.make(kind, N, mesh, "stream")
     split = program.evals["test"]
@@ -106,7 +106,7 @@ EXPERIMENT = cases.experiment("images", cases.BATCH + 1, "auto")
 """
 
 
-def test_the_command_counts_each_example_once(tmp_path, capsys, mesh1, monkeypatch):
+def test_evaluate_command_counts_each_example_once(tmp_path, capsys, mesh1, monkeypatch):
     """``python -m jaxtrain evaluate`` on a run of one step, by one device and by eight."""
     monkeypatch.chdir(tmp_path)
     Path("seventeen.py").write_text(FILE)
@@ -115,30 +115,32 @@ def test_the_command_counts_each_example_once(tmp_path, capsys, mesh1, monkeypat
     program = cases.make("images", N, mesh1, "auto")
     with checkpoint.open("r") as saved:
         params = leaf_paths(saved.restore(saved.latest(), program.abstract_state).params)
-    given = cases.fields("images", N)
-    want = cases.expected("images", given, params)
-    counts = want.pop("counts")
+    fields = cases.fields("images", N)
+    expected = cases.expected("images", fields, params)
+    counts = expected.pop("counts")
     for words in (["--devices", "1"], ["--devices", "8"]):
         assert (
             verbs.main(["evaluate", "--workdir", "r", "--experiment", "seventeen.py", "--json", *words]) == 0
         )
         found = json.loads(capsys.readouterr().out)
         assert found["examples"] == N and found["step"] == 1
-        assert (found["accuracy"], found["top2"]) == (want["accuracy"], want["top2"])
-        assert found["loss"] == pytest.approx(want["loss"], rel=cases.RELATIVE)
+        assert (found["accuracy"], found["top2"]) == (expected["accuracy"], expected["top2"])
+        assert found["loss"] == pytest.approx(expected["loss"], rel=cases.RELATIVE)
         hits, true, guessed = np.diag(counts), counts.sum(1), counts.sum(0)
         assert found["recall"] == [h / t if t else 0 for h, t in zip(hits, true, strict=True)]
         assert found["precision"] == [h / g if g else 0 for h, g in zip(hits, guessed, strict=True)]
 
 
 @pytest.mark.parametrize("kind", cases.KINDS)
-def test_the_cases_would_show_it(kind, mesh1):
+def test_cases_detect_a_wrong_mask(kind, mesh1):
     """One example counted twice, or left out, moves the mean by much more than ``check`` allows."""
     for n in cases.SIZES[1:]:
-        program, given = cases.make(kind, n, mesh1, "stream"), cases.fields(kind, n)
+        program, fields = cases.make(kind, n, mesh1, "stream"), cases.fields(kind, n)
         params = leaf_paths(program.init().params)
         program.close()
-        exact = cases.expected(kind, given, params)["loss"]
+        exact = cases.expected(kind, fields, params)["loss"]
         for rows in ([*range(n), 0], [*range(n), n - 1], [*range(n - 1)], [*range(n), *range(n)][1:]):
-            wrong = cases.expected(kind, {name: field[rows] for name, field in given.items()}, params)["loss"]
+            wrong = cases.expected(kind, {name: field[rows] for name, field in fields.items()}, params)[
+                "loss"
+            ]
             assert abs(wrong / exact - 1) > 100 * cases.RELATIVE

@@ -1,4 +1,4 @@
-"""jaxtrain.program.flops and .throughput: operations of an update, and what a run's speed is told in."""
+"""jaxtrain.program.flops and .throughput: operations of an update, and the rates made of them."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_convolutions_count_as_xla_counts_them(stride, padding, hole, spread, gr
     assert flops_of(jax.jit(pulled).trace(x, w, g)) == xla(pulled, x, w, g) == 3 * once
 
 
-def test_products_count_as_xla_counts_them_and_what_nobody_reads_does_not():
+def test_products_count_as_in_xla_without_dead_code():
     x, w = np.ones((5, 3, 7), np.float32), np.ones((5, 7, 2), np.float32)
     product = jax.jit(lambda x, w: jnp.einsum("bik,bkj->bij", x, w))
     assert flops_of(product.trace(x, w)) == xla(product, x, w) == 2 * 5 * 3 * 7 * 2
@@ -94,13 +94,13 @@ def test_products_count_as_xla_counts_them_and_what_nobody_reads_does_not():
     assert flops_of(both.trace(x, w)) == 2 * 5 * 3 * 7
 
 
-def test_one_branch_of_a_condition_counts():
+def test_one_branch_of_cond_counts():
     w = np.ones((8, 8), np.float32)
     run = jax.jit(lambda n, w: lax.cond(n > 0, lambda w: w @ w, lambda w: w @ w @ w, w))
     assert flops_of(run.trace(1, w)) == 2 * 2 * 8**3
 
 
-def test_cudnns_attention_counts_and_a_causal_one_half(monkeypatch):
+def test_cudnn_attention_counts_and_causal_counts_half(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(kernels, "capability", lambda: (9, 0))
@@ -116,7 +116,7 @@ def test_cudnns_attention_counts_and_a_causal_one_half(monkeypatch):
 # --- a GPT's formula
 
 
-def test_gpts_formula_is_six_a_parameter_and_token_and_causal_attention():
+def test_gpt_formula_is_six_per_parameter_and_token_plus_causal_attention():
     kernels_of = {"qkv/kernel", "project/kernel", "expand/kernel", "contract/kernel", "embed/embedding"}
     net = NET.clone(mlp=3, positions="learned")
     params, _ = jax.eval_shape(as_model(net).init, jax.random.key(0), {"tokens": np.zeros((1, 32), np.uint8)})
@@ -128,7 +128,7 @@ def test_gpts_formula_is_six_a_parameter_and_token_and_causal_attention():
     assert as_model(models.MLP()).flops is None
 
 
-def test_gpts_formula_is_what_xla_counts_of_the_compiled_step_but_for_the_future():
+def test_gpt_formula_matches_xla_except_for_masked_positions():
     """XLA multiplies all pairs; what it does element by element comes on top."""
     net = GPT(vocab=128, context=64, width=256, depth=2, heads=4, dropout=0.0)
     batch = {"tokens": np.zeros((4, 64), np.uint8), "label": np.zeros((4, 64), np.int32)}
@@ -156,7 +156,7 @@ def test_throughput_of_a_text_model(mesh1):
     assert found.rates(0.5) == {"tokens_per_second": 512, "flops_per_second": 2 * found.flops}
 
 
-def test_throughput_of_any_other_model_is_counted_in_its_program(mesh8, monkeypatch):
+def test_throughput_without_a_formula_is_counted_in_the_program(mesh8, monkeypatch):
     hand = 2 * 8 * (2 * 64 * 32 + 3 * 32 * 4)  # the first layer's input has no gradient
     peak = peak_flops.Peak(1e6, "measured 2026-11-22")
     monkeypatch.setattr(peak_flops, "measured_peak", lambda device, precision: peak)
@@ -167,7 +167,7 @@ def test_throughput_of_any_other_model_is_counted_in_its_program(mesh8, monkeypa
     assert found.rates(2.0) == {"flops_per_second": hand / 2, "mfu": hand / 2 / 1e6}
 
 
-def test_throughput_compiles_nothing_and_leaves_its_trace_to_the_step(mesh1):
+def test_throughput_compiles_nothing_and_the_step_reuses_its_trace(mesh1):
     program = assemble(MLP, mesh1)
     seen: list[str] = []
 

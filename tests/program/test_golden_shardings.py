@@ -1,4 +1,4 @@
-"""Where every array of every family lives, on two meshes: compared with a table that was looked through."""
+"""The sharding of every array of every family, on two meshes, against reviewed tables."""
 
 from __future__ import annotations
 
@@ -37,10 +37,8 @@ MESHES = ("fsdp=8", "data=2,fsdp=2,model=2")
 def table(name: str) -> str:
     """A line for each array: path, shape, and what its dimensions are split over on each mesh."""
     model, fields = FAMILIES[name]
-    whole_numbers = {"tokens", "length", "user", "item"}
-    example = {
-        k: np.zeros((1, *v), np.int32 if k in whole_numbers else np.float32) for k, v in fields.items()
-    }
+    integers = {"tokens", "length", "user", "item"}
+    example = {k: np.zeros((1, *v), np.int32 if k in integers else np.float32) for k, v in fields.items()}
     train = data.Arrays(example)
     experiment = Experiment(
         model=model,
@@ -66,7 +64,7 @@ def table(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_sharding_of_every_array_is_the_golden_one(name):
+def test_sharding_of_every_array_is_golden(name):
     """A changed line moves an array: look whether it should, and whether it still fits and is still fast.
 
     When it should, run ``JAXTRAIN_UPDATE_GOLDEN=1 scripts/test tests/program/test_golden_shardings.py``.
@@ -75,8 +73,8 @@ def test_sharding_of_every_array_is_the_golden_one(name):
     if os.environ.get("JAXTRAIN_UPDATE_GOLDEN") == "1":
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    assert path.read_text() == text, test_sharding_of_every_array_is_the_golden_one.__doc__
+    assert path.read_text() == text, test_sharding_of_every_array_is_golden.__doc__
 
 
-def test_there_is_no_table_without_a_family():
+def test_every_golden_table_has_a_family():
     assert sorted(path.stem for path in GOLDEN.glob("*.txt")) == sorted(FAMILIES)

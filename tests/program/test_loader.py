@@ -54,9 +54,7 @@ def expected(order: Any, step: int) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("kind", [Resident, Streamed])
 @pytest.mark.parametrize("name", ORDERS)
-def test_batch_k_holds_the_examples_of_the_order_whenever_it_is_asked_for(
-    kind: Any, name: str, mesh: Any
-) -> None:
+def test_batch_k_has_the_examples_of_the_order_in_any_call_order(kind: Any, name: str, mesh: Any) -> None:
     order = ORDERS[name]
     steps = [3, 1, 2, 3, 0] if name == "eval" else [7, 3, 4, 5, 0, 1000]
     for step, found in zip(steps, loaded(kind(SOURCE, order, mesh), steps), strict=True):
@@ -78,7 +76,7 @@ def test_evaluation_masks_count_every_example_once(kind: Any, mesh: Any) -> None
 
 @pytest.mark.parametrize("kind", [Resident, Streamed])
 @pytest.mark.parametrize("name", ["wrap", "eval"])
-def test_examples_are_split_over_the_devices(kind: Any, name: str, mesh: Any) -> None:
+def test_batches_are_sharded_over_devices(kind: Any, name: str, mesh: Any) -> None:
     loader = kind(SOURCE, ORDERS[name], mesh)
     split = sharding.batch_split(mesh)
     fetch = sharding.compile(loader.fetch, args=(loader.shardings,), out=split)
@@ -89,7 +87,7 @@ def test_examples_are_split_over_the_devices(kind: Any, name: str, mesh: Any) ->
         assert {s.data.shape[0] for s in shards} == {BATCH // mesh.size}
 
 
-def test_streamed_batches_arrive_split_and_resident_data_whole(mesh8: Any) -> None:
+def test_streamed_batches_are_sharded_and_resident_data_replicated(mesh8: Any) -> None:
     for array in Streamed(SOURCE, ORDERS["wrap"], mesh8).batch(0).values():
         assert array.sharding.is_equivalent_to(sharding.batch_split(mesh8), array.ndim)
     batch = Resident(SOURCE, ORDERS["wrap"], mesh8).batch(0)
@@ -103,9 +101,9 @@ def test_resident_data_is_an_argument_and_the_step_compiles_once(mesh8: Any) -> 
     def step(total: Any, batch: Any) -> Any:
         return total + loader.fetch(batch)["image"].astype(jnp.float32).sum()
 
-    whole = sharding.replicated(mesh8)
-    compiled = sharding.compile(step, args=(whole, loader.shardings), out=whole, donate=(0,))
-    total = jax.device_put(jnp.float32(0), whole)
+    replicated = sharding.replicated(mesh8)
+    compiled = sharding.compile(step, args=(replicated, loader.shardings), out=replicated, donate=(0,))
+    total = jax.device_put(jnp.float32(0), replicated)
     for number in range(5):
         total = compiled(total, loader.batch(number))
     assert compiled._cache_size() == 1
@@ -115,7 +113,7 @@ def test_resident_data_is_an_argument_and_the_step_compiles_once(mesh8: Any) -> 
 
 
 @pytest.mark.parametrize("name", ["wrap", "eval"])
-def test_check_sees_every_streamed_batch_raw_with_its_ids(name: str, mesh1: Any) -> None:
+def test_check_sees_every_raw_streamed_batch_with_ids(name: str, mesh1: Any) -> None:
     seen: list[Any] = []
 
     def check(batch: Any, ids: np.ndarray) -> None:
@@ -129,7 +127,7 @@ def test_check_sees_every_streamed_batch_raw_with_its_ids(name: str, mesh1: Any)
     assert seen == [(w["id"].tolist(), w["id"].tolist(), sorted(w)) for w in wanted]
 
 
-def test_what_check_raises_stops_the_batch(mesh1: Any) -> None:
+def test_error_of_the_check_stops_the_batch(mesh1: Any) -> None:
     def check(batch: Any, ids: np.ndarray) -> None:
         raise InputError(f"example {ids[0]} is bad")
 
@@ -138,7 +136,7 @@ def test_what_check_raises_stops_the_batch(mesh1: Any) -> None:
         loader.batch(1)
 
 
-def test_a_source_that_fails_ends_the_run_in_one_line_with_its_error_behind(mesh1: Any) -> None:
+def test_failing_source_ends_the_run_with_one_line_and_its_cause(mesh1: Any) -> None:
     class Broken:
         def __len__(self) -> int:
             return N
@@ -147,9 +145,9 @@ def test_a_source_that_fails_ends_the_run_in_one_line_with_its_error_behind(mesh
             raise OSError("disk is gone")
 
     line = r"^Broken\.gather failed at batch 4: OSError: disk is gone; earlier checkpoints are kept: mend"
-    with pytest.raises(RunError, match=line) as told:
+    with pytest.raises(RunError, match=line) as error:
         Streamed(Broken(), ORDERS["wrap"], mesh1).batch(3)
-    assert isinstance(told.value.__cause__, OSError) and "\n" not in str(told.value)
+    assert isinstance(error.value.__cause__, OSError) and "\n" not in str(error.value)
 
 
 USER_FILE = """
@@ -214,7 +212,7 @@ if __name__ == "__main__":
 """
 
 
-def test_worker_processes_give_the_same_batches_also_of_a_users_own_source(
+def test_worker_processes_load_the_same_batches_of_shipped_and_user_sources(
     python: Any, tmp_path: Any
 ) -> None:
     (tmp_path / "my_source.py").write_text(textwrap.dedent(USER_FILE))
@@ -268,7 +266,7 @@ def test_a_subset_draws_when_its_source_does() -> None:
     assert not hasattr(Subset(SOURCE, np.array([1])), "draw")
 
 
-def test_a_streamed_batch_is_put_while_the_steps_before_it_are_computed(
+def test_streamed_batch_is_copied_while_earlier_steps_compute(
     tmp_path: Any, mesh1: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []

@@ -40,7 +40,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("name", "mesh"), TABLE)
-def test_twenty_steps_in_float64_are_those_of_one_device(name, mesh):
+def test_twenty_float64_steps_equal_one_device(name, mesh):
     want, want_ids = one_device(name)
     with jax.enable_x64(True):
         program = cases.make(name, mesh)
@@ -54,7 +54,7 @@ def test_twenty_steps_in_float64_are_those_of_one_device(name, mesh):
     assert cases.distance(got, want) < 1e-9
 
 
-def test_the_cases_move_and_can_differ():
+def test_cases_train_and_differ():
     """The distance is not small because nothing happens: another seed is far away."""
     for name in cases.experiments():
         got, _ = one_device(name)
@@ -63,7 +63,7 @@ def test_the_cases_move_and_can_differ():
 
 
 def test_accumulation_is_exact_on_a_mesh():
-    """Four microbatches on eight devices give the update of the whole batch on one; dropout would differ."""
+    """Four microbatches on eight devices equal the full batch on one; dropout would differ."""
     with jax.enable_x64(True):
         exp = cases.experiments()["mlp"]
         exp = dataclasses.replace(exp, model=cases.in_float64(models.MLP(widths=(64, 32), classes=4)))
@@ -89,8 +89,8 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", chosen(OTHERS, ["bottleneck"]))
-def test_gradients_of_every_family_are_those_of_one_device(name):
-    """Left to itself XLA gives wrong ones where the kernel of a convolution is split over two axes."""
+def test_gradients_of_every_family_equal_one_device(name):
+    """XLA alone computes wrong ones where the kernel of a convolution is sharded over two axes."""
     module, shapes = OTHERS[name]
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):

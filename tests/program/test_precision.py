@@ -76,7 +76,7 @@ def test_state_and_gradients_are_float32_and_products_are_not(precision: Any) ->
     assert products and all(f"x{kind}>" in line and "xf32>" not in line for line in products)
 
 
-def test_float32_leaves_the_model_as_it_is_and_others_are_refused() -> None:
+def test_float32_keeps_the_model_and_unknown_precisions_are_rejected() -> None:
     assert compute_in(LINE, "float32") is LINE
     with pytest.raises(
         InputError, match="precision is 'float8': it must be one of float32, bfloat16, float16"
@@ -84,7 +84,7 @@ def test_float32_leaves_the_model_as_it_is_and_others_are_refused() -> None:
         compute_in(LINE, "float8")  # type: ignore[arg-type]
 
 
-def test_float16_rounds_as_float16_does() -> None:
+def test_float16_rounds() -> None:
     model, batch = compute_in(LINE, "float16"), lines()
     out, _ = model.apply({"w": jnp.full(3, 1.0001)}, {"seen": 0}, batch, train=False, key=None)
     x = np.asarray(batch["x"]).astype(np.float16)
@@ -95,7 +95,7 @@ def test_float16_rounds_as_float16_does() -> None:
 # --- the scale
 
 
-def test_scale_is_that_of_the_reference() -> None:
+def test_scale_matches_the_reference() -> None:
     """Written out in Python, over gradients that overflow now and then."""
     config = LossScale(initial=64.0, period=3, factor=4.0)
     state, scale, good = config.init(), 64.0, 0
@@ -116,7 +116,7 @@ def test_scale_is_that_of_the_reference() -> None:
     assert state["scale"].dtype == jnp.float32 and state["good"].dtype == jnp.int32
 
 
-def test_scale_stays_finite_where_nothing_ever_overflows() -> None:
+def test_scale_stays_finite_without_overflow() -> None:
     config = LossScale(period=1, factor=2.0**20)
     state = config.init()
     for _ in range(20):
@@ -125,7 +125,7 @@ def test_scale_stays_finite_where_nothing_ever_overflows() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"initial": 0.5}, {"period": 0}, {"factor": 1.0}, {"initial": math.inf}])
-def test_settings_that_cannot_work_are_refused(wrong: Any) -> None:
+def test_invalid_settings_are_rejected(wrong: Any) -> None:
     with pytest.raises(InputError, match="initial and period must be at least 1, and factor above 1"):
         LossScale(**wrong)
 
@@ -139,7 +139,7 @@ def scaled(model: Any, loss: Any, config: LossScale, **options: Any) -> Any:
     return start, jax.jit(make_train_step(model, loss, tx, loss_scale=config, **options))
 
 
-def test_scaling_changes_no_update_that_is_taken() -> None:
+def test_scaling_does_not_change_applied_updates() -> None:
     config, tx, batch = LossScale(initial=2.0**10), optax.adam(0.1), images()
     start, step = scaled(NET, CrossEntropy(), config)
     state = jax.jit(start)(KEY, batch)
@@ -157,7 +157,7 @@ def test_scaling_changes_no_update_that_is_taken() -> None:
     assert int(state.extra["loss_scale"]["good"]) == 3 and "loss_scale" not in plain.extra
 
 
-def test_loss_that_is_reported_is_not_the_scaled_one() -> None:
+def test_reported_loss_is_unscaled() -> None:
     start, step = scaled(LINE, lambda outputs, batch: (outputs.mean(), {}), LossScale())
     batch = lines()
     _, metrics = step(start(KEY, batch), batch, KEY)
@@ -168,7 +168,7 @@ def merged(*metrics: Any) -> dict[str, Any]:
     return monitor.merge_all(PackedMetrics.of(each).rows()[0] for each in metrics)
 
 
-def test_overflow_skips_the_update_and_nothing_but_the_position_moves() -> None:
+def test_overflow_skips_the_update_and_advances_only_the_step() -> None:
     config = LossScale(initial=2.0**15, period=2)
     start, step = scaled(compute_in(LINE, "float16"), total, config)
     state = start(KEY, lines())
@@ -188,7 +188,7 @@ def test_overflow_skips_the_update_and_nothing_but_the_position_moves() -> None:
     assert both["grad_norm"] == taken["grad_norm"].compute() > 0 and both["skipped"] == 0.5
 
 
-def test_scale_rises_again_in_a_run_and_the_steps_after_go_on() -> None:
+def test_scale_recovers_during_a_run() -> None:
     config, ema = LossScale(initial=2.0**15, period=2), EMA(0.5)
     start, step = scaled(compute_in(LINE, "float16"), total, config, post_update=(ema,))
     state = start(KEY, lines())
@@ -202,7 +202,7 @@ def test_scale_rises_again_in_a_run_and_the_steps_after_go_on() -> None:
     assert (state.extra["ema"]["params"]["w"] != state.params["w"]).all()
 
 
-def test_gradient_that_no_scale_can_help_is_reported() -> None:
+def test_gradient_overflow_at_the_minimum_scale_is_reported() -> None:
     """At a scale of 1 it is the model that overflows: the recorder ends such a run."""
     start, step = scaled(compute_in(LINE, "float16"), total, LossScale(initial=2.0))
     state, found = start(KEY, lines()), []
@@ -215,14 +215,14 @@ def test_gradient_that_no_scale_can_help_is_reported() -> None:
     assert float(state.extra["loss_scale"]["scale"]) == 1 and (state.params["w"] == 1).all()
 
 
-def test_forward_pass_that_overflows_is_a_loss_that_is_not_finite() -> None:
+def test_forward_overflow_makes_the_loss_not_finite() -> None:
     start, step = scaled(compute_in(LINE, "float16"), MSE(), LossScale())
     state = start(KEY, lines())
     state, metrics = step(state, {**lines(), "x": jnp.full((8, 3), 6e4)}, KEY)
     assert not math.isfinite(metrics["loss"].compute()) and metrics["skipped"].compute() == 1
 
 
-def test_float16_would_lose_small_gradients_and_the_scale_keeps_them() -> None:
+def test_scale_keeps_gradients_that_float16_would_lose() -> None:
     model, batch = compute_in(LINE, "float16"), lines(gain=2.0**-23)
     batch["x"] = 1 + batch["x"] ** 2  # nothing cancels
     grads = {}
@@ -236,7 +236,7 @@ def test_float16_would_lose_small_gradients_and_the_scale_keeps_them() -> None:
     np.testing.assert_allclose(grads[LossScale()], exact, rtol=0.01)
 
 
-def test_float16_training_of_a_small_net_goes_down() -> None:
+def test_float16_training_lowers_the_loss() -> None:
     model, config, batch = (
         compute_in(MLP(widths=(16,), classes=2), "float16"),
         LossScale(period=20),
@@ -254,8 +254,8 @@ def test_float16_training_of_a_small_net_goes_down() -> None:
     assert evaluated["accuracy"].compute() > 0.95
 
 
-def test_without_a_scale_the_step_is_bitwise_what_it_was() -> None:
-    """The step as it is written in a few lines, without any of this."""
+def test_step_without_scale_is_bitwise_unchanged() -> None:
+    """Against the step written in a few lines, without loss scaling."""
     net, tx, batch = NET.clone(dropout=0.5), optax.adam(0.1), images()
     state = jax.jit(make_init(net, tx))(KEY, batch)
     pair = as_model(net)
@@ -278,7 +278,7 @@ def test_without_a_scale_the_step_is_bitwise_what_it_was() -> None:
     chex.assert_trees_all_equal(found, expected)
 
 
-def test_a_pair_of_functions_with_a_dict_of_its_own_trains_with_a_scale():
+def test_function_pair_that_returns_a_new_dict_trains_with_a_scale():
     """What is not the model's, such as the scale, is neither handed to it nor expected back."""
 
     def init(key, batch):
@@ -299,5 +299,5 @@ def test_a_pair_of_functions_with_a_dict_of_its_own_trains_with_a_scale():
         after, _ = step(state, batch, KEY)
         assert set(after.extra) == {"seen", "loss_scale"} and int(after.extra["seen"]) == accumulate
     make_eval_step((init, apply), loss)(after, batch)
-    with pytest.raises(InputError, match=r"gives a tuple beside its parameters: return \(params, extra\)"):
+    with pytest.raises(InputError, match=r"returns a tuple after its parameters: return \(params, extra\)"):
         make_init((lambda key, batch: ({"w": jnp.ones(3)}, ()), apply), tx)(KEY, batch)

@@ -38,7 +38,7 @@ def experiment(model, train: data.Arrays, **changes) -> Experiment:
     return Experiment(model=model, train=train, test=train, **(settings | changes))
 
 
-def test_the_data_parallel_update_is_the_averaged_gradient(mesh8):
+def test_data_parallel_update_uses_the_averaged_gradient(mesh8):
     """Goyal et al. (arXiv:1706.02677), equation 2: each worker's mean gradient, and then their mean.
 
     By hand, in NumPy: for softmax regression the gradient of an example's loss is x (p - y).
@@ -78,9 +78,9 @@ def by_hand(on: jax.sharding.Mesh, specs, params, batch):
     """The collectives of a two-layer perceptron in a few lines of JAX, as one would write it without us."""
     names = (("dense0", "kernel"), ("dense0", "bias"), ("head", "kernel"), ("head", "bias"))
     shapes = [params[layer][kind] for layer, kind in names]
-    kept = [NamedSharding(on, PartitionSpec(*spec)) for spec in specs]
+    shardings = [NamedSharding(on, PartitionSpec(*spec)) for spec in specs]
     used = [NamedSharding(on, PartitionSpec(*(None if a == "fsdp" else a for a in spec))) for spec in specs]
-    rows, whole = NamedSharding(on, PartitionSpec(("data", "fsdp"))), NamedSharding(on, PartitionSpec())
+    rows, replicated = NamedSharding(on, PartitionSpec(("data", "fsdp"))), NamedSharding(on, PartitionSpec())
 
     def loss(params, x, y):
         w1, b1, w2, b2 = [jax.lax.with_sharding_constraint(p, s) for p, s in zip(params, used, strict=True)]
@@ -94,7 +94,7 @@ def by_hand(on: jax.sharding.Mesh, specs, params, batch):
         norm = jnp.sqrt(sum((g**2).sum() for g in grads))
         return [p - LR * g for p, g in zip(params, grads, strict=True)], (value, accuracy, norm)
 
-    compiled = jax.jit(step, in_shardings=(kept, rows, rows), out_shardings=(kept, whole))
+    compiled = jax.jit(step, in_shardings=(shardings, rows, rows), out_shardings=(shardings, replicated))
     abstract = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes]
     return compiled.lower(abstract, batch["image"], batch["label"]).compile()
 
@@ -105,7 +105,7 @@ def kinds(compiled, on):
 
 
 @pytest.mark.parametrize("text", SPECS)
-def test_collectives_are_those_of_a_program_written_by_hand(text):
+def test_collectives_match_a_hand_written_program(text):
     on = mesh(text)
     exp = experiment(models.MLP(widths=(1024,), classes=4), source(64), placement="stream")
     program = assemble(exp, on)
@@ -147,18 +147,18 @@ def test_tensor_parallelism_never_gathers_the_vocabulary(text):
 @functools.cache
 def ten_million(text: str):
     """Of a GPT of 10.7 M parameters on a mesh: the program, and its ``init`` before compilation."""
-    on, kept = mesh(text), {}
+    on, compiled = mesh(text), {}
     original = sharding.compile
 
     def spy(fn, **shardings):
-        kept[getattr(fn, "__name__", "")] = made = original(fn, **shardings)
+        compiled[getattr(fn, "__name__", "")] = made = original(fn, **shardings)
         return made
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "compile", spy)
         program = assemble(gpt(256, width=384, depth=6, heads=6), on)
     first = {name: array[:1] for name, array in gpt(256).train.fields.items()}
-    return program, kept["init"].lower(program.key, first)
+    return program, compiled["init"].lower(program.key, first)
 
 
 def bytes_on_a_device(tree) -> int:
@@ -166,32 +166,32 @@ def bytes_on_a_device(tree) -> int:
     return sum(int(np.prod(shape)) * size for shape, size in shards)
 
 
-def test_fsdp_keeps_an_eighth_of_parameters_and_optimizer_on_each_device():
+def test_fsdp_stores_an_eighth_of_parameters_and_optimizer_per_device():
     program, _ = ten_million("fsdp=8")
-    whole = sum(
+    total = sum(
         x.size * x.dtype.itemsize
         for x in jax.tree.leaves((program.abstract_state.params, program.abstract_state.opt_state))
     )
     assert sum(x.size for x in jax.tree.leaves(program.abstract_state.params)) > 10_000_000
     assert (
         bytes_on_a_device((program.abstract_state.params, program.abstract_state.opt_state))
-        <= 1.05 * whole / 8
+        <= 1.05 * total / 8
     )
     replicated, _ = ten_million("data=8")
-    assert bytes_on_a_device((replicated.abstract_state.params, replicated.abstract_state.opt_state)) == whole
+    assert bytes_on_a_device((replicated.abstract_state.params, replicated.abstract_state.opt_state)) == total
 
 
-def test_the_state_is_never_whole_on_one_device():
+def test_state_is_never_gathered_on_one_device():
     """Initialisation writes each device's part and computes no more than a large array at a time."""
     program, init = ten_million("fsdp=8")
     memory = init.compile().memory_analysis()
     assert memory.output_size_in_bytes == pytest.approx(bytes_on_a_device(program.abstract_state), rel=0.01)
     largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.abstract_state))
-    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.abstract_state))
-    assert memory.temp_size_in_bytes < 3 * largest < whole / 10
+    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.abstract_state))
+    assert memory.temp_size_in_bytes < 3 * largest < total / 10
 
 
-def test_sharded_states_start_with_the_values_of_one_device():
+def test_sharded_init_equals_one_device():
     exp = gpt(256, depth=1)
     one = assemble(exp, sharding.make_mesh(jax.devices()[:1])).init()
     split = assemble(exp, mesh("data=2,fsdp=2,model=2")).init()
@@ -205,7 +205,7 @@ def test_sharded_states_start_with_the_values_of_one_device():
         ("data=8", "fsdp=8", "data=4,model=2", "data=2,fsdp=2,model=2"), ("fsdp=8", "data=2,fsdp=2,model=2")
     ),
 )
-def test_one_step_of_sgd_in_float32_is_that_of_one_device(text):
+def test_one_float32_sgd_step_equals_one_device(text):
     exp = experiment(models.MLP(widths=(1024,), classes=4), source(64))
     results = []
     for on in (sharding.make_mesh(jax.devices()[:1]), mesh(text)):

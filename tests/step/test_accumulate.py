@@ -1,4 +1,4 @@
-"""jaxtrain.step.gradients: microbatches one after another give what the whole batch gives."""
+"""jaxtrain.step.gradients: accumulated microbatches equal the full batch."""
 
 from __future__ import annotations
 
@@ -79,17 +79,17 @@ def started(tx: Any) -> Any:
 
 
 @pytest.mark.parametrize("case", ["plain", "weights", "unreported", *MASKS])
-def test_update_and_metrics_are_those_of_the_whole_batch(case: str, float64: Any) -> None:
+def test_update_and_metrics_equal_the_full_batch(case: str, float64: Any) -> None:
     batch, tx = classes(), optax.sgd(0.1, momentum=0.9)
     loss = {"weights": weighted, "unreported": unreported}.get(case, CrossEntropy(0.1, top=2))
     batch |= {"mask": jnp.array(MASKS[case], bool)} if case in MASKS else {}
     batch |= {"weight": jnp.array(RNG.uniform(0, 0.1, 12))} if case == "weights" else {}
     state = started(tx)
-    whole, metrics = step_from(state, batch, loss, tx)
+    full, metrics = step_from(state, batch, loss, tx)
     assert (metrics["grad_norm"].compute() > 1e-3) == (case != "nothing")
     for accumulate, unroll in ((2, True), (4, False)) if case == "plain" else ((2, False),):
         found, merged = step_from(state, batch, loss, tx, accumulate=accumulate, unroll=unroll)
-        chex.assert_trees_all_close(found, whole, rtol=1e-12, atol=1e-14)
+        chex.assert_trees_all_close(found, full, rtol=1e-12, atol=1e-14)
         assert set(merged) == set(metrics)
         for name, metric in metrics.items():
             assert merged[name].compute() == pytest.approx(metric.compute(), rel=1e-12, nan_ok=True), name
@@ -99,14 +99,14 @@ def test_update_and_metrics_are_those_of_the_whole_batch(case: str, float64: Any
 def test_loss_is_the_mean_over_all_examples() -> None:
     batch = {**lines(), "weight": jnp.array(RNG.uniform(size=8), jnp.float32)}
     params, extra = LINE.init(KEY, batch)
-    whole = gradient_of(LINE, lambda outputs, batch: weighted(outputs[:, None], batch))
-    found = accumulate_gradients(whole, 2)(params, extra, batch, KEY, None)
-    expected = whole(params, extra, batch, KEY, None)
+    full = gradient_of(LINE, lambda outputs, batch: weighted(outputs[:, None], batch))
+    found = accumulate_gradients(full, 2)(params, extra, batch, KEY, None)
+    expected = full(params, extra, batch, KEY, None)
     assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-5)
     np.testing.assert_allclose(found.grads["w"], expected.grads["w"], rtol=1e-5)
 
 
-def test_microbatches_are_strided_rows_in_order_and_statistics_thread_through() -> None:
+def test_microbatches_are_strided_rows_in_order_and_pass_statistics_on() -> None:
     batch, tx = lines(), optax.sgd(0.1)
     state = make_init(LINE, tx)(KEY, batch)
     after, _ = make_train_step(LINE, MSE(), tx, accumulate=4)(state, batch, KEY)
@@ -114,7 +114,7 @@ def test_microbatches_are_strided_rows_in_order_and_statistics_thread_through() 
     assert int(make_train_step(LINE, MSE(), tx)(state, batch, KEY)[0].extra["order"]) == 0
 
 
-def test_batch_norm_is_that_of_microbatches_written_out() -> None:
+def test_batch_norm_matches_microbatches_by_hand() -> None:
     net, tx = CNN(widths=(2,), convs=1, classes=3), optax.sgd(0.1)
     image = RNG.normal(size=(8, 4, 4, 1)).astype(np.float32)
     batch = {"image": jnp.array(image), "label": jnp.array(RNG.integers(0, 3, 8), jnp.int32)}
@@ -142,7 +142,7 @@ def test_batch_norm_is_that_of_microbatches_written_out() -> None:
     assert set(after.extra) == {"batch_stats", "ema"}
 
 
-def test_randomness_is_drawn_for_the_whole_batch_before_and_for_each_microbatch_within() -> None:
+def test_prepare_draws_per_batch_and_dropout_per_microbatch() -> None:
     """``prepare`` sees all rows once, with the key of an undivided step; dropout has a key for each part."""
     calls, batch, tx = [], lines(), optax.sgd(0.0)
 
@@ -168,7 +168,7 @@ def test_randomness_is_drawn_for_the_whole_batch_before_and_for_each_microbatch_
     assert float(two.extra["drawn"]) == pytest.approx(drawn[0] * 2 + drawn[1])
 
 
-def test_dropout_of_microbatches_differs() -> None:
+def test_dropout_differs_between_microbatches() -> None:
     """Twice the same rows: with one mask for both, the two outputs would be equal."""
     net = MLP(widths=(64,), classes=1, dropout=0.5)
     image = jnp.array(np.repeat(RNG.normal(size=(1, 5)), 2, axis=0), jnp.float32)
@@ -198,7 +198,7 @@ def test_loss_scale_is_divided_out_before_microbatches_are_added() -> None:
     assert metrics["skipped"].compute() == 0 and int(after.extra["loss_scale"]["good"]) == 1
 
 
-def test_one_microbatch_that_overflows_skips_the_update() -> None:
+def test_overflow_in_one_microbatch_skips_the_update() -> None:
     batch, tx, config = lines(), optax.sgd(0.1), LossScale()
     batch["x"] = batch["x"].at[5].set(jnp.inf)
     state = make_init(LINE, tx, loss_scale=config)(KEY, batch)
@@ -220,19 +220,17 @@ def test_one_microbatch_that_overflows_skips_the_update() -> None:
             {"table": jnp.zeros((5, 2))},
             r"of 8 examples, and 'table' has shape \[5, 2\]: give it a row for",
         ),
-        (2, {"rate": jnp.zeros(())}, r"accumulate=2 cuts every field .* 'rate' has shape \[\]"),
+        (2, {"rate": jnp.zeros(())}, r"accumulate=2 splits every field .* 'rate' has shape \[\]"),
     ],
 )
-def test_batch_that_cannot_be_cut_is_refused_while_tracing(
-    accumulate: int, change: Any, message: str
-) -> None:
+def test_indivisible_batch_is_rejected_while_tracing(accumulate: int, change: Any, message: str) -> None:
     batch, tx = {**lines(), **change}, optax.sgd(0.1)
     state = make_init(LINE, tx)(KEY, batch)
     with pytest.raises(InputError, match=message):
         jax.eval_shape(make_train_step(LINE, MSE(), tx, accumulate=accumulate), state, batch, KEY)
 
 
-def test_no_microbatch_is_refused() -> None:
+def test_accumulate_below_one_is_rejected() -> None:
     with pytest.raises(InputError, match="accumulate is 0: it must be at least 1"):
         make_train_step(LINE, MSE(), optax.sgd(0.1), accumulate=0)
 
@@ -243,17 +241,17 @@ def test_no_microbatch_is_refused() -> None:
 def collectives(net: Any, batch: Any, **options: Any) -> set[str]:
     """Kinds of collectives in the step compiled for eight devices."""
     mesh = Mesh(np.array(jax.devices()), ("data",))
-    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    replicated, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
     tx = optax.sgd(0.1)
     state = jax.eval_shape(make_init(net, tx), KEY, batch)
     step = make_train_step(net, CrossEntropy(), tx, **options)
-    jitted = jax.jit(step, in_shardings=(whole, split, whole), out_shardings=whole)
+    jitted = jax.jit(step, in_shardings=(replicated, split, replicated), out_shardings=replicated)
     text = jitted.lower(state, batch, KEY).compile().as_text()
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
     return set(re.findall(rf"\b({kinds})(?:-start)?\(", text))
 
 
-def test_no_row_is_sent_to_another_device() -> None:
+def test_splitting_moves_no_row_between_devices() -> None:
     net = MLP(widths=(8,), classes=3, dropout=0.5)
     image = RNG.normal(size=(64, 4, 4, 1)).astype(np.float32)
     batch = {"image": image, "label": RNG.integers(0, 3, 64).astype(np.int32)}
@@ -263,7 +261,7 @@ def test_no_row_is_sent_to_another_device() -> None:
 
 @pytest.mark.parametrize("unroll", [False, True])
 def test_memory_is_that_of_one_microbatch(unroll: bool) -> None:
-    """For the unrolled program if the compiler keeps the barriers, which XLA:CPU has to be told."""
+    """The unrolled program needs barriers, which XLA:CPU drops without an option."""
     net, tx = MLP(widths=(128, 128), classes=3), optax.sgd(0.1)
     batch = {"image": np.zeros((1024, 8), np.float32), "label": np.zeros(1024, np.int32)}
     state = jax.eval_shape(make_init(net, tx), KEY, batch)

@@ -111,7 +111,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_bad_update_leaves_the_state_bit_for_bit(case):
+def test_bad_update_leaves_the_state_bitwise_unchanged(case):
     loss, tx, prepare = CASES[case]
     after = (EMA(0.5),)
     state = make_init(LINE, optax.chain(tx, optax.trace(0.9)), post_update=after)(KEY, BATCH)
@@ -120,16 +120,16 @@ def test_a_bad_update_leaves_the_state_bit_for_bit(case):
         policy: jax.jit(make_train_step(LINE, loss, tx, prepare, after, guard=policy))
         for policy in ("off", "skip")
     }
-    kept, metrics = steps["skip"](state, BATCH, KEY)
-    assert int(kept.step) == 1 and guard.bad_figures(metrics["guard"].figures())[0] == WORDS[case]
-    same(kept.replace(step=state.step), state)
+    guarded, metrics = steps["skip"](state, BATCH, KEY)
+    assert int(guarded.step) == 1 and guard.bad_figures(metrics["guard"].figures())[0] == WORDS[case]
+    same(guarded.replace(step=state.step), state)
     assert metrics["skipped"].compute() == 1 and float(metrics["loss"].count) == 0
     applied, plain = steps["off"](state, BATCH, KEY)
     assert (np.asarray(applied.params["w"]) != np.asarray(state.params["w"])).any()
     assert not {"guard", "skipped", guard.BAD_LABELS} & plain.keys()
 
 
-def test_accumulated_labels_are_counted_and_masked_rows_are_not():
+def test_bad_labels_count_over_microbatches_without_masked_rows():
     step = make_train_step(LINE, losses.CrossEntropy(), optax.sgd(0.1), accumulate=2, guard="stop")
     state = make_init(LINE, optax.sgd(0.1))(KEY, BATCH)
     batch = {**BATCH, "label": jnp.array([2, 1, -1, 1])}
@@ -140,7 +140,7 @@ def test_accumulated_labels_are_counted_and_masked_rows_are_not():
     assert int(losses.CrossEntropy().outside(jnp.zeros((4, 2)), {"label": jnp.ones(4) * 9})) == 0
 
 
-def test_a_watched_loss_is_the_loss_with_a_count_and_its_settings():
+def test_count_bad_labels_wraps_the_loss_and_keeps_its_settings():
     loss = guard.count_bad_labels(losses.CrossEntropy(smoothing=0.25))
     assert loss.smoothing == 0.25 and guard.count_bad_labels(losses.MSE()) == losses.MSE()
     plain, watched = (evaluate_loss(f, jnp.eye(2), {"label": jnp.arange(2)}) for f in (loss._loss_fn, loss))
@@ -148,7 +148,7 @@ def test_a_watched_loss_is_the_loss_with_a_count_and_its_settings():
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_a_finite_run_is_bitwise_the_one_without_the_guard(devices, tmp_path, console, mesh1, mesh8):
+def test_finite_run_is_bitwise_equal_without_the_guard(devices, tmp_path, console, mesh1, mesh8):
     found = {}
     for policy in ("off", "stop"):
         exp = change(optimizer=optim.AdamW(lr=1e-2), guard=policy)
@@ -163,13 +163,16 @@ def test_off_adds_nothing_to_the_compiled_program(mesh1):
         return program.train_step.lower(program.abstract_state, program.train.batch(0), program.key).as_text()
 
     off, stop = (assemble(change(guard=policy), mesh1) for policy in ("off", "stop"))
-    exp, whole = off.experiment, sharding.replicated(mesh1)
+    exp, replicated = off.experiment, sharding.replicated(mesh1)
     after = tuple(stage.build(off.steps) if hasattr(stage, "build") else stage for stage in exp.post_update)
     prepare = compose(lambda batch, _: off.train.fetch(batch), *exp.preprocess)
     by_hand = make_train_step(exp.model, exp.loss, exp.optimizer.build(off.steps), prepare, after)
     states = jax.tree.map(lambda x: x.sharding, off.abstract_state)
     step = sharding.compile(
-        pack_metrics(by_hand), args=(states, off.train.shardings, whole), out=(states, whole), donate=(0,)
+        pack_metrics(by_hand),
+        args=(states, off.train.shardings, replicated),
+        out=(states, replicated),
+        donate=(0,),
     )
     assert text(off) == text(dataclasses.replace(off, train_step=step))
     assert "is_finite" in text(stop) and "is_finite" not in text(off)
@@ -189,7 +192,7 @@ def counted(program):
 
 
 @pytest.mark.parametrize("stage", [Spoil(77), Spoil(77, label=-1)])
-def test_stop_ends_the_run_at_once_and_saves_nothing_after(stage, tmp_path, console, mesh1):
+def test_stop_ends_the_run_at_once_and_saves_nothing_later(stage, tmp_path, console, mesh1):
     exp = change(augment=(stage,), step_factory=five, log_every=50, save_every=0.2, holdout=40)
     program, asked = counted(assemble(exp, mesh1))
     bad = next(k for k in range(1, 99) if 77 in program.order.indices(k - 1))
@@ -212,7 +215,7 @@ def test_stop_ends_the_run_at_once_and_saves_nothing_after(stage, tmp_path, cons
         assert latest is None or latest.step < bad
 
 
-def test_skip_goes_on_counts_and_equals_a_stopped_run_gone_on_with(tmp_path, capsys, mesh1):
+def test_skip_continues_counts_and_equals_a_resumed_run(tmp_path, capsys, mesh1):
     exp = change(augment=(Spoil(77),), epochs=2, log_every=1, save_every=0.2, guard="stop")
     skipping = dataclasses.replace(exp, guard="skip")
     program = assemble(skipping, mesh1)
@@ -249,7 +252,7 @@ def test_skips_are_bounded(tmp_path, console, mesh1):
 
 
 @pytest.mark.parametrize("scale", [2.0**15, 1.0])
-def test_an_overflow_that_the_loss_scale_handles_is_no_fault(scale):
+def test_overflow_handled_by_the_loss_scale_is_not_bad(scale):
     def overflow(outputs, batch):
         """A gradient of float16 that is finite only while it is not scaled up, or not at all at scale 1."""
         factor = 1e3 if scale > 1 else jnp.inf
@@ -269,10 +272,10 @@ def test_an_overflow_that_the_loss_scale_handles_is_no_fault(scale):
         assert wrong == ["grad_norm is nan"] and float(after.extra["loss_scale"]["scale"]) == 1
 
 
-def watch(tmp_path=None, **fields):
+def make_monitor(tmp_path=None, **fields):
     settings = {"guard": "stop", "max_loss_spike": None, "max_in_flight": 2} | fields
     program = types.SimpleNamespace(
-        experiment=types.SimpleNamespace(**settings), examples=lambda step: np.arange(3)
+        experiment=types.SimpleNamespace(**settings), example_ids=lambda step: np.arange(3)
     )
     return BadUpdateMonitor(program, tmp_path, lambda text: None)
 
@@ -281,28 +284,28 @@ def figures(loss=1.0):
     return {"guard": guard.Figures(np.array([loss, 1, 1, 0]))}
 
 
-def test_a_spike_ends_the_run_once_there_is_an_average(tmp_path):
-    seen = watch(tmp_path, max_loss_spike=3.0)
+def test_loss_spike_ends_the_run_once_there_is_an_average(tmp_path):
+    monitor = make_monitor(tmp_path, max_loss_spike=3.0)
     for step in range(LOSS_WINDOW):
-        seen.judge(step, figures(9.0 if step == 1 else 1.0))  # too early to tell
-    seen.judge(LOSS_WINDOW, figures(3.0))
+        monitor.judge(step, figures(9.0 if step == 1 else 1.0))  # no average yet
+    monitor.judge(LOSS_WINDOW, figures(3.0))
     with pytest.raises(
         RunError, match=r"loss 9 at step 51 is above max_loss_spike=3 times its average of 1\.1"
     ):
-        seen.judge(LOSS_WINDOW + 1, figures(9.0))
+        monitor.judge(LOSS_WINDOW + 1, figures(9.0))
     found = json.loads((tmp_path / BAD_BATCH_FILE).read_text())
     assert found["figures"]["average_loss"] == pytest.approx(1.2, abs=0.1) and found["examples"] == [0, 1, 2]
 
 
-def test_a_bad_update_ends_the_run_and_is_told_of(tmp_path):
-    seen, metrics = watch(tmp_path / "absent"), figures()
-    seen.judge(1, metrics)
+def test_bad_update_ends_the_run_with_a_message(tmp_path):
+    monitor, metrics = make_monitor(tmp_path / "absent"), figures()
+    monitor.judge(1, metrics)
     assert metrics == {}  # taken out: the recorder has no use for them
-    seen.judge(2, {})
+    monitor.judge(2, {})
     with pytest.raises(RunError, match=r"at step 3:.*could not be written to .*absent"):
-        seen.judge(3, figures(np.nan))
+        monitor.judge(3, figures(np.nan))
     with pytest.raises(RunError, match=r"loss is inf at step 2:.*examples are not recorded"):
-        watch().judge(2, figures(np.inf))
+        make_monitor().judge(2, figures(np.inf))
 
 
 def test_figures_of_several_steps_merge():
@@ -320,23 +323,23 @@ def test_figures_of_several_steps_merge():
         ({"max_loss_spike": 2.0, "guard": "off"}, "max_loss_spike needs the guard"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(fields, message):
+def test_invalid_guard_settings_are_rejected(fields, message):
     with pytest.raises(InputError, match=message):
         change(**fields)
 
 
-def test_the_policy_is_part_of_a_runs_identity_and_a_spike_is_not(tmp_path):
+def test_policy_is_part_of_the_config_hash_and_max_loss_spike_is_not(tmp_path):
     """What a run computes from a bad batch on depends on it; ending early changes no number."""
     stop = change()
     assert len({config_hash(change(guard=policy)) for policy in ("stop", "skip", "off")}) == 3
     assert config_hash(change(max_loss_spike=2.0)) == config_hash(stop)
     RunFolder(tmp_path).acquire("tiny", stop, {})
-    RunFolder(tmp_path).acquire("tiny", change(guard="skip"), {})  # goes on: nothing has been skipped so far
+    RunFolder(tmp_path).acquire("tiny", change(guard="skip"), {})  # allowed: nothing has been skipped so far
     with pytest.raises(InputError, match="guard is 'skip' there and 'stop' here"):
         RunFolder(tmp_path).acquire("tiny", stop, {})
 
 
-def test_a_label_that_only_the_step_can_see_passes_the_host_check(mesh1):
+def test_label_that_only_the_step_sees_passes_the_host_check(mesh1):
     """What the check inside the step is for: the raw labels are in range, and checked."""
     assemble(change(augment=(Spoil(3, label=9),)), mesh1)
     fields = dict(split(20, 0).fields) | {"label": np.full(20, 9, np.int32)}

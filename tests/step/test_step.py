@@ -42,13 +42,13 @@ def image_batch(n: int = 8) -> dict[str, jax.Array]:
     return {"image": jnp.array(image), "label": jnp.array(RNG.integers(0, 3, n), jnp.int32)}
 
 
-def test_the_docstring_holds_the_example_that_the_doctests_run() -> None:
+def test_docstring_has_the_doctest_example() -> None:
     [example] = [test for test in doctest.DocTestFinder().find(factories) if test.name == factories.__name__]
     source = "".join(line.source for line in example.examples)
     assert "make_train_step(" in source and "Experiment" not in source and "jaxtrain.train.loop" not in source
 
 
-def test_one_step_of_sgd_is_the_formula() -> None:
+def test_one_sgd_step_matches_the_formula() -> None:
     batch, tx = line_batch(), optax.sgd(0.1)
     state = make_init(LINE, tx)(KEY, batch)
     after, metrics = make_train_step(LINE, MSE(), tx)(state, batch, KEY)
@@ -59,7 +59,7 @@ def test_one_step_of_sgd_is_the_formula() -> None:
     assert metrics["loss"].compute() == pytest.approx(np.mean((x @ w - y) ** 2), rel=1e-5)
 
 
-def test_gradient_is_that_of_finite_differences() -> None:
+def test_gradient_matches_finite_differences() -> None:
     with jax.enable_x64(True):
         model, loss, tx = MLP(widths=(3,), classes=2, activation="tanh"), CrossEntropy(0.1), optax.sgd(1.0)
         batch = {"image": jnp.array(RNG.normal(size=(4, 2))), "label": jnp.array([0, 1, 1, 0])}
@@ -90,7 +90,7 @@ def test_step_is_pure_and_compiles_once() -> None:
     assert train._cache_size() == 1
 
 
-def test_step_number_grows_and_folds_into_the_key() -> None:
+def test_step_increments_and_folds_into_the_key() -> None:
     drawn = []
 
     def prepare(batch: Any, key: Any) -> Any:
@@ -112,7 +112,7 @@ def test_step_number_grows_and_folds_into_the_key() -> None:
     assert train(start, batch, jax.random.key(0))[1]["drawn"].compute() != drawn[0]
 
 
-def test_model_and_prepare_get_keys_of_their_own() -> None:
+def test_model_and_prepare_get_different_keys() -> None:
     seen: dict[str, Any] = {}
 
     def prepare(batch: Any, key: Any) -> Any:
@@ -144,7 +144,7 @@ BAD_LOSSES = {
 
 @pytest.mark.parametrize("kind", ["train", "eval"])
 @pytest.mark.parametrize("name", BAD_LOSSES)
-def test_loss_that_cannot_be_used_is_refused_while_tracing(name: str, kind: str) -> None:
+def test_invalid_loss_is_rejected_while_tracing(name: str, kind: str) -> None:
     loss, message = BAD_LOSSES[name]
     batch, tx = line_batch(), optax.sgd(0.1)
     state = make_init(LINE, tx)(KEY, batch)
@@ -153,7 +153,7 @@ def test_loss_that_cannot_be_used_is_refused_while_tracing(name: str, kind: str)
         jax.eval_shape(made, *((state, batch, KEY) if kind == "train" else (state, batch)))
 
 
-def test_loss_without_metrics_is_reported_all_the_same() -> None:
+def test_loss_is_reported_without_other_metrics() -> None:
     batch, tx = line_batch(), optax.sgd(0.1)
     state = make_init(LINE, tx)(KEY, batch)
     loss = lambda outputs, batch: (jnp.mean((outputs - batch["target"]) ** 2), {})  # noqa: E731
@@ -164,7 +164,7 @@ def test_loss_without_metrics_is_reported_all_the_same() -> None:
     )
 
 
-def test_after_functions_run_in_order_on_the_updated_state() -> None:
+def test_post_update_functions_run_in_order_on_the_updated_state() -> None:
     class Noted:
         def init(self, state: State) -> State:
             return state.replace(extra={**state.extra, "seen": jnp.zeros(3)})
@@ -200,7 +200,7 @@ def test_data_init_sees_the_prepared_batch_before_the_optimizer_does() -> None:
     np.testing.assert_array_equal(state.extra["ema"]["params"]["w"], state.params["w"])
 
 
-def test_ema_follows_the_training_and_is_what_evaluation_uses() -> None:
+def test_evaluation_uses_the_ema() -> None:
     batch, tx, ema = line_batch(), optax.sgd(0.1), EMA(0.5)
     state = make_init(LINE, tx, post_update=(ema,))(KEY, batch)
     train = jax.jit(make_train_step(LINE, MSE(), tx, post_update=(ema,)))
@@ -215,7 +215,7 @@ def test_ema_follows_the_training_and_is_what_evaluation_uses() -> None:
     )
 
 
-def test_a_step_of_another_factory_has_the_same_signature() -> None:
+def test_custom_step_factory_has_the_same_signature() -> None:
     """Signs instead of gradients, as a user would write it around the library's own step."""
 
     def factory(model: Any, loss_fn: Any, tx: Any, prepare: Any = factories.identity, after: Any = ()) -> Any:
@@ -229,18 +229,18 @@ def test_a_step_of_another_factory_has_the_same_signature() -> None:
     np.testing.assert_allclose(np.abs(after.params["w"] - state.params["w"]), 0.25, rtol=1e-6)
 
 
-def test_eight_devices_take_the_step_of_one(mesh1: Any, mesh8: Any) -> None:
+def test_eight_devices_take_the_same_step_as_one(mesh1: Any, mesh8: Any) -> None:
     model = CNN(widths=(4,), classes=3)
     tx, prepare = optax.sgd(0.1, momentum=0.9), compose(Flip())
     batch = jax.device_get(image_batch(32))
     state = jax.device_get(jax.jit(make_init(model, tx, prepare))(KEY, batch))
 
     def on(mesh: Any) -> Any:
-        whole = sharding.replicated(mesh)
+        replicated = sharding.replicated(mesh)
         train = sharding.compile(
             make_train_step(model, CrossEntropy(0.1), tx, prepare),
-            args=(whole, sharding.batch_split(mesh), whole),
-            out=whole,
+            args=(replicated, sharding.batch_split(mesh), replicated),
+            out=replicated,
         )
         after, metrics = train(state, batch, KEY)
         return jax.device_get((after, metrics))
@@ -267,10 +267,10 @@ def test_evaluation_changes_nothing_and_merges_over_padded_batches() -> None:
         mask = jnp.arange(8) < len(rows)
         return evaluate(state, {**{k: v[padded] for k, v in batch.items()}, "mask": mask})
 
-    whole, parts = part([0, 1, 2, 3, 4, 5]), (part([0, 1, 2, 3]), part([4, 5]))
+    full, parts = part([0, 1, 2, 3, 4, 5]), (part([0, 1, 2, 3]), part([4, 5]))
     chex.assert_trees_all_equal(jax.device_get(state), before)
-    merged = {name: parts[0][name].merge(parts[1][name]) for name in whole}
-    assert merged["accuracy"].compute() == whole["accuracy"].compute()
-    assert merged["loss"].compute() == pytest.approx(whole["loss"].compute(), rel=1e-5)
-    np.testing.assert_array_equal(merged["confusion"].counts, whole["confusion"].counts)
-    assert whole["confusion"].counts.sum() == 6
+    merged = {name: parts[0][name].merge(parts[1][name]) for name in full}
+    assert merged["accuracy"].compute() == full["accuracy"].compute()
+    assert merged["loss"].compute() == pytest.approx(full["loss"].compute(), rel=1e-5)
+    np.testing.assert_array_equal(merged["confusion"].counts, full["confusion"].counts)
+    assert full["confusion"].counts.sum() == 6

@@ -48,7 +48,7 @@ def records(folder):
 def spans(program, start=0):
     found, step = [], start
     while step < program.steps:
-        step += program.dispatched(step)
+        step += program.cadence.updates_per_call(step)
         found.append(step)
     return found
 
@@ -59,7 +59,7 @@ def test_evaluations_and_checkpoints_stay_where_they_are(mesh1):
     ends = spans(several)
     assert ends[:7] == [4, 5, 6, 7, 11, 12, 13]  # saved after 7, evaluated after 13
     for step in range(1, 51):
-        if alone.saves(step) or alone.evaluates(step):
+        if alone.cadence.saves_after(step) or alone.cadence.evaluates_after(step):
             assert step in ends
     assert any(b - a == 4 for a, b in itertools.pairwise(ends))
     for start in ends:  # a run resumed from one of these has the same dispatches
@@ -110,7 +110,7 @@ def test_stop_and_resume_is_bitwise_the_straight_run(tmp_path, monkeypatch, mesh
 
 def test_a_bad_update_among_several_is_the_one_that_is_named(tmp_path, mesh1):
     exp = change(steps_per_execution=6, eval_every=None, epochs=1)
-    bad = int(assemble(exp, mesh1).examples(9)[3])  # the third update of the second dispatch
+    bad = int(assemble(exp, mesh1).example_ids(9)[3])  # the third update of the second dispatch
     exp = change(exp, augment=(Spoil(bad),))
     with pytest.raises(RunError, match="at step 9"):
         fit(assemble(exp, mesh1), tmp_path / "stop", Plain())
@@ -170,7 +170,7 @@ def test_what_is_measured_leaves_no_trace_in_the_run(monkeypatch, tmp_path, mesh
     program = assemble(change(steps_per_execution="auto"), mesh1)
     choice = choose(program)
     assert choice.count in (1, 12) and set(choice.seconds) >= {1}
-    fit(dataclasses.replace(program, steps_per_execution=1), tmp_path / "after", Plain())
+    fit(program.with_cadence(steps_per_execution=1), tmp_path / "after", Plain())
     fit(assemble(MLP, mesh1), tmp_path / "fresh", Plain())
     assert records(tmp_path / "after") == records(tmp_path / "fresh")
 

@@ -20,7 +20,7 @@ from jaxtrain.core.signals import Request
 from jaxtrain.experiment import Experiment, find
 from jaxtrain.experiment.overrides import override
 from jaxtrain.monitor.console import Plain
-from jaxtrain.program import Program, assemble
+from jaxtrain.program import Cadence, assemble
 from jaxtrain.step import guard
 from jaxtrain.train import environment, loop
 
@@ -128,10 +128,10 @@ class Nans:
         return {**batch, "image": jax.numpy.full(batch["image"].shape, jax.numpy.nan)}
 
 
-class Unsaved(Program):
-    """A program that is never saved."""
+class NoSaves(Cadence):
+    """Never saves."""
 
-    def saves(self, step: int) -> bool:
+    def saves_after(self, step: int) -> bool:
         return False
 
 
@@ -157,7 +157,7 @@ def test_the_loop_reads_nothing_from_the_device(tmp_path, policy, steps_per_exec
     pytest.importorskip("tensorboardX")
     exp = dataclasses.replace(DIGITS, guard=policy, steps_per_execution=steps_per_execution)
     program = assemble(exp, sharding.make_mesh(jax.devices()[:1]))
-    program = Unsaved(**{f.name: getattr(program, f.name) for f in dataclasses.fields(program)})
+    program = dataclasses.replace(program, cadence=NoSaves(**vars(program.cadence)))
     console = Plain()
     with (
         checkpoint.open(tmp_path) as saved,

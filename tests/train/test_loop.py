@@ -86,11 +86,11 @@ def test_metrics_file_of_a_resumed_run_has_each_step_once(tmp_path, console, mon
 
 
 def test_evaluations_and_saves_come_as_epochs_are_completed(mesh1):
-    program = assemble(change(epochs=3, eval_every=1, save_every=0.5), mesh1)  # 12.5 steps an epoch
-    assert [s for s in range(1, 39) if program.evaluates(s)] == [13, 25]  # the last is the final one
-    assert [s for s in range(1, 39) if program.saves(s)] == [7, 13, 19, 25, 32, 38]
-    often = assemble(change(eval_every=0.01), mesh1)
-    assert all(often.evaluates(s) for s in range(1, 13))
+    cadence = assemble(change(epochs=3, eval_every=1, save_every=0.5), mesh1).cadence  # 12.5 steps an epoch
+    assert [s for s in range(1, 39) if cadence.evaluates_after(s)] == [13, 25]  # the last is the final one
+    assert [s for s in range(1, 39) if cadence.saves_after(s)] == [7, 13, 19, 25, 32, 38]
+    often = assemble(change(eval_every=0.01), mesh1).cadence
+    assert all(often.evaluates_after(s) for s in range(1, 13))
 
 
 def test_records_hold_epoch_and_learning_rate(tmp_path, console, mesh1):
@@ -311,7 +311,7 @@ def test_post_update_stages_are_built_for_the_runs_length(mesh1):
         ),
         (
             {"select": "acuracy", "holdout": 40},
-            "select=acuracy is no metric of this loss: it gives accuracy, loss",
+            "select=acuracy is not a metric of this loss, which reports accuracy, loss",
         ),
         ({"model": models.CNN(widths=(8, 8, 8, 8), classes=4)}, "is too small"),
         ({"model": models.CNN(widths=(8,), classes=3)}, "train: label 3 of example"),

@@ -1,6 +1,6 @@
 """The parts of ``scripts/gpu_check.py`` that check and measure on the GPU, each within its time.
 
-A part gives ``results`` (lines of ``benchmarks.common.result``, with goals) and ``figures``, or raises
+A part returns ``results`` (lines of ``benchmarks.common.result``, with goals) and ``figures``, or raises
 ``Skipped`` or ``Failed``. A goal that is missed is a result. Nothing here imports JAX, which would take the
 GPU's memory from the processes that are measured.
 """
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from benchmarks.gpu_session import Failed, Session, Side, Skipped, TimedOut, missing
+from benchmarks.gpu.session import Failed, Session, Side, Skipped, TimedOut, missing
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OWN_PARTS = (
     "resume or two_runs or plan_says"  # tests of what other parts show: each takes minutes of processes
 )
@@ -63,7 +63,7 @@ def exact(session: Session) -> dict[str, Any]:
     if found["nan"]["stopped"] is None or not found["nan"]["parameters_kept"]:
         raise Failed(f"the guard did not stop a batch of NaN: {found['nan']}")
     for name in ("resume", "resume_8_at_once"):
-        if name not in found:  # cut, which is told
+        if name not in found:  # cut off, which is reported
             continue
         one = found[name]
         if not one["stopped"] or not 0 < one["resumed_from"] < one["steps"]:
@@ -95,7 +95,7 @@ def airbench_torch(session: Session) -> dict[str, Any]:
         raise Skipped("no CIFAR-10: give --data")
     if why := missing("torch"):
         raise Skipped(why)
-    module = "benchmarks.gpu_torch_airbench"
+    module = "benchmarks.gpu.torch_airbench"
     found = session.child(session.data, *session.tiny, module=module)
     theirs = {name: [run["seconds"] for run in runs] for name, runs in found["figures"]["runs"].items()}
     ours = session.facts.get("airbench", {})
@@ -174,9 +174,7 @@ def _in_turn(session: Session, sides: dict[str, tuple[Side, str]], most: int = 1
         timed(kind, updates[kind])
     once = time.monotonic() - began
     rounds = 2 if session.cpu else max(2, min(most, int(session.left() / 2 / once)))
-    return common.interleaved(
-        {kind: functools.partial(timed, kind, n) for kind, n in updates.items()}, rounds
-    )
+    return common.interleave({kind: functools.partial(timed, kind, n) for kind, n in updates.items()}, rounds)
 
 
 def _rates(name: str, about: dict[str, Any], times: list[float], most: float | None) -> list[dict[str, Any]]:
@@ -204,10 +202,10 @@ def resnet_batch(session: Session) -> int:
     return 8 if session.cpu else 256 if session.memory > 60 * 2**30 else 64
 
 
-def measured(
+def child_part(
     name: str, *more: Callable[[Session], Any], needs: tuple[str, ...] = ()
 ) -> Callable[[Session], Any]:
-    """The part that is a function of ``benchmarks.gpu_child``."""
+    """The part that is a function of ``benchmarks.gpu.child``."""
 
     def part(session: Session) -> dict[str, Any]:
         if why := missing(*needs):

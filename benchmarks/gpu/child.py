@@ -1,6 +1,6 @@
-"""The pieces of ``scripts/gpu_check.py`` that need JAX, each run in a process of its own.
+"""The pieces of ``scripts/gpu_check.py`` that need JAX, each run in a separate process.
 
-python -m benchmarks.gpu_child NAME [ARGS] [--tiny]      prints a line of JSON, or several that grow
+python -m benchmarks.gpu.child NAME [ARGS] [--tiny]      prints a line of JSON, or several of growing length
 """
 
 from __future__ import annotations
@@ -97,15 +97,15 @@ def compare(one: str, other: str) -> dict[str, Any]:
     return {"arrays": len(states[0]), "different": different}
 
 
-def measured(module: str, function: str) -> Callable[..., Iterator[dict[str, Any]]]:
+def from_module(module: str, function: str) -> Callable[..., Iterator[dict[str, Any]]]:
     """A function of another module that yields its figures; ``--tiny`` as its last argument is for a CPU."""
 
     def run(*args: str) -> Iterator[dict[str, Any]]:
         import importlib
 
-        given = [word for word in args if word != "--tiny"]
+        words = [word for word in args if word != "--tiny"]
         work = getattr(importlib.import_module(f"benchmarks.{module}"), function)
-        yield from work(*given, tiny="--tiny" in args)
+        yield from work(*words, tiny="--tiny" in args)
 
     return run
 
@@ -114,13 +114,13 @@ FUNCTIONS: dict[str, Callable[..., dict[str, Any] | Iterator[dict[str, Any]]]] =
     "device": device,
     "first_step": first_step,
     "compare": compare,
-    "exact": measured("gpu_exact", "exact"),
-    "peak": measured("gpu_measure", "peaks"),
-    "attention": measured("gpu_measure", "attentions"),
-    "scan": measured("gpu_measure", "scans"),
-    "feeding": measured("gpu_measure", "feeding"),
-    "saving": measured("gpu_measure", "saving"),
-    "airbench": measured("gpu_airbench", "airbench"),
+    "exact": from_module("gpu.exact", "exact"),
+    "peak": from_module("gpu.measure", "peaks"),
+    "attention": from_module("gpu.measure", "attentions"),
+    "scan": from_module("gpu.measure", "scans"),
+    "feeding": from_module("gpu.measure", "feeding"),
+    "saving": from_module("gpu.measure", "saving"),
+    "airbench": from_module("gpu.airbench", "airbench"),
 }
 
 

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_session import Failed, Session, Skipped, missing
+from benchmarks.gpu.session import Failed, Session, Skipped, missing
 
 
 def resume_digits(session: Session) -> dict[str, Any]:
-    """Stopped by SIGTERM, ``digits_cnn`` goes on to the same bits."""
+    """Stopped by SIGTERM, ``digits_cnn`` resumes to the same bits."""
     _need("sklearn", "tensorboardX")
     settings = {"epochs": 6 if session.cpu else 200, "log_every": 5, "eval_every": "None"}
     return _resume(session, "digits_cnn", settings, signal.SIGTERM)
@@ -44,7 +44,7 @@ def first_step(session: Session) -> dict[str, Any]:
 
 
 def resume_cifar(session: Session) -> dict[str, Any]:
-    """Killed after a checkpoint, ``cifar_cnn`` goes on from there to the same bits."""
+    """Killed after a checkpoint, ``cifar_cnn`` resumes from it to the same bits."""
     _need_data(session)
     length = {"epochs": 0.08, "save_every": 0.02} if session.cpu else {"epochs": 4, "save_every": 0.5}
     return _resume(session, "cifar_cnn", {**length, "eval_every": "None"}, signal.SIGKILL)
@@ -129,7 +129,7 @@ def _need_data(session: Session) -> None:
 
 
 def _resume(session: Session, name: str, settings: dict[str, Any], signum: signal.Signals) -> dict[str, Any]:
-    """The same command straight through, and stopped and given again: are all arrays bitwise equal?"""
+    """Compare a run straight through with one that is stopped and resumed: are all arrays bitwise equal?"""
     straight, broken = f"{name}-straight", f"{name}-broken"
     session.run(*session.train(name, straight, settings), "--deterministic")
     process = session.start(*session.train(name, broken, settings), "--deterministic")

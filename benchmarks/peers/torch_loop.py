@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks import torch_peers
+from benchmarks.peers import torch_networks
 
 
 class LeNet(nn.Module):
@@ -132,7 +132,7 @@ class Loop:
     Args:
       case: "lenet", "cifar_cnn", "mlp" or "gpt".
       exp: the experiment, for its data and its optimizer's settings.
-      params: of the Linen network, to begin with.
+      params: initial parameters, of the Linen network.
       compiled: by ``torch.compile``.
       channels_last: memory format of network and images.
     """
@@ -207,7 +207,7 @@ def _network(case: str, exp: Any) -> Any:
         return MLP(int(np.prod(exp.train.fields["image"].shape[1:])), exp.model.widths)
     if case == "gpt":
         return GPT(exp.model.vocab, exp.model.width, exp.model.depth, exp.model.heads)
-    return torch_peers.CNN(exp.model.widths, exp.model.convs, exp.model.classes)
+    return torch_networks.CNN(exp.model.widths, exp.model.convs, exp.model.classes)
 
 
 def _rotate(x: torch.Tensor, base: float = 10_000.0) -> torch.Tensor:

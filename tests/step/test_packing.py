@@ -21,7 +21,7 @@ def same(found, wanted):
     jax.tree.map(np.testing.assert_array_equal, dict(found), jax.device_get(wanted))
 
 
-def test_what_is_packed_comes_back():
+def test_metrics_survive_packing():
     found = jax.jit(lambda x: PackedMetrics.of(metrics(x)))(jnp.float32(5))
     assert sorted(str(v.dtype) for v in found.vectors) == ["bfloat16", "float32", "int32"] and len(found) == 3
     (row,) = found.rows()
@@ -30,7 +30,7 @@ def test_what_is_packed_comes_back():
     assert {leaf.dtype for leaf in jax.tree.leaves(row)} == {np.dtype("float64"), np.dtype("int64")}
 
 
-def test_of_several_updates_each_comes_back():
+def test_metrics_of_several_updates_survive_packing():
     steps = jax.jit(lambda xs: jax.lax.scan(pack_metrics(lambda state, x: (state, metrics(x))), 0, xs))
     _, found = steps(jnp.array([1.0, 2.0]))
     for row, x in zip(found.rows(), (1, 2), strict=True):
@@ -38,7 +38,7 @@ def test_of_several_updates_each_comes_back():
     assert found["all"].counts.shape == (2, 2, 2)
 
 
-def test_sums_do_not_end_where_the_device_types_do():
+def test_host_sums_exceed_the_device_dtypes():
     large = {
         "seen": Mean(jnp.float32(2**24), jnp.float32(2**24)),
         "n": ConfusionMatrix(jnp.full((1, 1), 2**31 - 1)),
@@ -52,13 +52,12 @@ def test_sums_do_not_end_where_the_device_types_do():
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_no_metrics_at_all(number):
+def test_empty_metrics(number):
     """There is still something to wait for, and as many updates as there were."""
     _, found = jax.lax.scan(pack_metrics(lambda state, x: (state, {})), 0, jnp.zeros(number))
     assert found.rows() == [{}] * number and len(found) == 0
 
 
-def test_shapes_stand_for_metrics():
+def test_traced_metrics_have_their_names():
     found = jax.eval_shape(lambda x: PackedMetrics.of(metrics(x)), jnp.float32(1))
-    assert found["all"].counts.shape == (2, 2) and found["half"].total.dtype == jnp.bfloat16
-    assert "loss" in found and "other" not in found
+    assert list(found) == ["all", "half", "loss"]

@@ -55,7 +55,7 @@ class Loop:
     Args:
       case: "lenet...", "cifar_cnn" or "mlp".
       exp: the experiment, for its data and its optimizer's settings.
-      params: of the Linen network, to begin with.
+      params: initial parameters, of the Linen network.
     """
 
     def __init__(self, case: str, exp: Any, params: Mapping[str, Any]) -> None:
@@ -64,7 +64,7 @@ class Loop:
         self._model = self._begin(case, params)
 
     def steps(self, count: int) -> None:
-        """``count`` updates, finished: ``fit`` gives its figures as numbers of the host."""
+        """Run ``count`` updates to the end: ``fit`` returns its figures on the host."""
         n = count * self._exp.batch
         self._model.fit(
             self._image[:n], self._label[:n], batch_size=self._exp.batch, epochs=1, verbose=0, shuffle=True
@@ -76,8 +76,8 @@ class Loop:
         found = []
         for _ in range(count):
             model.reset_metrics()  # Keras reports the mean since then
-            told = model.train_on_batch(self._image[:n], self._label[:n], return_dict=True)
-            found.append(float(told["loss"]))
+            logs = model.train_on_batch(self._image[:n], self._label[:n], return_dict=True)
+            found.append(float(logs["loss"]))
         return found
 
     def _begin(self, case: str, params: Mapping[str, Any]) -> Any:

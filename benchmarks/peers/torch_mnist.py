@@ -1,6 +1,6 @@
 """The program of ``mnist_dropout_cnn`` in PyTorch, for an accuracy to hold ours against.
 
-python -m benchmarks.torch_mnist [--seeds 0 1 2] [--epochs 10] [--out FILE]
+python -m benchmarks.peers.torch_mnist [--seeds 0 1 2] [--epochs 10] [--out FILE]
 
 The same network, data, optimizer, batch and epochs, with PyTorch's own initialisation and order. Needs MNIST
 prepared (``python -m jaxtrain prepare mnist``) and ``pip install torch``.
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE")
     args = parser.parse_args()
     record: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.torch_mnist", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks.peers.torch_mnist", *sys.argv[1:]]),
         **environment(),
         "runs": [],
     }

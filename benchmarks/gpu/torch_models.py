@@ -1,4 +1,4 @@
-"""GPT-2 small and ResNet-50 in PyTorch, for a GPU: the arithmetic of ``benchmarks.gpu_workloads``.
+"""GPT-2 small and ResNet-50 in PyTorch, for a GPU: the arithmetic of ``benchmarks.gpu.workloads``.
 
 Parameters in float32 and computation in bfloat16 by autocast, ``torch.compile``, fused optimizers, ResNet in
 channels_last, data on the device: what PyTorch's own guides recommend. Imported only where torch is there.

@@ -1,4 +1,4 @@
-"""Fifteen kinds of input that cannot work: one line, its exit code, and nothing left behind or lost."""
+"""Bad input of every kind: one line, its exit code, and no file changed or left behind."""
 
 from __future__ import annotations
 
@@ -246,15 +246,15 @@ CASES = {
         "change(data.Arrays(fields(32, 3)), model=TINY.model)",
     ),
     "a source that gives one image": Case(
-        ("field 'image' has shape [32, 32, 3] for 2 examples: OneImage.gather must give", "np.stack"),
+        ("field 'image' has shape [32, 32, 3] for 2 examples: OneImage.gather must return", "np.stack"),
         "change(OneImage(fields(32, 32, 3)), model=TINY.model)",
     ),
     "text among the fields": Case(
-        ("train: field 'name' is <U1, which is no number", "leave it out"),
+        ("train: field 'name' has dtype <U1, which is not numeric", "leave the field out"),
         "change(data.Arrays({**fields(8, 8, 1), 'name': np.array(['a'] * 48)}))",
     ),
     "numbers that 32 bits do not hold": Case(
-        ("train: field 'user' holds 1099511627823, and JAX keeps int64 as int32", "smaller numbers"),
+        ("train: field 'user' contains 1099511627823, and JAX stores int64 as int32", "smaller numbers"),
         "change(data.Arrays({**fields(8, 8, 1), 'user': np.arange(48) + 2**40}))",
     ),
     "checkpoint of a newer format": Case(
@@ -287,7 +287,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_line_its_exit_code_and_nothing_left_or_lost(
+def test_bad_input_prints_one_line_and_leaves_nothing_behind(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = CASES[name]
@@ -312,7 +312,7 @@ def test_one_line_its_exit_code_and_nothing_left_or_lost(
         assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
-def test_a_batch_with_nan_is_told_by_field_and_example() -> None:
+def test_nan_is_reported_by_field_and_example() -> None:
     case = CASES["NaN later in a stream"]
     assert run.main(["--experiment", own(case.experiment), *case.flags]) == 3
     folder = next(Path("runs").glob("*/*"))
@@ -337,16 +337,19 @@ def assembled(mesh1: Mesh) -> Iterator[Callable[..., assembly.Program]]:
         program.close()
 
 
-def test_nan_that_is_filled_or_meant_to_be_skipped_is_no_error(assembled) -> None:
+def test_filled_or_skipped_nan_is_no_error(assembled) -> None:
     gaps = "change(data.Arrays(fields(8, 8, 1, nan=31))"
     assert assembled(f"{gaps}, preprocess=(Fill(),))").notes == ()
     (note, *_) = assembled(f"{gaps}, guard='skip')").notes
-    assert note.startswith("train: field 'image' of example 31 holds NaN") and "(guard=skip goes on" in note
+    assert (
+        note.startswith("train: field 'image' of example 31 holds NaN")
+        and "(guard=skip trains all the same)" in note
+    )
     assembled("change(Stream(fields(8, 8, 1, nan=slice(None))), placement='stream', guard='skip')")
 
 
-def test_values_are_looked_at_in_parts_that_fit(monkeypatch) -> None:
-    monkeypatch.setattr(check_values, "AT_ONCE", 10)
+def test_values_are_checked_in_chunks(monkeypatch) -> None:
+    monkeypatch.setattr(check_values, "CHUNK", 10)
     x = np.zeros((100, 3), np.float64)
     x[[7, 99], [2, 0]] = np.inf, np.nan
     found = check_values.not_finite(
@@ -355,8 +358,8 @@ def test_values_are_looked_at_in_parts_that_fit(monkeypatch) -> None:
     assert found["x"].tolist() == [7, 99] and len(found["half"]) == 100 and found.keys() == {"x", "half"}
 
 
-def test_what_a_stage_made_of_a_label_is_told_by_field_example_and_value(assembled) -> None:
-    """By the stages as the step itself draws them: the same examples as the compiled step spoils."""
+def test_label_broken_by_a_stage_is_reported_by_field_example_and_value(assembled) -> None:
+    """The stages run with the step's own keys, so they spoil the same examples as in the compiled step."""
 
     def spoil(batch, key):
         hit = jax.random.bernoulli(key, 0.3, batch["label"].shape) if key is not None else False
@@ -368,7 +371,7 @@ def test_what_a_stage_made_of_a_label_is_told_by_field_example_and_value(assembl
     _, metrics = program.train_step(state, program.train.batch(1), program.key)
     assert metrics["guard"].figures()["labels_out_of_range"] == len(found.examples) > 0
     labels = program.experiment.train.gather(found.examples)["label"]
-    assert set(found.examples) <= set(program.examples(2)) and (labels < 4).all()
+    assert set(found.examples) <= set(program.example_ids(2)) and (labels < 4).all()
     values = ", ".join(map(str, sorted(set(labels + 40))))
     assert f"is {values}, no class of 0..3, after augment and preprocess, and not in" in found.text
     assert bad_examples.locate(assembled("change()"), 2) == []
@@ -383,7 +386,7 @@ def test_what_a_stage_made_of_a_label_is_told_by_field_example_and_value(assembl
         ("placement='stream', batch=8", 500, "needs 5 such devices or more"),
     ],
 )
-def test_what_cannot_fit_is_told_with_what_would(assembled, changes, limit, fix, monkeypatch) -> None:
+def test_check_memory_suggests_settings_that_fit(assembled, changes, limit, fix, monkeypatch) -> None:
     program = assembled(f"change({changes})")
     monkeypatch.setattr(capacity, "limit_of", lambda mesh: Limit(limit, ""))
     with pytest.raises(InputError, match=fix):
@@ -394,7 +397,7 @@ def test_what_cannot_fit_is_told_with_what_would(assembled, changes, limit, fix,
         capacity.check_memory(assembled(f"change({changes})", **changed))
 
 
-def test_the_state_of_several_devices_may_be_split(mesh8, monkeypatch) -> None:
+def test_check_memory_suggests_fsdp(mesh8, monkeypatch) -> None:
     experiment, _ = find(own("change(placement='stream', batch=8)")).load()
     program = assembly.assemble(experiment, mesh8)
     monkeypatch.setattr(capacity, "limit_of", lambda mesh: Limit(2000, ""))
@@ -418,7 +421,7 @@ def test_advice_for_less_memory_divides(assembled, batch, accumulate, advice) ->
     assert capacity.smaller_settings(program) == advice
 
 
-def test_one_checkpoint_beside_one_that_is_there(assembled, monkeypatch) -> None:
+def test_disk_check_counts_an_existing_checkpoint(assembled, monkeypatch) -> None:
     program = assembled("change()")
     size = checkpoint.space(program.init())
     assert size > sum(leaf.nbytes for leaf in jax.tree.leaves(program.init()))
@@ -452,7 +455,7 @@ def test_one_checkpoint_beside_one_that_is_there(assembled, monkeypatch) -> None
         (np.full((4, 50), 3000.0), (), None),  # "image" of no picture
     ],
 )
-def test_notes_on_images_that_may_be_meant(image, preprocess, words) -> None:
+def test_suspicious_images_are_noted(image, preprocess, words) -> None:
     experiment, _ = find(own("change()")).load()
     experiment = dataclasses.replace(experiment, preprocess=preprocess)
     found = check_values.image_notes(experiment, Arrays({"image": image}))
@@ -460,7 +463,7 @@ def test_notes_on_images_that_may_be_meant(image, preprocess, words) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 12])
-def test_images_of_any_channels_are_taken_by_the_shipped_models(channels) -> None:
+def test_shipped_models_accept_any_number_of_channels(channels) -> None:
     check_image(np.zeros((2, 16, 16, channels)), 2, "CNN")
     with pytest.raises(InputError, match="NCHW"):
         check_image(np.zeros((2, 3, 16, 16)), 2, "CNN")
@@ -481,7 +484,7 @@ def nobody() -> Iterator[Path]:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
 @pytest.mark.parametrize("place", ["r", "closed/r", "closed"])
-def test_a_folder_of_somebody_else_is_refused_at_once(place, nobody, capsys) -> None:
+def test_folder_without_permission_is_rejected_at_once(place, nobody, capsys) -> None:
     code = run.main(["--experiment", str(ROOT / "tests" / "tiny.py"), "--workdir", str(nobody / place)])
     line = capsys.readouterr().err
     assert code == 2 and line.count("\n") == 1, line
@@ -494,7 +497,7 @@ def test_a_folder_of_somebody_else_is_refused_at_once(place, nobody, capsys) -> 
     assert [path.name for path in nobody.rglob("*")] == ["closed"]
 
 
-def test_a_finished_run_needs_no_folder_to_write_to(monkeypatch) -> None:
+def test_finished_run_needs_no_writable_folder(monkeypatch) -> None:
     monkeypatch.setattr(
         tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(OSError(30, "Read-only"))
     )

@@ -98,7 +98,7 @@ def mlp(tiny: bool = False) -> Experiment:
 
 
 def cifar(placement: Any, tiny: bool = False) -> Experiment:
-    """The network of ``cifar_cnn`` at batch 512 in bfloat16, its data kept on the device or streamed."""
+    """The network of ``cifar_cnn`` at batch 512 in bfloat16, its data resident or streamed."""
     return _endless(
         model=models.CNN(widths=(8, 8) if tiny else (32, 96, 192), convs=2, classes=10),
         train=_images(2048 if tiny else 50_000, (32, 32, 3)),
@@ -147,7 +147,7 @@ def _images(n: int, shape: tuple[int, ...]) -> data.Arrays:
 
 
 def _endless(*, train: data.Arrays, batch: int, **settings: Any) -> Experiment:
-    """Evaluated on a part of what it is trained on, and never as long as it goes on."""
+    """Evaluated on a part of the training set, after the last update only."""
     test = data.Arrays({name: array[:batch] for name, array in train.fields.items()})
     epochs = ENDLESS * batch / len(train)
     every = {"eval_every": None, "save_every": epochs}

@@ -1,7 +1,7 @@
 """What ``scripts/gpu_check.py`` measures in one process: products, attention, dispatch, feeding, saving.
 
-Every function yields all that it has after each figure, so that a process that is cut off has told the
-others. ``tiny`` is for trying it out on a CPU.
+Every function yields all its figures after each new one, so a process that times out has printed the others.
+``tiny`` is for trying it out on a CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common, peak_flops
-from benchmarks import gpu_workloads as workloads
+from benchmarks.gpu import workloads
 from jaxtrain import checkpoint, sharding
 from jaxtrain.core.types import State
 from jaxtrain.models.attention import attend, refusal
@@ -33,20 +33,20 @@ LAP = 0.15  # seconds of one side of a round: well above what the clock and the 
 
 
 def left() -> float:
-    """Seconds until this process is cut off; all the time there is where nobody says."""
+    """Seconds until this process times out; infinity without a limit."""
     until = os.environ.get("GPU_CHECK_UNTIL")
     return float("inf") if until is None else float(until) - time.time()
 
 
 def rounds(sides: Mapping[str, Callable[[], float]], most: int = 12) -> dict[str, list[float]]:
-    """``common.interleaved`` with as many rounds as there is time for: 2 to ``most``."""
+    """``common.interleave`` with as many rounds as there is time for: 2 to ``most``."""
     for side in sides.values():  # compiles
         side()
     began = time.perf_counter()
     for side in sides.values():
         side()
     once = time.perf_counter() - began
-    return common.interleaved(sides, max(2, min(most, int(left() / 2 / once) - 1)) if once < left() else 2)
+    return common.interleave(sides, max(2, min(most, int(left() / 2 / once) - 1)) if once < left() else 2)
 
 
 def mesh() -> Any:
@@ -55,7 +55,7 @@ def mesh() -> Any:
 
 
 def peaks(tiny: bool) -> Figures:
-    """Square matrix products in bfloat16 and float32 (TF32 where the device has it), beside the table."""
+    """Square matrix products in bfloat16 and float32 (TF32 on devices with it), against the datasheet."""
     device = jax.devices()[0]
     results: list[dict[str, Any]] = []
     figures: dict[str, Any] = {"device": device_name(device)}
@@ -133,7 +133,7 @@ class Steps:
     """Updates of a program, ``count`` at once, with the bounded queue that the loop has.
 
     Args:
-      program: what is trained; a state of its own goes on from call to call.
+      program: what is trained; its state continues from call to call.
       count: updates dispatched at once.
       fixed: give every update the first batch, which lies on the device, instead of reading on.
     """
@@ -197,7 +197,7 @@ def lap_of(steps: Steps, count: int) -> Callable[[], float]:
 
 
 def feeding(tiny: bool) -> Figures:
-    """Training fed by the real loader, over the same training given one batch again and again."""
+    """Training fed by the real loader, against the same training on one repeated batch."""
     results: list[dict[str, Any]] = []
     figures: dict[str, Any] = {}
     for placement in ("device", "stream"):
@@ -222,7 +222,7 @@ def feeding(tiny: bool) -> Figures:
 
 
 def saving(folder: str, tiny: bool) -> Figures:
-    """What blocks of an asynchronous save of about 1 GB, against copying as much and the whole save."""
+    """The blocking part of an asynchronous save of about 1 GB, against a memcpy and the entire save."""
     rows = 2**10 if tiny else 2**13
     make = jax.jit(lambda key: jax.random.normal(key, (rows, 1024)))  # 32 MB each
     arrays = {f"kernel{k}": make(key) for k, key in enumerate(jax.random.split(jax.random.key(0), 32))}
@@ -236,7 +236,7 @@ def saving(folder: str, tiny: bool) -> Figures:
         checkpoint.open(Path(where), max_to_keep=1) as saved,
     ):
         for number in itertools.count(1):
-            state = jax.block_until_ready(_moved(state))  # arrays whose values no host has kept
+            state = jax.block_until_ready(_moved(state))  # new arrays, without cached host copies
             clock = [time.perf_counter()]
             saved.save(number, state)
             clock.append(time.perf_counter())
@@ -272,12 +272,12 @@ def _copies(state: State, source: np.ndarray, target: np.ndarray) -> dict[str, f
 def _saving(times: Mapping[str, list[float]], size: int) -> dict[str, Any]:
     allowed = [1.2 * copy + 0.02 for copy in times["memcpy"]]
     fetched = [1.2 * copy + 0.02 for copy in times["device_to_host"]]
-    blocking, whole = times["blocking"], times["whole"]
+    blocking, total = times["blocking"], times["whole"]
     return {
         "results": [
             common.speedup("blocking part of a save over 1.2 × memcpy + 20 ms", blocking, allowed, "< 1.0"),
             common.speedup("blocking part of a save over 1.2 × device to host + 20 ms", blocking, fetched),
-            common.speedup("blocking part of a save over the whole save", blocking, whole, "< 0.1"),
+            common.speedup("blocking part of a save over the whole save", blocking, total, "< 0.1"),
         ],
         "figures": {"bytes": size, "ms": common.medians(times, 1e3)},
     }

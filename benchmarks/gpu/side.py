@@ -1,9 +1,9 @@
-"""One side of a comparison of ``scripts/gpu_check.py``, in a process that trains when it is told to.
+"""One side of a comparison of ``scripts/gpu_check.py``, in a process that trains on request.
 
-python -m benchmarks.gpu_side jaxtrain|torch gpt|resnet50 BATCH [--tiny]
+python -m benchmarks.gpu.side jaxtrain|torch gpt|resnet50 BATCH [--tiny]
 
-It prints what it is as one line of JSON, and after each line ``NAME UPDATES`` that it reads the seconds of an
-update. So JAX and PyTorch, whose libraries do not go well together in one process, take turns on one card.
+It describes itself in one line of JSON, and answers each line ``NAME UPDATES`` with the seconds of an update.
+So JAX and PyTorch, whose libraries conflict within one process, take turns on one card.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def jaxtrain_side(name: str, batch: int, tiny: bool) -> tuple[dict[str, Any], di
     """Ours: what it is, and its variants by name; memory is that of ``plan`` and of two updates."""
     import jax
 
-    from benchmarks import gpu_workloads as workloads
-    from benchmarks.gpu_measure import Steps, mesh
+    from benchmarks.gpu import workloads
+    from benchmarks.gpu.measure import Steps, mesh
     from jaxtrain.plan import measure
     from jaxtrain.program import assemble
     from jaxtrain.program.throughput import update_flops
@@ -55,10 +55,10 @@ def jaxtrain_side(name: str, batch: int, tiny: bool) -> tuple[dict[str, Any], di
 
 def torch_side(name: str, batch: int, tiny: bool) -> tuple[dict[str, Any], dict[str, Callable[[], Work]]]:
     """The same network under ``torch.compile``."""
-    from benchmarks import gpu_torch
+    from benchmarks.gpu import torch_models
 
     began = time.perf_counter()
-    trainer = gpu_torch.Trainer(name, batch, tiny)
+    trainer = torch_models.Trainer(name, batch, tiny)
     trainer.steps(2)
     about = {**trainer.about(), "batch": batch, "compile_seconds": time.perf_counter() - began}
     return about, {"default": lambda: trainer.steps}

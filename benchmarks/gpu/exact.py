@@ -1,4 +1,4 @@
-"""What must be exact on a GPU, in a process of its own: resuming, and stopping at NaN that a ReLU hides."""
+"""Exactness on a GPU, in a separate process: resuming bit for bit, and stopping at NaN that a ReLU hides."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import gpu_workloads as workloads
+from benchmarks.gpu import workloads
 from jaxtrain import checkpoint, models, sharding
 from jaxtrain.cli import devices
 from jaxtrain.core.errors import RunError
@@ -49,8 +49,8 @@ def small(tiny: bool, steps_per_execution: int = 1) -> Any:
     return dataclasses.replace(exp, epochs=epochs, save_every=epochs, steps_per_execution=steps_per_execution)
 
 
-def resumed(folder: Path, tiny: bool, steps_per_execution: int = 1) -> dict[str, Any]:
-    """Straight through, and stopped after update 10 and gone on with: the arrays that differ in any bit."""
+def check_resume(folder: Path, tiny: bool, steps_per_execution: int = 1) -> dict[str, Any]:
+    """Compare an uninterrupted run with one that is stopped after update 10 and resumed, bit for bit."""
     program = assemble(small(tiny, steps_per_execution), sharding.make_mesh(jax.devices()[:1]))
     loop.fit(program, folder / "straight", Plain())
     stopped = False
@@ -79,7 +79,7 @@ def _last(program: Program, folder: Path) -> Any:
         return saved.restore(newest, program.abstract_state)
 
 
-def poisoned(folder: Path, tiny: bool) -> dict[str, Any]:
+def check_nan(folder: Path, tiny: bool) -> dict[str, Any]:
     """Images of NaN into a network of ReLUs, whose loss is then finite: does the guard end the run?
 
     The parameters must be those before the bad update. Which ReLU hides NaN depends on the backend: where
@@ -90,13 +90,13 @@ def poisoned(folder: Path, tiny: bool) -> dict[str, Any]:
     program = assemble(exp, sharding.make_mesh(jax.devices()[:1]))
     state, metrics = program.train_step(program.init(), program.train.batch(0), program.key)
     before = program.init()
-    kept = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), state.params, before.params)
+    equal = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), state.params, before.params)
     found = {"figures": {k: str(v) for k, v in metrics["guard"].figures().items()}}
     try:
         loop.fit(program, folder, Plain())
     except RunError as error:
-        return {**found, "stopped": str(error), "parameters_kept": all(jax.tree.leaves(kept))}
-    return {**found, "stopped": None, "parameters_kept": all(jax.tree.leaves(kept))}
+        return {**found, "stopped": str(error), "parameters_kept": all(jax.tree.leaves(equal))}
+    return {**found, "stopped": None, "parameters_kept": all(jax.tree.leaves(equal))}
 
 
 def exact(tiny: bool) -> Iterator[dict[str, Any]]:
@@ -104,8 +104,8 @@ def exact(tiny: bool) -> Iterator[dict[str, Any]]:
     devices.set_deterministic()
     found: dict[str, Any] = {"xla_flags": os.environ.get("XLA_FLAGS", "")}
     with tempfile.TemporaryDirectory() as folder:
-        found["nan"] = poisoned(Path(folder, "nan"), tiny)
+        found["nan"] = check_nan(Path(folder, "nan"), tiny)
         yield found
         for name, count in (("resume", 1), ("resume_8_at_once", 8)):
-            found[name] = resumed(Path(folder, name), tiny, count)
+            found[name] = check_resume(Path(folder, name), tiny, count)
             yield found

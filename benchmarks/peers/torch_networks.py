@@ -95,13 +95,13 @@ class ConvNet(nn.Module):
 
 
 class Trainer:
-    """Training steps on one fixed batch, kept in the memory format asked for.
+    """Training steps on one fixed batch, in a given memory format.
 
     Args:
       params: of the Linen network.
       image: float32 ``[batch, height, width, 3]``; ``label``: ``[batch]``.
       channels_last: memory format of network and images.
-      optimizer: makes one of parameter groups; SGD with Nesterov momentum unless given.
+      optimizer: makes one of parameter groups; default: SGD with Nesterov momentum.
       compiled: by ``torch.compile``; else eager.
     """
 

@@ -1,6 +1,6 @@
 """The airbench94 recipe in PyTorch (Jordan 2024, arXiv:2404.00498), for a time on the same card as ours.
 
-python -m benchmarks.gpu_torch_airbench DIR_OR_TAR [--tiny]
+python -m benchmarks.gpu.torch_airbench DIR_OR_TAR [--tiny]
 
 Written from the recipe's description: half precision, channels_last, data on the device. The time counts
 whitening, training and the evaluation with averaged views, and leaves out loading, a warm-up and compiling.
@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.gpu_airbench import SEEDS, lines
-from benchmarks.gpu_measure import left
-from benchmarks.gpu_workloads import cifar10
+from benchmarks.gpu.airbench import SEEDS, lines
+from benchmarks.gpu.measure import left
+from benchmarks.gpu.workloads import cifar10
 
 BATCH, EPOCHS, SMOOTHING, MOMENTUM = 1024, 9.9, 0.2, 0.85
 SCALE = 1024 * (1 + 1 / (1 - MOMENTUM))
@@ -131,11 +131,11 @@ class Recipe:
         tx = torch.optim.SGD(groups, lr=RATE, momentum=MOMENTUM, nesterov=True)
         rates = torch.optim.lr_scheduler.LambdaLR(tx, self._rate)
         slow = {k: v.clone() for k, v in self._net.state_dict().items() if v.is_floating_point()}
-        epoch, flipped = len(self._image) // self._batch, mirrored(self._image)
+        epoch, flipped = len(self._image) // self._batch, mirror(self._image)
         self._net.train()
         for step in range(steps):
             if step % epoch == 0:
-                image = cropped(flipped if step // epoch % 2 == 0 else flipped.flip(-1))
+                image = crop(flipped if step // epoch % 2 == 0 else flipped.flip(-1))
                 order = torch.randperm(len(image), device=self._device)
             if step == (3 * epoch if steps == self.steps else steps - 2):  # warming up compiles both
                 self._net.whiten.bias.requires_grad_(False)
@@ -189,13 +189,13 @@ class Recipe:
             torch.cuda.synchronize()
 
 
-def mirrored(image: torch.Tensor) -> torch.Tensor:
+def mirror(image: torch.Tensor) -> torch.Tensor:
     """Half of them, by chance."""
     chance = torch.rand(len(image), device=image.device) < 0.5
     return torch.where(chance.view(-1, 1, 1, 1), image.flip(-1), image)
 
 
-def cropped(image: torch.Tensor, pad: int = 2) -> torch.Tensor:
+def crop(image: torch.Tensor, pad: int = 2) -> torch.Tensor:
     """A random window of each, of its size, out of a frame of reflections: one move at a time."""
     padded = functional.pad(image, (pad,) * 4, "reflect")
     out, side = torch.empty_like(image), image.shape[-1]
@@ -207,7 +207,7 @@ def cropped(image: torch.Tensor, pad: int = 2) -> torch.Tensor:
     return out
 
 
-def measured(folder: str, tiny: bool) -> Iterator[dict[str, Any]]:
+def measure(folder: str, tiny: bool) -> Iterator[dict[str, Any]]:
     """Eager, then compiled where there is time; all that there is after every seed."""
     sets = list(cifar10(Path(folder)))
     if tiny:
@@ -233,6 +233,6 @@ def measured(folder: str, tiny: bool) -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    given = [word for word in sys.argv[1:] if word != "--tiny"]
-    for figures in measured(given[0], "--tiny" in sys.argv):
+    words = [word for word in sys.argv[1:] if word != "--tiny"]
+    for figures in measure(words[0], "--tiny" in sys.argv):
         print(json.dumps(figures, default=float), flush=True)

@@ -1,4 +1,4 @@
-"""Training steps a second beside what people would use instead: same model, data, precision and optimizer.
+"""Training steps per second against other libraries: same model, data, precision and optimizer.
 
   jaxtrain     the loop of ``train.loop.fit`` with its records, and with ``steps_per_execution="auto"``
   hand         a loop written by hand around a step written by hand, with flax, optax and ``jax.jit``
@@ -9,7 +9,7 @@
 
 Networks: LeNet (``experiments/cifar_lenet.py``) at batch 4 and 128, the default ``cifar_cnn`` at batch 128, a
 small MLP, and a small GPT. All in float32; SGD with momentum 0.9, Adam for the GPT. Images are float32 and
-random, not augmented. All sides begin with the same parameters, and the losses of three updates on one batch
+random, not augmented. All sides start with the same parameters, and the losses of three updates on one batch
 must agree within 1e-4 before anything is timed. Peers that are not installed are left out.
 
   python -m benchmarks.peers [--cases NAME...] [--rounds N] [--out FILE]
@@ -27,8 +27,9 @@ import jax
 import numpy as np
 import optax
 
-from benchmarks import common, stock
-from benchmarks.sides import Case, Fit, Hand, experiment, lenet, unsaved
+from benchmarks import common
+from benchmarks.peers import flax_stock
+from benchmarks.sides import Case, Fit, Hand, assemble_without_saves, experiment, lenet
 from jaxtrain import data, models, optim
 from jaxtrain.core.text import first_line
 from jaxtrain.train import autotune
@@ -76,14 +77,18 @@ class Sides:
 
 def sides_of(name: str, case: Case, stack: contextlib.ExitStack) -> Sides:
     """All that is installed."""
-    exp, program = case.experiment, unsaved(case.experiment)
+    exp, program = case.experiment, assemble_without_saves(case.experiment)
     first, together = program.init(), autotune.choose(program).count
-    own = {"mlp": stock.StockMLP((64,)), "lenet": stock.StockLeNet(), "cifar": stock.StockCNN()}
+    own = {
+        "mlp": flax_stock.StockMLP((64,)),
+        "lenet": flax_stock.StockLeNet(),
+        "cifar": flax_stock.StockCNN(),
+    }
     model = own.get(name.partition("_")[0], exp.model)
     sides: dict[str, Any] = {
         "jaxtrain": Fit(program, stack, together),
         "hand": Hand(case, program),
-        "stock flax": stock.Loop(model, exp, case.tx, first),
+        "stock flax": flax_stock.Loop(model, exp, case.tx, first),
     }
     skipped, params = {}, jax.device_get(first.params)
     for peer, made in (("keras", _keras), ("torch", _torch)):
@@ -101,22 +106,22 @@ class Unmeasured(Exception):
 
 
 def _keras(case: str, exp: Any, params: Any) -> dict[str, Any]:
-    from benchmarks import keras_peer  # here: keras is optional
+    from benchmarks.peers import keras_fit  # here: keras is optional
 
     if case == "gpt":
         raise Unmeasured("Keras has no layer of rotary attention: it would be another model")
-    return {"keras": keras_peer.Loop(case, exp, params)}
+    return {"keras": keras_fit.Loop(case, exp, params)}
 
 
 def _torch(case: str, exp: Any, params: Any) -> dict[str, Any]:
-    from benchmarks import torch_loops  # here: torch is optional
+    from benchmarks.peers import torch_loop  # here: torch is optional
 
     where = "cpu" if jax.default_backend() == "cpu" else "cuda"
-    if where == "cuda" and not torch_loops.torch.cuda.is_available():
+    if where == "cuda" and not torch_loop.torch.cuda.is_available():
         raise Unmeasured("this PyTorch has no CUDA")
     return {
-        label: torch_loops.Loop(case, exp, params, compiled, last, where)
-        for label, (compiled, last) in torch_loops.variants(case).items()
+        label: torch_loop.Loop(case, exp, params, compiled, last, where)
+        for label, (compiled, last) in torch_loop.variants(case).items()
     }
 
 
@@ -151,7 +156,7 @@ def turn(label: str, side: Any, chunk: int) -> Callable[[], float]:
     return common.each(lambda: side.steps(chunk), chunk)
 
 
-def compared(name: str, times: dict[str, list[float]]) -> list[dict[str, Any]]:
+def ratios(name: str, times: dict[str, list[float]]) -> list[dict[str, Any]]:
     """jaxtrain over each kind of peer; of PyTorch's layouts the faster counts."""
     found = []
     for peer in ("hand", "stock flax", "keras", "torch eager", "torch.compile"):
@@ -177,8 +182,8 @@ def main() -> None:
             sides = sides_of(name, case, stack)
             losses = check(name, sides)
             timed = {label: turn(label, side, case.chunk) for label, side in sides.each.items()}
-            times = common.interleaved(timed, args.rounds)
-        results += compared(name, times)
+            times = common.interleave(timed, args.rounds)
+        results += ratios(name, times)
         skipped |= sides.skipped
         figures[name] = {
             "batch": case.experiment.batch,

@@ -60,7 +60,7 @@ class Session:
         return self.began + self.limit - time.monotonic()
 
     def start(self, *args: Any, **env: str) -> subprocess.Popen[str]:
-        """``python ARGS`` in the scratch folder, in a process group of its own."""
+        """``python ARGS`` in the scratch folder, in a new process group."""
         return subprocess.Popen(
             [sys.executable, *map(str, args)],
             cwd=self.scratch,
@@ -88,11 +88,11 @@ class Session:
             raise Failed(f"exit code {process.returncode} instead of {want}: {tail(output)}")
         return output
 
-    def child(self, *args: Any, module: str = "benchmarks.gpu_child", **env: str) -> dict[str, Any]:
-        """A function of ``benchmarks/gpu_child.py``: the last line of JSON that it prints.
+    def child(self, *args: Any, module: str = "benchmarks.gpu.child", **env: str) -> dict[str, Any]:
+        """A function of ``benchmarks/gpu/child.py``: the last line of JSON that it prints.
 
         A function of several figures prints all that it has after each of them, so one that is cut off
-        gives those, and why it was cut. One that prints ``skip`` raises Skipped.
+        returns those, with the reason. One that prints ``skip`` raises Skipped.
         """
         try:
             output = self.run("-m", module, *args, **env)
@@ -109,8 +109,8 @@ class Session:
         return found
 
     @contextlib.contextmanager
-    def side(self, *args: Any, module: str = "benchmarks.gpu_side", **env: str) -> Iterator[Side]:
-        """A process of ``benchmarks/gpu_side.py`` that works when it is asked to; it ends with the block."""
+    def side(self, *args: Any, module: str = "benchmarks.gpu.side", **env: str) -> Iterator[Side]:
+        """A process of ``benchmarks/gpu/side.py`` that works when it is asked to; it ends with the block."""
         process = subprocess.Popen(
             [sys.executable, "-m", module, *map(str, args)],
             cwd=self.scratch,
@@ -138,7 +138,7 @@ class Session:
 
 
 class Side:
-    """One side of a comparison in a process of its own, so that both can hold the device in turn."""
+    """One side of a comparison in a separate process, so that the sides can take turns on the device."""
 
     def __init__(self, session: Session, process: subprocess.Popen[str]) -> None:
         self._session, self._process = session, process
@@ -150,7 +150,7 @@ class Side:
     def answer(self, reserve: float = 0.0) -> dict[str, Any]:
         """The next line of JSON. Raises Failed where the process has ended, TimedOut.
 
-        ``reserve`` are seconds of the part that are kept for what comes after.
+        ``reserve`` are seconds of the part reserved for what comes after.
         """
         while True:
             try:
@@ -171,7 +171,7 @@ class Side:
         try:
             self._process.stdin.write(" ".join(map(str, words)) + "\n")
             self._process.stdin.flush()
-        except OSError:  # it has ended, and its last words tell why
+        except OSError:  # it has ended, and its last output says why
             pass
         return self.answer()
 

@@ -1,0 +1,1 @@
+"""The same training in other libraries: ``python -m benchmarks.peers`` times it."""

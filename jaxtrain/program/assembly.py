@@ -1,0 +1,226 @@
+"""Assemble an experiment on a mesh: data opened and checked, functions built; XLA compiles on first use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtrain import sharding
+from jaxtrain.core.errors import InputError
+from jaxtrain.core.types import Batch, Metrics, Model, Names, State
+from jaxtrain.data import Order, Sequential, Source, compose
+from jaxtrain.experiment import Experiment
+from jaxtrain.models import as_model, compute_in
+from jaxtrain.program import check_fields, check_values, splits, update
+from jaxtrain.program.cadence import Cadence
+from jaxtrain.program.loader import Check, Loader, Resident
+from jaxtrain.program.program import Program, Split
+from jaxtrain.step import make_eval_step, make_init, scan_steps
+from jaxtrain.step.packing import PackedMetrics, pack_metrics
+
+
+def assemble(
+    experiment: Experiment,
+    mesh: Mesh,
+    metrics_fn: Callable[[Any, Batch], Metrics] | None = None,
+) -> Program:
+    """Open the data and build the functions of ``experiment``; nothing is compiled or computed yet.
+
+    Args:
+      experiment: what to run.
+      mesh: the devices.
+      metrics_fn: ``(outputs, batch) -> metrics`` to report in evaluations, in addition to the loss's own.
+
+    Raises:
+      InputError: the data, the model, the loss and the mesh do not fit together.
+    """
+    exp, model = experiment, _compute_model(experiment)
+    eval_batch = exp.eval_batch or exp.batch
+    check_fields.check_splits(exp)
+    sharding.check_batch(exp.batch, mesh, accumulate=exp.accumulate)
+    sharding.check_batch(eval_batch, mesh, "eval_batch" if exp.eval_batch else "batch")
+    sources, replicated = splits.open_sources(exp, mesh), sharding.replicated(mesh)
+    check_fields.check_fields(sources)
+    outputs = _abstract_outputs(exp, model, sources["train"])
+    check = check_values.value_check(model, exp.loss, outputs)
+    data_notes = check_values.check_values(check, exp, sources)
+
+    order = Order(exp.seed, len(sources["train"]), exp.batch, exp.drop_remainder)
+    steps = order.steps(exp.epochs)
+    train = _loader("train", sources["train"], order, exp, mesh, check)
+    init_key, key = _init_and_step_keys(exp.seed, mesh)
+    tx, post_update = exp.optimizer.build(steps), update.build_post_update(exp, steps)
+    examples = splits.first_examples(exp, sources["train"])
+    init_fn = make_init(
+        model, tx, compose(*exp.preprocess), exp.data_init, post_update, **update.loss_scaling(exp)
+    )
+    abstract, undivided = _abstract_state(init_fn, examples, mesh, exp, model)
+    init = sharding.compile(init_fn, args=(replicated, replicated), out=_shardings(abstract))
+    model = _compute_model(exp, abstract)
+    prepare = compose(lambda batch, _: train.fetch(batch), *exp.augment, *exp.preprocess)
+    step = update.build_train_step(exp, mesh, model, tx, prepare, post_update)
+    train_step, train_steps = _compile_train_steps(
+        step, train, mesh, abstract, key, update.compiler_options(exp, mesh)
+    )
+    evals = {}
+    for name in [name for name in sources if name != "train"]:
+        rows = Sequential(len(sources[name]), eval_batch)
+        loader = _loader(name, sources[name], rows, exp, mesh, check)
+        eval_step = _compile_eval_step(exp, model, loader, mesh, abstract, metrics_fn)
+        evals[name] = Split(loader, len(rows), rows.n, eval_step)
+    loaders = {"train": train, **{name: split.loader for name, split in evals.items()}}
+    resident = {name: isinstance(loader, Resident) for name, loader in loaders.items()}
+    steps_per_epoch = order.n // order.batch if exp.drop_remainder else order.n / order.batch
+    return Program(
+        experiment=exp,
+        cadence=Cadence.of(exp, steps, steps_per_epoch, validates="valid" in evals),
+        key=key,
+        init=lambda: init(init_key, examples),
+        abstract_state=abstract,
+        train_step=train_step,
+        train_steps=train_steps,
+        train=train,
+        order=order,
+        evals=evals,
+        choices={"steps": steps, "resident": resident},
+        notes=(
+            *data_notes,
+            *check_values.image_notes(exp, sources["train"]),
+            *check_fields.mesh_notes(exp, mesh, abstract, undivided),
+        ),
+        learning_rates=update.learning_rates(exp, steps),
+        abstract_outputs=outputs,
+    )
+
+
+def abstract_state(experiment: Experiment, mesh: Mesh, example: Batch) -> State:
+    """Shapes, dtypes and shardings of ``experiment``'s state, to restore it without its data.
+
+    Args:
+      experiment: what the state is of.
+      mesh: the devices to restore to.
+      example: arrays of one raw example's shapes, with a leading axis.
+    """
+    exp, steps = experiment, 1000  # any number: no shape depends on it
+    model, prepare = _compute_model(exp), compose(*exp.preprocess)
+    init_fn = make_init(
+        model,
+        exp.optimizer.build(steps),
+        prepare,
+        None,
+        update.build_post_update(exp, steps),
+        **update.loss_scaling(exp),
+    )
+    return _abstract_state(init_fn, example, mesh, exp, model)[0]
+
+
+def _loader(
+    name: str, source: Source, order: Order | Sequential, exp: Experiment, mesh: Mesh, check: Check
+) -> Loader:
+    first = check_values.check_first(name, exp)
+    return splits.make_loader(source, order, exp, mesh, check_values.with_split_name(name, check), first)
+
+
+def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> Any:
+    """Shapes of the model's outputs for a batch of ``source``."""
+    one = source.gather(np.zeros(1, np.int64))
+    batch = {k: jax.ShapeDtypeStruct((exp.batch, *v.shape[1:]), v.dtype) for k, v in one.items()}
+
+    def forward(key: jax.Array, batch: Batch) -> Any:
+        batch = compose(*exp.preprocess)(batch, None)
+        params, extra = model.init(key, batch)
+        return model.apply(params, extra, batch, train=False, key=None)[0]
+
+    return check_fields.trace(forward, jax.random.key(0), batch, what="the model")
+
+
+def _compute_model(exp: Experiment, abstract: State | None = None) -> Model:
+    """The model with ``exp.remat`` and ``exp.precision``; given the state, with its parameters gathered."""
+    model = as_model(exp.model, exp.remat)
+    if abstract is not None:
+        model = sharding.gather_params(model, _shardings(abstract.params), regather=exp.remat != "none")
+    return compute_in(model, exp.precision)
+
+
+def _init_and_step_keys(seed: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+    """Two replicated keys. Compiled, because no process can place an array on the devices of another."""
+    split = sharding.compile(
+        lambda: tuple(jax.random.split(jax.random.key(seed))), args=(), out=sharding.replicated(mesh)
+    )
+    init_key, step_key = split()
+    return init_key, step_key
+
+
+def _abstract_state(
+    init_fn: Callable[[jax.Array, Batch], State], examples: Batch, mesh: Mesh, exp: Experiment, model: Model
+) -> tuple[State, tuple[str, ...]]:
+    """Shapes, dtypes and shardings of the state, and the paths of arrays that ``fsdp`` could not divide."""
+    shapes = check_fields.trace(init_fn, jax.random.key(0), examples, what="the state")
+    names: Mapping[str, Names] | None = None
+    if mesh.size > 1:
+        prepared = jax.eval_shape(lambda batch: compose(*exp.preprocess)(batch, None), examples)
+        names = model.axes(prepared) if model.axes is not None else {}
+    placement = sharding.place(shapes, mesh, names, exp.rules)
+
+    def with_sharding(x: Any, where: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree.map(with_sharding, shapes, placement.shardings), placement.whole
+
+
+def _shardings(abstract: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, abstract)
+
+
+def _compile_train_steps(
+    step: update.Update,
+    train: Loader,
+    mesh: Mesh,
+    abstract: State,
+    key: jax.Array,
+    options: dict[str, str],
+) -> tuple[Callable[..., tuple[State, PackedMetrics]], Callable[..., tuple[State, PackedMetrics]]]:
+    """``step`` for one update and scanned over several, with the state donated."""
+    replicated, state = sharding.replicated(mesh), _shardings(abstract)
+    batches, shared = train.stacked_shardings
+    one, several = (
+        sharding.compile(fn, args=(state, *args), out=(state, replicated), donate=(0,), options=options)
+        for fn, args in (
+            (pack_metrics(step), (train.shardings, replicated)),
+            (scan_steps(pack_metrics(step)), (batches, replicated, shared)),
+        )
+    )
+    check_fields.trace(one, abstract, train.batch(0), key, what="the train step")
+    return one, several
+
+
+def _compile_eval_step(
+    exp: Experiment,
+    model: Model,
+    loader: Loader,
+    mesh: Mesh,
+    abstract: State,
+    metrics_fn: Callable[[Any, Batch], Metrics] | None,
+) -> Callable[[State, Any], PackedMetrics]:
+    """The eval step of a split, whose metrics include the one that ``exp.select`` names."""
+    prepare = compose(lambda batch, _: loader.fetch(batch), *exp.preprocess)
+    unpacked = make_eval_step(model, exp.loss, prepare, metrics_fn)
+
+    def eval_step(state: State, batch: Any) -> PackedMetrics:
+        return PackedMetrics.of(unpacked(state, batch))
+
+    step = sharding.compile(
+        eval_step,
+        args=(_shardings(abstract), loader.shardings),
+        out=sharding.replicated(mesh),
+    )
+    names = list(check_fields.trace(step, abstract, loader.batch(0), what="the evaluation"))
+    if exp.select.removeprefix("-") not in names and (exp.valid is not None or exp.holdout):
+        raise InputError(
+            f"select={exp.select} is not a metric of this loss, which reports {', '.join(names)}"
+        )
+    return step
