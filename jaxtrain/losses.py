@@ -114,6 +114,8 @@ class CrossEntropy:
         for name in (self.label, "label_mixed"):
             label = batch.get(name)
             if label is not None and jnp.issubdtype(label.dtype, jnp.integer):
+                if label.dtype.itemsize < 4:  # uint8 cannot hold 256, and XLA would compare with 0
+                    label = label.astype(jnp.int32)
                 bad = (label < 0) | (label >= classes)
                 if mask is not None:
                     bad &= mask.reshape(mask.shape + (1,) * (bad.ndim - mask.ndim)) > 0

@@ -136,6 +136,19 @@ def test_check_accepts_every_class(dtype: type, shape: tuple[int, ...]) -> None:
     )
 
 
+@pytest.mark.parametrize("classes", [128, 256, 257, 300, 65_536])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int16, jnp.uint16, jnp.int32, jnp.uint32])
+def test_outside_compares_labels_with_a_class_count_that_their_dtype_cannot_hold(
+    dtype: Any, classes: int
+) -> None:
+    largest = min(classes - 1, jnp.iinfo(dtype).max)
+    batch = {"label": jnp.array([0, 1, largest], dtype)}
+    assert int(CrossEntropy().outside(jnp.zeros((3, classes)), batch)) == 0
+    batch["label_mixed"] = jnp.array([0, largest, 5], dtype)
+    outputs = jnp.zeros((3, largest))  # one class fewer: both fields have one bad label
+    assert int(CrossEntropy().outside(outputs, batch)) == 2
+
+
 @pytest.mark.parametrize("bad", [{"smoothing": 1.0}, {"smoothing": -0.1}, {"top": 0}])
 def test_settings_out_of_range_are_refused_by_name(bad: dict[str, float]) -> None:
     with pytest.raises(InputError, match=f"loss.{next(iter(bad))}"):
