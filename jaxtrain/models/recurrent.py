@@ -65,7 +65,7 @@ class LSTMClassifier(nn.Module):
                 f"tokens {tokens.shape} and length {length.shape}: LSTMClassifier takes [batch, time] and "
                 "[batch]"
             )
-        length = jnp.clip(length, 0, tokens.shape[1])
+        length = jnp.clip(length.astype(jnp.int32), 0, tokens.shape[1])  # uint8 cannot hold 256
         real = jnp.arange(tokens.shape[1])[None, :] < length[:, None]
         # Padding may hold any number, and the embedding of one outside the vocabulary is NaN.
         x = nn.Embed(self.vocab, self.embedding, name="embedding")(jnp.where(real, tokens, 0))

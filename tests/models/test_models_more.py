@@ -293,6 +293,18 @@ def test_length_beyond_the_window_counts_the_window() -> None:
     np.testing.assert_array_equal(cut, long)
 
 
+@pytest.mark.parametrize(("dtype", "steps"), [(np.uint8, 256), (np.int8, 200)])
+def test_lstm_takes_lengths_whose_dtype_cannot_hold_the_window(dtype: type, steps: int) -> None:
+    module = BASES[LSTMClassifier].clone(bidirectional=True)
+    tokens, length = RNG.integers(0, 20, (2, steps)).astype(np.uint8), np.array([3, 120])
+    params, _ = made(module, {"tokens": tokens, "length": length.astype(np.int32)})
+    narrow, wanted = (
+        evaluated(module, {"tokens": tokens, "length": length.astype(kind)}, params)
+        for kind in (dtype, np.int32)
+    )
+    np.testing.assert_array_equal(narrow, wanted)
+
+
 @pytest.mark.parametrize("pool", POOLS)
 def test_states_are_pooled_as_their_definitions_say(pool: Any) -> None:
     """A padded row beside a plain loop over Flax's cell, in each direction."""
