@@ -254,7 +254,9 @@ print(config_hash(experiment), sorted(config_text(experiment).items()))
 
 def test_text_and_hash_are_the_same_in_every_process(python: Any, tmp_path: Path) -> None:
     tiny = (Path(__file__).parents[1] / "tiny.py").read_text()
-    (tmp_path / "tiny.py").write_text(tiny.replace("after=", "data_init=lambda p, b: p,\n    after="))
+    (tmp_path / "tiny.py").write_text(
+        tiny.replace("post_update=", "data_init=lambda p, b: p,\n    post_update=")
+    )
     (tmp_path / "program.py").write_text(PROGRAM)
     runs = [python(tmp_path / "program.py", tmp_path / "tiny.py", PYTHONHASHSEED=seed) for seed in ("1", "2")]
     assert [run.returncode for run in runs] == [0, 0], runs[0].stderr
