@@ -23,10 +23,10 @@ def _operational(default: Any) -> Any:
 class Experiment:
     """Everything a run depends on: model, data, loss, optimizer and schedule of the run.
 
-    An experiment file defines one of these as ``EXPERIMENT``. The command line can change every number, string
-    and boolean in it: ``--set batch=256``, ``--set optimizer.lr=0.1``. The fields from ``workers`` on are
-    operational: they never change what is computed, so they are not part of the config hash, and a resumed
-    run may change them.
+    An experiment file defines one of these as ``EXPERIMENT``. The command line can change every number,
+    string and boolean in it: ``--set batch=256``, ``--set optimizer.lr=0.1``. The fields from ``workers`` on
+    are operational: they never change what is computed, so they are not part of the config hash, and a
+    resumed run may change them.
 
     Attributes:
       model: a Flax Linen module, or an ``(init, apply)`` pair (``jaxtrain.models.as_model``).

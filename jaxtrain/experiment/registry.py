@@ -1,7 +1,8 @@
 """Find experiments by name or path.
 
-Searched are ``./experiments``, the folders in ``JAXTRAIN_EXPERIMENTS``, the entry points of installed packages
-(group ``jaxtrain.experiments``) and the experiments shipped with jaxtrain.
+Names are looked up in ``./experiments``, in the folders of the environment variable ``JAXTRAIN_EXPERIMENTS``,
+among the entry points of installed packages (group ``jaxtrain.experiments``) and among the experiments that
+are shipped with jaxtrain.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def discover() -> list[Entry]:
 
 
 def _shipped_folder() -> Path:
-    """Return the folder of jaxtrain's own experiments: inside a wheel, or next to the package in a checkout."""
+    """Return the folder of the shipped experiments: in the package, or next to it in a source checkout."""
     inside = PACKAGE / "experiments"
     return inside if inside.is_dir() else PACKAGE.parent / "experiments"
 
