@@ -101,7 +101,9 @@ def test_the_flag_is_set_behind_the_users_and_xla_takes_it(python):
     assert "CpuDevice" in second
     assert "InputError: --deterministic comes too late" in done.stderr.splitlines()[-1]
     unknown = python(
-        "-c", SETS.replace("devices.set_det", "devices.DETERMINISTIC_FLAG = '--xla_no=1'; devices.set_det", 1), **env
+        "-c",
+        SETS.replace("devices.set_det", "devices.DETERMINISTIC_FLAG = '--xla_no=1'; devices.set_det", 1),
+        **env,
     )
     assert unknown.returncode != 0 and "Unknown flag in XLA_FLAGS: --xla_no=1" in unknown.stderr
 
