@@ -16,7 +16,7 @@ import pytest
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.models import GPT, ViT, as_model, attention, compute_in
-from jaxtrain.models.attention import attend, refusal
+from jaxtrain.models.attention import attend, cudnn_refusal
 
 KEY = jax.random.key(0)
 NET = GPT(vocab=16, context=32, width=128, depth=2, heads=2, dropout=0.1)
@@ -26,11 +26,11 @@ NET = GPT(vocab=16, context=32, width=128, depth=2, heads=2, dropout=0.1)
 def hopper(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    monkeypatch.setattr(attention, "capability", lambda: (9, 0))
+    monkeypatch.setattr(attention, "lowest_capability", lambda: (9, 0))
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_200)
-    attention._jax_refuses.cache_clear()
+    attention._jax_refusal.cache_clear()
     yield monkeypatch
-    attention._jax_refuses.cache_clear()
+    attention._jax_refusal.cache_clear()
 
 
 def lowered(module: Any, precision: Any, batch: Any, remat: Any = "none", platform: str = "cuda") -> str:
@@ -82,17 +82,17 @@ def test_image_models_see_all_positions(hopper):
     ids=["float32", "asked for", "size of a head", "old GPU", "no GPU"],
 )
 def test_all_else_takes_xlas(hopper, module, precision, found):
-    hopper.setattr(attention, "capability", lambda: found)
+    hopper.setattr(attention, "lowest_capability", lambda: found)
     text = lowered(module, precision, TOKENS)
     assert "cudnn" not in text and SCORES.search(text)
 
 
 def test_without_the_library_it_is_xlas(monkeypatch):
-    monkeypatch.setattr(attention, "capability", lambda: (9, 0))
-    attention._jax_refuses.cache_clear()
-    assert refusal((2, 24, 2, 64), jnp.bfloat16, True) == "cuDNN is not detected"
+    monkeypatch.setattr(attention, "lowest_capability", lambda: (9, 0))
+    attention._jax_refusal.cache_clear()
+    assert cudnn_refusal((2, 24, 2, 64), jnp.bfloat16, True) == "cuDNN is not detected"
     assert "cudnn" not in lowered(NET, "bfloat16", TOKENS)
-    attention._jax_refuses.cache_clear()
+    attention._jax_refusal.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,9 @@ def test_without_the_library_it_is_xlas(monkeypatch):
     ],
 )
 def test_insisting_on_cudnn_where_it_refuses_is_one_line(hopper, shape, dtype, found, reason):
-    hopper.setattr(attention, "capability", lambda: found)
+    hopper.setattr(attention, "lowest_capability", lambda: found)
     q = jax.ShapeDtypeStruct(shape, dtype)
-    assert reason in refusal(shape, dtype, True)
+    assert reason in cudnn_refusal(shape, dtype, True)
     with pytest.raises(InputError, match=r"attention=cudnn and cuDNN refuses: .*; set model\.attention=auto"):
         jax.eval_shape(functools.partial(attend, causal=True, attention="cudnn"), q, q, q)
     assert jax.eval_shape(functools.partial(attend, causal=True), q, q, q).shape == shape
@@ -140,7 +140,7 @@ def test_program_of_a_cpu_is_that_of_jaxs_own_function(dtype, causal):
 
 
 def test_cpu_has_no_capability():
-    assert attention.capability() is None
+    assert attention.lowest_capability() is None
 
 
 @pytest.mark.gpu
@@ -151,7 +151,7 @@ def test_both_kernels_agree(causal, size):
     shape = (4, 200, 3, size)
     rng = np.random.default_rng(0)
     q, k, v, g = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for _ in range(4))
-    if attention.capability() is None or attention.capability() < attention.OLDEST:
+    if attention.lowest_capability() is None or attention.lowest_capability() < attention.MIN_CAPABILITY:
         pytest.skip("cuDNN has no kernel for this GPU")
 
     def both(q: Any, k: Any, v: Any, kind: Any) -> Any:

@@ -338,7 +338,7 @@ def test_batch_statistics_without_a_mode_argument_are_refused() -> None:
         def __call__(self, image: jax.Array) -> jax.Array:
             return nn.BatchNorm(use_running_average=False)(image)
 
-    with pytest.raises(InputError, match="Net has batch statistics and its __call__ no argument"):
+    with pytest.raises(InputError, match="Net has batch statistics and its __call__ has no argument"):
         as_model(Net()).init(jax.random.key(0), {"image": jnp.ones((2, 3))})
 
 

@@ -303,7 +303,7 @@ def test_statistics_and_sums_of_a_bfloat16_model_are_float32(module: Any) -> Non
         (
             SMALL.clone(heads=8),
             (2, 8),
-            r"rotary positions turn pairs and a head has 1, an odd size; set model\.heads",
+            r"rotary positions need an even head size, and it is 1; set model\.heads",
         ),
         (SMALL.clone(depth=0), (2, 8), r"depth=0, mlp=2\): all must be at least 1"),
         (SMALL.clone(vocab=0), (2, 8), r"vocab=0"),
@@ -464,7 +464,7 @@ def test_statistics_are_used_and_any_pair_or_module_serves() -> None:
         ({"temperature": -0.1}, "temperature=-0.1: it must be 0"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_k": 0}, r"top_k=0: it must be in 1\.\.vocab"),
-        ({"top_k": 12}, r"top_k=12 of a vocabulary of 11: it must be in 1\.\.11"),
+        ({"top_k": 12}, r"top_k=12 with a vocabulary of 11: it must be in 1\.\.11"),
     ],
 )
 def test_arguments_outside_their_range_are_refused_in_one_line(change: Any, message: str) -> None:

@@ -456,12 +456,12 @@ def test_id_out_of_range_is_refused_by_example(name: str, beyond: int | None) ->
 
 
 def test_doubling_is_the_transposed_convolution() -> None:
-    """``UNet._double`` has the values of a 2×2 transposed convolution with stride 2."""
+    """``UNet._upsample`` has the values of a 2×2 transposed convolution with stride 2."""
 
     class Up(UNet):
         @nn.compact
         def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
-            return self._double(image, 3, "up")
+            return self._upsample(image, 3, "up")
 
     x = RNG.normal(size=(2, 3, 4, 5)).astype(np.float32)
     params = Up().init(KEY, x)["params"]

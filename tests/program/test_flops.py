@@ -103,7 +103,7 @@ def test_one_branch_of_a_condition_counts():
 def test_cudnns_attention_counts_and_a_causal_one_half(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    monkeypatch.setattr(kernels, "capability", lambda: (9, 0))
+    monkeypatch.setattr(kernels, "lowest_capability", lambda: (9, 0))
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_200)
     kernels._jax_refuses.cache_clear()
     q = jax.ShapeDtypeStruct((2, 24, 3, 64), jnp.bfloat16)
