@@ -9,8 +9,8 @@ Measured:  not measured at full length (meant for a GPU; the paper reports 94.01
 from jaxtrain import data, losses, models, optim
 from jaxtrain.experiment import Experiment
 
-# The recipe sums the loss over the batch and here it is a mean, so the rate is 1024 times the recipe's and
-# the decay 1024 times smaller. Every parameter is decayed, BatchNorm's biases too.
+# The recipe sums the loss over the batch; here the loss is a mean. So the learning rate is 1024 times the
+# recipe's, and the weight decay 1024 times smaller. Every parameter is decayed, BatchNorm's biases too.
 EXPERIMENT = Experiment(
     model=models.TestTimeViews(models.Airbench(widths=(64, 256, 256), classes=10)),
     train=data.TFDS("cifar10", "train"),

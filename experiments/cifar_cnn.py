@@ -1,10 +1,10 @@
-"""CIFAR-10 baseline: a plain convolutional network with residual stages.
+"""CIFAR-10 baseline: a small convolutional network with a residual connection per stage.
 
 Run:       python -m jaxtrain.run --experiment cifar_cnn
 Measured:  with --set epochs=3: 83.06 ± 0.10 % test accuracy (n = 3 seeds: 82.97, 83.04, 83.17); 259 s for the
            whole command on two cores of an AMD EPYC CPU, nothing else running (seed 0), 2026-11-20,
            before max_pool's gradient rule changed (docs/decisions/max-pool-gradient.md).
-           At full length (60 epochs, meant for a GPU, aim 93 %): not measured, on no device.
+           At full length (60 epochs, meant for a GPU, aim 93 %): not measured on any device.
 """
 
 from jaxtrain import data, losses, models, optim

@@ -1,11 +1,12 @@
-"""CIFAR-10 data-parallel: the two-convolution network of an article on PyTorch's DistributedDataParallel.
+"""CIFAR-10, data-parallel: the two-convolution network of an article on PyTorch's DistributedDataParallel.
 
 Run:       python -m jaxtrain.run --experiment cifar_ddp_net
 Measured:  not measured at full length. 20 steps (--set epochs=0.1): 33.23 % test accuracy (n = 1 seed), 224 s
            on two cores of an AMD EPYC CPU with other work on them, 2026-11-21.
 
-The original flattens 128·28·28, which does not fit images of 32×32 with padding 1: it is 128·32·32. 256 is
-the global batch, the original's 8 replicas of 32; any number of devices that divides it computes the same.
+The article's dense layer takes 128·28·28 inputs, which does not fit 32×32 images with padding 1; here it
+takes 128·32·32. The global batch of 256 is the article's 8 replicas of 32 examples; the result is the same,
+up to rounding, on any number of devices that divides 256.
 """
 
 from jaxtrain import data, losses, models, optim

@@ -1,11 +1,11 @@
-"""CIFAR-10 with LeNet, as PyTorch's CIFAR-10 tutorial trains it: batch 4, two epochs.
+"""CIFAR-10 with LeNet and the settings of PyTorch's CIFAR-10 tutorial: batch 4, two epochs.
 
 Run:       python -m jaxtrain.run --experiment cifar_lenet --devices 1
 Measured:  55.10 ± 0.73 % test accuracy (n = 3 seeds, 0 to 2); 102 s (median) on two cores of an AMD EPYC CPU
            with other work on them, 2026-11-21.
 
-The original claims 91.7 %; this network and two epochs give about 55 %, as PyTorch's own tutorial does. A
-batch of 4 divides over 1, 2 or 4 devices, hence ``--devices``.
+The original claims 91.7 %; this network reaches about 55 % in two epochs, as in PyTorch's own tutorial. A
+batch of 4 can be split over 1, 2 or 4 devices only, hence ``--devices``.
 """
 
 from jaxtrain import data, losses, models, optim

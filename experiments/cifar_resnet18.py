@@ -1,4 +1,4 @@
-"""CIFAR-10 with ResNet-18 and a 3×3 stem, the usual strong baseline.
+"""CIFAR-10 with ResNet-18 and a 3×3 stem: the usual strong baseline.
 
 Run:       python -m jaxtrain.run --experiment cifar_resnet18
 Measured:  not measured at full length (60 epochs, meant for a GPU; aim 94 to 95 %). A quarter as wide and for

@@ -1,8 +1,8 @@
 """ImageNet with ResNet-50 v1.5: the standard 90-epoch recipe, in bfloat16.
 
 Run:       python -m jaxtrain.run --experiment imagenet_resnet50
-Measured:  not measured, on no device; aim 76 to 77 % (arXiv:1706.02677, and label smoothing). Its data path,
-           training and exact resume are tested on a small made-up set in ImageNet's layout.
+Measured:  not measured on any device; aim 76 to 77 % (arXiv:1706.02677, and label smoothing). Its data path,
+           training and exact resume are tested on a small synthetic set in ImageNet's layout.
 """
 
 from jaxtrain import data, losses, models, optim

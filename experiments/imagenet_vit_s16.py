@@ -1,8 +1,8 @@
 """ImageNet with ViT-S/16: the 90-epoch recipe of Beyer, Zhai & Kolesnikov 2022 (arXiv:2205.01580).
 
 Run:       python -m jaxtrain.run --experiment imagenet_vit_s16
-Measured:  not measured, on no device; the paper reports 76.5 %. Its data path and training are tested on a
-           small made-up set in ImageNet's layout. Validation is the last 1 % of the training set.
+Measured:  not measured on any device; the paper reports 76.5 %. Its data path and training are tested on a
+           small synthetic set in ImageNet's layout. Validation is the last 1 % of the training set.
 """
 
 from jaxtrain import data, losses, models, optim

@@ -1,4 +1,4 @@
-"""MNIST with whole-channel and plain dropout, from PyTorch's old MNIST example.
+"""MNIST with channel dropout and dropout, from PyTorch's old MNIST example.
 
 Run:       python -m jaxtrain.run --experiment mnist_dropout_cnn
 Measured:  98.27 ± 0.19 % test accuracy (n = 3 seeds, 0 to 2); 289 s (median) on two cores of an AMD EPYC CPU

@@ -1,4 +1,4 @@
-"""MNIST with the Keras documentation's small network, as an article trains it with Keras on JAX.
+"""MNIST with the small network of the Keras documentation, as in an article on Keras with JAX.
 
 Run:       python -m jaxtrain.run --experiment mnist_keras_cnn
 Measured:  99.31 % test accuracy (n = 1 seed), 442 s on two cores of an AMD EPYC CPU with other work on them,

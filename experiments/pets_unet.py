@@ -1,7 +1,7 @@
-"""Oxford-IIIT Pet: is each pixel pet, background or border, with a U-Net.
+"""Oxford-IIIT Pet segmentation with a U-Net: each pixel is pet, background or border.
 
 Run:       python -m jaxtrain.run --experiment pets_unet
-Measured:  not measured: the data set could not be fetched where this was written. Tested on a small made-up
+Measured:  not measured: the data set could not be downloaded here. Tested on a small synthetic
            set in the original layout.
 """
 

@@ -1,7 +1,7 @@
-"""MovieLens 100K ratings with matrix factorisation: a vector and a bias for each user and each film.
+"""MovieLens 100K ratings with matrix factorisation: a vector and a bias per user and per film.
 
 Run:       python -m jaxtrain.run --experiment ratings_factors
-Measured:  not measured: the data set could not be fetched where this was written. Tested on a small made-up
+Measured:  not measured: the data set could not be downloaded here. Tested on a small synthetic
            set in the original layout. ``--set train.file=u.data --set test.file=u.data`` reads the original.
 """
 

@@ -1,9 +1,9 @@
-"""The sentiment of film reviews with a bidirectional LSTM over words and, for rare words, their bytes.
+"""Sentiment of film reviews with a bidirectional LSTM over words, and over bytes for rare words.
 
 Run:       python -m jaxtrain.run --experiment sentiment_lstm
 Measured:  on rt-polarity (train.files and test.files set, train.length=64, test.length=64): 77.11 % test
            accuracy (n = 1 seed), 185 s on two cores of an AMD EPYC CPU with other work on them, 2026-11-21.
-           On imdb_reviews: not measured; tested on a small made-up set in the original layout.
+           On imdb_reviews: not measured; tested on a small synthetic set in the original layout.
 """
 
 from jaxtrain import data, losses, models, optim

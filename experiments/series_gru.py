@@ -1,4 +1,4 @@
-"""Forecasting the seven variables of ETTh1 24 hours ahead from the last four days, with a GRU.
+"""Forecast the seven variables of ETTh1 24 hours ahead from the last four days, with a GRU.
 
 Run:       python -m jaxtrain.run --experiment series_gru
 Measured:  test MSE 0.4197 ± 0.0004, MAE 0.4353 ± 0.0009 (n = 3 seeds, 0 to 2, standardised values), where

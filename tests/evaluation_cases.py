@@ -1,6 +1,6 @@
-"""Evaluations of every awkward size, and what they must give by plain NumPy: for one process and for two.
+"""Evaluations with test sets of awkward sizes, and their exact results by NumPy, on one or two processes.
 
-As a program it is what test_exact_evaluation.py runs in each of two processes.
+test_exact_evaluation.py also runs this file as a program, in each of two processes.
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ TOGETHER = [
     ("images", BATCH + 1, "device"),
     *((kind, BATCH + 1, "device") for kind in KINDS[1:]),
 ]
-"""What two processes evaluate."""
+"""The cases that two processes evaluate."""
 CLASSES, TOKENS, STEPS, SMOOTHING = 4, 5, 6, 0.1
 RELATIVE = 40 * 2**-24
-"""A mean may be off by that part: ``check`` says why."""
+"""Relative tolerance of a mean; see ``check``."""
 FAR = 30.0
-"""How many times larger the inputs of example 0 are: the last batch is padded with copies of it."""
+"""Factor of the inputs of example 0, with copies of which the last batch is padded."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Counts(ConfusionMatrix):
-    """The counts themselves, where ``ConfusionMatrix`` gives figures that follow from them."""
+    """A ``ConfusionMatrix`` that reports its counts."""
 
     def compute(self) -> Any:
         return np.asarray(self.counts)
 
 
-def counted(outputs: Any, batch: Any) -> dict[str, Any]:
-    """Metrics beside the loss's own, of what has classes."""
+def count_classes(outputs: Any, batch: Any) -> dict[str, Any]:
+    """Return an extra metric, the counts, for models with classes."""
     if "label" not in batch:
         return {}
     return {"counts": Counts.of(outputs, batch["label"], batch.get("mask"))}
 
 
 def fields(kind: str, n: int) -> dict[str, np.ndarray]:
-    """``n`` raw examples. Class 3 of the images, token 4 of the sequences, are in example 0 alone."""
+    """Return ``n`` raw examples; image class 3 and sequence token 4 occur only in example 0."""
     rng = np.random.default_rng(n)
     if kind == "sequences":
         tokens = rng.integers(0, TOKENS - 1, (n, STEPS + 1)).astype(np.int32)
@@ -73,7 +73,7 @@ def fields(kind: str, n: int) -> dict[str, np.ndarray]:
 
 
 def bigram() -> Model:
-    """A table of what follows each token, as a pair of functions."""
+    """Return a bigram table of logits, as an ``(init, apply)`` pair."""
 
     def init(key: Any, batch: Any) -> Any:
         return {"table": 2 * jax.random.normal(key, (TOKENS, TOKENS))}, {}
@@ -85,7 +85,7 @@ def bigram() -> Model:
 
 
 def experiment(kind: str, n: int, placement: str) -> Experiment:
-    """With ``n`` test examples of that kind."""
+    """Return an experiment with ``n`` test examples of this kind."""
     model, loss = {
         "images": (models.MLP(widths=(8,), classes=CLASSES), losses.CrossEntropy(SMOOTHING, top=2)),
         "sequences": (bigram(), losses.CrossEntropy()),
@@ -104,12 +104,12 @@ def experiment(kind: str, n: int, placement: str) -> Experiment:
 
 
 def make(kind: str, n: int, mesh: Any, placement: str) -> Program:
-    """It on a mesh, ready to run."""
-    return assemble(experiment(kind, n, placement), mesh, counted)
+    """Return the program of a case on a mesh."""
+    return assemble(experiment(kind, n, placement), mesh, count_classes)
 
 
-def found(program: Program, state: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What jaxtrain says of the test examples in ``state``, that of step 0; and its parameters by path."""
+def run_evaluation(program: Program, state: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Evaluate ``state``, by default that of step 0; return the results and its parameters by path."""
     state = program.init() if state is None else state
     try:
         values = evaluate(program, state, "test", Plain())
@@ -119,7 +119,7 @@ def found(program: Program, state: Any = None) -> tuple[dict[str, Any], dict[str
 
 
 def expected(kind: str, given: dict[str, np.ndarray], params: dict[str, Any]) -> dict[str, Any]:
-    """The same by NumPy in float64, over exactly the examples ``given``."""
+    """Return the same results by NumPy in float64, over exactly the given examples."""
     n = len(next(iter(given.values())))
     params = {path: np.float64(leaf) for path, leaf in params.items()}
     if kind == "sequences":
@@ -150,7 +150,7 @@ def expected(kind: str, given: dict[str, np.ndarray], params: dict[str, Any]) ->
 
 
 def check(kind: str, n: int, values: dict[str, Any], params: Any) -> None:
-    """Counts, and whatever is a count over a count, exactly; a mean of floats to float32's precision.
+    """Compare with NumPy: counts and ratios of counts exactly, means of floats to float32 precision.
 
     The device works in float32: a figure has gone through some 40 roundings (dot products of 6 and 8, a
     softmax of 4, a sum of at most 32), each by at most 2^-24 of what it rounds, and every sum is of numbers
@@ -176,7 +176,7 @@ def main() -> None:
     for kind, n, placement in TOGETHER:
         program = make(kind, n, mesh, placement)
         states[kind] = states[kind] if kind in states else program.init()
-        values, params = found(program, states[kind])
+        values, params = run_evaluation(program, states[kind])
         if multihost.is_process_0():
             parts = {"values": values, "params": params}
             flat = {f"{part}/{name}": value for part, tree in parts.items() for name, value in tree.items()}

@@ -1,4 +1,4 @@
-"""Four families in float64, and the meshes that must all train them alike: for one process and for two."""
+"""Four models in float64, and meshes that must train them identically up to rounding, on 1 or 2 processes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ FIRST = {
     "resnet": ("data=2,fsdp=2,model=2",),
     "gpt": ("data=2,fsdp=2,model=2",),
 }
-"""Every mesh with the smallest family, and every family on the mesh that has all axes."""
+"""Every mesh with the smallest model, and every model on the mesh with all axes."""
 STEPS = 20
 
 
 def in_float64(module: Any) -> Model:
-    """``module`` with float64 parameters and statistics; activations follow them."""
+    """Return ``module`` with float64 parameters and statistics, and so float64 activations."""
     model = as_model(module)
 
     def init(key: jax.Array, batch: Any) -> Any:
@@ -40,11 +40,11 @@ def in_float64(module: Any) -> Model:
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool, **_: Any) -> jax.Array:
-    """``jax.nn.dot_product_attention``, whose softmax is in float32 even here, in the type it is given."""
+    """Replace ``jax.nn.dot_product_attention``, whose softmax is always float32, in the dtype of ``q``."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
     if is_causal:
-        seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
-        scores = jnp.where(seen[None, None], scores, -1e30)
+        visible = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+        scores = jnp.where(visible[None, None], scores, -1e30)
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
 
 
@@ -80,7 +80,7 @@ def _experiment(model: Any, source: data.Arrays, **changes: Any) -> Experiment:
 
 
 def experiments() -> dict[str, Experiment]:
-    """Small, and with every kind of parameter that the families have. 72 examples wrap within a batch."""
+    """Return small experiments with every kind of parameter. 72 examples make an epoch end inside a batch."""
     adam = optim.AdamW(lr=optim.Cosine(peak=1e-3, warmup=0.1))
     return {
         "mlp": _experiment(models.MLP(widths=(64, 32), classes=4, dropout=0.2), images(72)),
@@ -99,9 +99,9 @@ def experiments() -> dict[str, Experiment]:
 
 
 def train(program: Program, start: Any = None) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Parameters, statistics and averages after the run, whole; and the example ids of every step.
+    """Train; return parameters, statistics and averages as NumPy arrays, and the example ids of every step.
 
-    It starts from ``start``, a state on the host, which saves compiling the initialisation for each mesh.
+    ``start`` is the initial state on the host, which saves compiling the initialisation for each mesh.
     """
     if start is None:
         state = program.init()
@@ -117,7 +117,7 @@ def train(program: Program, start: Any = None) -> tuple[dict[str, np.ndarray], n
 
 
 def whole(array: Any) -> np.ndarray:
-    """The array on this host, from all processes."""
+    """Return the full array on this host, gathered from all processes."""
     if isinstance(array, np.ndarray) or array.is_fully_addressable:
         return np.asarray(array)
     rows = jax.jit(lambda x: x, out_shardings=jax.sharding.NamedSharding(array.sharding.mesh, jax.P()))
@@ -125,14 +125,14 @@ def whole(array: Any) -> np.ndarray:
 
 
 def distance(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
-    """Relative L2 distance of the largest kind: over all arrays, and over each that is not tiny."""
+    """Return the largest relative L2 distance of any array; norms below 1e-3 count as 1e-3."""
     assert ours.keys() == theirs.keys()
     gaps = [np.linalg.norm(ours[k] - theirs[k]) / max(np.linalg.norm(theirs[k]), 1e-3) for k in ours]
     return float(max(gaps))
 
 
 def make(name: str, text: str | None) -> Program:
-    """The program of a case on a mesh of all devices, or on one device."""
+    """Return the program of a case on a mesh of all devices; on one device if ``text`` is None."""
     jax.nn.dot_product_attention, rules.SMALLEST = attention, 32
     devices = jax.devices()
     if text is None:

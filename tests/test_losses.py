@@ -1,4 +1,4 @@
-"""jaxtrain.losses: values, gradients and the checks that come before them."""
+"""jaxtrain.losses: values, gradients, metrics and checks of raw data."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_masked_rows_change_neither_loss_nor_gradient(smoothing: float) -> None:
     loss = CrossEntropy(smoothing, top=2)
     value, gradient = jax.value_and_grad(lambda x: loss(x, batch)[0])(logits)
     rows = np.flatnonzero(keep)
-    kept = jax.value_and_grad(optax_loss)(logits[rows], label[rows], smoothing)
-    chex.assert_trees_all_close((value, gradient[rows]), kept, rtol=1e-5)
+    wanted_pair = jax.value_and_grad(optax_loss)(logits[rows], label[rows], smoothing)
+    chex.assert_trees_all_close((value, gradient[rows]), wanted_pair, rtol=1e-5)
     assert not np.any(gradient[~np.array(keep)])
     _, metrics = loss(logits, batch)
     _, wanted = loss(logits[rows], {"label": label[rows]})
@@ -72,7 +72,7 @@ def test_sequence_labels_are_masked_by_position_or_by_row() -> None:
 
 
 @pytest.mark.parametrize("loss", [CrossEntropy(0.1, top=2), MSE()])
-def test_batch_whose_every_row_is_masked_has_loss_and_gradient_zero(loss: Any) -> None:
+def test_batch_with_all_rows_masked_has_loss_and_gradient_zero(loss: Any) -> None:
     logits, label = classification((4,))
     batch = {"label": label, "target": jnp.ones_like(logits), "mask": jnp.zeros(4, bool)}
     value, gradient = jax.value_and_grad(lambda x: loss(x, batch)[0])(logits)
@@ -115,12 +115,16 @@ BAD_LABELS = {
     "boolean": ({"label": np.array([True, False, True])}, CrossEntropy(), "'label' is bool"),
     "absent": ({"image": np.zeros(3), "y": np.zeros(3, int)}, CrossEntropy(), "'label'.*'image', 'y'"),
     "other field": ({"y": np.array([0, 6, 0])}, CrossEntropy(label="y"), "label 6 of example 71"),
-    "top above classes": ({"label": np.array([0, 1, 2])}, CrossEntropy(top=6), "loss.top=6 of only 5"),
+    "top above classes": (
+        {"label": np.array([0, 1, 2])},
+        CrossEntropy(top=6),
+        "loss.top=6 is more than .* 5 classes",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_LABELS)
-def test_check_refuses_labels_that_are_no_class_and_names_the_example(case: str) -> None:
+def test_check_refuses_labels_outside_the_classes_and_names_the_example(case: str) -> None:
     batch, loss, message = BAD_LABELS[case]
     with pytest.raises(InputError, match=message) as raised:
         loss.check(jax.ShapeDtypeStruct((3, CLASSES), np.float32), batch, IDS)
@@ -134,6 +138,17 @@ def test_check_accepts_every_class(dtype: type, shape: tuple[int, ...]) -> None:
     CrossEntropy(top=CLASSES).check(
         jax.ShapeDtypeStruct((*shape, CLASSES), np.float32), {"label": label}, IDS
     )
+
+
+@pytest.mark.parametrize("classes", [128, 256, 257, 300, 65_536])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int16, jnp.uint16, jnp.int32, jnp.uint32])
+def test_outside_with_more_classes_than_the_label_dtype_can_represent(dtype: Any, classes: int) -> None:
+    largest = min(classes - 1, jnp.iinfo(dtype).max)
+    batch = {"label": jnp.array([0, 1, largest], dtype)}
+    assert int(CrossEntropy().outside(jnp.zeros((3, classes)), batch)) == 0
+    batch["label_mixed"] = jnp.array([0, largest, 5], dtype)
+    outputs = jnp.zeros((3, largest))  # one class fewer: both fields have one bad label
+    assert int(CrossEntropy().outside(outputs, batch)) == 2
 
 
 @pytest.mark.parametrize("bad", [{"smoothing": 1.0}, {"smoothing": -0.1}, {"top": 0}])
@@ -163,7 +178,7 @@ def test_mse_leaves_masked_rows_out() -> None:
     assert metrics["loss"].count == metrics["mae"].count == metrics["rmse"].count == 9
 
 
-def test_half_precision_outputs_meet_the_target_in_float32() -> None:
+def test_half_precision_outputs_are_compared_in_float32() -> None:
     value, _ = MSE()(jnp.array([[256.0]], jnp.bfloat16), {"target": jnp.array([[257.0]])})
     assert value.dtype == jnp.float32 and float(value) == 1  # 257 is not a bfloat16
 
@@ -175,14 +190,14 @@ def test_mse_takes_integer_targets() -> None:
 
 @pytest.mark.parametrize(("outputs", "target"), [((8, 1), (8,)), ((8,), (8, 1)), ((8, 3), (8, 1))])
 def test_mse_refuses_shapes_that_would_broadcast(outputs: tuple[int, ...], target: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match="must have one shape"):
+    with pytest.raises(InputError, match="must have the same shape"):
         MSE()(jnp.zeros(outputs), {"target": jnp.zeros(target)})
 
 
 # --- class maps
 
 
-def test_dense_labels_give_the_iou_of_the_rows_that_count() -> None:
+def test_iou_of_segmentation_labels_excludes_masked_rows() -> None:
     logits, label = classification((3, 4, 5))
     keep = np.array([True, False, True])
     batch = {"label": label.astype(jnp.uint8), "mask": jnp.array(keep)}
@@ -226,10 +241,10 @@ def test_forecast_is_the_mse_and_reports_repeating_the_last_row() -> None:
 def test_forecast_leaves_masked_rows_out_of_all_its_figures() -> None:
     outputs, batch = windows()
     keep = np.array([True, False, True, True])
-    kept = {name: field[keep] for name, field in batch.items()}
+    unmasked = {name: field[keep] for name, field in batch.items()}
     batch["target"][1], batch["series"][1] = 1e9, np.nan
     value, metrics = Forecast()(jnp.array(outputs), {**batch, "mask": jnp.array(keep)})
-    wanted, figures = Forecast()(jnp.array(outputs[keep]), kept)
+    wanted, figures = Forecast()(jnp.array(outputs[keep]), unmasked)
     assert float(value) == pytest.approx(float(wanted), rel=1e-5)
     for name, metric in metrics.items():
         assert metric.count == 3 * 3 * 2
@@ -239,7 +254,7 @@ def test_forecast_leaves_masked_rows_out_of_all_its_figures() -> None:
 @pytest.mark.parametrize(
     ("outputs", "history", "message"),
     [
-        ((4, 3, 1), (4, 6, 2), "must have one shape"),
+        ((4, 3, 1), (4, 6, 2), "must have the same shape"),
         (SHAPE, (4, 6, 1), "same variables"),
         (SHAPE, (4, 6, 3), "same variables"),
         (SHAPE, (4, 2), "batch, steps, variables"),
@@ -264,7 +279,7 @@ def test_forecast_check_names_the_example_whose_target_is_not_finite(poison: flo
 
 
 @pytest.mark.parametrize("field", ["target", "series"])
-def test_forecast_check_names_a_field_that_is_absent(field: str) -> None:
+def test_forecast_check_names_a_missing_field(field: str) -> None:
     batch = windows()[1]
     del batch[field]
     with pytest.raises(InputError, match=f"needs the batch field '{field}'"):
@@ -295,12 +310,12 @@ def test_every_field_of_a_loss_changes_its_result(cls: type, field: str) -> None
     assert results(cls(**{field: CASES[cls][field]})) != results(cls())
 
 
-def test_every_loss_is_in_the_table() -> None:
+def test_every_loss_has_a_case() -> None:
     members = inspect.getmembers(losses, dataclasses.is_dataclass)
     assert {cls for _, cls in members if cls.__module__ == losses.__name__} == set(CASES)
 
 
-def test_mixed_labels_weigh_in_the_loss_and_the_heavier_one_in_the_accuracy() -> None:
+def test_loss_weights_both_mixed_labels_and_accuracy_uses_the_main_one() -> None:
     logits = jnp.array([[2.0, 0.5, -1.0], [0.1, 0.2, 0.3]])
     batch = {
         "label": jnp.array([0, 0]),

@@ -25,7 +25,7 @@ def merged(parts: list[Any]) -> Any:
 
 @pytest.mark.parametrize("cuts", RAGGED)
 @pytest.mark.parametrize("shape", [(10,), (10, 2, 2)])
-def test_mean_over_ragged_parts_is_the_mean_of_the_whole(cuts: list[int], shape: tuple[int, ...]) -> None:
+def test_mean_over_ragged_parts_equals_the_mean_over_all(cuts: list[int], shape: tuple[int, ...]) -> None:
     values = RNG.integers(-99, 99, shape).astype(np.float32)
     keep = np.array([1, 1, 0, 1, 0, 1, 1, 1, 0, 1], bool)
     parts = zip(np.split(values, cuts), np.split(keep, cuts), strict=True)
@@ -48,17 +48,17 @@ def test_mean_takes_a_mask_of_the_leading_axes(mask_type: type) -> None:
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-def test_mean_drops_whatever_stands_in_a_masked_row(poison: float) -> None:
+def test_mean_drops_masked_rows_even_nan(poison: float) -> None:
     values = jnp.array([[1.0, 3.0], [poison, poison]])
     assert Mean.of(values, jnp.array([True, False])).compute() == 2.0
     assert not math.isfinite(Mean.of(values).compute())
 
 
-def test_mean_of_nothing_is_nan_and_merges_as_nothing() -> None:
-    nothing = Mean.of(jnp.array([5.0]), jnp.array([False]))
-    assert math.isnan(nothing.compute())
+def test_empty_mean_is_nan_and_merges_without_effect() -> None:
+    empty = Mean.of(jnp.array([5.0]), jnp.array([False]))
+    assert math.isnan(empty.compute())
     assert math.isnan(Mean.of(jnp.zeros((0,))).compute())
-    assert nothing.merge(Mean.of(jnp.array([2.0, 4.0]))).compute() == 3.0
+    assert empty.merge(Mean.of(jnp.array([2.0, 4.0]))).compute() == 3.0
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int32, jnp.bool_])
@@ -95,7 +95,9 @@ def reference(predicted: np.ndarray, label: np.ndarray, classes: int) -> np.ndar
 
 @pytest.mark.parametrize("cuts", RAGGED)
 @pytest.mark.parametrize("shape", [(10,), (10, 3)])
-def test_confusion_matrix_over_ragged_parts_counts_the_whole(cuts: list[int], shape: tuple[int, ...]) -> None:
+def test_confusion_matrix_over_ragged_parts_equals_that_over_all(
+    cuts: list[int], shape: tuple[int, ...]
+) -> None:
     logits = RNG.normal(size=(*shape, 4)).astype(np.float32)
     label = RNG.integers(0, 4, shape).astype(np.int32)
     keep = RNG.integers(0, 2, 10).astype(bool)
@@ -111,7 +113,7 @@ def test_confusion_matrix_without_a_mask_counts_every_row() -> None:
     np.testing.assert_array_equal(found.counts, reference(logits.argmax(-1), label, 3))
 
 
-def test_confusion_matrix_figures_are_those_of_their_definitions() -> None:
+def test_confusion_matrix_figures_equal_their_definitions() -> None:
     counts = np.array([[5, 2, 0], [1, 7, 0], [3, 1, 0]])  # class 2 is never predicted
     found = ConfusionMatrix(counts).compute()
     assert found["accuracy"] == 12 / 19
@@ -141,7 +143,7 @@ def test_counts_take_class_maps_of_uint8() -> None:
     np.testing.assert_array_equal(found.counts, reference(logits.argmax(-1), label, 30))
 
 
-def test_root_mean_is_of_the_whole_and_not_the_mean_of_roots() -> None:
+def test_root_mean_is_the_root_over_all_and_not_the_mean_of_roots() -> None:
     squares = np.array([1.0, 9.0, 4.0, 100.0], np.float32)
     parts = [RootMean.of(jnp.array(squares[:3])), RootMean.of(jnp.array(squares[3:]))]
     both = merged(parts)
@@ -150,7 +152,7 @@ def test_root_mean_is_of_the_whole_and_not_the_mean_of_roots() -> None:
     assert math.isnan(RootMean.of(jnp.array([5.0]), jnp.array([False])).compute())
 
 
-def test_every_metric_is_merged_on_the_host_as_itself() -> None:
+def test_every_metric_merges_on_the_host() -> None:
     logits, label = RNG.normal(size=(3, 8, 4)).astype(np.float32), RNG.integers(0, 4, (3, 8))
 
     @jax.jit
@@ -163,23 +165,23 @@ def test_every_metric_is_merged_on_the_host_as_itself() -> None:
 
     batches = [step(*batch) for batch in zip(logits, label.astype(np.int32), strict=True)]
     found = monitor.merge_all(PackedMetrics.of(metrics).rows()[0] for metrics in batches)
-    whole = ConfusionMatrix(reference(logits.argmax(-1), label, 4)).compute()
-    assert found["mean"] == whole["accuracy"] and found["root"] == math.sqrt(whole["accuracy"])
-    assert type(found["iou"]) is float and found["iou"] == whole["mean_iou"] == found["all"]["mean_iou"]
+    wanted = ConfusionMatrix(reference(logits.argmax(-1), label, 4)).compute()
+    assert found["mean"] == wanted["accuracy"] and found["root"] == math.sqrt(wanted["accuracy"])
+    assert type(found["iou"]) is float and found["iou"] == wanted["mean_iou"] == found["all"]["mean_iou"]
 
 
-def test_counts_of_an_epoch_may_pass_what_int32_holds() -> None:
+def test_counts_of_an_epoch_may_exceed_int32() -> None:
     half = np.array([[2**30, 0], [0, 2**30]], np.int32)
     assert merged([MeanIoU(half)] * 5).counts.tolist() == [[5 * 2**30, 0], [0, 5 * 2**30]]
 
 
-def test_confusion_matrix_of_nothing_is_zero_and_not_nan() -> None:
+def test_empty_confusion_matrix_is_zero_and_not_nan() -> None:
     found = ConfusionMatrix(np.zeros((2, 2), np.int32)).compute()
     assert found["accuracy"] == found["mean_iou"] == 0
     assert not np.any([found["precision"], found["recall"], found["f1"], found["iou"]])
 
 
-def test_merge_goes_by_name_from_an_empty_start() -> None:
+def test_merge_is_by_name_and_starts_from_none() -> None:
     first = {"loss": Mean(2.0, 1.0), "hits": ConfusionMatrix(np.eye(2, dtype=int))}
     assert merge(None, first)["loss"] == first["loss"]
     both = merge(merge(None, first), {"loss": Mean(4.0, 2.0), "hits": ConfusionMatrix(np.ones((2, 2), int))})

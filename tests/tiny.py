@@ -1,4 +1,4 @@
-"""A tiny experiment for tests of the loop, as a file users could have written."""
+"""A tiny experiment for tests of the training loop, written like a user's experiment file."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from jaxtrain.experiment import Experiment
 
 
 def split(n: int, seed: int) -> data.Arrays:
-    """Images whose class is the brightest of four corners."""
+    """Return images whose class is the brightest of four corners."""
     rng = np.random.default_rng(seed)
     label = rng.integers(0, 4, n).astype(np.int32)
     image = rng.integers(0, 100, (n, 8, 8, 1)).astype(np.uint8)

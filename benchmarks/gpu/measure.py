@@ -23,7 +23,7 @@ from benchmarks import common, peak_flops
 from benchmarks.gpu import workloads
 from jaxtrain import checkpoint, sharding
 from jaxtrain.core.types import State
-from jaxtrain.models.attention import attend, refusal
+from jaxtrain.models.attention import attend, cudnn_refusal
 from jaxtrain.monitor.peak_flops import datasheet_peak, device_name
 from jaxtrain.program import Program, assemble
 from jaxtrain.train.dispatch import InFlight
@@ -82,7 +82,7 @@ def attentions(tiny: bool) -> Figures:
     for length in (64, 128) if tiny else (512, 1024, 2048, 4096):
         batch = max(1, (256 if tiny else 32_768) // length)
         shape = (batch, length, heads, size)
-        refused = refusal(shape, jnp.bfloat16, True)
+        refused = cudnn_refusal(shape, jnp.bfloat16, True)
         kinds = ["xla"] if refused else ["cudnn", "xla"]
         times = rounds({kind: _attention(shape, kind) for kind in kinds})
         figures[f"length {length}"] = {"batch": batch, "heads": heads, "ms": common.medians(times, 1e3)}

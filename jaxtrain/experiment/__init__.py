@@ -1,7 +1,6 @@
-"""An experiment as one frozen dataclass, where experiments are found, and their typed overrides.
+"""Experiments: the frozen dataclass, the registry that finds them by name, and typed overrides.
 
-What is imported from here is loaded when it is first asked for: ``registry`` needs no JAX, and finding
-experiments by name should not wait for it.
+Names are imported when they are first used: ``registry`` needs no JAX, so listing experiments stays fast.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""What a run is, in one frozen dataclass."""
+"""``Experiment``: everything a run computes, in one frozen dataclass."""
 
 from __future__ import annotations
 
@@ -15,61 +15,98 @@ from jaxtrain.step.guard import Policy
 
 
 def _operational(default: Any) -> Any:
-    """A setting that changes how a run is carried out and never what it computes."""
+    """Return a field that changes how a run is executed and never what it computes."""
     return dataclasses.field(default=default, metadata={"operational": True})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Everything a run depends on. An experiment file holds one, as ``EXPERIMENT``.
+    """Everything a run depends on: model, data, loss, optimizer and schedule of the run.
+
+    An experiment file defines one of these as ``EXPERIMENT``. The command line can change every number,
+    string and boolean in it: ``--set batch=256``, ``--set optimizer.lr=0.1``. The fields from ``workers`` on
+    are operational: they never change what is computed, so they are not part of the config hash, and a
+    resumed run may change them.
 
     Attributes:
-      model: a Linen module or an ``(init, apply)`` pair.
-      train: source of training examples.
-      test: source of test examples. It chooses nothing.
-      loss: ``(outputs, batch) -> (scalar, metrics)``.
-      optimizer: an ``optim`` config, or anything with ``build(steps)``.
-      batch: global batch size.
-      epochs: passes over ``train``, above 0; may be fractional.
-      valid: source of validation examples, which choose the best checkpoint.
-      holdout: without ``valid``, this part of ``train`` is held out as one: a fraction in (0, 1) or a
-        number of examples; 0 holds out none.
-      augment: stages for training batches only, such as ``data.Flip()``.
-      preprocess: stages for every batch, after ``augment``, such as ``data.Normalise(...)``.
-      post_update: ``State -> State`` functions applied in order after every update, such as ``optim.EMA()``,
-        whose average is then what is evaluated.
-      accumulate: parts that ``batch`` is cut into, one after another, for the memory of one part. Same
-        gradients, except that BatchNorm statistics are of each part by itself, and so is dropout.
-      precision: of the model's activations; parameters stay float32. With ``"float16"`` the loss is scaled
-        (``optim.LossScale``).
-      remat: what is kept for the backward pass; all else is computed again, for less memory and up to a third
-        more time: ``"none"`` keeps everything, the others are ``jax.checkpoint_policies``.
-      seed: of initialisation, order, augmentation and dropout.
-      drop_remainder: leave out the examples after an epoch's last whole batch; else that batch runs over into
-        the next epoch.
-      eval_batch: batch size of evaluation; None is ``batch``.
-      eval_every: epochs between evaluations while training; None evaluates at the end only. Scored on the
-        validation set where there is one, else on the test set, for looking at only.
-      select: the validation metric that says which checkpoint is best; ``-loss`` means lower is better.
-      data_init: ``(params, batch) -> params``, run once on the first training examples, preprocessed and not
-        augmented: as many as its attribute ``examples`` says, or one batch.
-      step_factory: replaces ``jaxtrain.step.make_train_step``, with the same signature.
-      guard: what is done about an update whose loss, gradient norm or update norm is not finite, or whose
-        batch has a label that is no class: ``"stop"`` ends the run, ``"skip"`` goes on with the next batch
-        until six in a row were bad, and neither applies the update. ``"off"`` does not look.
-      steps_per_execution: updates that are started at once, as one program (``step.scan_steps``), where no
-        evaluation and no checkpoint comes between them. ``"auto"`` is as many as are measured to be faster
-        when the run begins, 1 for most; the number is part of the run, for it may change the last bits.
-      placement: where training data is kept: on each ``"device"``, on the host (``"stream"``), or
-        ``"auto"``, which decides by size.
-      workers: processes that read a streamed source; 0 reads in threads.
-      log_every: steps between log lines.
-      save_every: epochs between checkpoints.
-      max_to_keep: latest checkpoints to keep, beside the best.
+      model: a Flax Linen module, or an ``(init, apply)`` pair (``jaxtrain.models.as_model``).
+      train: source of training examples: any object with ``__len__`` and ``gather(indices)``, such as
+        ``data.TFDS("mnist", "train")``.
+      test: source of test examples. The test set selects nothing: not the checkpoint, not when to stop.
+      loss: ``(outputs, batch) -> (loss, metrics)``, such as ``losses.CrossEntropy()``; ``loss`` is a scalar.
+      optimizer: ``optim.SGD``, ``Adam`` or ``AdamW``, or a frozen dataclass with ``build(steps)`` that
+        returns an optax transformation.
+      batch: global batch size, over all devices; int, at least 1.
+      epochs: passes over ``train``, above 0; may be fractional (0.5 is half a pass).
+      valid: source of validation examples, on which the best checkpoint is selected. None: no validation
+        set, unless ``holdout`` makes one.
+      holdout: the part of ``train`` to hold out as the validation set when ``valid`` is None: a fraction in
+        (0, 1) or a number of examples. 0: none; without a validation set the last checkpoint is the result.
+      augment: stages applied to training batches only, in order, such as ``(data.Flip(),)``. Stages run on
+        the device, inside the compiled step.
+      preprocess: stages applied to every batch, in order, after ``augment``, such as
+        ``(data.Normalise(...),)``.
+      post_update: functions ``State -> State`` applied in order after every update, such as
+        ``(optim.EMA(),)``. With an EMA, evaluation uses the averaged weights.
+      accumulate: microbatches per update (gradient accumulation); int, at least 1, and must divide ``batch``.
+        Saves activation memory. The gradient is the same, except that BatchNorm statistics and dropout are
+        those of each microbatch.
+      precision: dtype of the activations: ``"float32"``, ``"bfloat16"`` or ``"float16"``. Parameters,
+        gradients and statistics stay float32. ``"float16"`` adds dynamic loss scaling (``optim.LossScale``).
+      remat: which activations are saved for the backward pass; the rest is recomputed, which costs up to a
+        third more time. ``"none"`` saves all; the other values are names in ``jax.checkpoint_policies``:
+        ``"nothing_saveable"``, ``"dots_saveable"`` and ``"dots_with_no_batch_dims_saveable"``.
+      seed: seed of initialisation, data order, augmentation and dropout; int in [0, 2**31).
+      drop_remainder: True drops the examples after the last full batch of an epoch. False lets that batch
+        continue into the next epoch, so every epoch visits each example.
+      eval_batch: global batch size of evaluation, at least 1. None: the same as ``batch``.
+      eval_every: epochs between evaluations during training, above 0; on the validation set if there is one,
+        else on the test set (reported only). None: evaluate once, at the end.
+      select: the validation metric that selects the best checkpoint; higher is better. A leading minus
+        means lower is better: ``"-loss"``.
+      data_init: function ``(params, batch) -> params`` that initialises parameters from data, such as
+        ``models.Whiten()``. It runs once, at step 0. ``batch`` is the first examples of ``train``, after
+        ``preprocess`` and without ``augment``: as many as the function's attribute ``examples`` says, or
+        one batch if it has none. The tree structure of ``params`` must not change. None: no change.
+      step_factory: replacement for ``jaxtrain.step.make_train_step``. It is called as ``step_factory(model,
+        loss, tx, prepare, post_update)`` and returns a pure ``(state, batch, key) -> (state, metrics)``. It
+        also gets ``accumulate=`` and ``unroll=`` if ``accumulate`` is above 1, and ``loss_scale=`` in
+        float16. The guard is added around the result. None: ``make_train_step``.
+      guard: what to do with a bad update: one whose loss, gradient norm or update norm is not finite, or
+        whose batch has labels outside the model's classes. ``"stop"`` ends the run; ``"skip"`` continues with
+        the next batch, and ends the run at the sixth bad update in a row; in both the bad update is not
+        applied. ``"off"`` does not check.
+      steps_per_execution: updates per device program (``step.scan_steps``), to save dispatch time for very
+        short steps; int, at least 1. ``"auto"`` measures at the start of the run; it is 1 for most models.
+        Never spans an evaluation or a checkpoint. A resumed run keeps the number, since it may change the
+        last bits of the result.
+      placement: where the training data is stored: ``"device"`` copies all of it to every device,
+        ``"stream"`` leaves it on the host and sends one batch at a time, ``"auto"`` selects by size.
+      workers: processes that read a streamed source, at least 0; 0 reads in threads of the main process.
+      log_every: steps between log lines; int, at least 1.
+      save_every: epochs between checkpoints, above 0; may be fractional.
+      max_to_keep: number of latest checkpoints to keep, at least 1, in addition to the best one.
       max_in_flight: steps that may be queued on the device, at least 1.
-      max_loss_spike: a loss above this many times its average of about 50 steps ends the run; above
-        1, None never.
-      rules: how parameters are split over a mesh, where the built-in rules do not suit (``sharding.Rule``).
+      max_loss_spike: end the run when the loss exceeds this many times its running average over about 50
+        steps; above 1, and needs ``guard``. None: no limit.
+      rules: how to shard parameters over the mesh, as a tuple of ``sharding.Rule``, where the built-in rules
+        do not fit.
+
+    Raises:
+      InputError: a field has the wrong type or is out of range.
+
+    >>> from jaxtrain import data, losses, models, optim
+    >>> experiment = Experiment(
+    ...     model=models.MLP(widths=(64,), classes=10),
+    ...     train=data.Digits("train"),
+    ...     test=data.Digits("test"),
+    ...     loss=losses.CrossEntropy(),
+    ...     optimizer=optim.SGD(lr=0.1, momentum=0.9),
+    ...     batch=128,
+    ...     epochs=5,
+    ... )
+    >>> experiment.seed, experiment.precision
+    (0, 'float32')
     """
 
     model: Any
@@ -106,7 +143,7 @@ class Experiment:
     rules: tuple[Rule, ...] = _operational(())
 
     def __post_init__(self) -> None:
-        _check_kinds(self)
+        _check_types(self)
         for name in ("batch", "accumulate", "log_every", "max_to_keep", "max_in_flight"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: it must be at least 1")
@@ -146,8 +183,8 @@ def _check_guard(experiment: Experiment) -> None:
         )
 
 
-def _check_kinds(experiment: Experiment) -> None:
-    """Say in the experiment's own terms what would fail somewhere inside JAX."""
+def _check_types(experiment: Experiment) -> None:
+    """Raise InputError for a field of the wrong type, which would otherwise fail somewhere inside JAX."""
     for name in ("batch", "accumulate", "seed", "log_every", "max_to_keep", "max_in_flight", "workers"):
         if type(getattr(experiment, name)) is not int:
             raise InputError(f"{name} is {getattr(experiment, name)!r}: it must be an int")
@@ -155,9 +192,9 @@ def _check_kinds(experiment: Experiment) -> None:
         value = getattr(experiment, name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InputError(f"{name} is {value!r}: it must be a number")
-    many = experiment.steps_per_execution
-    if many != "auto" and type(many) is not int:
-        raise InputError(f"steps_per_execution is {many!r}: it must be an int or 'auto'")
+    updates = experiment.steps_per_execution
+    if updates != "auto" and type(updates) is not int:
+        raise InputError(f"steps_per_execution is {updates!r}: it must be an int or 'auto'")
     if not callable(experiment.loss):
         raise InputError(
             f"loss is {experiment.loss!r}: it must be a function (outputs, batch) -> (loss, metrics)"
@@ -173,8 +210,8 @@ def _check_kinds(experiment: Experiment) -> None:
         raise InputError(f"rules is {experiment.rules!r}: it must be a tuple of sharding.Rule")
     if not hasattr(experiment.optimizer, "build"):
         raise InputError(
-            f"optimizer is a {type(experiment.optimizer).__name__}, whose settings the run could not record: "
-            "use optim.SGD, Adam or AdamW, or a frozen dataclass of your own with build(steps) -> optax"
+            f"optimizer is a {type(experiment.optimizer).__name__}, whose settings cannot be recorded: use "
+            "optim.SGD, Adam or AdamW, or a frozen dataclass with build(steps) -> optax"
         )
     for name in ("train", "test", "valid"):
         source = getattr(experiment, name)

@@ -1,6 +1,6 @@
-"""The experiment as text: overrides from it, a hash of it, and what differs between two of them.
+"""Typed overrides (``--set path=value``), the config as text, its hash, and the first difference of two.
 
-The dataclasses and Linen modules are the config; everything here is a walk over their fields.
+The frozen dataclasses and Linen modules are the config; every function here walks over their fields.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ LINEN_FIELDS = frozenset({"parent", "name"})
 
 
 def config_text(value: Any, *, operational: bool = True) -> dict[str, str]:
-    """Every setting by its path, as text: ``{"optimizer": "SGD", "optimizer.momentum": "0.9", ...}``.
+    """Return every setting as text, by its path: ``{"optimizer": "SGD", "optimizer.momentum": "0.9", ...}``.
 
     Args:
       value: an experiment, or any part of one.
-      operational: also give the settings that never change what is computed.
+      operational: include the settings that never change what is computed.
 
-    Secrets are left out (``jaxtrain.core.redact``), and masked in what this process prints from now on.
+    Secrets are replaced (``jaxtrain.core.redact``), and masked in everything this process prints afterwards.
     """
-    return dict(_walk("", value, operational))
+    return dict(_flatten("", value, operational))
 
 
 def config_hash(experiment: Any) -> str:
-    """Eight hex digits of everything that decides the result, except the seed and passwords."""
+    """Return eight hex digits that identify all settings that change the result, but seed and passwords."""
     lines = config_text(experiment, operational=False)
     text = "\n".join(f"{k} = {v}" for k, v in lines.items() if k != "seed")
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def first_difference(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[str, str, str] | None:
-    """``(path, old value, new value)`` of the first setting that differs, None when none does."""
+    """Return ``(path, old value, new value)`` of the first setting that differs; None if all are equal."""
     for path in [*new, *old]:
         if old.get(path) != new.get(path):
             return path, old.get(path, "absent"), new.get(path, "absent")
@@ -58,7 +58,12 @@ def first_difference(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[st
 
 
 def override(experiment: T, settings: list[str]) -> T:
-    """``experiment`` with ``path=value`` settings applied, typed by the fields they name.
+    """Return ``experiment`` with ``path=value`` settings applied in order.
+
+    Args:
+      experiment: an experiment, or any frozen dataclass; it is not changed.
+      settings: such as ``["batch=64", "model.widths=32,64"]``. A path is field names and tuple positions
+        joined by dots. A value is parsed as the type of its field.
 
     Raises:
       InputError: an unknown path (with a suggestion) or a value of the wrong type.
@@ -72,11 +77,12 @@ def override(experiment: T, settings: list[str]) -> T:
         path, separator, text = setting.partition("=")
         if not separator or not path:
             raise InputError(f"--set {setting}: write path=value, such as optimizer.lr=0.1")
-        experiment = _set(experiment, path.split("."), [], text)
+        experiment = _replace_at(experiment, path.split("."), [], text)
     return experiment
 
 
 def _fields(value: Any) -> list[dataclasses.Field[Any]]:
+    """Return the fields that are settings: without ``parent`` and ``name``, which Linen adds."""
     linen = hasattr(value, "clone") and hasattr(value, "scope")
     return [f for f in dataclasses.fields(value) if f.init and not (linen and f.name in LINEN_FIELDS)]
 
@@ -85,40 +91,42 @@ def _is_config(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
-def _walk(path: str, value: Any, operational: bool, name: str = "") -> Iterator[tuple[str, str]]:
-    """``name`` is that of the field, which tells a secret; what a field holds many of has its name too."""
-    below = f"{path}." if path else ""
+def _flatten(path: str, value: Any, operational: bool, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield ``(path, text)`` of ``value`` and of everything inside it.
+
+    ``name`` is the name of the enclosing field, by which secrets are recognised; items of a tuple share it.
+    """
+    prefix = f"{path}." if path else ""
     if _is_config(value):
         if path:
             yield path, type(value).__name__
         for field in _fields(value):
             if operational or not field.metadata.get("operational"):
-                yield from _walk(below + field.name, getattr(value, field.name), operational, field.name)
+                yield from _flatten(prefix + field.name, getattr(value, field.name), operational, field.name)
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _walk(f"{below}{key}", item, operational, f"{name}.{key}")
+            yield from _flatten(f"{prefix}{key}", item, operational, f"{name}.{key}")
     elif isinstance(value, tuple | list) and not all(_is_number_or_text(v) for v in value):
         for number, item in enumerate(value):
-            yield from _walk(f"{below}{number}", item, operational, name)
+            yield from _flatten(f"{prefix}{number}", item, operational, name)
     elif isinstance(value, functools.partial):
-        yield path, _leaf(value.func)
-        yield from _walk(f"{below}args", value.args, operational, name)
-        yield from _walk(f"{below}keywords", value.keywords, operational, name)
+        yield path, _text(value.func)
+        yield from _flatten(f"{prefix}args", value.args, operational, name)
+        yield from _flatten(f"{prefix}keywords", value.keywords, operational, name)
     else:
-        yield path, _shown(name, value)
+        yield path, _redacted_text(name, value)
 
 
-def _shown(name: str, value: Any) -> str:
-    """The text of a setting called ``name``, or what stands for a secret."""
-    texts = [str(v) for v in (value if isinstance(value, tuple | list | set) else [value]) if _is_text(v)]
-    return (
-        redact.placeholder(name, texts)
-        if texts and redact.is_secret(name)
-        else redact.redact_urls(_leaf(value))
-    )
+def _redacted_text(name: str, value: Any) -> str:
+    """Return the text of a setting called ``name``; a placeholder if it is a secret."""
+    values = value if isinstance(value, tuple | list | set) else [value]
+    strings = [str(v) for v in values if _is_string(v)]
+    if strings and redact.is_secret(name):
+        return redact.placeholder(name, strings)
+    return redact.redact_urls(_text(value))
 
 
-def _is_text(value: Any) -> bool:
+def _is_string(value: Any) -> bool:
     return isinstance(value, str | bytes) and not isinstance(value, enum.Enum)
 
 
@@ -126,8 +134,8 @@ def _is_number_or_text(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str | np.generic)
 
 
-def _leaf(value: Any) -> str:  # noqa: PLR0911 - a table of types
-    """Text that is the same in every process: no addresses, no values of large arrays."""
+def _text(value: Any) -> str:  # noqa: PLR0911 - a table of types
+    """Return text that is the same in every process: no addresses, and checksums for arrays."""
     if isinstance(value, np.generic):
         value = value.item()
     if hasattr(value, "__array__") and not isinstance(value, type):
@@ -137,11 +145,11 @@ def _leaf(value: Any) -> str:  # noqa: PLR0911 - a table of types
     if isinstance(value, os.PathLike):
         return repr(os.fspath(value))
     if isinstance(value, set | frozenset):
-        return f"{{{', '.join(sorted(map(_leaf, value)))}}}"
+        return f"{{{', '.join(sorted(map(_text, value)))}}}"
     if isinstance(value, np.ndarray):
         return f"{value.dtype}{list(value.shape)} crc32 {zlib.crc32(value.tobytes()):08x}"
     if isinstance(value, tuple | list):
-        return f"({', '.join(map(_leaf, value))})"
+        return f"({', '.join(map(_text, value))})"
     if isinstance(value, float) and value.is_integer():
         return str(int(value))  # epochs=20 and epochs=20.0 are one setting
     if value is None or isinstance(value, bool | int | float | str | bytes):
@@ -149,92 +157,110 @@ def _leaf(value: Any) -> str:  # noqa: PLR0911 - a table of types
     return str(getattr(value, "__qualname__", type(value).__qualname__))
 
 
-def _set(value: Any, path: list[str], done: list[str], text: str) -> Any:
+def _replace_at(value: Any, path: list[str], parents: list[str], text: str) -> Any:
+    """Return ``value`` with the setting at ``path`` parsed from ``text``.
+
+    ``parents`` is the path from the experiment to ``value``, for messages.
+    """
     name, rest = path[0], path[1:]
-    where = ".".join([*done, name])
+    full_path = ".".join([*parents, name])
     if isinstance(value, tuple | list) and name.isdigit() and int(name) < len(value):
-        if not rest:
-            if not _names(value[int(name)]):
-                whole = ".".join(done)
-                raise InputError(f"{where} is one item of {_leaf(value)}: set them all, as {whole}=...")
-            raise InputError(f"{where} is {type(value[int(name)]).__name__}: set one of its fields")
-        changed = _set(value[int(name)], rest, [*done, name], text)
-        return (*value[: int(name)], changed, *value[int(name) + 1 :])
-    names = _names(value)
+        return _replace_item(value, int(name), rest, parents, text)
+    names = _child_names(value)
     if name not in names:
-        raise InputError(_unknown(where, name, names, value))
+        raise InputError(_unknown_path(full_path, name, names, value))
     current = getattr(value, name)
     if rest:
-        changed = _set(current, rest, [*done, name], text)
+        changed = _replace_at(current, rest, [*parents, name], text)
     else:
-        changed = _parse(where, text, _hint(type(value), name), current)
+        changed = _parse(full_path, text, _type_hint(type(value), name), current)
     return dataclasses.replace(value, **{name: changed})
 
 
-def _names(value: Any) -> list[str]:
+def _replace_item(
+    items: tuple[Any, ...] | list[Any], index: int, rest: list[str], parents: list[str], text: str
+) -> tuple[Any, ...]:
+    """Return ``items`` with a field of one item replaced: ``augment.0.p=0.25``."""
+    tuple_path, item = ".".join(parents), items[index]
+    full_path = f"{tuple_path}.{index}"
+    if not rest:
+        if not _child_names(item):
+            raise InputError(
+                f"{full_path} is one item of {_text(items)}: set all of them, as {tuple_path}=..."
+            )
+        raise InputError(f"{full_path} is {type(item).__name__}: set one of its fields")
+    changed = _replace_at(item, rest, [*parents, str(index)], text)
+    return (*items[:index], changed, *items[index + 1 :])
+
+
+def _child_names(value: Any) -> list[str]:
+    """Return the names that may follow ``value`` in a path: fields, or positions in a tuple."""
     if isinstance(value, tuple | list):
         return [str(n) for n in range(len(value))]
     return [f.name for f in _fields(value)] if _is_config(value) else []
 
 
-def _unknown(where: str, name: str, names: list[str], value: Any) -> str:
+def _unknown_path(full_path: str, name: str, names: list[str], value: Any) -> str:
+    """Return the error message for a path that does not exist, with a suggestion."""
     if not names:
-        return f"{where} is unknown: {where.rpartition('.')[0]} is {_leaf(value)}, which has no fields"
-    return f"{where} is unknown: {did_you_mean(name, names, prefix=where[: len(where) - len(name)])}"
+        parent = full_path.rpartition(".")[0]
+        return f"{full_path} is unknown: {parent} is {_text(value)}, which has no fields"
+    hint = did_you_mean(name, names, prefix=full_path[: len(full_path) - len(name)])
+    return f"{full_path} is unknown: {hint}"
 
 
-def _hint(cls: type, name: str) -> Any:
+def _type_hint(cls: type, name: str) -> Any:
+    """Return the annotation of a field; ``Any`` if it cannot be evaluated at run time."""
     try:
         return typing.get_type_hints(cls)[name]
-    except (
-        NameError,
-        TypeError,
-        KeyError,
-    ):  # a postponed annotation that only a type checker can see
+    except (NameError, TypeError, KeyError):  # a name imported under TYPE_CHECKING, for example
         return Any
 
 
-def _parse(where: str, text: str, hint: Any, current: Any) -> Any:
-    """``text`` as the plain types within ``hint``; a field without a usable hint keeps its value's type."""
+def _parse(path: str, text: str, hint: Any, current: Any) -> Any:
+    """Return ``text`` as a value of type ``hint``; without a usable hint, of the current value's type."""
     if hint is Any and current is not None and not _is_config(current) and not callable(current):
         hint = type(current)
-    if text == "()" and any(typing.get_origin(t) is tuple for t in _members(hint)):
-        return ()  # also where the items are stages, which text cannot make: augment=() switches them off
-    plain = [t for t in _members(hint) if _is_plain(t)]
-    if plain == [type(None)] and text.lower() not in ("none", "null"):
-        plain = []
-    if not plain:
-        inner = f": set one of its fields ({', '.join(_names(current))})" if _names(current) else ""
-        raise InputError(f"{where} is {_leaf(current)} and cannot be set from text{inner}")
-    adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(functools.reduce(operator.or_, plain))
-    for candidate in _candidates(text):
+    if text == "()" and any(typing.get_origin(t) is tuple for t in _union_members(hint)):
+        return ()  # also for a tuple of stages, which text cannot make: augment=() switches them off
+    types_from_text = [t for t in _union_members(hint) if _parses_from_text(t)]
+    if types_from_text == [type(None)] and text.lower() not in ("none", "null"):
+        types_from_text = []
+    if not types_from_text:
+        names = _child_names(current)
+        advice = f": set one of its fields ({', '.join(names)})" if names else ""
+        raise InputError(f"{path} is {_text(current)} and cannot be set from text{advice}")
+    union = functools.reduce(operator.or_, types_from_text)
+    adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(union)
+    for reading in _readings(text):
         try:
-            # JSON and strict: 0.5 is no int, "1" is no bool, and a list is a tuple.
-            return adapter.validate_json(json.dumps(candidate), strict=True)
+            # Strict, so that 0.5 is no int and "1" no bool; through JSON, so that a list becomes a tuple.
+            return adapter.validate_json(json.dumps(reading), strict=True)
         except (pydantic.ValidationError, TypeError):
             continue
-    expected = " or ".join(_type_name(t) for t in plain)
-    given, name = redact.redact_setting(f"{where}={text}"), where.rpartition(".")[2]
-    raise InputError(f"{given}: expected {expected}, such as {_shown(name, current)}")
+    expected = " or ".join(_type_name(t) for t in types_from_text)
+    setting, field = redact.redact_setting(f"{path}={text}"), path.rpartition(".")[2]
+    raise InputError(f"{setting}: expected {expected}, such as {_redacted_text(field, current)}")
 
 
-def _members(hint: Any) -> list[Any]:
+def _union_members(hint: Any) -> list[Any]:
+    """Return the types of a union, nested ones too; ``[hint]`` for anything else."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return [inner for member in typing.get_args(hint) for inner in _members(member)]
+        return [inner for member in typing.get_args(hint) for inner in _union_members(member)]
     return [hint]
 
 
-def _is_plain(hint: Any) -> bool:
-    """Can be written on a command line: numbers, strings, booleans, None, literals, tuples of them."""
+def _parses_from_text(hint: Any) -> bool:
+    """Return whether text can make this type: numbers, strings, booleans, None, literals, tuples of these."""
     if typing.get_origin(hint) is typing.Literal:
         return True
     if typing.get_origin(hint) in (tuple, list):
-        return all(a is Ellipsis or _is_plain(a) for a in typing.get_args(hint))
+        return all(a is Ellipsis or _parses_from_text(a) for a in typing.get_args(hint))
     return hint in (bool, int, float, str, type(None), tuple, list)
 
 
-def _candidates(text: str) -> list[Any]:
-    """What ``text`` may mean, likeliest first: a literal, a tuple of one, or the text itself."""
+def _readings(text: str) -> list[Any]:
+    """Return what ``text`` may mean, most likely first: a literal, a list of one item, a string."""
     words: dict[str, Any] = {"true": True, "false": False, "none": None, "null": None}
     if text.lower() in words:
         return [words[text.lower()], text]

@@ -1,4 +1,9 @@
-"""Where experiments are found: a path, ./experiments, JAXTRAIN_EXPERIMENTS, entry points, ours."""
+"""Find experiments by name or path.
+
+Names are looked up in ``./experiments``, in the folders of the environment variable ``JAXTRAIN_EXPERIMENTS``,
+among the entry points of installed packages (group ``jaxtrain.experiments``) and among the experiments that
+are shipped with jaxtrain.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +28,12 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An experiment that was found and not yet loaded.
+    """An experiment that is found but not imported.
 
     Attributes:
-      name: its key.
-      origin: its file, or its entry point.
-      point: the entry point, None for a file.
+      name: what ``--experiment`` calls it.
+      origin: the path of its file, or the text of its entry point.
+      point: the entry point; None for a file.
     """
 
     name: str
@@ -36,12 +41,12 @@ class Entry:
     point: metadata.EntryPoint | None = None
 
     def load(self) -> tuple[Experiment, str]:
-        """The experiment and the first line of its file's docstring.
+        """Import it; return the experiment and the first line of its module's docstring.
 
         Raises:
           InputError: the file cannot be imported or holds no ``EXPERIMENT``.
         """
-        from jaxtrain.experiment.definition import Experiment  # here: --list and names need no JAX
+        from jaxtrain.experiment.definition import Experiment  # here, because listing names needs no JAX
 
         if self.point is None:
             module: Any = user_modules.load(self.origin)
@@ -55,15 +60,15 @@ class Entry:
         experiment = getattr(module, "EXPERIMENT", None) if isinstance(module, ModuleType) else module
         if not isinstance(experiment, Experiment):
             raise InputError(f"{self.origin} must define EXPERIMENT = Experiment(...)")
-        home = module if self.point is None else sys.modules[self.point.module]
-        return experiment, first_line(home.__doc__ or "")
+        source = module if self.point is None else sys.modules[self.point.module]
+        return experiment, first_line(source.__doc__ or "")
 
 
 def find(name: str) -> Entry:
-    """The entry called ``name``, or of the file at that path.
+    """Return the entry called ``name``, or that of the file at the path ``name``.
 
     Raises:
-      InputError: no such experiment (with a suggestion), or two different ones of the name.
+      InputError: no experiment has this name (with a suggestion), or two different ones have it.
 
     >>> find("digits_cnn").name
     'digits_cnn'
@@ -89,31 +94,33 @@ def find(name: str) -> Entry:
 
 
 def discover() -> list[Entry]:
-    """Everything that can be named, by name; equal copies of one file count once. Imports none of them."""
+    """Return all entries, sorted by name, without importing them; identical copies of a file count once."""
     folders = [Path("experiments")]
     folders += [Path(f) for f in os.environ.get("JAXTRAIN_EXPERIMENTS", "").split(os.pathsep) if f]
     entries = [e for folder in folders for e in _in_folder(folder)]
     entries += [Entry(p.name, f"{p.name} = {p.value}", p) for p in metadata.entry_points(group=GROUP)]
-    entries += _in_folder(_shipped())
+    entries += _in_folder(_shipped_folder())
     unique: list[Entry] = []
     for entry in sorted(entries, key=lambda e: e.name):
-        if not any(entry.name == kept.name and _same(entry, kept) for kept in unique):
+        if not any(entry.name == other.name and _same(entry, other) for other in unique):
             unique.append(entry)
     return unique
 
 
-def _shipped() -> Path:
-    """A wheel carries the experiments inside the package; a source tree has them beside it."""
+def _shipped_folder() -> Path:
+    """Return the folder of the shipped experiments: in the package, or next to it in a source checkout."""
     inside = PACKAGE / "experiments"
     return inside if inside.is_dir() else PACKAGE.parent / "experiments"
 
 
 def _in_folder(folder: Path) -> list[Entry]:
+    """Return an entry for each ``.py`` file whose name does not start with an underscore."""
     files = [p for p in sorted(folder.glob("*.py")) if not p.name.startswith("_")]
     return [Entry(path.stem, str(path.resolve())) for path in files]
 
 
 def _same(a: Entry, b: Entry) -> bool:
+    """Return whether both are one entry point, one file, or two files of the same bytes."""
     if a.point is not None or b.point is not None:
         return a.origin == b.origin
     return a.origin == b.origin or Path(a.origin).read_bytes() == Path(b.origin).read_bytes()

@@ -1,4 +1,4 @@
-"""Models: Flax Linen modules, and the adapter that makes any of them a pure ``Model`` pair."""
+"""Models as Flax Linen modules, and ``as_model``, which turns any Linen module into a pure ``Model`` pair."""
 
 from jaxtrain.models.adapter import as_model
 from jaxtrain.models.airbench import Airbench, TestTimeViews, Whiten

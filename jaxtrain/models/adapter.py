@@ -1,4 +1,4 @@
-"""Flax Linen behind the pure pair ``Model(init, apply)``; no flax type leaves this folder."""
+"""Wrap Flax Linen modules as the pure pair ``Model(init, apply)``; no Flax type leaves this package."""
 
 from __future__ import annotations
 
@@ -27,25 +27,34 @@ REMAT = "remat"
 
 
 def as_model(model: Any, remat: Remat = "none") -> Model:
-    """``model`` as a pure ``Model`` pair: a Linen module, or an ``(init, apply)`` pair as it is.
+    """Return ``model`` as a pure ``Model`` pair.
 
-    A Linen module's ``__call__`` arguments are filled from the batch fields of the same name (optional ones
-    called ``label``, ``target``, ``mask``, ``example_id`` or ``epoch`` are not); a single argument of another
-    name gets the only field that is none of these. ``train``, ``training`` or ``is_training`` is told whether
-    dropout and batch statistics are active, ``deterministic`` or ``use_running_average`` the opposite. A
-    method ``check(batch, ids)`` of the module becomes the model's, and ``update_flops(batch)`` its ``flops``.
-    Its attribute ``logical_axes``, a dict of regular expression → names, says what the axes of its parameters
-    are (``sharding.Rule``); names given by ``nn.with_logical_partitioning`` count as well.
+    The arguments of a Linen module's ``__call__`` are filled as follows:
+
+    - An argument gets the batch field of the same name. Optional arguments named ``label``, ``target``,
+      ``mask``, ``example_id`` or ``epoch`` are not filled.
+    - If there is one required argument and no field of its name, it gets the only field that is not one of
+      those five.
+    - ``train``, ``training`` or ``is_training`` is True while training (dropout is active, batch statistics
+      are updated) and False in evaluation; ``deterministic`` and ``use_running_average`` are the opposite.
+    - ``remat`` gets the setting of that name.
+
+    Optional attributes of the module:
+
+    - ``check(batch, ids)`` checks raw host data and becomes ``Model.check``.
+    - ``update_flops(batch)`` returns the FLOPs of an update and becomes ``Model.flops``.
+    - ``logical_axes``, a dict of regular expression → axis names, names the axes of the parameters
+      (``sharding.Rule``). Names from ``nn.with_logical_partitioning`` are used as well.
 
     Args:
-      model: a Linen module or a pair.
-      remat: what the training pass keeps for the backward pass; the rest is computed again, for less memory.
-        A module whose ``__call__`` has an argument ``remat`` is told it and wraps its own blocks
-        (``models.remat_block``); any other model is wrapped as a whole.
+      model: a Linen module, or an ``(init, apply)`` pair, which is returned as a ``Model``.
+      remat: which activations are saved for the backward pass (``models.Remat``); the rest is recomputed. A
+        module whose ``__call__`` has an argument ``remat`` wraps its own blocks (``models.remat_block``);
+        any other model is wrapped as one block.
 
     Raises:
-      InputError: neither a module nor a pair, batch statistics without such an argument, or an unknown
-        ``remat``.
+      InputError: ``model`` is neither a module nor a pair, it has batch statistics and no argument for the
+        training mode, or ``remat`` is unknown.
 
     >>> import jax.numpy as jnp
     >>> model = as_model(nn.Dense(3))
@@ -66,23 +75,23 @@ def as_model(model: Any, remat: Remat = "none") -> Model:
 def _from_linen(module: nn.Module, remat: Remat) -> Model:
     parameters = list(inspect.signature(type(module).__call__).parameters.values())[1:]
     modes = [p.name for p in parameters if p.name in MODES]
-    wraps = any(p.name == REMAT for p in parameters)
+    wraps_blocks = any(p.name == REMAT for p in parameters)
 
-    def call(batch: Batch, train: bool) -> dict[str, Any]:
+    def arguments(batch: Batch, train: bool) -> dict[str, Any]:
         inputs = [p for p in parameters if p.name not in (*modes, REMAT)]
-        told: dict[str, Any] = {name: train is MODES[name] for name in modes}
-        if wraps:
-            told[REMAT] = remat if train else "none"
-        return {**_inputs(module, inputs, batch), **told}
+        flags: dict[str, Any] = {name: train is MODES[name] for name in modes}
+        if wraps_blocks:
+            flags[REMAT] = remat if train else "none"
+        return {**_inputs(module, inputs, batch), **flags}
 
     def init(key: jax.Array, batch: Batch) -> tuple[Any, dict[str, Any]]:
         params_key, dropout_key = jax.random.split(key)
         rngs = {"params": params_key, "dropout": dropout_key}
-        variables = dict(nn.unbox(module.init(rngs, **call(batch, train=False))))
+        variables = dict(nn.unbox(module.init(rngs, **arguments(batch, train=False))))
         if "batch_stats" in variables and not modes:
             raise InputError(
-                f"{type(module).__name__} has batch statistics and its __call__ no argument that says when "
-                "to update them: add train: bool, and pass it on"
+                f"{type(module).__name__} has batch statistics and its __call__ has no argument that says "
+                "when to update them: add train: bool, and pass it on"
             )
         return variables.pop("params", {}), variables
 
@@ -90,18 +99,20 @@ def _from_linen(module: nn.Module, remat: Remat) -> Model:
         params: Any, extra: dict[str, Any], batch: Batch, *, train: bool, key: jax.Array | None
     ) -> tuple[Any, dict[str, Any]]:
         statistics, _ = split_extra(extra)
-        # Any other stream that the module asks for falls back to "params".
+        # Any other random stream that the module uses falls back to "params".
         rngs = None if key is None else {"dropout": key, "params": jax.random.fold_in(key, 1)}
-        mutable: Any = list(statistics) if train else False  # Linen: a list, even empty, gives a pair
+        mutable: Any = (
+            list(statistics) if train else False
+        )  # Linen returns a pair for a list, even an empty one
         try:
             result = module.apply(
-                {"params": params, **statistics}, rngs=rngs, mutable=mutable, **call(batch, train)
+                {"params": params, **statistics}, rngs=rngs, mutable=mutable, **arguments(batch, train)
             )
         except flax.errors.ScopeParamShapeError as error:
             shapes = ", ".join(f"{k} {v.shape}" for k, v in batch.items())
             raise InputError(
                 f"the batch ({shapes}) does not fit the parameters of {type(module).__name__}, which "
-                f"were made for another shape: {first_line(error)}"
+                f"were initialised for another shape: {first_line(error)}"
             ) from error
         if not train:
             return result, extra
@@ -109,18 +120,18 @@ def _from_linen(module: nn.Module, remat: Remat) -> Model:
         return outputs, {**extra, **updated}
 
     def axes(batch: Batch) -> dict[str, Names]:
-        def boxes(key: jax.Array, batch: Batch) -> Any:
-            return module.init(key, **call(batch, train=False))
+        def init_boxed(key: jax.Array, batch: Batch) -> Any:
+            return module.init(key, **arguments(batch, train=False))
 
-        boxed = jax.eval_shape(boxes, jax.random.key(0), batch)
+        boxed = jax.eval_shape(init_boxed, jax.random.key(0), batch)
         return _boxed_names(boxed) | dict(getattr(module, "logical_axes", {}))
 
     model = Model(init, apply, getattr(module, "check", None), axes, getattr(module, "update_flops", None))
-    return model if wraps else remat_model(model, remat)
+    return model if wraps_blocks else remat_model(model, remat)
 
 
 def _boxed_names(variables: Any) -> dict[str, Names]:
-    """What the module itself says of its axes, by ``nn.with_logical_partitioning``."""
+    """Return the axis names given by ``nn.with_logical_partitioning``, as regular expression → names."""
     names = {}
     for collection in variables.values():
         boxes = jax.tree.leaves_with_path(collection, is_leaf=lambda x: isinstance(x, nn.Partitioned))
@@ -131,7 +142,7 @@ def _boxed_names(variables: Any) -> dict[str, Names]:
 
 
 def _inputs(module: nn.Module, inputs: list[inspect.Parameter], batch: Batch) -> dict[str, Any]:
-    """Arguments by name, so that an optional one that is left out shifts no other."""
+    """Return the module's array arguments by name, so that leaving out an optional one shifts no other."""
     empty = inspect.Parameter.empty
     required = [
         p.name for p in inputs if p.default is empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)

@@ -1,4 +1,4 @@
-"""The network of airbench, and what its recipe does to it: whitening from data, averaged views in evaluation.
+"""The airbench network for CIFAR-10, its whitening initialisation and its test-time augmentation.
 
 The recipe (Jordan 2024, arXiv:2404.00498) trains CIFAR-10 to 94 % in ten epochs.
 """
@@ -21,25 +21,26 @@ WHITEN = "whiten"
 
 
 class Airbench(nn.Module):
-    """A whitening convolution, groups of convolutions, one max-pool over what is left, and a dense head.
+    """A whitening convolution, groups of convolutions, a 3×3 max-pool, and a dense head.
 
-    The whitening convolution is 2×2, VALID, with bias; ``Whiten`` fills its kernel, which is then meant to
-    stay (``optim.Group("whiten/kernel", lr=0)``). A group is conv 3×3 → max-pool 2 → BatchNorm → GELU, then
-    further conv 3×3 → BatchNorm → GELU at the pooled size. Their convolutions have no bias and start as the
-    identity in their first outputs; BatchNorm has a bias and no scale, and its statistics are in float32.
-    A side of 32 becomes 31, 15, 7, 3 and 1.
+    The whitening convolution is 2×2, VALID, with bias. ``Whiten`` initialises its kernel, which should then
+    be frozen (``optim.Group("whiten/kernel", lr=0)``). A group is conv 3×3 → max-pool 2 → BatchNorm → GELU,
+    then further conv 3×3 → BatchNorm → GELU at the pooled size. These convolutions have no bias, and their
+    first output channels start as the identity. BatchNorm has a bias and no scale, and float32 statistics. An
+    image side of 32 becomes 31, 15, 7, 3 and 1.
 
     Attributes:
       widths: output channels of each group; image sides must be at least ``3 * 2**len(widths) + 1``.
       convs: convolutions in a group, at least 1.
-      classes: size of the output.
-      residual: add a group's first activation to its last, before the GELU (needs ``convs`` of 2 or more
-        to matter; the 96 % recipe has it, with 3).
-      whiten: outputs of the whitening convolution; ``Whiten`` fills at most 8 per channel of the image.
-      scale: factor of the logits.
-      bn_momentum: decay of BatchNorm's running statistics, in [0, 1).
+      classes: number of classes, the size of the output.
+      residual: add a group's first activation to its last, before the GELU. No effect if ``convs`` is 1; the
+        96 % recipe uses it, with 3.
+      whiten: output channels of the whitening convolution; even, and at most 8 per image channel for
+        ``Whiten``.
+      scale: factor that multiplies the logits.
+      bn_momentum: decay rate of BatchNorm's running statistics, in [0, 1).
 
-    Call with ``image: float [batch, height, width, channel]``; gives logits ``[batch, classes]``.
+    Call with ``image: float [batch, height, width, channel]``; returns logits ``[batch, classes]``.
 
     >>> net = Airbench(widths=(8, 16, 16), classes=5)
     >>> variables = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
@@ -58,7 +59,7 @@ class Airbench(nn.Module):
     logical_axes: ClassVar[dict[str, Names]] = {
         "whiten/kernel$": (None,) * 4,
         "whiten/bias$": (None,),
-        "head/kernel$": (None, None),  # its inputs are pixels and channels in one
+        "head/kernel$": (None, None),  # its inputs are pixels and channels combined
         **CONV_AXES,
     }
 
@@ -80,10 +81,12 @@ class Airbench(nn.Module):
         return nn.Dense(self.classes, use_bias=False, kernel_init=uniform_init, name="head")(x) * self.scale
 
     def _group(self, x: jax.Array, width: int, name: str, train: bool) -> jax.Array:
-        first = _gelu(self._normed(max_pool(self._conv(x, width, f"{name}_conv0")), train, f"{name}_norm0"))
+        first = _gelu(
+            self._batch_norm(max_pool(self._conv(x, width, f"{name}_conv0")), train, f"{name}_norm0")
+        )
         x = first
         for conv in range(1, self.convs):
-            x = self._normed(self._conv(x, width, f"{name}_conv{conv}"), train, f"{name}_norm{conv}")
+            x = self._batch_norm(self._conv(x, width, f"{name}_conv{conv}"), train, f"{name}_norm{conv}")
             if self.residual and conv == self.convs - 1:
                 x = x + first
             x = _gelu(x)
@@ -92,26 +95,29 @@ class Airbench(nn.Module):
     def _conv(self, x: jax.Array, width: int, name: str) -> jax.Array:
         return nn.Conv(width, (3, 3), use_bias=False, kernel_init=identity_init, name=name)(x)
 
-    def _normed(self, x: jax.Array, train: bool, name: str) -> jax.Array:
+    def _batch_norm(self, x: jax.Array, train: bool, name: str) -> jax.Array:
         norm = nn.BatchNorm(momentum=self.bn_momentum, epsilon=1e-12, use_scale=False, name=name)
         return norm(x, use_running_average=not train)
 
 
 @dataclasses.dataclass(frozen=True)
 class Whiten:
-    """A ``data_init`` that fills the convolution named ``whiten`` so that its outputs are decorrelated.
+    """Initialise the convolution named ``whiten`` from data, so that its outputs are decorrelated.
 
-    The filters are the eigenvectors v of the uncentred covariance of all patches of the kernel's size, in
-    descending order of their eigenvalues λ, each as ``v / sqrt(λ + eps)``, and then the same filters negated.
-    In float32; a filter's sign is the one that makes its largest weight positive.
+    Goes into ``Experiment.data_init``. The filters are the eigenvectors v of the uncentred covariance of all
+    image patches of the kernel's size, in descending order of their eigenvalues λ, scaled to
+    ``v / sqrt(λ + eps)``, followed by the same filters negated. Computed in float32; the sign of a filter is
+    the one that makes its largest weight positive.
 
     Attributes:
-      examples: how many images the covariance is of: the first ones of the training set, as the model sees
-        them but unaugmented.
-      eps: keeps directions in which patches hardly differ from being blown up; above 0.
+      examples: number of images for the covariance: the first ones of the training set, preprocessed and not
+        augmented; at least 1.
+      eps: added to the eigenvalues, above 0, so that directions with little variance are not amplified.
 
-    Call with ``params`` and a batch of ``image: float [examples, height, width, channel]``; gives params.
-    Raises InputError for params without such a kernel, or one of too many or an odd number of filters.
+    Call with ``params`` and a batch with ``image: float [examples, height, width, channel]``; returns params.
+
+    Raises:
+      InputError: there is no such kernel, or it has too many filters or an odd number of them.
 
     >>> params = {"whiten": {"kernel": jnp.zeros((2, 2, 3, 24)), "bias": jnp.zeros(24)}}
     >>> batch = {"image": jax.random.normal(jax.random.key(0), (8, 32, 32, 3))}
@@ -128,40 +134,40 @@ class Whiten:
             raise InputError(f"{self}: examples must be at least 1 and eps above 0")
 
     def __call__(self, params: Any, batch: Batch) -> Any:
-        path, kernel = _find(params)
+        path, kernel = _find_kernel(params)
         filters = self._filters(batch["image"][: self.examples], kernel.shape)
-        return _replaced(params, path, filters.astype(kernel.dtype))
+        return _replace_at(params, path, filters.astype(kernel.dtype))
 
     def _filters(self, image: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """float32 ``shape``: ``[height, width, channel, filter]``."""
+        """Return float32 filters of ``shape``: ``[height, width, channel, filter]``."""
         *patch, count = shape
         size = patch[0] * patch[1] * patch[2]
         if count % 2 or count > 2 * size:
             raise InputError(
-                f"Whiten: a kernel of {shape} has {size} whitening filters and as many negatives: set the "
+                f"Whiten: a kernel of {shape} has {size} whitening filters and their negatives: set the "
                 f"model's whiten to an even number of at most {2 * size}"
             )
         values, vectors = jnp.linalg.eigh(patch_covariance(image, patch[0], patch[1]))
         values, vectors = values[::-1], vectors[:, ::-1]  # eigh's order is ascending
         largest = jnp.take_along_axis(vectors, jnp.abs(vectors).argmax(0)[None], axis=0)
-        # A library is free to choose the sign, and its choice may hang on the last bit of the covariance.
+        # Linear algebra libraries choose the sign freely; it may depend on the last bit of the covariance.
         filters = vectors * jnp.sign(largest) / jnp.sqrt(values + self.eps)[None]
         half = filters[:, : count // 2]
         return jnp.concatenate([half, -half], axis=1).reshape(shape)
 
 
 class TestTimeViews(nn.Module):
-    """A classifier whose logits are, in evaluation, a mean over six views of each image.
+    """Average the logits over six views of each image in evaluation (test-time augmentation).
 
-    Half the weight is on the image and its mirror image, half on the two of them moved by ``shift`` pixels
-    up and left and by as many down and right, with the border reflected. Training calls ``net`` as it is.
-    The views go through ``net`` one after another, so they take its memory once.
+    The views are the image and its mirror image (half of the weight), and both shifted by ``shift`` pixels up
+    and left and down and right (the other half), with the border reflected. Training calls ``net`` on the
+    image alone. The views go through ``net`` one after another, so memory does not grow.
 
     Attributes:
-      net: takes ``(image, train)`` and gives logits; its params are under ``"net"``.
-      shift: pixels, at least 1.
+      net: a module that takes ``(image, train)`` and returns logits; its parameters are under ``"net"``.
+      shift: shift of the views in pixels, at least 1.
 
-    Call with ``image: float [batch, height, width, channel]``; gives logits ``[batch, classes]``.
+    Call with ``image: float [batch, height, width, channel]``; returns logits ``[batch, classes]``.
 
     >>> net = TestTimeViews(Airbench(widths=(8,), classes=5))
     >>> variables = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
@@ -176,35 +182,36 @@ class TestTimeViews(nn.Module):
 
     @property
     def logical_axes(self) -> dict[str, Names]:
-        """Those of ``net``."""
+        """The ``logical_axes`` of ``net``."""
         return getattr(self.net, "logical_axes", {})
 
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
         if self.shift < 1:
-            raise InputError(f"TestTimeViews(shift={self.shift}): it is at least 1 pixel")
+            raise InputError(f"TestTimeViews(shift={self.shift}): shift must be at least 1 pixel")
         if train or self.is_initializing():
             return self.net(image, train=train)
         shift = self.shift
         padded = jnp.pad(image, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="reflect")
         height, width = image.shape[1:3]
-        total = 0.5 * self._mirrored(image)
-        for at in (0, 2 * shift):
-            total = total + 0.25 * self._mirrored(padded[:, at : at + height, at : at + width])
+        total = 0.5 * self._with_mirror(image)
+        for start in (0, 2 * shift):
+            view = padded[:, start : start + height, start : start + width]
+            total = total + 0.25 * self._with_mirror(view)
         return total
 
-    def _mirrored(self, image: jax.Array) -> jax.Array:
+    def _with_mirror(self, image: jax.Array) -> jax.Array:
         return 0.5 * (self.net(image, train=False) + self.net(image[:, :, ::-1], train=False))
 
 
 def uniform_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """U(±1/√fan_in), for a kernel ``[..., in, out]``."""
+    """Draw from U(±1/√fan_in), for a kernel ``[..., in, out]``."""
     bound = math.prod(shape[:-1]) ** -0.5
-    # The same numbers as for the shape itself, which takes XLA:CPU seconds to compile in four dimensions.
+    # Drawn flat: the numbers are the same, and four dimensions take XLA:CPU seconds to compile.
     return jax.random.uniform(key, (math.prod(shape),), dtype, -bound, bound).reshape(shape)
 
 
 def identity_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """``uniform_init``, and the identity in the first outputs: output i is input i as long as there is one.
+    """Return ``uniform_init`` with the identity in the first outputs: output i equals input i for i < in.
 
     For a kernel ``[height, width, in, out]`` of odd height and width.
     """
@@ -215,9 +222,9 @@ def identity_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float
 
 
 def patch_covariance(image: jax.Array, height: int, width: int) -> jax.Array:
-    """Uncentred covariance of all ``height × width`` patches: float32 ``[size, size]``.
+    """Return the uncentred covariance of all ``height × width`` patches: float32 ``[size, size]``.
 
-    A patch is flattened as a kernel is: by row, column and channel.
+    ``size`` is ``height * width * channels``; a patch is flattened like a kernel, by row, column and channel.
 
     >>> patch_covariance(jnp.ones((1, 3, 3, 1)), 2, 2).shape
     (4, 4)
@@ -226,7 +233,7 @@ def patch_covariance(image: jax.Array, height: int, width: int) -> jax.Array:
     rows, columns = image.shape[1] - height + 1, image.shape[2] - width + 1
     shifted = [image[:, i : i + rows, j : j + columns] for i in range(height) for j in range(width)]
     patches = jnp.concatenate(shifted, axis=-1)
-    # HIGHEST: a GPU would round the factors to TF32.
+    # HIGHEST, because a GPU would round the factors to TF32.
     total = jnp.einsum("nhwi,nhwj->ij", patches, patches, precision=jax.lax.Precision.HIGHEST)
     return total / (image.shape[0] * rows * columns)
 
@@ -235,8 +242,8 @@ def _gelu(x: jax.Array) -> jax.Array:
     return nn.gelu(x, approximate=False)
 
 
-def _find(params: Any) -> tuple[tuple[str, ...], jax.Array]:
-    """Path and value of the kernel, which may be inside another module (``TestTimeViews``)."""
+def _find_kernel(params: Any) -> tuple[tuple[str, ...], jax.Array]:
+    """Return path and value of the ``whiten`` kernel, which may be inside another module."""
     leaves = [
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -253,7 +260,7 @@ def _find(params: Any) -> tuple[tuple[str, ...], jax.Array]:
     return found[0]
 
 
-def _replaced(tree: Any, path: tuple[str, ...], value: jax.Array) -> Any:
+def _replace_at(tree: Any, path: tuple[str, ...], value: jax.Array) -> Any:
     if not path:
         return value
-    return {**tree, path[0]: _replaced(tree[path[0]], path[1:], value)}
+    return {**tree, path[0]: _replace_at(tree[path[0]], path[1:], value)}

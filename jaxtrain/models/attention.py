@@ -1,4 +1,4 @@
-"""Attention by the fastest way there is: cuDNN's fused kernel on NVIDIA GPUs that have it, else XLA's."""
+"""Softmax attention, with cuDNN's fused kernel on NVIDIA GPUs that support it, else with XLA's."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ from jaxtrain.core.errors import InputError
 from jaxtrain.core.text import first_line
 
 Attention = Literal["auto", "xla", "cudnn"]
-"""``auto`` takes cuDNN's kernel where there is one for the shapes, ``xla`` never does, ``cudnn`` insists."""
+"""``auto`` uses cuDNN's kernel if it supports the shapes, ``xla`` never does, ``cudnn`` always does."""
 
-OLDEST = (8, 0)
-"""The compute capability from which cuDNN has the kernel (Ampere); JAX does not ask, and XLA then fails."""
+MIN_CAPABILITY = (8, 0)
+"""The lowest compute capability with cuDNN's kernel (Ampere). JAX does not check it, and XLA would fail."""
 
 
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, attention: Attention = "auto"
 ) -> jax.Array:
-    """Softmax attention: three times ``float [batch, length, heads, size]``, and of that shape.
+    """Compute softmax attention: float ``[batch, length, heads, size]``, like each input.
 
-    Scores are scaled by ``size ** -0.5``, and the softmax is in float32 in either way. XLA's keeps the
-    scores ``[batch, heads, length, length]`` for the backward pass; cuDNN's computes them again and, where it
-    is causal, only the half that counts (Dao et al., arXiv:2205.14135).
+    Scores are scaled by ``size ** -0.5`` and the softmax is in float32 with both kernels. XLA's stores the
+    scores ``[batch, heads, length, length]`` for the backward pass; cuDNN's recomputes them and, if causal,
+    computes only half of them (Dao et al., arXiv:2205.14135).
 
-    The choice is made while tracing, for the devices that JAX runs on: a CPU's program shows nothing of it.
+    The kernel is selected while tracing, for the devices that JAX runs on; the program contains one of them.
 
     Args:
       q: queries.
       k: keys.
       v: values.
-      causal: position t sees those up to t, instead of all.
-      attention: whose kernel.
+      causal: position t attends to positions up to t, instead of all.
+      attention: which kernel: ``auto``, ``xla`` or ``cudnn``.
 
     Raises:
-      InputError: ``attention`` is unknown, or ``cudnn`` where cuDNN refuses, with its reason.
+      InputError: ``attention`` is unknown, or it is ``cudnn`` and cuDNN's kernel cannot be used (with the
+        reason).
 
     >>> q = jnp.ones((1, 4, 2, 8))
     >>> attend(q, q, q, causal=True).shape
@@ -49,7 +50,7 @@ def attend(
         raise InputError(f"attention is {attention!r}: it must be one of {', '.join(names)}")
     implementation: Literal["xla", "cudnn"] = "xla"
     if attention != "xla":
-        reason = refusal(q.shape, q.dtype, causal)
+        reason = cudnn_refusal(q.shape, q.dtype, causal)
         if reason is None:
             implementation = "cudnn"
         elif attention == "cudnn":
@@ -57,26 +58,26 @@ def attend(
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation)
 
 
-def refusal(shape: tuple[int, ...], dtype: Any, causal: bool) -> str | None:
-    """Why cuDNN's kernel does not take ``q``, ``k`` and ``v`` of that shape and type; None where it does.
+def cudnn_refusal(shape: tuple[int, ...], dtype: Any, causal: bool) -> str | None:
+    """Return why cuDNN's kernel does not support ``q`` of this shape and dtype; None if it does.
 
-    >>> refusal((1, 4, 2, 8), jnp.float32, True)
+    >>> cudnn_refusal((1, 4, 2, 8), jnp.float32, True)
     'it takes float16 and bfloat16, and this is float32'
     """
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float16, jnp.bfloat16):
         return f"it takes float16 and bfloat16, and this is {dtype}"
-    found = capability()
-    if found is None:
+    lowest = lowest_capability()
+    if lowest is None:
         return "JAX runs on no NVIDIA GPU here"
-    if found < OLDEST:
-        return f"it needs compute capability 8.0 or more, and a GPU here has {found[0]}.{found[1]}"
-    return _jax_refuses(tuple(shape), dtype, causal, found)
+    if lowest < MIN_CAPABILITY:
+        return f"it needs compute capability 8.0 or more, and a GPU here has {lowest[0]}.{lowest[1]}"
+    return _jax_refusal(tuple(shape), dtype, causal, lowest)
 
 
-@functools.lru_cache(maxsize=64)  # every block of a model asks
-def _jax_refuses(shape: tuple[int, ...], dtype: Any, causal: bool, _: tuple[int, int]) -> str | None:
-    """What JAX itself checks (cuDNN is there, the size of a head, versions), forward and backward."""
+@functools.lru_cache(maxsize=64)  # called by every block of a model
+def _jax_refusal(shape: tuple[int, ...], dtype: Any, causal: bool, _: tuple[int, int]) -> str | None:
+    """Return what JAX's own checks say (cuDNN installed, head size, versions), forward and backward."""
 
     def total(q: jax.Array) -> jax.Array:
         out = jax.nn.dot_product_attention(q, q, q, is_causal=causal, implementation="cudnn")
@@ -89,17 +90,17 @@ def _jax_refuses(shape: tuple[int, ...], dtype: Any, causal: bool, _: tuple[int,
     return None
 
 
-def capability() -> tuple[int, int] | None:
-    """The lowest compute capability of the GPUs that JAX runs programs on; None without NVIDIA GPUs."""
+def lowest_capability() -> tuple[int, int] | None:
+    """Return the lowest compute capability of the GPUs that JAX uses; None without NVIDIA GPUs."""
     chosen = getattr(jax.config, "jax_default_device", None)
     if getattr(chosen, "platform", chosen) not in (None, "gpu", "cuda") or jax.default_backend() != "gpu":
         return None
     try:
-        each = [
+        capabilities = [
             tuple(int(part) for part in device.compute_capability.split("."))
             for device in jax.local_devices(backend="cuda")
         ]
-    except (RuntimeError, ValueError, AttributeError):  # an AMD GPU, say
+    except (RuntimeError, ValueError, AttributeError):  # for example an AMD GPU
         return None
-    major, minor = min(each)
+    major, minor = min(capabilities)
     return major, minor

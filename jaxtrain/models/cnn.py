@@ -20,20 +20,20 @@ from jaxtrain.models.layers import (
 class CNN(nn.Module):
     """Stages of conv 3×3 → max-pool 2 → BatchNorm → activation, then global average pooling and a dense head.
 
-    Every further convolution of a stage works at the pooled size. No convolution has a bias where
-    BatchNorm follows, which would only cancel it. BatchNorm statistics are over the global batch.
+    Further convolutions of a stage work at the pooled size. Convolutions before a BatchNorm have no bias,
+    which BatchNorm would cancel. BatchNorm statistics are over the global batch.
 
     Attributes:
       widths: output channels of each stage; image sides must be at least ``2 ** len(widths)``.
       convs: convolutions in a stage, at least 1.
-      classes: size of the output.
-      residual: add a stage's first activation to its last (needs ``convs`` of 2 or more to matter).
-      batch_norm: normalise after every convolution; without it convolutions have biases.
-      bn_momentum: decay of BatchNorm's running statistics, in [0, 1).
-      dropout: rate before the head, in [0, 1); active only when training.
+      classes: number of classes, the size of the output.
+      residual: add a stage's first activation to its last; no effect if ``convs`` is 1.
+      batch_norm: use BatchNorm after every convolution; without it convolutions have biases.
+      bn_momentum: decay rate of BatchNorm's running statistics, in [0, 1).
+      dropout: dropout rate before the head, in [0, 1); active only in training.
       activation: ``relu``, ``gelu``, ``silu`` or ``tanh``.
 
-    Call with ``image: float [batch, height, width, channel]``; gives logits ``[batch, classes]``.
+    Call with ``image: float [batch, height, width, channel]``; returns logits ``[batch, classes]``.
 
     >>> import jax.numpy as jnp
     >>> net = CNN(widths=(8, 16), classes=5)

@@ -1,4 +1,4 @@
-"""Convolutions as XLA computes them fastest on CPUs; on other devices they are Flax's own."""
+"""Convolutions that are faster on CPUs; on other devices they are those of Flax."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from jax.interpreters import ad, batching, mlir
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-# As a convolution: the image's channels are its batch, the examples its channels, the output's gradient its
-# kernel and the kernel's gradient its output.
+# The gradient of the kernel is a convolution too: the image's channels are its batch, the examples its
+# channels, the gradient of the output its kernel, and the gradient of the kernel its output.
 GRADIENT_DIMENSIONS = lax.ConvDimensionNumbers((3, 0, 1, 2), (3, 0, 1, 2), (2, 3, 0, 1))
 PLAIN = "plain"
-SMALL = 16  # with no more examples and outputs than this XLA:CPU does not take the slow way
-VECTOR = 8  # float32 numbers that a CPU works on at once, at least
-BLOCK = 4  # pixels of a row whose channels are taken for those of one
+SMALL = 16  # up to this many examples and outputs XLA:CPU does not choose the slow implementation
+VECTOR = 8  # float32 lanes of a CPU vector, at least
+BLOCK = 4  # pixels of a row that are combined into one
 
 
 def conv(width: int, kernel: int, **settings: Any) -> nn.Conv:
-    """``flax.linen.Conv`` with a square kernel: the same parameters, initial values and outputs.
+    """Return ``flax.linen.Conv`` with a square kernel: same parameters, initial values and outputs.
 
-    How it is computed differs on CPUs alone: the gradient of the kernel, and the outputs where channels are
-    few (``convolve``).
+    Only on CPUs it is computed differently: the gradient of the kernel, and the outputs if there are few
+    channels (``convolve``).
 
     Args:
       width: output channels.
@@ -55,9 +55,9 @@ def convolve(
     rhs_dilation: Sequence[int] = (1, 1),
     precision: Any = None,
 ) -> jax.Array:
-    """What ``lax.conv_general_dilated`` gives, as ``flax.linen.Conv`` calls it.
+    """Compute ``lax.conv_general_dilated``, with the arguments that ``flax.linen.Conv`` passes.
 
-    Strided, dilated and grouped convolutions, and those of kernels of 1×1, are its own in every way.
+    Strided, dilated and grouped convolutions, and 1×1 kernels, are passed on to it unchanged.
 
     Args:
       image: float ``[batch, h, w, c]``.
@@ -86,7 +86,7 @@ def convolve(
 
 
 def saveable(primitive: Primitive, *_: Any, **__: Any) -> bool:
-    """Is this the convolution that is made here? A policy for ``jax.checkpoint``."""
+    """Policy for ``jax.checkpoint``: save the outputs of the convolutions of this module."""
     return primitive is _convolution
 
 
@@ -95,25 +95,28 @@ def _plain(image: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
 
 
 def _blocked(image: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
-    """The outputs of ``BLOCK`` pixels of a row at a time, as channels of one pixel of a narrower image.
+    """Compute ``BLOCK`` neighbouring pixels of a row at a time, as channels of one pixel of a narrower image.
 
-    Channels that do not fill a vector are computed one by one. Four pixels' channels do fill it, and bringing
-    them together moves nothing in memory. A kernel for all of them holds the kernel once for each, shifted.
+    XLA:CPU computes channels that do not fill a vector one by one. The channels of four pixels fill it, and
+    combining them is a reshape without a copy. The combined kernel contains the kernel, shifted, once per
+    pixel.
     """
     b, _, width, channels = image.shape
     rows, columns, _, outputs = kernel.shape
     out = width + sum(pads[1]) - columns + 1
-    blocks, span = -(-out // BLOCK), -(-(columns - 1) // BLOCK) + 1  # of the output; under one kernel
+    blocks = -(-out // BLOCK)  # of the output
+    span = -(-(columns - 1) // BLOCK) + 1  # blocks under one kernel
     right = (blocks + span - 1) * BLOCK - width - pads[1][0]
     zero, none = jnp.zeros((), image.dtype), (0, 0, 0)
-    image = lax.pad(image, zero, (none, none, (pads[1][0], right, 0), none))  # below 0 it crops
+    image = lax.pad(image, zero, (none, none, (pads[1][0], right, 0), none))  # a negative padding crops
     image = image.reshape(b, image.shape[1], -1, BLOCK * channels)
     shifted = [
-        jnp.pad(kernel, ((0, 0), (at, span * BLOCK - columns - at), (0, 0), (0, 0))) for at in range(BLOCK)
+        jnp.pad(kernel, ((0, 0), (start, span * BLOCK - columns - start), (0, 0), (0, 0)))
+        for start in range(BLOCK)
     ]
     kernel = jnp.stack(shifted, 3).reshape(rows, span, BLOCK * channels, BLOCK * outputs)
-    made = _plain(image, kernel, (pads[0], (0, 0)))
-    return made.reshape(b, made.shape[1], blocks * BLOCK, outputs)[:, :, :out]
+    blocked = _plain(image, kernel, (pads[0], (0, 0)))
+    return blocked.reshape(b, blocked.shape[1], blocks * BLOCK, outputs)[:, :, :out]
 
 
 def _cpu_plain(image: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
@@ -122,17 +125,17 @@ def _cpu_plain(image: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
 
 
 def _gradient(image: jax.Array, cotangent: jax.Array, pads: Pads) -> jax.Array:
-    """The kernel's gradient as JAX writes it."""
+    """Compute the gradient of the kernel as JAX does."""
     return lax.conv_general_dilated(image, cotangent, (1, 1), pads, dimension_numbers=GRADIENT_DIMENSIONS)
 
 
 def _cpu_gradient(image: jax.Array, cotangent: jax.Array, pads: Pads) -> jax.Array:
-    """The kernel's gradient, by the same convolution with a row of zeros added to the output's gradient.
+    """Compute the gradient of the kernel, with rows of zeros added to the gradient of the output.
 
-    XLA:CPU gives 2-D convolutions to YNNPACK (jaxlib 0.10.2), which takes 1.6 to 4 times as long as Eigen for
-    this one, whose window is as large as the image. What has more rows in the window than in the image goes
-    to Eigen. The columns are padded outside: padded by the convolution itself the image would be smaller than
-    the window, and XLA would exchange the two and compute the result in a plain loop.
+    XLA:CPU runs 2-D convolutions with YNNPACK (jaxlib 0.10.2), which takes 1.6 to 4 times as long as Eigen
+    for this one, whose window is as large as the image. A window with more rows than the image goes to Eigen.
+    The columns are padded beforehand: with padding in the convolution itself the image would be smaller than
+    the window, and XLA would swap the two and compute the result in a plain loop.
     """
     if max(image.shape[0], cotangent.shape[-1]) <= SMALL:
         return _gradient(image, cotangent, pads)
@@ -144,10 +147,10 @@ def _cpu_gradient(image: jax.Array, cotangent: jax.Array, pads: Pads) -> jax.Arr
 
 
 def _primitive(name: str, plain: Callable[..., jax.Array], cpu: Callable[..., jax.Array]) -> Primitive:
-    """What is computed by ``cpu`` on CPUs and by ``plain`` elsewhere, in whatever program it ends up.
+    """Make a JAX primitive that lowers to ``cpu`` on CPUs and to ``plain`` on other devices.
 
-    It is linear in each of its two arguments. ``lax.platform_dependent`` would leave a case distinction in
-    programs for other devices. Under ``vmap`` it is ``plain`` everywhere.
+    It is linear in each of its two arguments. ``lax.platform_dependent`` would leave a branch in programs for
+    other devices. Under ``vmap`` it is ``plain`` everywhere.
     """
 
     def shape(*args: Any, pads: Pads) -> Any:
@@ -157,23 +160,23 @@ def _primitive(name: str, plain: Callable[..., jax.Array], cpu: Callable[..., ja
     def batched(args: Any, axes: Any, *, pads: Pads) -> tuple[jax.Array, int]:
         return jax.vmap(functools.partial(plain, pads=pads), axes)(*args), 0
 
-    def of_first(cotangent: Any, first: Any, second: Any, *, pads: Pads) -> jax.Array:
+    def gradient_of_first(cotangent: Any, first: Any, second: Any, *, pads: Pads) -> jax.Array:
         return jax.linear_transpose(lambda x: plain(x, second, pads), first.aval)(cotangent)[0]
 
-    def of_second(cotangent: Any, first: Any, second: Any, *, pads: Pads) -> jax.Array:
+    def gradient_of_second(cotangent: Any, first: Any, second: Any, *, pads: Pads) -> jax.Array:
         if plain is _plain:
             return _kernel_gradient.bind(first, cotangent, pads=pads)
         return jax.linear_transpose(lambda y: plain(first, y, pads), second.aval)(cotangent)[0]
 
-    made = Primitive(name)
-    setattr(made, PLAIN, plain)  # for whoever counts operations (``plan.flops``)
-    made.def_impl(jax.jit(made.bind, static_argnames="pads"))
-    made.def_abstract_eval(shape)
-    batching.primitive_batchers[made] = batched
-    ad.defbilinear(made, of_first, of_second)
-    mlir.register_lowering(made, mlir.lower_fun(plain, multiple_results=False))
-    mlir.register_lowering(made, mlir.lower_fun(cpu, multiple_results=False), platform="cpu")
-    return made
+    primitive = Primitive(name)
+    setattr(primitive, PLAIN, plain)  # for counting FLOPs (``program.flops``)
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames="pads"))
+    primitive.def_abstract_eval(shape)
+    batching.primitive_batchers[primitive] = batched
+    ad.defbilinear(primitive, gradient_of_first, gradient_of_second)
+    mlir.register_lowering(primitive, mlir.lower_fun(plain, multiple_results=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(cpu, multiple_results=False), platform="cpu")
+    return primitive
 
 
 _kernel_gradient = _primitive("kernel_gradient", _gradient, _cpu_gradient)

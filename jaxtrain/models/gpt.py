@@ -1,4 +1,4 @@
-"""A decoder-only transformer: predicts the next token."""
+"""A decoder-only transformer language model."""
 
 from __future__ import annotations
 
@@ -25,30 +25,32 @@ STD = 0.02
 class GPT(nn.Module):
     """Decoder-only transformer: pre-norm, causal attention, GELU, tied head, GPT-2's initialisation.
 
-    Kernels and embeddings start at a standard deviation of 0.02, those that write to the residual stream
-    at 0.02 / sqrt(2 depth) (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
+    Kernels and embeddings are initialised with a standard deviation of 0.02, those that write to the residual
+    stream with 0.02 / sqrt(2 depth) (Radford et al. 2019, "Language Models are Unsupervised Multitask
+    Learners").
 
     Attributes:
-      vocab: number of tokens; 256 is bytes.
-      context: the longest sequence.
+      vocab: number of different tokens; 256 for bytes.
+      context: largest sequence length.
       width: size of the residual stream.
-      depth: blocks, at least 1.
-      heads: attention heads; must divide ``width``, for ``rotary`` into even parts.
+      depth: number of blocks, at least 1.
+      heads: attention heads; must divide ``width``, and ``width / heads`` must be even for ``rotary``.
       mlp: hidden size of a block's MLP as a multiple of ``width``.
-      dropout: rate after the embedding and on every residual branch, in [0, 1); active only when training.
-      positions: ``rotary`` (Su et al., arXiv:2104.09864) or a ``learned`` vector for each position.
-      attention: whose kernel: ``auto`` is cuDNN's where an NVIDIA GPU has one for the precision and the size
-        of a head, ``xla`` is XLA's, ``cudnn`` refuses to do without.
-      head_chunk: how many positions of every sequence the head and the loss take at once, at least 1; less
-        memory for a large ``vocab``, since the logits are never there as a whole, for one more product with
-        the head in the backward pass. None takes all.
+      dropout: dropout rate after the embedding and on every residual branch, in [0, 1); active only in
+        training.
+      positions: ``rotary`` (Su et al., arXiv:2104.09864) or ``learned``, a vector for each position.
+      attention: which kernel computes attention: ``auto`` uses cuDNN's if the GPU supports it for this
+        precision and head size, ``xla`` uses XLA's, ``cudnn`` raises InputError if cuDNN's cannot be used.
+      head_chunk: number of positions of a sequence that head and loss process at a time, at least 1. Saves
+        memory with a large ``vocab``, because the logits are never stored all at once; costs one more product
+        with the head in the backward pass. None: all positions at once.
 
-    Call with ``tokens: int or uint8 [batch, length]`` in [0, vocab), ``length <= context``; gives logits
-    ``[batch, length, vocab]``, where those at position t are of token t + 1 and see no later token; with
-    ``head_chunk`` as ``jaxtrain.core.chunked_logits.ChunkedLogits``.
+    Call with ``tokens: int or uint8 [batch, length]`` in [0, vocab), ``length <= context``; returns logits
+    ``[batch, length, vocab]``. Those at position t predict token t + 1 from the tokens up to t. With
+    ``head_chunk`` they are a ``jaxtrain.core.chunked_logits.ChunkedLogits``.
 
     Raises:
-      InputError: a sequence that is too long, tokens that are no integers, or sizes that do not fit.
+      InputError: a sequence is too long, tokens are not integers, or sizes do not fit together.
 
     >>> net = GPT(vocab=10, context=8, width=8, depth=1, heads=2)
     >>> logits, variables = jax.jit(net.init_with_output)(jax.random.key(0), jnp.ones((4, 5), jnp.uint8))
@@ -68,7 +70,7 @@ class GPT(nn.Module):
     head_chunk: int | None = None
 
     logical_axes: ClassVar[dict[str, Names]] = {
-        "embed/embedding$": ("vocab", "embed"),  # and, transposed, the head
+        "embed/embedding$": ("vocab", "embed"),  # the head too, transposed
         "position_table$": (None, "embed"),
         **BLOCK_AXES,
     }
@@ -103,17 +105,20 @@ class GPT(nn.Module):
         x = nn.LayerNorm(name="norm")(x)
         # The head is the embedding's transpose (Press and Wolf, arXiv:1608.05859): on bytes of source text
         # (0.8 M parameters, 400 steps of 1,024 tokens) validation loss 2.455 and 2.453 against 2.509 and
-        # 2.477 with a head of its own, n = 2 seeds.
+        # 2.477 with a separate head, n = 2 seeds.
         if self.head_chunk is not None:
             return ChunkedLogits.of(x, embed.embedding, self.head_chunk)
         return embed.attend(x)
 
     @nn.nowrap
     def check(self, batch: Mapping[str, Any], ids: np.ndarray) -> None:
-        """Raise InputError if a raw token of ``batch["tokens"]`` is outside the vocabulary.
+        """Raise InputError if a raw token is outside the vocabulary, naming the example.
 
-        XLA would not: an index that is out of range gives NaN, and a negative one counts from the end.
-        ``tokens: int [batch, length]``; ``ids: int [batch]`` names the examples in the message.
+        XLA raises no error: an index out of range gives NaN, and a negative one counts from the end.
+
+        Args:
+          batch: with ``tokens: int [batch, length]``.
+          ids: int ``[batch]``, the positions of the examples in the source, for the message.
 
         >>> GPT(vocab=65).check({"tokens": np.array([[3, 70]])}, np.array([12]))
         Traceback (most recent call last):
@@ -125,7 +130,7 @@ class GPT(nn.Module):
             return
         tokens = np.asarray(batch["tokens"])
         if not np.issubdtype(tokens.dtype, np.integer):
-            raise InputError(f"field 'tokens' is {tokens.dtype}: tokens are integers")
+            raise InputError(f"field 'tokens' is {tokens.dtype}: tokens must be integers")
         bad = (tokens < 0) | (tokens >= self.vocab)
         if bad.any():
             row, largest = int(np.argwhere(bad)[0][0]), int(tokens.max())
@@ -137,21 +142,22 @@ class GPT(nn.Module):
 
     @nn.nowrap
     def update_flops(self, batch: Mapping[str, Any]) -> float | None:
-        """Operations of an update: ``6 N`` a token, and attention. An addition and a product are two.
+        """Return the FLOPs of an update: ``6 N`` per token, plus attention.
 
-        N are the parameters that multiply tokens: the kernels of the blocks, ``(4 + 2 mlp) width ** 2`` each,
-        and the tied head, ``vocab width``. Looking tokens up in the embedding is no product, and biases and
-        LayerNorm are left out. Attention multiplies queries with keys and scores with values, ``2 width``
-        operations each for a pair of positions and twice that again in the backward pass; a causal pair is
-        one of ``length (length + 1) / 2`` (as in PaLM, arXiv:2204.02311, appendix B, where all pairs count):
+        N is the number of parameters that multiply tokens: the kernels of the blocks,
+        ``(4 + 2 mlp) width ** 2`` each, and the tied head, ``vocab width``. The embedding lookup is not a
+        product, and biases and LayerNorm are left out. Attention multiplies queries with keys and scores with
+        values: ``2 width`` FLOPs each per pair of positions, and twice that in the backward pass. There are
+        ``length (length + 1) / 2`` causal pairs (as in PaLM, arXiv:2204.02311, appendix B, which counts all
+        pairs):
 
           flops = tokens (6 N + 6 depth width (length + 1))
 
-        This is what the model needs, not what a program does: XLA's attention computes the other half of the
-        pairs too, and remat and ``head_chunk`` compute some things again.
+        These are model FLOPs, not those of the compiled program: XLA's attention also computes the masked
+        pairs, and remat and ``head_chunk`` recompute some values.
 
         Args:
-          batch: with ``tokens: [batch, length]``; only its shape is read. None without it.
+          batch: with ``tokens: [batch, length]``; only the shape is used. Without it the result is None.
 
         >>> GPT(vocab=64, width=32, depth=1, mlp=4).update_flops({"tokens": np.zeros((1, 1))}) / 6
         14400.0

@@ -1,4 +1,4 @@
-"""Layers the models share."""
+"""Layers and checks that several models share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONV_AXES: dict[str, Names] = {
     r"head/kernel$": ("channels", "classes"),
     r"head/bias$": ("classes",),
 }
-"""Logical axes of a convolutional network whose head reads pooled channels: outputs are split."""
+"""Logical axes of a convolutional network with global pooling: convolutions are sharded by output channel."""
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
@@ -32,11 +32,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def max_pool(x: jax.Array, size: int = 2) -> jax.Array:
-    """Non-overlapping max-pooling: float ``[batch, h, w, c]`` → ``[batch, h // size, w // size, c]``.
+    """Max-pool without overlap: float ``[batch, h, w, c]`` → ``[batch, h // size, w // size, c]``.
 
-    The same values as ``flax.linen.max_pool(x, (size, size), (size, size))``, from comparisons of strided
-    slices: on a CPU the gradient of XLA's ``reduce_window`` is several times slower. Where elements of a
-    window are equal they share its gradient.
+    The values are those of ``flax.linen.max_pool(x, (size, size), (size, size))``. They are computed from
+    strided slices, because on a CPU the gradient of XLA's ``reduce_window`` is several times slower. Equal
+    maxima of a window share its gradient.
 
     >>> import jax.numpy as jnp
     >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0].tolist()
@@ -46,7 +46,7 @@ def max_pool(x: jax.Array, size: int = 2) -> jax.Array:
     rows, columns = h // size, w // size
     windows = x[:, : rows * size, : columns * size].reshape(b, rows, size, columns, size, c)
     parts = [windows[:, :, i, :, j] for i in range(size) for j in range(size)]
-    while len(parts) > 1:  # as a tree, so that all elements of a 2×2 window share alike
+    while len(parts) > 1:  # as a tree, so that equal elements of a 2×2 window share the gradient equally
         pairs = [_larger(*parts[k : k + 2]) for k in range(0, len(parts) - 1, 2)]
         parts = pairs + parts[len(pairs) * 2 :]
     return parts[0]
@@ -61,21 +61,21 @@ def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
 def _larger_jvp(
     primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """The larger one's tangent, the mean of both where they are equal.
+    """Return the tangent of the larger one, or the mean of both if they are equal.
 
-    JAX's own rules ask which element equals the maximum. XLA may compute an element twice, once for the
-    maximum and once for the question, and round it differently; then none does, and the gradient is lost or,
-    for ``max`` over an axis, 0 / 0. This rule only asks which of two is larger: whatever the answer to a
-    difference in the last bit, the gradient goes to one of them.
+    JAX's own rules compare each element with the maximum. XLA may compute an element twice, for the maximum
+    and for the comparison, and round it differently; then none is equal, and the gradient is lost or, for
+    ``max`` over an axis, 0 / 0. This rule compares two elements: even if they differ in the last bit only,
+    the gradient goes to one of them.
     """
     (a, b), (da, db) = primals, tangents
     return jnp.maximum(a, b), jnp.where(a == b, 0.5 * (da + db), jnp.where(a > b, da, db))
 
 
 def dense_axes(*layers: str) -> dict[str, Names]:
-    """Logical axes of dense layers in a row: every first is split by its outputs, the next by its inputs.
+    """Return logical axes of a chain of dense layers, sharded in turn by their outputs and their inputs.
 
-    The last is whole where it would be a first: what it gives has no layer after it.
+    A last layer that would be sharded by its outputs is replicated, because no layer follows it.
 
     >>> dense_axes("dense0", "head")["dense0/kernel$"], dense_axes("dense0", "head")["head/kernel$"]
     ((None, 'mlp'), ('mlp', None))
@@ -89,7 +89,7 @@ def dense_axes(*layers: str) -> dict[str, Names]:
 
 
 def check_rates(module: nn.Module) -> None:
-    """Raise InputError unless the module's rates of dropout and its ``bn_momentum`` are in [0, 1)."""
+    """Raise InputError unless the module's dropout rates and ``bn_momentum`` are in [0, 1)."""
     for name in ("dropout", "channel_dropout", "bn_momentum"):
         rate = getattr(module, name, 0.0)
         if not 0 <= rate < 1:
@@ -97,9 +97,9 @@ def check_rates(module: nn.Module) -> None:
 
 
 def check_image(image: jax.Array, smallest: int, model: str) -> None:
-    """Raise InputError unless ``image`` is ``[batch, h, w, c]`` of at least ``smallest`` pixels a side.
+    """Raise InputError unless ``image`` is ``[batch, h, w, c]`` with sides of at least ``smallest`` pixels.
 
-    Linen would run an unbatched image through a convolution without a word.
+    Linen would apply a convolution to an unbatched image without an error.
     """
     shape = tuple(image.shape)
     if len(shape) == 4 and shape[1] in (1, 3, 4) and min(shape[2:]) > 4:
@@ -110,7 +110,7 @@ def check_image(image: jax.Array, smallest: int, model: str) -> None:
     if len(shape) != 4:
         fix = ""
         if len(shape) == 3 and shape[2] in (1, 3, 4) and shape[1] > 4:
-            fix = "; each row of one image was taken for an example: add the batch axis with image[None]"
+            fix = "; this looks like one image without a batch axis: add it with image[None]"
         elif len(shape) == 3:
             fix = "; add a channel axis of 1 with image[..., None]"
         raise InputError(f"image has shape {shape}: {model} takes [batch, height, width, channel]{fix}")

@@ -22,23 +22,23 @@ from jaxtrain.models.layers import (
 
 
 class ConvNet(nn.Module):
-    """Convolutions with an activation after each, flattened into dense layers (LeCun et al. 1998).
+    """Convolutions, each followed by an activation, then dense layers (LeCun et al. 1998).
 
-    LeNet-5, as it is written today, is the one in the example below.
+    The example below is LeNet-5 in its modern form.
 
     Attributes:
       widths: output channels of each convolution.
-      kernel: side of every convolution.
-      padding: ``"SAME"`` keeps the size, ``"VALID"`` loses ``kernel - 1`` pixels a side.
-      pool: side of the max-pooling after each convolution; 1 pools nothing.
+      kernel: kernel size of every convolution, in pixels.
+      padding: ``"SAME"`` keeps the size, ``"VALID"`` removes ``kernel - 1`` pixels per side length.
+      pool: window of the max-pooling after each convolution, in pixels; 1 is no pooling.
       hidden: sizes of the dense layers before the head.
-      classes: size of the output.
-      channel_dropout: rate in [0, 1) at which whole channels of the last convolution are dropped in
+      classes: number of classes, the size of the output.
+      channel_dropout: rate in [0, 1) at which entire channels of the last convolution are dropped in
         training (Tompson et al. 2015, arXiv:1411.4280).
-      dropout: rate in [0, 1) after every hidden dense layer, in training.
+      dropout: dropout rate in [0, 1) after every hidden dense layer; active only in training.
       activation: ``relu``, ``gelu``, ``silu`` or ``tanh``.
 
-    Call with ``image: float [batch, height, width, channel]``; gives logits ``[batch, classes]``.
+    Call with ``image: float [batch, height, width, channel]``; returns logits ``[batch, classes]``.
 
     >>> import jax.numpy as jnp
     >>> lenet = ConvNet(widths=(6, 16), kernel=5, padding="VALID", hidden=(120, 84))
@@ -59,7 +59,7 @@ class ConvNet(nn.Module):
 
     @property
     def logical_axes(self) -> dict[str, Names]:
-        """Names of the parameters' axes, for ``sharding.place``."""
+        """Axis names of the parameters, for ``sharding.place``."""
         return dense_axes(*(f"dense{layer}" for layer in range(len(self.hidden))), "head") | CONV_AXES
 
     @nn.compact
@@ -71,7 +71,7 @@ class ConvNet(nn.Module):
         act, x = ACTIVATIONS[self.activation], image
         for layer, width in enumerate(self.widths):
             x = conv(width, self.kernel, padding=self.padding, name=f"conv{layer}")(x)
-            # Pooled first: the same values where the activation only rises (relu, tanh), for less work.
+            # Pool first: less work, and for a monotonic activation (relu, tanh) the same values.
             x = act(max_pool(x, self.pool) if self.pool > 1 else x)
         x = nn.Dropout(self.channel_dropout, broadcast_dims=(1, 2), deterministic=not train)(x)
         x = x.reshape(x.shape[0], -1)
@@ -81,7 +81,7 @@ class ConvNet(nn.Module):
         return nn.Dense(self.classes, name="head")(x)
 
     def _smallest(self) -> int:
-        """The least side that leaves one pixel after the last pooling."""
+        """Return the smallest image side that leaves one pixel after the last pooling."""
         side = 1
         for _ in self.widths:
             side = side * self.pool + (self.kernel - 1 if self.padding == "VALID" else 0)

@@ -1,4 +1,4 @@
-"""Matrix factorisation for ratings, written as two towers."""
+"""Matrix factorisation for ratings, as a two-tower model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EMBEDDING_STD = 0.01
 
 
 class Factors(nn.Module):
-    """A rating as ``mean + user bias + item bias + <user vector, item vector>``.
+    """Predict a rating as ``mean + user bias + item bias + <user vector, item vector>``.
 
     Koren, Bell & Volinsky 2009, "Matrix factorization techniques for recommender systems".
 
@@ -26,13 +26,13 @@ class Factors(nn.Module):
       users: number of users.
       items: number of items.
       width: size of the embeddings.
-      hidden: sizes of dense layers on each embedding, with a ReLU between two of them; ``()`` is plain
-        matrix factorisation.
+      hidden: sizes of dense layers after each embedding, with ReLU between them; ``()`` is plain matrix
+        factorisation.
       bias: learn an offset for every user and every item.
-      mean: where the global mean starts; it is learned.
-      dropout: rate on the vectors before their product, in [0, 1); active only when training.
+      mean: initial value of the global mean, which is learned.
+      dropout: dropout rate of the vectors before their product, in [0, 1); active only in training.
 
-    Call with ``user: int [batch]`` in ``[0, users)`` and ``item: int [batch]`` in ``[0, items)``; gives the
+    Call with ``user: int [batch]`` in ``[0, users)`` and ``item: int [batch]`` in ``[0, items)``; returns the
     rating, ``[batch]``.
 
     >>> net = Factors(users=10, items=20, width=8, mean=3.0)
@@ -52,7 +52,7 @@ class Factors(nn.Module):
 
     @property
     def logical_axes(self) -> dict[str, Names]:
-        """Names of the parameters' axes, for ``sharding.place``: users and items are rows of tables."""
+        """Axis names of the parameters, for ``sharding.place``; users and items are rows of tables."""
         layers = range(len(self.hidden))
         towers = [dense_axes(*(f"{name}_dense{layer}" for layer in layers)) for name in ("user", "item")]
         tables = {"(user|item)/embedding$": ("vocab", "embed"), "_bias/embedding$": ("vocab", None)}
@@ -87,15 +87,15 @@ class Factors(nn.Module):
 
     @nn.nowrap
     def check(self, batch: Batch, ids: np.ndarray) -> None:
-        """Raise InputError if a user or an item of raw host data is out of range.
+        """Raise InputError if a raw user or item is out of range, naming the example.
 
         Args:
           batch: has ``user: int [batch]`` and ``item: int [batch]``.
-          ids: the examples' numbers, for the message.
+          ids: int ``[batch]``, the positions of the examples in the source, for the message.
         """
         for name, size in (("user", self.users), ("item", self.items)):
             if name not in batch:
-                continue  # the call says which argument has no field
+                continue  # the call reports the missing field
             index = np.asarray(batch[name])
             bad = (index < 0) | (index >= size)
             if bad.any():

@@ -11,15 +11,15 @@ from jaxtrain.models.layers import ACTIVATIONS, Activation, check_rates, dense_a
 
 
 class MLP(nn.Module):
-    """Dense layers with an activation between them; the input is flattened to ``[batch, features]``.
+    """Dense layers with activations in between; the input is flattened to ``[batch, features]``.
 
     Attributes:
       widths: sizes of the hidden layers; ``()`` is a linear model.
-      classes: size of the output.
-      dropout: rate after every hidden layer, in [0, 1); active only when training.
+      classes: number of classes, the size of the output.
+      dropout: dropout rate after every hidden layer, in [0, 1); active only in training.
       activation: ``relu``, ``gelu``, ``silu`` or ``tanh``.
 
-    Call with any float ``[batch, ...]``; gives ``[batch, classes]``.
+    Call with any float ``[batch, ...]``; returns ``[batch, classes]``.
 
     >>> import jax.numpy as jnp
     >>> variables = MLP(widths=(8,), classes=3).init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
@@ -34,7 +34,7 @@ class MLP(nn.Module):
 
     @property
     def logical_axes(self) -> dict[str, Names]:
-        """Names of the parameters' axes, for ``sharding.place``."""
+        """Axis names of the parameters, for ``sharding.place``."""
         return dense_axes(*(f"dense{layer}" for layer in range(len(self.widths))), "head")
 
     @nn.compact

@@ -1,4 +1,4 @@
-"""Computing in half precision with float32 parameters, for any model."""
+"""Mixed precision: activations in bfloat16 or float16 with float32 parameters, for any model."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 
 def compute_in(model: Any, precision: Precision) -> Model:
-    """``model`` with its activations in ``precision``; parameters, gradients and statistics stay float32.
+    """Return ``model`` with activations in ``precision``; parameters, gradients and statistics stay float32.
 
-    Parameters and float inputs are rounded on the way in, and outputs come back as float32, so the loss, the
-    optimizer and checkpoints see no difference (mixed precision, arXiv:1710.03740). bfloat16 has the range of
-    float32; float16 has more digits and ends at 65,504 and near 6e-8, so its gradients need
-    ``optim.LossScale``.
+    Parameters and float inputs are cast to ``precision`` before the model, and its outputs back to float32,
+    so loss, optimizer and checkpoints are not affected (mixed precision, arXiv:1710.03740). bfloat16 has the
+    range of float32. float16 has more digits but only the range from about 6e-8 to 65,504, so it needs loss
+    scaling (``optim.LossScale``).
 
     Args:
       model: a Linen module or an ``(init, apply)`` pair.
-      precision: ``"float32"`` leaves the model as it is.
+      precision: ``"float32"``, which returns the model unchanged, ``"bfloat16"`` or ``"float16"``.
 
     Raises:
-      InputError: another precision than those three.
+      InputError: ``precision`` is none of these.
 
     >>> from jaxtrain.models import MLP
     >>> model = compute_in(MLP(widths=(8,), classes=3), "bfloat16")
@@ -54,11 +54,12 @@ def compute_in(model: Any, precision: Precision) -> Model:
 
 
 def check_precision(precision: str) -> None:
-    """Raise InputError unless ``precision`` is a name that ``Precision`` knows."""
+    """Raise InputError unless ``precision`` is one of the names in ``Precision``."""
     names = typing.get_args(Precision)
     if precision not in names:
         raise InputError(f"precision is {precision!r}: it must be one of {', '.join(names)}")
 
 
 def _cast(tree: Any, old: Any, new: Any) -> Any:
+    """Cast the arrays of dtype ``old`` to ``new``, and no others."""
     return jax.tree.map(lambda x: x.astype(new) if x.dtype == old else x, tree)

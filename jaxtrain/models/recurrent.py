@@ -1,9 +1,9 @@
 """Recurrent networks: an LSTM that classifies sequences of tokens, and a GRU that forecasts series.
 
-Both scan Flax's own cells. The usual advice is to take the product with the input out of the scan, as
-one large product over all steps; on a CPU that is not faster. Forward and backward at batch 64, time 200
-and width 128 took, as medians of n=40 on 2 CPU cores, 154 ms (LSTM) and 131 ms (GRU) as it is here, and
-183 and 141 ms with the product taken out.
+Both scan Flax's cells. The usual optimisation is to compute the product with the input outside the scan, as
+one large product over all steps; on a CPU it is not faster. Forward and backward at batch 64, time 200 and
+width 128 took, as medians of n=40 on 2 CPU cores, 154 ms (LSTM) and 131 ms (GRU) with this code, and 183 and
+141 ms with the product outside.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from jaxtrain.models.layers import check_rates
 
 
 class LSTMClassifier(nn.Module):
-    """Embedding → LSTM layers → one vector a sequence → a dense head (Hochreiter & Schmidhuber 1997).
+    """Embedding → LSTM layers → pooling to one vector → dense head (Hochreiter & Schmidhuber 1997).
 
-    Only the first ``length`` tokens of a sequence are read: what stands after them changes nothing. A
-    sequence of length 0 is the zero vector to the head.
+    Only the first ``length`` tokens of a sequence are used; padding after them has no effect. For a sequence
+    of length 0 the head gets a zero vector.
 
     Attributes:
-      vocab: number of tokens; 256 reads bytes.
-      width: size of the hidden state, in each direction.
-      embedding: size of a token's vector.
-      layers: LSTM layers, at least 1.
-      bidirectional: a second LSTM per layer reads from the end, and the two states stand side by side.
+      vocab: number of different tokens; 256 for bytes.
+      width: size of the hidden state, per direction.
+      embedding: size of the token embedding.
+      layers: number of LSTM layers, at least 1.
+      bidirectional: add a second LSTM to each layer that reads backwards; the two states are concatenated.
       pool: the vector of a sequence: the ``last`` state of each direction, or the ``mean`` or the ``max``
-        of the states at real tokens.
-      classes: size of the output.
-      dropout: rate between layers and before the head, in [0, 1); active only when training.
+        of the states over its tokens, without padding.
+      classes: number of classes, the size of the output.
+      dropout: dropout rate between layers and before the head, in [0, 1); active only in training.
 
-    Call with ``tokens: int [batch, time]`` in ``[0, vocab)`` and ``length: int [batch]``; gives logits
+    Call with ``tokens: int [batch, time]`` in ``[0, vocab)`` and ``length: int [batch]``; returns logits
     ``[batch, classes]``.
 
     >>> net = LSTMClassifier(width=8, embedding=4, classes=3)
@@ -65,24 +65,24 @@ class LSTMClassifier(nn.Module):
                 f"tokens {tokens.shape} and length {length.shape}: LSTMClassifier takes [batch, time] and "
                 "[batch]"
             )
-        length = jnp.clip(length, 0, tokens.shape[1])
+        length = jnp.clip(length.astype(jnp.int32), 0, tokens.shape[1])  # uint8 cannot hold 256
         real = jnp.arange(tokens.shape[1])[None, :] < length[:, None]
-        # Padding may hold any number, and the embedding of one outside the vocabulary is NaN.
+        # Padding may be any number, and outside the vocabulary its embedding would be NaN.
         x = nn.Embed(self.vocab, self.embedding, name="embedding")(jnp.where(real, tokens, 0))
         for layer in range(self.layers):
             if layer:
                 x = nn.Dropout(self.dropout, deterministic=not train)(x)
             x = self._layer(x, length, f"layer{layer}")
-        x = self._pooled(x, length, real)
+        x = self._pool(x, length, real)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.classes, name="head")(x)
 
     def _layer(self, x: jax.Array, length: jax.Array, name: str) -> jax.Array:
-        """States ``[batch, time, width]``, of twice the width where the layer reads both ways."""
+        """Return the states ``[batch, time, width]``; ``2 * width`` if bidirectional."""
         zero = jnp.zeros((x.shape[0], self.width), x.dtype)
         states = []
         for direction in ("forward", "backward") if self.bidirectional else ("forward",):
-            # Reversed by lengths: padding stays at the end, where a scan has passed every real token.
+            # Flax reverses only the first ``length`` tokens, so padding stays at the end of the scan.
             rnn: Any = nn.RNN(
                 nn.OptimizedLSTMCell(self.width, name=f"{name}_{direction}"),
                 reverse=direction == "backward",
@@ -91,30 +91,31 @@ class LSTMClassifier(nn.Module):
             states.append(rnn(x, seq_lengths=length, initial_carry=(zero, zero)))
         return jnp.concatenate(states, -1)
 
-    def _pooled(self, x: jax.Array, length: jax.Array, real: jax.Array) -> jax.Array:
+    def _pool(self, x: jax.Array, length: jax.Array, real: jax.Array) -> jax.Array:
         if self.pool == "last":
-            at = jnp.maximum(length - 1, 0)[:, None, None]
-            end = jnp.take_along_axis(x[..., : self.width], at, 1)[:, 0]
-            found = jnp.concatenate([end, x[:, 0, self.width :]], -1)  # reading back, the last is the first
+            last = jnp.maximum(length - 1, 0)[:, None, None]
+            forward = jnp.take_along_axis(x[..., : self.width], last, 1)[:, 0]
+            # The last state of the backward direction is that of the first token.
+            pooled = jnp.concatenate([forward, x[:, 0, self.width :]], -1)
         elif self.pool == "mean":
             total = jnp.where(real[..., None], x, 0).sum(1, dtype=jnp.promote_types(x.dtype, jnp.float32))
-            found = (total / jnp.maximum(length, 1)[:, None]).astype(x.dtype)
+            pooled = (total / jnp.maximum(length, 1)[:, None]).astype(x.dtype)
         elif self.pool == "max":
-            found = jnp.where(real[..., None], x, -1).max(1)  # no state is below -1
+            pooled = jnp.where(real[..., None], x, -1).max(1)  # no state is below -1
         else:
             raise InputError(f"LSTMClassifier.pool is {self.pool!r}: it must be last, mean or max")
-        return jnp.where(length[:, None] > 0, found, 0)
+        return jnp.where(length[:, None] > 0, pooled, 0)
 
     @nn.nowrap
     def check(self, batch: Batch, ids: np.ndarray) -> None:
-        """Raise InputError if a real token of raw host data is outside the vocabulary.
+        """Raise InputError if a raw token, not padding, is outside the vocabulary, naming the example.
 
         Args:
           batch: has ``tokens: int [batch, time]`` and ``length: int [batch]``.
-          ids: the examples' numbers, for the message.
+          ids: int ``[batch]``, the positions of the examples in the source, for the message.
         """
         if not {"tokens", "length"} <= batch.keys():
-            return  # the call says which argument has no field
+            return  # the call reports the missing field
         tokens, length = np.asarray(batch["tokens"]), np.asarray(batch["length"])
         bad = (tokens < 0) | (tokens >= self.vocab)
         bad &= np.arange(tokens.shape[1])[None, :] < length[:, None]
@@ -128,22 +129,22 @@ class LSTMClassifier(nn.Module):
 
 
 class GRUForecaster(nn.Module):
-    """GRU layers over the window, and all steps of the horizon at once from the last state.
+    """GRU layers over the window, then one dense layer that forecasts all steps of the horizon.
 
-    The cell is that of Cho et al. 2014 (arXiv:1406.1078). One dense layer gives the whole horizon (a
-    direct forecast), so no error is fed back.
+    The cell is that of Cho et al. 2014 (arXiv:1406.1078). The forecast is direct, not autoregressive, so
+    errors do not accumulate.
 
     Attributes:
       width: size of the hidden state.
-      layers: GRU layers, at least 1.
-      horizon: steps to forecast.
-      variables: variables of the forecast.
-      dropout: rate between layers and before the head, in [0, 1); active only when training.
-      residual: read and forecast differences from the last observed row, so that a level that drifts away
-        from the training data's changes nothing (as in NLinear, arXiv:2205.13504); the input's variables
-        must then be those of the output. A head of zeros repeats that row.
+      layers: number of GRU layers, at least 1.
+      horizon: number of steps to forecast.
+      variables: number of variables in the forecast.
+      dropout: dropout rate between layers and before the head, in [0, 1); active only in training.
+      residual: read and forecast differences from the last observed row, so that a shift of the level has no
+        effect (as in NLinear, arXiv:2205.13504). Input and output must then have the same variables. A head
+        of zeros repeats the last row.
 
-    Call with ``series: float [batch, window, variables]``; gives ``[batch, horizon, variables]``.
+    Call with ``series: float [batch, window, variables]``; returns ``[batch, horizon, variables]``.
 
     >>> net = GRUForecaster(width=8, horizon=4, variables=2)
     >>> series = jnp.zeros((3, 12, 2))
@@ -155,7 +156,7 @@ class GRUForecaster(nn.Module):
     width: int = 128
     layers: int = 1
     horizon: int = 24
-    variables: int = 7  # type: ignore[assignment]  # hides a property that only Module.unbind reads
+    variables: int = 7  # type: ignore[assignment]  # hides a property that only Module.unbind uses
     dropout: float = 0.0
     residual: bool = True
 

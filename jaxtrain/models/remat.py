@@ -1,7 +1,7 @@
-"""Rematerialisation: activations that are computed again in the backward pass instead of kept.
+"""Rematerialisation: recompute activations in the backward pass instead of storing them.
 
-What keeps XLA from merging the two computations is a barrier between them. XLA:CPU removes those before it
-plans memory, and then computes twice for nothing, unless it is compiled with
+A barrier between the two computations stops XLA from merging them. XLA:CPU removes barriers before it plans
+memory, and then recomputes without saving memory, unless the program is compiled with
 ``{"xla_disable_hlo_passes": "cse_barrier_expander"}``. The temporaries of a GPT (width 64, depth 4, 512
 tokens) then fall from 20.1 MB to 6.4 (``nothing_saveable``), 8.9 (``dots_with_no_batch_dims_saveable``) and
 10.8 MB (``dots_saveable``), for 25, 8 and 4 % more operations (jax 0.10.2).
@@ -20,28 +20,29 @@ from jaxtrain.core.types import Batch, Model
 from jaxtrain.models import cpu_conv
 
 Remat = Literal["none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
-"""``none``, or the name of one of JAX's own policies (``jax.checkpoint_policies``), which says what is kept:
-nothing but the inputs, the results of all matrix products and convolutions, or those of the matrix products
-with weights only."""
+"""What is stored for the backward pass. ``none`` stores everything; the others are names of JAX's policies
+(``jax.checkpoint_policies``): only the inputs (``nothing_saveable``), the results of all matrix products and
+convolutions (``dots_saveable``), or only those of products with weights
+(``dots_with_no_batch_dims_saveable``)."""
 
 
 def check_remat(remat: str) -> None:
-    """Raise InputError unless ``remat`` is a name that ``Remat`` knows."""
+    """Raise InputError unless ``remat`` is one of the names in ``Remat``."""
     names = typing.get_args(Remat)
     if remat not in names:
         raise InputError(f"remat is {remat!r}: it must be one of {', '.join(names)}")
 
 
 def remat_block(block: Any, remat: Remat, static: tuple[int, ...] = (2,)) -> Any:
-    """``block`` recomputed in the backward pass (Chen et al., arXiv:1604.06174).
+    """Return ``block`` with its activations recomputed in the backward pass (arXiv:1604.06174).
 
-    Parameters are where they are without it, if each instance is given a ``name``.
+    Parameter paths do not change, provided that each instance has a ``name``.
 
     Args:
       block: a module class with ``__call__(self, x, train)``, or a method of a module; call it with
         positional arguments.
-      remat: what is kept; ``none`` gives ``block`` itself.
-      static: positions of the arguments that are no arrays; ``self`` is 0.
+      remat: what is stored; ``none`` returns ``block`` itself.
+      static: positions of the arguments that are not arrays; ``self`` is 0.
 
     >>> block = remat_block(nn.BatchNorm, "nothing_saveable")(name="norm")
     >>> isinstance(block, nn.BatchNorm), remat_block(nn.BatchNorm, "none") is nn.BatchNorm
@@ -49,16 +50,16 @@ def remat_block(block: Any, remat: Remat, static: tuple[int, ...] = (2,)) -> Any
     """
     if remat == "none":
         return block
-    # prevent_cse stays on: without it XLA would find the second computation in the first. Only directly
-    # inside of a scan is it not needed, and there it costs little.
+    # prevent_cse stays on: without it XLA would merge the second computation with the first. Only directly
+    # inside a scan it is not needed, and there it costs little.
     return nn.remat(block, policy=_policy(remat), static_argnums=static)
 
 
 def remat_model(model: Model, remat: Remat) -> Model:
-    """``model`` with the whole of its training pass under one policy, for a model that has no blocks to wrap.
+    """Return ``model`` with its training pass under one policy, for a model without blocks to wrap.
 
-    Here ``nothing_saveable`` saves little: the backward pass begins with the whole forward pass, and then
-    has it all. The other two keep what is expensive and drop what is cheap.
+    With ``nothing_saveable`` this saves little memory: the backward pass starts by recomputing the complete
+    forward pass and then stores all of it. The other two store what is expensive to recompute.
     """
 
     def apply(
@@ -76,6 +77,6 @@ def remat_model(model: Model, remat: Remat) -> Model:
 
 def _policy(remat: Remat) -> Any:
     policy = getattr(jax.checkpoint_policies, remat)
-    if remat == "dots_saveable":  # a narrow convolution is a primitive of our own, which JAX does not know
+    if remat == "dots_saveable":  # the convolutions of ``cpu_conv`` are primitives unknown to JAX
         return jax.checkpoint_policies.save_from_both_policies(policy, cpu_conv.saveable)
     return policy

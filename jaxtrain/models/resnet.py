@@ -19,25 +19,26 @@ EXPANSION = 4
 
 
 class ResNet(nn.Module):
-    """ResNet v1.5: the stride of a bottleneck is in its 3×3 convolution (He et al., arXiv:1512.03385).
+    """ResNet v1.5 (He et al., arXiv:1512.03385), with the stride of a bottleneck in its 3×3 convolution.
 
-    ``stages=(3, 4, 6, 3)`` of bottlenecks is ResNet-50, ``(2, 2, 2, 2)`` of basic blocks ResNet-18. The last
-    BatchNorm of every residual branch starts at scale 0, so that each block begins as the identity, and the
-    head at a standard deviation of 0.01 (Goyal et al., arXiv:1706.02677, section 5.1). BatchNorm statistics
-    are over the global batch. Paddings are equal on all sides, as in PyTorch, whose weights fit.
+    ``stages=(3, 4, 6, 3)`` with bottlenecks is ResNet-50, ``(2, 2, 2, 2)`` with basic blocks ResNet-18. The
+    last BatchNorm of every residual branch starts at scale 0, so that each block starts as the identity, and
+    the head at a standard deviation of 0.01 (Goyal et al., arXiv:1706.02677, section 5.1). BatchNorm
+    statistics are over the global batch. Padding is symmetric, as in PyTorch, so PyTorch weights can be used.
 
     Attributes:
-      stages: residual blocks in each stage; every stage but the first halves the sides and doubles the width.
+      stages: number of residual blocks in each stage; every stage but the first halves the sides and doubles
+        the width.
       block: ``basic`` (3×3, 3×3) or ``bottleneck`` (1×1, 3×3, 1×1 with four times the channels).
       stem: ``imagenet`` (7×7 stride 2, 3×3 max-pool stride 2) or ``cifar`` (3×3, no pooling).
       width: channels of the stem, and of the first stage's 3×3 convolutions.
-      classes: size of the output.
-      bn_momentum: decay of BatchNorm's running statistics, in [0, 1).
+      classes: number of classes, the size of the output.
+      bn_momentum: decay rate of BatchNorm's running statistics, in [0, 1).
 
-    Call with ``image: float [batch, height, width, channel]``; gives logits ``[batch, classes]``.
+    Call with ``image: float [batch, height, width, channel]``; returns logits ``[batch, classes]``.
 
     Raises:
-      InputError: an image that is not of that layout, or smaller than the product of all strides.
+      InputError: the image has another layout or is smaller than the product of all strides.
 
     >>> import jax.numpy as jnp
     >>> net = ResNet(stages=(1, 1), block="basic", stem="cifar", width=8, classes=5)
@@ -82,8 +83,8 @@ class ResNet(nn.Module):
 class ResidualBlock(nn.Module):
     """One residual block: ``[batch, h, w, c]`` → ``[batch, ⌈h / stride⌉, ⌈w / stride⌉, out]``.
 
-    ``out`` is ``width``, or ``4 * width`` for a bottleneck. Where the shape changes a 1×1 convolution
-    brings the shortcut to it.
+    ``out`` is ``width``, or ``4 * width`` for a bottleneck. If the shape changes, the shortcut has a 1×1
+    convolution.
     """
 
     width: int
@@ -111,7 +112,7 @@ class ResidualBlock(nn.Module):
 
 
 def _conv(x: jax.Array, width: int, kernel: int, stride: int, name: str) -> jax.Array:
-    # "SAME" would pad a strided convolution of an even side on one side only.
+    # "SAME" would pad a strided convolution asymmetrically if the image side is even.
     pad = (kernel // 2, kernel // 2)
     conv = nn.Conv(
         width, (kernel, kernel), (stride, stride), (pad, pad), use_bias=False, kernel_init=HE, name=name

@@ -1,4 +1,4 @@
-"""Text from a language model, token by token."""
+"""Sample text from a language model, token by token."""
 
 from __future__ import annotations
 
@@ -26,26 +26,25 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
 ) -> jax.Array:
-    """``prompt: int [batch, n]`` and ``length`` more tokens: ``int32 [batch, n + length]``.
+    """Continue ``prompt: int [batch, n]`` by ``length`` tokens; return ``int32 [batch, n + length]``.
 
-    Every new token is drawn from the logits of the last ``context`` tokens, in one compiled program, which
-    is kept for the next call of the same model and sizes. A function of its arguments: the same key gives
-    the same text.
+    Each new token is drawn from the logits of the last ``context`` tokens. All of it is one compiled program,
+    which is cached for calls with the same model and sizes. The same key returns the same text.
 
     Args:
-      model: a Linen module or an ``(init, apply)`` pair that takes ``tokens`` and gives **causal** logits
+      model: a Linen module or an ``(init, apply)`` pair that takes ``tokens`` and returns **causal** logits
         ``[batch, length, vocab]``: those at t do not depend on tokens after t.
       params: the model's parameters.
-      extra: its statistics, ``{}`` for none.
-      prompt: at least one token each, in [0, vocab).
+      extra: its statistics; ``{}`` if it has none.
+      prompt: tokens in [0, vocab), at least one per row.
       length: number of new tokens, at least 1.
       key: a ``jax.random.key``.
-      context: the most tokens the model looks back on; older ones slide out of its window.
-      temperature: logits are divided by it; 0 takes the most likely token.
-      top_k: draw among the ``top_k`` most likely tokens, in [1, vocab]; all when None.
+      context: the number of preceding tokens that the model sees, at least 1; at most the model's context.
+      temperature: divides the logits, at least 0; 0 selects the most likely token.
+      top_k: sample from the ``top_k`` most likely tokens, in [1, vocab]; None: from all.
 
     Raises:
-      InputError: an argument outside its range.
+      InputError: an argument is out of range.
 
     >>> from jaxtrain.models.gpt import GPT
     >>> net = GPT(vocab=10, context=8, width=8, depth=1, heads=2)
@@ -86,35 +85,35 @@ def _generate(
 ) -> jax.Array:
     apply = as_model(model).apply
     n = prompt.shape[1]
-    size = min(context, n + length - 1)  # the last token is never read
+    size = min(context, n + length - 1)  # the last token is never an input
 
     def step(i: jax.Array, text: jax.Array) -> jax.Array:
         end = n + i
         start = jnp.maximum(end - size, 0)
-        # A window that is not full yet ends in zeros, after the position that is read: a causal
-        # model does not see them.
+        # A window that is not full yet ends in zeros. They come after the position whose logits are used, so
+        # a causal model does not see them.
         window = jax.lax.dynamic_slice_in_dim(text, start, size, axis=1)
         logits, _ = apply(params, extra, {"tokens": window}, train=False, key=None)
         logits = full_logits(logits)
         if logits.ndim != 3 or logits.shape[:2] != window.shape:
             raise InputError(
-                f"the model gives {logits.shape} for tokens {window.shape}: one row a token is needed"
+                f"the model returns {logits.shape} for tokens {window.shape}: it must return a row per token"
             )
         last = jax.lax.dynamic_index_in_dim(logits, end - start - 1, axis=1, keepdims=False)
-        new = _choose(last.astype(jnp.float32), jax.random.fold_in(key, i), temperature, greedy, top_k)
+        new = _sample(last.astype(jnp.float32), jax.random.fold_in(key, i), temperature, greedy, top_k)
         return jax.lax.dynamic_update_slice_in_dim(text, new[:, None], end, axis=1)
 
     text = jnp.pad(prompt, ((0, 0), (0, length)))
     return jax.lax.fori_loop(0, length, step, text)
 
 
-def _choose(
+def _sample(
     logits: jax.Array, key: jax.Array, temperature: float, greedy: bool, top_k: int | None
 ) -> jax.Array:
-    """``[batch, vocab]`` → ``int32 [batch]``."""
+    """Sample one token per row: float ``[batch, vocab]`` → ``int32 [batch]``."""
     vocab = logits.shape[-1]
     if top_k is not None and top_k > vocab:
-        raise InputError(f"top_k={top_k} of a vocabulary of {vocab}: it must be in 1..{vocab}")
+        raise InputError(f"top_k={top_k} with a vocabulary of {vocab}: it must be in 1..{vocab}")
     if greedy:
         return logits.argmax(-1).astype(jnp.int32)
     if top_k is None:
@@ -131,9 +130,9 @@ def _check(model: Any, prompt: Any, length: int, context: int, temperature: floa
     if min(shape) < 1:
         raise InputError(f"prompt is empty ({shape}): give at least one token to start from")
     if length < 1:
-        raise InputError(f"length={length}: at least 1 new token")
+        raise InputError(f"length={length}: it must be at least 1")
     if context < 1:
-        raise InputError(f"context={context}: at least 1 token")
+        raise InputError(f"context={context}: it must be at least 1")
     if not temperature >= 0:
         raise InputError(f"temperature={temperature}: it must be 0 (the most likely token) or above")
     if top_k is not None and top_k < 1:

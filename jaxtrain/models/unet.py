@@ -1,4 +1,4 @@
-"""A U-Net: a class for every pixel."""
+"""U-Net for semantic segmentation: a class for every pixel."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from jaxtrain.models.remat import Remat, remat_block
 
 
 class UNet(nn.Module):
-    """Down by max-pooling, up by 2×2 transposed convolutions, with a skip at every size.
+    """Encoder with max-pooling, decoder with 2×2 transposed convolutions, and a skip connection per level.
 
-    Ronneberger et al. 2015 (arXiv:1505.04597), but padded, so that the logits have the image's size, and
-    with BatchNorm. A level is two times conv 3×3 → BatchNorm → ReLU.
+    As Ronneberger et al. 2015 (arXiv:1505.04597), with BatchNorm, and with padding, so that the logits have
+    the size of the image. A level is twice conv 3×3 → BatchNorm → ReLU.
 
     Attributes:
-      widths: channels of each level, the finest first; image sides must divide by
+      widths: channels of each level, from the finest to the coarsest; image sides must be multiples of
         ``2 ** (len(widths) - 1)``.
-      classes: size of the output.
-      batch_norm: normalise after every 3×3 convolution; without it convolutions have biases.
-      bn_momentum: decay of BatchNorm's running statistics, in [0, 1).
-      dropout: rate at the coarsest level, in [0, 1); active only when training.
+      classes: number of classes, the size of the output.
+      batch_norm: use BatchNorm after every 3×3 convolution; without it convolutions have biases.
+      bn_momentum: decay rate of BatchNorm's running statistics, in [0, 1).
+      dropout: dropout rate at the coarsest level, in [0, 1); active only in training.
 
-    Call with ``image: float [batch, height, width, channel]``; gives logits
+    Call with ``image: float [batch, height, width, channel]``; returns logits
     ``[batch, height, width, classes]``.
 
     >>> net = UNet(widths=(4, 8), classes=3)
@@ -65,7 +65,7 @@ class UNet(nn.Module):
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         for level in reversed(range(len(skips))):
             width = self.widths[level]
-            x = jnp.concatenate([skips[level], self._double(x, width, f"up{level}")], -1)
+            x = jnp.concatenate([skips[level], self._upsample(x, width, f"up{level}")], -1)
             x = run(self, x, width, train, f"up{level}")
         return nn.Dense(self.classes, name="head")(x)  # a 1×1 convolution
 
@@ -79,11 +79,11 @@ class UNet(nn.Module):
             x = nn.relu(x)
         return x
 
-    def _double(self, x: jax.Array, width: int, name: str) -> jax.Array:
-        """A transposed convolution of 2×2 and stride 2: ``[b, h, w, c]`` → ``[b, 2h, 2w, width]``.
+    def _upsample(self, x: jax.Array, width: int, name: str) -> jax.Array:
+        """Apply a 2×2 transposed convolution of stride 2: ``[b, h, w, c]`` → ``[b, 2h, 2w, width]``.
 
-        Its windows do not overlap, so it is a dense layer that gives every pixel four, and is computed
-        as one: on 2 CPU cores, forward and backward took 62 ms at [8, 64, 64, 64] → 32 channels against
+        Its windows do not overlap, so it is computed as a dense layer with four output pixels per pixel: on
+        2 CPU cores, forward and backward took 62 ms at [8, 64, 64, 64] → 32 channels against
         287 ms of ``nn.ConvTranspose``, and 28 against 480 ms at [8, 16, 16, 256] → 128 (medians, n=25).
         """
         b, h, w, _ = x.shape
@@ -95,6 +95,6 @@ class UNet(nn.Module):
         check_image(image, divisor, "UNet")
         if image.shape[1] % divisor or image.shape[2] % divisor:
             raise InputError(
-                f"image {tuple(image.shape)}: UNet with {len(self.widths)} widths needs sides that divide by "
-                f"{divisor}: pad, crop or resize the images, or use fewer model.widths"
+                f"image {tuple(image.shape)}: UNet with {len(self.widths)} widths needs sides that are "
+                f"multiples of {divisor}: pad, crop or resize the images, or use fewer model.widths"
             )

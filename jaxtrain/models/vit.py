@@ -19,24 +19,25 @@ from jaxtrain.models.transformer import BLOCK_AXES, Block, check_heads
 class ViT(nn.Module):
     """Vision transformer with global average pooling and no class token; the defaults are ViT-S/16.
 
-    Patches, positions, pre-norm blocks, LayerNorm, mean over the patches, and a head that starts at zero
+    Patches, position embedding, pre-norm blocks, LayerNorm, mean over patches, and a head initialised to zero
     (Dosovitskiy et al., arXiv:2010.11929, simplified as in Beyer et al., arXiv:2205.01580).
 
     Attributes:
-      patch: side of a patch in pixels; image sides must be multiples of it.
+      patch: side of a patch in pixels; image height and width must be multiples of it.
       width: size of the residual stream; for ``sincos`` a multiple of 4.
-      depth: blocks, at least 1.
+      depth: number of blocks, at least 1.
       heads: attention heads; must divide ``width``.
       mlp: hidden size of a block's MLP as a multiple of ``width``.
-      classes: size of the output.
-      dropout: rate after the positions and on every residual branch, in [0, 1); active only when training.
-      positions: ``sincos``, fixed, works at any image size; or ``learned``, for one size only.
-      attention: whose kernel, as in ``GPT``.
+      classes: number of classes, the size of the output.
+      dropout: dropout rate after the positions and on every residual branch, in [0, 1); active only in
+        training.
+      positions: ``sincos``, fixed, for any image size; or ``learned``, for one image size.
+      attention: which kernel computes attention, as in ``GPT``.
 
-    Call with ``image: float [batch, height, width, channel]``; gives logits ``[batch, classes]``.
+    Call with ``image: float [batch, height, width, channel]``; returns logits ``[batch, classes]``.
 
     Raises:
-      InputError: an image that is not of that layout or does not cut into patches, or sizes that do not fit.
+      InputError: the image has another layout or does not divide into patches, or sizes do not fit together.
 
     >>> net = ViT(patch=4, width=8, depth=1, heads=2, classes=5)
     >>> logits, variables = jax.eval_shape(net.init_with_output, jax.random.key(0), jnp.ones((4, 8, 12, 3)))
@@ -104,10 +105,10 @@ class ViT(nn.Module):
 
 
 def sincos(rows: int, columns: int, width: int) -> jax.Array:
-    """Fixed 2-D positions ``float32 [rows * columns, width]``, row by row; ``width`` a multiple of 4.
+    """Return fixed 2-D position embeddings ``float32 [rows * columns, width]``, row by row.
 
-    A quarter each of sine and cosine of the column, then of the row, at frequencies that fall
-    geometrically from 1 to 1/10000 (arXiv:2205.01580).
+    ``width`` must be a multiple of 4: a quarter each for sine and cosine of the column, then of the row, at
+    frequencies that decrease geometrically from 1 to 1/10000 (arXiv:2205.01580).
 
     >>> sincos(2, 3, 4).tolist()[0]
     [0.0, 1.0, 0.0, 1.0]

@@ -1,4 +1,6 @@
-"""Optimizers, schedules and averages, as frozen dataclasses with ``build(steps)``.
+"""Optimizers, learning rate schedules and weight averages, as frozen dataclasses.
+
+An optimizer's ``build(steps)`` returns an optax transformation for a run of ``steps`` updates.
 
 >>> import optax
 >>> tx = SGD(lr=OneCycle(peak=0.4), momentum=0.9, nesterov=True).build(steps=1000)

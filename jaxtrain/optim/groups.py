@@ -1,4 +1,4 @@
-"""Parameters by their path (``block0/conv/kernel``): which are decayed, and groups with other settings."""
+"""Parameter groups: different settings for parameters selected by their path (``block0/conv/kernel``)."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ import optax
 
 from jaxtrain.core.errors import InputError
 
-SHOWN = 4  # paths in an error, to show what paths look like
+MAX_LISTED = 4  # paths in an error message, to show what paths look like
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Some of the parameters, and what is different for them; goes into ``groups=`` of an optimizer.
+    """Other settings for some of the parameters; an entry of ``groups=`` of an optimizer.
 
-    The first group whose path is found counts; parameters of no group follow the optimizer alone. While a
-    group stands still (``lr`` of 0, or after ``until``), its parameters count for nothing: no decay, no new
-    momentum, and no part in the global norm that ``clip`` bounds.
+    A parameter belongs to the first group whose ``path`` matches; parameters in no group use the optimizer's
+    settings. A frozen group (``lr=0``, or after ``until``) gets no updates, no weight decay and no new
+    momentum, and its gradients do not count in the global norm that ``clip`` limits.
 
     Attributes:
       path: regular expression, searched in the path of a parameter, such as ``norm.*/bias``.
-      lr: multiplies the rate, at least 0; 0 freezes.
-      weight_decay: multiplies the decay, at least 0, for parameters that the optimizer decays at all.
-      until: fraction of the run in [0, 1] after which the parameters stay as they are. The group is updated
-        ``round(until * steps)`` times.
+      lr: factor of the learning rate, at least 0; 0 freezes the parameters.
+      weight_decay: factor of the weight decay, at least 0. It does not add decay to parameters that the
+        optimizer's ``decay`` excludes.
+      until: fraction of the run in [0, 1] after which the group is frozen: it is updated
+        ``round(until * steps)`` times. 1 never freezes it.
 
     >>> from jaxtrain.optim import SGD
     >>> tx = SGD(lr=0.1, groups=(Group("bias", lr=2.0),)).build()
@@ -53,7 +54,7 @@ class Group:
 
 
 class GroupState(NamedTuple):
-    """``step``: updates so far, an int32 scalar; ``inner``: the state of the optimizer."""
+    """``step``: number of updates so far, int32 ``[]``; ``inner``: the state of the wrapped optimizer."""
 
     step: jax.Array
     inner: Any
@@ -62,97 +63,101 @@ class GroupState(NamedTuple):
 def apply_groups(
     inner: optax.GradientTransformation, groups: Sequence[Group], steps: int | None
 ) -> optax.GradientTransformation:
-    """``inner`` with groups; ``inner`` itself where there are none.
+    """Return ``inner`` with the settings of ``groups``; ``inner`` itself if there are none.
 
     Args:
-      inner: uses its ``params`` for weight decay only, and scales linearly with the rate at its end.
-      groups: the first that matches a parameter counts.
-      steps: the run's updates; needed for a group with ``until`` below 1.
+      inner: an optax transformation that uses ``params`` for weight decay only, and whose last step is
+        scaling by the learning rate.
+      groups: a parameter belongs to the first one that matches.
+      steps: number of updates in the run; needed for a group with ``until`` below 1.
 
     Raises:
-      InputError: no length where one is needed; from ``init``, a group that no parameter belongs to.
+      InputError: ``steps`` is None and needed; from ``init``, no parameter belongs to a group.
     """
     if not groups:
         return inner
-    named, groups = groups, (*groups, Group(""))  # the last takes what no other names, and changes nothing
+    given, groups = groups, (*groups, Group(""))  # the last matches everything else and changes nothing
     ends = {group: _end(group, steps) for group in groups}
 
     def init(params: Any) -> GroupState:
-        _check_used(named, params)
+        _check_used(given, params)
         return GroupState(jnp.zeros((), jnp.int32), inner.init(params))
 
     def update(grads: Any, state: GroupState, params: Any = None) -> tuple[Any, GroupState]:
-        def held(group: Group, x: jax.Array) -> jax.Array:
-            """``x`` while the group moves, else zeros."""
+        def zero_if_frozen(group: Group, x: jax.Array) -> jax.Array:
             end = ends[group]
             if end is None:
                 return x
             return jnp.zeros_like(x) if end == 0 else jnp.where(state.step < end, x, jnp.zeros_like(x))
 
-        of = _assign(groups, grads)
-        grads = jax.tree.map(held, of, grads)
+        assigned = _assign(groups, grads)
+        grads = jax.tree.map(zero_if_frozen, assigned, grads)
         if params is not None:
-            # All that the chain does with params is to add decay * param: a multiple of the parameter is a
-            # multiple of its decay, and of a parameter that stands still the chain sees zeros only.
-            params = jax.tree.map(lambda group, p: held(group, p) * group.weight_decay, of, params)
+            # The chain uses params only to add decay * param, so scaling a parameter scales its decay, and
+            # for a frozen parameter the chain sees nothing but zeros.
+            params = jax.tree.map(
+                lambda group, p: zero_if_frozen(group, p) * group.weight_decay, assigned, params
+            )
         updates, inner_state = inner.update(grads, state.inner, params)
-        # Held once more: the momentum of a group that has stopped only fades.
-        updates = jax.tree.map(lambda group, u: held(group, u * group.lr), of, updates)
+        # Zeroed again, because the momentum of a group that was just frozen takes time to fade.
+        updates = jax.tree.map(lambda group, u: zero_if_frozen(group, u * group.lr), assigned, updates)
         return updates, GroupState(state.step + 1, inner_state)
 
     return optax.GradientTransformation(init, update)
 
 
 def matches(pattern: str) -> Callable[[Any], Any]:
-    """Params → booleans: does the path (``block0/conv/kernel``) match?"""
-    found = _compile(pattern, "decay")
+    """Return a function params → booleans: is ``pattern`` found in the path (``block0/conv/kernel``)?"""
+    regex = _compile(pattern, "decay")
 
     def mask(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: bool(found.search(_text(path))), params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: bool(regex.search(_path_text(path))), params)
 
     return mask
 
 
 def _end(group: Group, steps: int | None) -> int | None:
-    """The number of updates after which the group stands still; None is never."""
+    """Return the number of updates after which the group is frozen; None for never."""
     if group.lr == 0:
         return 0
     if group.until == 1:
         return None
     if steps is None:
-        raise InputError(f"optimizer.groups: {group}: until depends on the run's length: build(steps=...)")
+        raise InputError(
+            f"optimizer.groups: {group}: until needs the length of the run: use build(steps=...)"
+        )
     return round(group.until * steps)
 
 
 def _assign(groups: Sequence[Group], tree: Any) -> Any:
-    """The group of each leaf; one must match."""
+    """Return the group of each leaf; at least one group must match."""
 
     def first(path: Any, _: Any) -> Group:
-        return next(group for group in groups if re.search(group.path, _text(path)))
+        return next(group for group in groups if re.search(group.path, _path_text(path)))
 
     return jax.tree_util.tree_map_with_path(first, tree)
 
 
 def _check_used(groups: Sequence[Group], params: Any) -> None:
-    """A group that nothing belongs to is a typing error that training would hide."""
-    paths = [_text(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    """Raise InputError for a group without parameters: a misspelt path that training would hide."""
+    paths = [_path_text(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     used = set(jax.tree.leaves(_assign((*groups, Group("")), params)))
     for group in groups:
         if group in used:
             continue
         if any(re.search(group.path, path) for path in paths):
             raise InputError(
-                f"optimizer.groups: every parameter that {group.path!r} finds belongs to a group before it: "
+                f"optimizer.groups: every parameter that {group.path!r} matches belongs to an earlier group: "
                 "put the narrower group first"
             )
-        more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
+        more = f" and {len(paths) - MAX_LISTED} more" if len(paths) > MAX_LISTED else ""
         raise InputError(
-            f"optimizer.groups: no parameter's path has {group.path!r} in it: there are "
-            f"{', '.join(paths[:SHOWN])}{more}"
+            f"optimizer.groups: {group.path!r} matches no parameter's path; the paths are "
+            f"{', '.join(paths[:MAX_LISTED])}{more}"
         )
 
 
-def _text(path: Any) -> str:
+def _path_text(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -160,4 +165,4 @@ def _compile(pattern: str, field: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise InputError(f"optimizer.{field}={pattern!r} is no regular expression: {error}") from error
+        raise InputError(f"optimizer.{field}={pattern!r} is not a regular expression: {error}") from error

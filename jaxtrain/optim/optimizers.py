@@ -1,4 +1,4 @@
-"""Optimizers as frozen dataclasses with ``build(steps)`` → an optax transformation."""
+"""Optimizers: frozen dataclasses whose ``build(steps)`` returns an optax transformation."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from jaxtrain.optim.schedules import Rate, Schedule, rate
 
 @dataclasses.dataclass(frozen=True)
 class SGD:
-    """Stochastic gradient descent with momentum, as PyTorch defines it (decay added to the gradient).
+    """Stochastic gradient descent with momentum, as ``torch.optim.SGD``: decay is added to the gradient.
+
+    ``g = grad + weight_decay * param``, ``buffer = g + momentum * buffer``, ``param -= lr * buffer``; with
+    ``nesterov``, ``param -= lr * (g + momentum * buffer)``.
 
     Attributes:
-      lr: a number or a schedule.
-      momentum: in [0, 1); 0 keeps no buffer.
-      nesterov: look ahead along the momentum, which must be above 0.
-      weight_decay: added to the gradient as ``weight_decay * param``.
-      decay: regular expression; only parameters whose path it finds are decayed. Biases and
-        normalisation scales are left out by default.
-      clip: largest global gradient norm; None leaves gradients alone.
-      groups: parameters with a rate, a decay or an end of their own.
+      lr: learning rate: a number, at least 0, or a schedule such as ``optim.Cosine(peak=0.1)``.
+      momentum: in [0, 1); 0 uses no buffer.
+      nesterov: Nesterov momentum; ``momentum`` must be above 0.
+      weight_decay: at least 0; ``weight_decay * param`` is added to the gradient.
+      decay: regular expression; only parameters in whose path it is found are decayed. The default excludes
+        biases and normalisation scales.
+      clip: clip gradients to this global norm (L2, over all parameters), above 0. None: no clipping.
+      groups: settings for some of the parameters that differ from these (``optim.Group``).
 
     Example:
       >>> import jax
@@ -41,10 +44,10 @@ class SGD:
     groups: tuple[Group, ...] = ()
 
     def build(self, steps: int | None = None) -> optax.GradientTransformation:
-        """The transformation; ``steps`` (the run's updates) is needed for a schedule or ``Group.until``."""
+        """Return the transformation; a schedule and ``Group.until`` need ``steps``, the run's updates."""
         _check(self, momentum=self.momentum)
         if self.nesterov and not self.momentum:
-            raise InputError("optimizer.nesterov needs a momentum: set optimizer.momentum above 0")
+            raise InputError("optimizer.nesterov needs momentum: set optimizer.momentum above 0")
         chain = optax.chain(
             _clip(self.clip),
             optax.add_decayed_weights(self.weight_decay, matches(self.decay))
@@ -58,14 +61,14 @@ class SGD:
 
 @dataclasses.dataclass(frozen=True)
 class Adam:
-    """Adam (arXiv:1412.6980).
+    """Adam (Kingma & Ba, arXiv:1412.6980), without weight decay.
 
     Attributes:
-      lr: a number or a schedule.
-      b1, b2: decay rates of the two moments, in [0, 1).
-      eps: added to the denominator.
-      clip: largest global gradient norm; None leaves gradients alone.
-      groups: parameters with a rate, a decay or an end of their own.
+      lr: learning rate: a number, at least 0, or a schedule such as ``optim.Cosine(peak=0.1)``.
+      b1, b2: decay rates of the first and second moment, in [0, 1).
+      eps: added to the square root of the second moment, for numerical stability.
+      clip: clip gradients to this global norm (L2, over all parameters), above 0. None: no clipping.
+      groups: settings for some of the parameters that differ from these (``optim.Group``).
     """
 
     lr: Rate = 1e-3
@@ -76,7 +79,7 @@ class Adam:
     groups: tuple[Group, ...] = ()
 
     def build(self, steps: int | None = None) -> optax.GradientTransformation:
-        """The transformation; ``steps`` (the run's updates) is needed for a schedule or ``Group.until``."""
+        """Return the transformation; a schedule and ``Group.until`` need ``steps``, the run's updates."""
         _check(self, b1=self.b1, b2=self.b2)
         chain = optax.chain(
             _clip(self.clip),
@@ -88,16 +91,17 @@ class Adam:
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """Adam with decoupled weight decay (arXiv:1711.05101): decay is scaled by the rate, as in PyTorch.
+    """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv:1711.05101), as ``torch.optim.AdamW``.
 
     Attributes:
-      lr: a number or a schedule.
-      b1, b2: decay rates of the two moments, in [0, 1).
-      eps: added to the denominator.
-      weight_decay: each update also subtracts ``lr * weight_decay * param``.
-      decay: regular expression; only parameters whose path it finds are decayed.
-      clip: largest global gradient norm; None leaves gradients alone.
-      groups: parameters with a rate, a decay or an end of their own.
+      lr: learning rate: a number, at least 0, or a schedule such as ``optim.Cosine(peak=0.1)``.
+      b1, b2: decay rates of the first and second moment, in [0, 1).
+      eps: added to the square root of the second moment, for numerical stability.
+      weight_decay: at least 0; each update also subtracts ``lr * weight_decay * param``.
+      decay: regular expression; only parameters in whose path it is found are decayed. The default excludes
+        biases and normalisation scales.
+      clip: clip gradients to this global norm (L2, over all parameters), above 0. None: no clipping.
+      groups: settings for some of the parameters that differ from these (``optim.Group``).
     """
 
     lr: Rate = 1e-3
@@ -110,7 +114,7 @@ class AdamW:
     groups: tuple[Group, ...] = ()
 
     def build(self, steps: int | None = None) -> optax.GradientTransformation:
-        """The transformation; ``steps`` (the run's updates) is needed for a schedule or ``Group.until``."""
+        """Return the transformation; a schedule and ``Group.until`` need ``steps``, the run's updates."""
         _check(self, b1=self.b1, b2=self.b2)
         chain = optax.chain(
             _clip(self.clip),
@@ -126,7 +130,7 @@ def _clip(norm: float | None) -> optax.GradientTransformation:
 
 
 def _check(config: Any, **below_one: float) -> None:
-    """Refuse by name what could only train in the wrong direction, or not at all."""
+    """Raise InputError for a setting that is out of range."""
     if not isinstance(config.lr, Schedule) and config.lr < 0:
         raise InputError(f"optimizer.lr is {config.lr}: it must not be negative")
     for name in ("value", "peak", "start", "end"):

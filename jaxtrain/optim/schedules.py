@@ -1,4 +1,4 @@
-"""Learning rates over a run, as frozen dataclasses with ``build(steps)`` → ``step -> rate``."""
+"""Learning rate schedules: frozen dataclasses whose ``build(steps)`` returns ``step -> rate``."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from jaxtrain.core.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A learning rate over the run; subclasses say which. ``build(steps)`` gives ``step -> rate``.
+    """Base class of learning rate schedules.
 
-    Update k of the run, from 0, uses the rate of step k: a warm-up from 0 makes the first update empty, and
-    the final value belongs to step ``steps``, which no update uses.
+    Update k of the run, counted from 0, uses the rate of step k. So with a warm-up from 0 the first update
+    has rate 0, and the final value, that of step ``steps``, is approached and not used.
     """
 
     def build(self, steps: int) -> optax.Schedule:
-        """The optax schedule for a run of ``steps`` updates."""
+        """Return the optax schedule for a run of ``steps`` updates."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class Constant(Schedule):
-    """The same rate throughout, after an optional linear warm-up.
+    """Constant rate, after an optional linear warm-up.
 
     Attributes:
-      value: the rate.
-      warmup: fraction of the run in [0, 1) that rises from 0 to ``value``.
+      value: the rate, at least 0.
+      warmup: fraction of the run in [0, 1) during which the rate rises from 0 to ``value``.
     """
 
     value: float
@@ -44,9 +44,9 @@ class Linear(Schedule):
     """Linear warm-up from 0 to ``peak``, then linear decay to ``end``.
 
     Attributes:
-      peak: the highest rate.
-      end: the rate that is reached as the run ends.
-      warmup: fraction of the run in [0, 1).
+      peak: the highest rate, at least 0.
+      end: the rate at the end of the run, at least 0.
+      warmup: fraction of the run in [0, 1) during which the rate rises.
     """
 
     peak: float
@@ -61,12 +61,12 @@ class Linear(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class Cosine(Schedule):
-    """Linear warm-up from 0 to ``peak``, then half a cosine to ``end`` (arXiv:1608.03983).
+    """Linear warm-up from 0 to ``peak``, then cosine decay to ``end`` (half a period; arXiv:1608.03983).
 
     Attributes:
-      peak: the highest rate.
-      end: the rate that is reached as the run ends.
-      warmup: fraction of the run in [0, 1).
+      peak: the highest rate, at least 0.
+      end: the rate at the end of the run, at least 0.
+      warmup: fraction of the run in [0, 1) during which the rate rises.
     """
 
     peak: float
@@ -82,13 +82,13 @@ class Cosine(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class OneCycle(Schedule):
-    """Up in a line, down in a line: Smith's one-cycle policy (arXiv:1708.07120).
+    """One-cycle policy: linear rise to ``peak``, then linear decay (Smith & Topin, arXiv:1708.07120).
 
     Attributes:
-      peak: the highest rate.
+      peak: the highest rate, at least 0.
       start: the first rate, as a fraction of ``peak``.
-      end: the rate that is reached as the run ends, as a fraction of ``peak``.
-      warmup: fraction of the run in [0, 1) spent rising.
+      end: the rate at the end of the run, as a fraction of ``peak``.
+      warmup: fraction of the run in [0, 1) during which the rate rises.
     """
 
     peak: float
@@ -106,11 +106,11 @@ Rate = float | Schedule
 
 
 def rate(lr: Rate, steps: int | None) -> float | optax.Schedule:
-    """``lr`` as optax takes it: the number itself, or the schedule built for ``steps`` updates."""
+    """Return ``lr`` as optax takes it: the number itself, or the schedule for a run of ``steps`` updates."""
     if not isinstance(lr, Schedule):
         return lr
     if steps is None:
-        raise InputError(f"lr={type(lr).__name__} depends on the run's length: build(steps=...)")
+        raise InputError(f"lr={type(lr).__name__} needs the length of the run: use build(steps=...)")
     return lr.build(steps)
 
 

@@ -169,7 +169,7 @@ def _abstract_state(
     def with_sharding(x: Any, where: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-    return jax.tree.map(with_sharding, shapes, placement.shardings), placement.whole
+    return jax.tree.map(with_sharding, shapes, placement.shardings), placement.unsplit
 
 
 def _shardings(abstract: Any) -> Any:

@@ -225,7 +225,7 @@ CASES = {
     "image that the U-Net cannot halve": (
         "pets_unet",
         ("batch=8", *everywhere("size=36")),
-        ("needs sides that divide by 8", "image (8, 36, 36, 3)", "pad, crop or resize the images"),
+        ("needs sides that are multiples of 8", "image (8, 36, 36, 3)", "pad, crop or resize the images"),
     ),
     "image too small": (
         "imagenet_resnet50",

@@ -149,7 +149,7 @@ def test_setting_that_cannot_be_applied_is_refused_in_one_line(setting: str, mes
     assert "\n" not in str(raised.value)
 
 
-def test_one_item_of_a_plain_tuple_is_refused_with_what_to_do() -> None:
+def test_setting_one_item_of_a_plain_tuple_is_refused_with_advice() -> None:
     with pytest.raises(InputError, match=r"model\.widths=") as raised:
         override(BASE, ["model.widths.0=64"])
     assert "set one of its fields" not in str(raised.value), "an int has none"
@@ -178,7 +178,7 @@ def test_field_without_a_usable_annotation_keeps_the_type_of_its_value() -> None
         ),
     ],
 )
-def test_experiment_refuses_what_its_step_could_not_do(changes: Any, message: str) -> None:
+def test_experiment_refuses_settings_its_step_does_not_support(changes: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         dataclasses.replace(BASE, **changes)
 
@@ -201,7 +201,7 @@ WITH_FUNCTIONS = dataclasses.replace(
 
 
 @pytest.mark.parametrize("experiment", [BASE, WITH_FUNCTIONS], ids=["plain", "functions"])
-def test_text_holds_every_setting_once_and_no_address(experiment: Experiment) -> None:
+def test_text_has_every_setting_and_no_address(experiment: Experiment) -> None:
     text = config_text(experiment)
     assert "0x" not in repr(text)
     assert all("\n" not in value for value in text.values())
@@ -209,7 +209,7 @@ def test_text_holds_every_setting_once_and_no_address(experiment: Experiment) ->
     assert names == {field.name for field in dataclasses.fields(Experiment)}
 
 
-def test_text_spells_settings_by_their_paths() -> None:
+def test_text_names_settings_by_their_paths() -> None:
     text = config_text(BASE)
     wanted = {
         "batch": "8",
@@ -229,7 +229,7 @@ def test_text_spells_settings_by_their_paths() -> None:
     assert not any(path.endswith((".parent", ".name")) for path in text)
 
 
-def test_text_of_arrays_is_a_checksum_that_every_byte_changes() -> None:
+def test_text_of_an_array_is_a_checksum_of_every_byte() -> None:
     image = np.arange(8, dtype=np.uint8).reshape(2, 4)
     found = config_text(data.Arrays({"image": image}))
     assert found == {"fields.image": "uint8[2, 4] crc32 88aa689f"}
@@ -254,7 +254,9 @@ print(config_hash(experiment), sorted(config_text(experiment).items()))
 
 def test_text_and_hash_are_the_same_in_every_process(python: Any, tmp_path: Path) -> None:
     tiny = (Path(__file__).parents[1] / "tiny.py").read_text()
-    (tmp_path / "tiny.py").write_text(tiny.replace("after=", "data_init=lambda p, b: p,\n    after="))
+    (tmp_path / "tiny.py").write_text(
+        tiny.replace("post_update=", "data_init=lambda p, b: p,\n    post_update=")
+    )
     (tmp_path / "program.py").write_text(PROGRAM)
     runs = [python(tmp_path / "program.py", tmp_path / "tiny.py", PYTHONHASHSEED=seed) for seed in ("1", "2")]
     assert [run.returncode for run in runs] == [0, 0], runs[0].stderr
@@ -311,9 +313,9 @@ NOT_HASHED = {
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Experiment)])
-def test_hash_ignores_the_seed_and_operational_settings_and_nothing_else(field: str) -> None:
+def test_hash_ignores_only_the_seed_and_operational_settings(field: str) -> None:
     changed = dataclasses.replace(BASE, **{field: CASES[field]})
-    assert config_text(changed) != config_text(BASE), "the record holds everything"
+    assert config_text(changed) != config_text(BASE), "the config text records everything"
     assert (config_hash(changed) == config_hash(BASE)) == (field in NOT_HASHED)
 
 
@@ -321,21 +323,21 @@ def test_hash_ignores_the_seed_and_operational_settings_and_nothing_else(field: 
     "setting",
     ["optimizer.lr.end=0.5", "model.dropout=0.5", "augment.1.pad=3", "train.seed=5", "preprocess.0.scale=1"],
 )
-def test_hash_sees_nested_settings(setting: str) -> None:
+def test_hash_depends_on_nested_settings(setting: str) -> None:
     assert config_hash(override(BASE, [setting])) != config_hash(BASE)
 
 
-def test_seed_of_a_part_is_not_the_seed_of_the_run() -> None:
+def test_hash_depends_on_the_seed_of_a_part() -> None:
     assert config_hash(override(BASE, ["seed=5"])) == config_hash(BASE)
     assert config_hash(override(BASE, ["test.seed=5"])) != config_hash(BASE)
 
 
-def test_whole_floats_and_integers_hash_alike() -> None:
+def test_integral_floats_and_integers_have_the_same_hash() -> None:
     assert config_hash(dataclasses.replace(BASE, epochs=20.0)) == config_hash(BASE)
     assert config_hash(dataclasses.replace(BASE, epochs=20.5)) != config_hash(BASE)
 
 
-def test_order_of_stages_is_a_setting() -> None:
+def test_hash_depends_on_the_order_of_stages() -> None:
     swapped = dataclasses.replace(BASE, augment=BASE.augment[::-1])
     assert config_hash(swapped) != config_hash(BASE)
 
@@ -371,14 +373,14 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("kind", DIFFERENT)
-def test_different_values_are_different_text(kind: str) -> None:
+def test_different_values_have_different_text(kind: str) -> None:
     one, other = (config_text(Holder(value)) for value in DIFFERENT[kind])
     assert one != other
     assert "0x" not in repr((one, other))
 
 
 @pytest.mark.parametrize(("number", "same"), [(np.int64(20), 20), (np.float64(0.5), 0.5)])
-def test_numpy_scalar_is_the_number_it_holds(number: Any, same: Any) -> None:
+def test_numpy_scalar_has_the_text_of_its_number(number: Any, same: Any) -> None:
     assert config_text(Holder(number)) == config_text(Holder(same))
 
 
@@ -396,7 +398,7 @@ def test_first_difference_is_named_with_both_values(old: Any, new: Any, differen
     assert first_difference(old, new) == difference
 
 
-def test_empty_tuple_switches_stages_off() -> None:
+def test_empty_tuple_removes_all_stages() -> None:
     from tiny import EXPERIMENT
 
     assert override(EXPERIMENT, ["augment=()"]).augment == ()

@@ -16,11 +16,11 @@ GOLDEN = ROOT / "tests" / "golden" / "configs"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_config_is_the_golden_one(name):
-    """A changed line here is a changed experiment: numbers measured before no longer stand for it.
+def test_config_equals_the_golden_text(name):
+    """The resolved config of this experiment has changed, so its measured results no longer hold.
 
-    When that is meant, run ``JAXTRAIN_UPDATE_GOLDEN=1 scripts/test tests/experiment`` and measure again
-    whatever the docstring claims. When it is not, a default somewhere has changed under you.
+    If that is intended, run ``JAXTRAIN_UPDATE_GOLDEN=1 scripts/test tests/experiment`` and measure again what
+    its docstring claims. If it is not, a default somewhere has changed.
     """
     experiment, _ = find(str(ROOT / "experiments" / f"{name}.py")).load()
     text = "".join(f"{path} = {value}\n" for path, value in config_text(experiment).items())
@@ -28,10 +28,10 @@ def test_config_is_the_golden_one(name):
     if os.environ.get("JAXTRAIN_UPDATE_GOLDEN") == "1":
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    assert path.read_text() == text, test_config_is_the_golden_one.__doc__
+    assert path.read_text() == text, test_config_equals_the_golden_text.__doc__
 
 
-def test_there_is_no_golden_text_without_an_experiment():
+def test_every_golden_text_has_its_experiment():
     assert sorted(path.stem for path in GOLDEN.glob("*.txt")) == NAMES
 
 

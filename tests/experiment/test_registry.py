@@ -46,7 +46,7 @@ def write(path: Path, title: str = "An experiment.", text: str | None = None) ->
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty current folder, no folders in the environment, no entry points, nothing loaded."""
     before = set(sys.modules)
     monkeypatch.chdir(tmp_path)
@@ -67,8 +67,8 @@ def install(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
     )
 
 
-def test_path_is_found_wherever_it_is(elsewhere: Path) -> None:
-    path = write(elsewhere / "deep" / "mine.py", "Mine.")
+def test_path_is_found_wherever_it_is(empty_folder: Path) -> None:
+    path = write(empty_folder / "deep" / "mine.py", "Mine.")
     for name in (str(path), "deep/mine.py", "./deep/mine.py"):
         entry = find(name)
         assert (entry.name, entry.origin) == ("mine", str(path))
@@ -76,18 +76,18 @@ def test_path_is_found_wherever_it_is(elsewhere: Path) -> None:
     assert isinstance(experiment, Experiment) and title == "Mine."
 
 
-def test_path_comes_before_names(elsewhere: Path) -> None:
-    write(elsewhere / "experiments" / "mine.py", "In the folder.")
-    write(elsewhere / "mine.py", "By path.")
+def test_path_comes_before_names(empty_folder: Path) -> None:
+    write(empty_folder / "experiments" / "mine.py", "In the folder.")
+    write(empty_folder / "mine.py", "By path.")
     assert find("mine.py").load()[1] == "By path."
     assert find("mine").load()[1] == "In the folder."
 
 
-def test_name_is_found_in_the_current_folder_the_environments_and_among_ours(
-    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+def test_name_is_found_in_the_current_folder_the_environments_and_among_shipped_ones(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(elsewhere / "experiments" / "here.py")
-    folders = [elsewhere / "first", elsewhere / "second"]
+    write(empty_folder / "experiments" / "here.py")
+    folders = [empty_folder / "first", empty_folder / "second"]
     write(folders[0] / "one.py")
     write(folders[1] / "two.py")
     write(folders[1] / "_helper.py")
@@ -101,15 +101,15 @@ def test_name_is_found_in_the_current_folder_the_environments_and_among_ours(
 
 @pytest.mark.parametrize("value", ["installed_experiments", "installed_experiments:EXPERIMENT"])
 def test_name_is_found_among_the_entry_points(
-    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, value: str
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
-    write(elsewhere / "site" / "installed_experiments.py", "Installed.")
-    monkeypatch.syspath_prepend(elsewhere / "site")
+    write(empty_folder / "site" / "installed_experiments.py", "Installed.")
+    monkeypatch.syspath_prepend(empty_folder / "site")
     monkeypatch.delitem(sys.modules, "installed_experiments", raising=False)
     install(monkeypatch, packaged=value)
     entry = find("packaged")
     assert entry.origin == f"packaged = {value}"
-    assert "installed_experiments" not in sys.modules, "finding imports nothing"
+    assert "installed_experiments" not in sys.modules, "find() imports nothing"
     experiment, title = entry.load()
     assert experiment.batch == 8
     assert title == "Installed.", "the line of the file, not of the class"
@@ -122,10 +122,10 @@ def test_entry_point_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPa
 
 
 def test_two_different_files_of_one_name_are_refused_with_both(
-    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = write(elsewhere / "experiments" / "mine.py", "One.")
-    two = write(elsewhere / "other" / "mine.py", "Two.")
+    one = write(empty_folder / "experiments" / "mine.py", "One.")
+    two = write(empty_folder / "other" / "mine.py", "Two.")
     monkeypatch.setenv("JAXTRAIN_EXPERIMENTS", str(two.parent))
     with pytest.raises(InputError, match="two different experiments are called mine") as raised:
         find("mine")
@@ -134,17 +134,17 @@ def test_two_different_files_of_one_name_are_refused_with_both(
     assert [entry.name for entry in discover()].count("mine") == 2, "--list shows both"
 
 
-def test_a_shipped_name_with_another_text_is_refused(elsewhere: Path) -> None:
-    mine = write(elsewhere / "experiments" / "digits_cnn.py", "Not the shipped one.")
+def test_a_shipped_name_with_another_text_is_refused(empty_folder: Path) -> None:
+    mine = write(empty_folder / "experiments" / "digits_cnn.py", "Not the shipped one.")
     with pytest.raises(InputError, match="two different experiments are called digits_cnn") as raised:
         find("digits_cnn")
     assert str(mine) in str(raised.value)
 
 
 def test_file_and_entry_point_of_one_name_are_refused(
-    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(elsewhere / "experiments" / "mine.py")
+    write(empty_folder / "experiments" / "mine.py")
     install(monkeypatch, mine="some_package:EXPERIMENT")
     with pytest.raises(InputError, match=r"mine\.py and mine = some_package:EXPERIMENT"):
         find("mine")
@@ -152,10 +152,10 @@ def test_file_and_entry_point_of_one_name_are_refused(
 
 @pytest.mark.parametrize("how", ["copy", "link", "the same folder"])
 def test_one_file_in_two_places_is_one_experiment(
-    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, how: str
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    one = write(elsewhere / "experiments" / "mine.py")
-    folder = elsewhere / "other"
+    one = write(empty_folder / "experiments" / "mine.py")
+    folder = empty_folder / "other"
     folder.mkdir()
     if how == "copy":
         write(folder / "mine.py")
@@ -175,7 +175,7 @@ def test_one_file_in_two_places_is_one_experiment(
         ("some/where", "experiment file some/where does not exist"),
     ],
 )
-def test_what_is_not_there_is_said_in_one_line(name: str, message: str) -> None:
+def test_unknown_name_or_path_is_a_one_line_error(name: str, message: str) -> None:
     with pytest.raises(InputError) as raised:
         find(name)
     assert str(raised.value) == message
@@ -191,23 +191,25 @@ def test_what_is_not_there_is_said_in_one_line(name: str, message: str) -> None:
     ],
     ids=["none", "a dictionary", "the class", "broken"],
 )
-def test_file_without_an_experiment_is_refused_by_its_path(elsewhere: Path, text: str, message: str) -> None:
-    path = write(elsewhere / "experiments" / "mine.py", text=text)
+def test_file_without_an_experiment_is_refused_by_its_path(
+    empty_folder: Path, text: str, message: str
+) -> None:
+    path = write(empty_folder / "experiments" / "mine.py", text=text)
     with pytest.raises(InputError, match=f"^{path} {message}"):
         find("mine").load()
 
 
-def test_a_broken_file_hides_no_other(elsewhere: Path) -> None:
-    write(elsewhere / "experiments" / "broken.py", text="x = 1 +")
+def test_broken_file_does_not_hide_the_others(empty_folder: Path) -> None:
+    write(empty_folder / "experiments" / "broken.py", text="x = 1 +")
     assert find("digits_cnn").load()[0].batch > 0
 
 
-def test_file_found_twice_is_the_same_module(elsewhere: Path) -> None:
-    path = write(elsewhere / "experiments" / "mine.py")
+def test_file_found_twice_is_the_same_module(empty_folder: Path) -> None:
+    path = write(empty_folder / "experiments" / "mine.py")
     assert find("mine").load()[0] is find(str(path)).load()[0] is find("experiments/mine.py").load()[0]
 
 
-OWN = '''"""Everything of its own."""
+OWN = '''"""Its own model, source, loss and step."""
 
 from __future__ import annotations
 
@@ -250,8 +252,8 @@ def loss(outputs, batch):
     return error.total / error.count, {"accuracy": error}
 
 
-def factory(model, loss_fn, tx, prepare, after):
-    step = make_train_step(model, loss_fn, tx, prepare, after)
+def factory(model, loss_fn, tx, prepare, post_update):
+    step = make_train_step(model, loss_fn, tx, prepare, post_update)
 
     def counted(state, batch, key):
         state, metrics = step(state, batch, key)
@@ -273,10 +275,10 @@ EXPERIMENT = Experiment(
 '''
 
 
-def test_file_may_define_its_own_model_source_loss_and_step(elsewhere: Path, mesh8: Any) -> None:
-    write(elsewhere / "experiments" / "own.py", text=OWN)
+def test_file_may_define_its_own_model_source_loss_and_step(empty_folder: Path, mesh8: Any) -> None:
+    write(empty_folder / "experiments" / "own.py", text=OWN)
     experiment, title = find("own").load()
-    assert title == "Everything of its own."
+    assert title == "Its own model, source, loss and step."
     program = assemble(experiment, mesh8)
     start = program.init()
     before = jax.device_get(start.params)

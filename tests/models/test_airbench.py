@@ -34,14 +34,14 @@ SMALL = Airbench(widths=(4,), convs=1, classes=3)
 
 
 def images(n: int = 8, side: int = 8, channels: int = 3, seed: int = 0) -> np.ndarray:
-    """Neighbouring pixels and the channels of one are alike, as in photographs."""
+    """Return images with correlated neighbouring pixels and channels, as in photographs."""
     noise = np.random.default_rng(seed).normal(size=(n, side + 1, side + 1, channels + 1))
     pixels = noise[:, 1:, 1:] + noise[:, :-1, 1:] + noise[:, 1:, :-1] + 0.3
     return np.array(pixels[..., 1:] + pixels[..., :-1], np.float32)
 
 
-def made(module: Any, batch: Any) -> Any:
-    """Random params and statistics of the model's shapes, without compiling an initialisation."""
+def random_state(module: Any, batch: Any) -> Any:
+    """Return random params and statistics of the model's shapes, without compiling an initialisation."""
     rng = np.random.default_rng(1)
     params, extra = jax.eval_shape(as_model(module).init, KEY, batch)
     filled = jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype(x.dtype), params)
@@ -77,7 +77,7 @@ def gelu(x: np.ndarray) -> np.ndarray:
 
 
 def by_hand(net: Airbench, params: Any, stats: Any, image: np.ndarray, train: bool) -> tuple[Any, Any]:
-    """Logits and new running statistics, in float64."""
+    """Return logits and new running statistics, in float64."""
     moved = {}
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
@@ -108,9 +108,9 @@ def by_hand(net: Airbench, params: Any, stats: Any, image: np.ndarray, train: bo
     [Airbench((4, 5), classes=3), Airbench((4, 5), convs=3, classes=3, residual=True, whiten=6, scale=2.0)],
     ids=["94", "96"],
 )
-def test_network_is_its_definition(net: Airbench, train: bool) -> None:
+def test_network_equals_its_definition(net: Airbench, train: bool) -> None:
     image = images(side=14)
-    params, extra = made(net, {"image": image})
+    params, extra = random_state(net, {"image": image})
     found, after = apply(net, params, extra, image, train)
     wanted, moved = by_hand(net, params, extra["batch_stats"], image, train)
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
@@ -119,7 +119,7 @@ def test_network_is_its_definition(net: Airbench, train: bool) -> None:
     )
 
 
-def test_sizes_parameters_and_statistics_are_the_recipes() -> None:
+def test_sizes_parameters_and_statistics_are_those_of_the_recipe() -> None:
     image = jnp.zeros((2, 32, 32, 3))
     params, extra = jax.eval_shape(as_model(Airbench()).init, KEY, {"image": image})
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
@@ -154,7 +154,7 @@ def test_image_that_does_not_fit_is_refused(shape: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"widths": ()}, {"widths": (4, 0)}, {"convs": 0}, {"whiten": 0}])
-def test_sizes_of_nothing_are_refused(wrong: dict[str, Any]) -> None:
+def test_sizes_below_one_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="all must be at least 1"):
         jax.eval_shape(as_model(SMALL.clone(**wrong)).init, KEY, {"image": images()})
 
@@ -188,9 +188,9 @@ def test_parameters_start_as_in_the_recipe() -> None:
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_bfloat16_goes_through_and_statistics_stay_in_float32(train: bool) -> None:
+def test_activations_are_bfloat16_and_statistics_float32(train: bool) -> None:
     image = images()
-    params, extra = made(SMALL, {"image": image})
+    params, extra = random_state(SMALL, {"image": image})
     low = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
     found, after = apply(SMALL, low, extra, jnp.asarray(image, jnp.bfloat16), train)
     assert found.dtype == jnp.bfloat16
@@ -200,7 +200,7 @@ def test_bfloat16_goes_through_and_statistics_stay_in_float32(train: bool) -> No
     chex.assert_trees_all_close(after, moved, rtol=0.05, atol=0.05)
 
 
-def test_gradient_of_a_batch_split_over_devices_is_that_of_one(mesh1: Any, mesh8: Any) -> None:
+def test_gradient_of_a_sharded_batch_is_that_of_one_device(mesh1: Any, mesh8: Any) -> None:
     """The last pool follows a fused BatchNorm and GELU, which XLA may compute twice and round differently."""
     image = images(64)
     batch = {"image": image, "label": (image[..., 0].mean((1, 2)) > image[..., 0].mean()).astype(np.int32)}
@@ -218,9 +218,9 @@ def test_gradient_of_a_batch_split_over_devices_is_that_of_one(mesh1: Any, mesh8
     chex.assert_trees_all_close(on(mesh1), on(mesh8), rtol=1e-4, atol=1e-5)
 
 
-def test_the_slow_weights_of_lookahead_are_not_the_models() -> None:
+def test_slow_weights_of_lookahead_are_not_passed_to_the_model() -> None:
     image = images()
-    params, extra = made(SMALL, {"image": image})
+    params, extra = random_state(SMALL, {"image": image})
     # Linen would refuse a number as one of its collections.
     _, after = as_model(SMALL).apply(params, {**extra, "lookahead": 3}, {"image": image}, train=True, key=KEY)
     assert after["lookahead"] == 3
@@ -229,9 +229,9 @@ def test_the_slow_weights_of_lookahead_are_not_the_models() -> None:
 # --- whitening
 
 
-def test_whitening_makes_the_outputs_of_the_sample_decorrelated_with_unit_variance() -> None:
+def test_whitened_outputs_are_decorrelated_with_unit_variance() -> None:
     image = images(64)
-    params, _ = made(SMALL, {"image": image})
+    params, _ = random_state(SMALL, {"image": image})
     kernel = np.asarray(jax.jit(Whiten(64, eps=1e-9))(params, {"image": image})["whiten"]["kernel"])
     out = conv(image.astype(np.float64), kernel, 0).reshape(-1, 24)
     np.testing.assert_allclose(out[:, :12].T @ out[:, :12] / len(out), np.eye(12), atol=1e-3)
@@ -241,7 +241,7 @@ def test_whitening_makes_the_outputs_of_the_sample_decorrelated_with_unit_varian
 @pytest.mark.parametrize(("eps", "whiten"), [(5e-4, 24), (0.5, 8)])
 def test_whitening_filters_are_scaled_eigenvectors_in_descending_order(eps: float, whiten: int) -> None:
     image = images(32)
-    params, _ = made(SMALL.clone(whiten=whiten), {"image": image})
+    params, _ = random_state(SMALL.clone(whiten=whiten), {"image": image})
     new = Whiten(32, eps)(params, {"image": image})
     patches = [image[n, i : i + 2, j : j + 2].ravel() for n in range(32) for i in range(7) for j in range(7)]
     covariance = np.mean([np.outer(p, p) for p in np.array(patches, np.float64)], axis=0)
@@ -259,9 +259,9 @@ def test_whitening_filters_are_scaled_eigenvectors_in_descending_order(eps: floa
     chex.assert_trees_all_equal(kept, params)
 
 
-def test_whitening_is_in_float32_of_the_first_examples_and_finds_the_kernel_inside_another_module() -> None:
+def test_whitening_uses_float32_the_first_examples_and_a_nested_kernel() -> None:
     image = images(16)
-    inside, _ = made(TestTimeViews(SMALL), {"image": image})
+    inside, _ = random_state(TestTimeViews(SMALL), {"image": image})
     bare = Whiten(8)(inside["net"], {"image": image[:8]})
     found = Whiten(8)(inside, {"image": image})
     chex.assert_trees_all_equal(found, {"net": bare})
@@ -276,7 +276,7 @@ def test_whitening_is_in_float32_of_the_first_examples_and_finds_the_kernel_insi
 
 def test_whitening_is_the_same_on_eight_devices(mesh1: Any, mesh8: Any) -> None:
     image = images(64)
-    params, _ = made(SMALL, {"image": image})
+    params, _ = random_state(SMALL, {"image": image})
 
     def on(mesh: Any) -> Any:
         whole, split = sharding.replicated(mesh), sharding.batch_split(mesh)
@@ -298,14 +298,14 @@ def test_whitening_is_the_same_on_eight_devices(mesh1: Any, mesh8: Any) -> None:
 )
 def test_whitening_without_a_fitting_kernel_is_refused_in_one_line(module: Any, message: str) -> None:
     image = images()
-    params, _ = made(module, {"image": image})
+    params, _ = random_state(module, {"image": image})
     with pytest.raises(InputError, match=message) as raised:
         Whiten()(params, {"image": image})
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("wrong", [{"examples": 0}, {"eps": 0.0}])
-def test_whitening_settings_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
+def test_whitening_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         Whiten(**wrong)
 
@@ -316,7 +316,7 @@ def test_whitening_settings_that_mean_nothing_are_refused(wrong: dict[str, Any])
 @pytest.mark.parametrize("shift", [1, 2])
 def test_evaluation_averages_six_views(shift: int) -> None:
     image = images()
-    params, extra = made(TestTimeViews(SMALL), {"image": image})
+    params, extra = random_state(TestTimeViews(SMALL), {"image": image})
     assert set(params) == {"net"} and set(extra["batch_stats"]) == {"net"}
     stats = {"batch_stats": extra["batch_stats"]["net"]}
 
@@ -334,9 +334,9 @@ def test_evaluation_averages_six_views(shift: int) -> None:
     assert not np.allclose(found, mirrored, atol=1e-4), "the diagonals are not mirror images of each other"
 
 
-def test_training_sees_the_image_as_it_is() -> None:
+def test_training_uses_the_unshifted_image_only() -> None:
     image = images()
-    params, extra = made(TestTimeViews(SMALL), {"image": image})
+    params, extra = random_state(TestTimeViews(SMALL), {"image": image})
     found, after = apply(TestTimeViews(SMALL), params, extra, image, train=True)
     stats = {"batch_stats": extra["batch_stats"]["net"]}
     wanted, moved = apply(SMALL, params["net"], stats, image, train=True)
@@ -344,9 +344,9 @@ def test_training_sees_the_image_as_it_is() -> None:
     chex.assert_trees_all_close(after["batch_stats"]["net"], moved["batch_stats"], rtol=1e-5)
 
 
-def test_views_of_a_batch_split_over_eight_devices_are_the_same(mesh1: Any, mesh8: Any) -> None:
+def test_views_of_a_sharded_batch_are_the_same(mesh1: Any, mesh8: Any) -> None:
     net, image = TestTimeViews(SMALL), images(16)
-    params, extra = made(net, {"image": image})
+    params, extra = random_state(net, {"image": image})
 
     def views(params: Any, extra: Any, batch: Any) -> Any:
         return as_model(net).apply(params, extra, batch, train=False, key=None)[0]
@@ -359,9 +359,9 @@ def test_views_of_a_batch_split_over_eight_devices_are_the_same(mesh1: Any, mesh
     np.testing.assert_allclose(on(mesh1), on(mesh8), rtol=1e-5, atol=1e-6)
 
 
-def test_views_go_through_bfloat16_and_refuse_no_shift() -> None:
+def test_views_work_in_bfloat16_and_a_shift_of_zero_is_refused() -> None:
     image = jnp.asarray(images(), jnp.bfloat16)
-    params, extra = made(TestTimeViews(SMALL), {"image": image})
+    params, extra = random_state(TestTimeViews(SMALL), {"image": image})
     low = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
     assert apply(TestTimeViews(SMALL), low, extra, image)[0].dtype == jnp.bfloat16
     with pytest.raises(InputError, match="at least 1 pixel"):
@@ -426,7 +426,7 @@ def test_steps_of_the_mean_form_are_those_of_the_published_sum_form() -> None:
     labels = np.random.default_rng(0).integers(0, 3, (4, 1024))
     batches = [{"image": images(1024, seed=k), "label": label} for k, label in enumerate(labels)]
     tx = RECIPE.build(steps)
-    start, extra = made(net, batches[0])
+    start, extra = random_state(net, batches[0])
     state = State(jnp.zeros((), jnp.int32), start, extra, tx.init(start))
     wanted = sum_form(net, start, extra, batches, steps)
     step = jax.jit(make_train_step(net, CrossEntropy(smoothing=0.2), tx))
@@ -477,7 +477,7 @@ def test_recipe_trains_with_lookahead_and_average_on_a_donated_state_and_eight_d
     assert float(evaluate(state, batch)["loss"].compute()) < 0.9 * before
 
 
-# --- every field
+# --- every field has an effect
 
 CASES: dict[Any, dict[str, Any]] = {
     SMALL.clone(convs=2): {
@@ -497,7 +497,7 @@ FIXED = images(4)
 
 @functools.cache
 def effect(module: Any) -> Any:
-    params, extra = made(module, {"image": FIXED})
+    params, extra = random_state(module, {"image": FIXED})
     out = apply(module, params, extra, FIXED, train=isinstance(module, Airbench))
     return jax.tree.map(lambda x: np.round(x, 5).tolist(), {"params": params, "out": out})
 

@@ -1,6 +1,6 @@
-"""jaxtrain.models.attention: whose kernel, and what is done where cuDNN has none.
+"""jaxtrain.models.attention: which kernel is used, and what happens if cuDNN has none.
 
-Lowering for CUDA needs no GPU: ``hopper`` makes the model believe in one, and JAX in a cuDNN.
+Lowering for CUDA needs no GPU: the fixture ``hopper`` fakes a GPU for the model and a cuDNN for JAX.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.models import GPT, ViT, as_model, attention, compute_in
-from jaxtrain.models.attention import attend, refusal
+from jaxtrain.models.attention import attend, cudnn_refusal
 
 KEY = jax.random.key(0)
 NET = GPT(vocab=16, context=32, width=128, depth=2, heads=2, dropout=0.1)
@@ -26,15 +26,17 @@ NET = GPT(vocab=16, context=32, width=128, depth=2, heads=2, dropout=0.1)
 def hopper(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    monkeypatch.setattr(attention, "capability", lambda: (9, 0))
+    monkeypatch.setattr(attention, "lowest_capability", lambda: (9, 0))
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_200)
-    attention._jax_refuses.cache_clear()
+    attention._jax_refusal.cache_clear()
     yield monkeypatch
-    attention._jax_refuses.cache_clear()
+    attention._jax_refusal.cache_clear()
 
 
-def lowered(module: Any, precision: Any, batch: Any, remat: Any = "none", platform: str = "cuda") -> str:
-    """The program of a gradient, as XLA is given it."""
+def lower_gradient(
+    module: Any, precision: Any, batch: Any, remat: Any = "none", platform: str = "cuda"
+) -> str:
+    """Return the StableHLO text of a gradient."""
     model = as_model(module, remat)
     computed = compute_in(model, precision)
     params, _ = jax.eval_shape(model.init, KEY, batch)
@@ -52,21 +54,21 @@ SCORES = re.compile(r"x24x24x\w")  # one for each pair of positions
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_on_a_gpu_takes_cudnns_kernel_forward_and_backward(hopper, precision):
-    text = lowered(NET, precision, TOKENS)
+def test_half_precision_on_a_gpu_uses_cudnn_forward_and_backward(hopper, precision):
+    text = lower_gradient(NET, precision, TOKENS)
     assert text.count("@__cudnn$fmhaSoftmax(") == text.count("@__cudnn$fmhaSoftmaxBackward(") == 2
     assert text.count("CAUSAL") == 4 and "NO_MASK" not in text
     assert not SCORES.search(text)
 
 
 @pytest.mark.parametrize("remat", ["nothing_saveable", "dots_saveable"])
-def test_recomputed_blocks_take_it_too_and_keep_no_scores(hopper, remat):
-    text = lowered(NET, "bfloat16", TOKENS, remat)
+def test_rematerialised_blocks_use_cudnn_and_store_no_scores(hopper, remat):
+    text = lower_gradient(NET, "bfloat16", TOKENS, remat)
     assert text.count("@__cudnn$fmhaSoftmaxBackward(") == 2 and not SCORES.search(text)
 
 
-def test_image_models_see_all_positions(hopper):
-    text = lowered(ViT(patch=4, width=128, depth=1, heads=2, classes=3), "bfloat16", IMAGE)
+def test_image_models_attend_to_all_positions(hopper):
+    text = lower_gradient(ViT(patch=4, width=128, depth=1, heads=2, classes=3), "bfloat16", IMAGE)
     assert text.count("@__cudnn$fmha") == 2 and "NO_MASK" in text and "CAUSAL" not in text
 
 
@@ -81,18 +83,18 @@ def test_image_models_see_all_positions(hopper):
     ],
     ids=["float32", "asked for", "size of a head", "old GPU", "no GPU"],
 )
-def test_all_else_takes_xlas(hopper, module, precision, found):
-    hopper.setattr(attention, "capability", lambda: found)
-    text = lowered(module, precision, TOKENS)
+def test_unsupported_cases_use_xla(hopper, module, precision, found):
+    hopper.setattr(attention, "lowest_capability", lambda: found)
+    text = lower_gradient(module, precision, TOKENS)
     assert "cudnn" not in text and SCORES.search(text)
 
 
-def test_without_the_library_it_is_xlas(monkeypatch):
-    monkeypatch.setattr(attention, "capability", lambda: (9, 0))
-    attention._jax_refuses.cache_clear()
-    assert refusal((2, 24, 2, 64), jnp.bfloat16, True) == "cuDNN is not detected"
-    assert "cudnn" not in lowered(NET, "bfloat16", TOKENS)
-    attention._jax_refuses.cache_clear()
+def test_without_cudnn_it_is_xla(monkeypatch):
+    monkeypatch.setattr(attention, "lowest_capability", lambda: (9, 0))
+    attention._jax_refusal.cache_clear()
+    assert cudnn_refusal((2, 24, 2, 64), jnp.bfloat16, True) == "cuDNN is not detected"
+    assert "cudnn" not in lower_gradient(NET, "bfloat16", TOKENS)
+    attention._jax_refusal.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -105,17 +107,17 @@ def test_without_the_library_it_is_xlas(monkeypatch):
         ((2, 24, 2, 512), jnp.bfloat16, (9, 0), "a multiple of 8, but got 512"),
     ],
 )
-def test_insisting_on_cudnn_where_it_refuses_is_one_line(hopper, shape, dtype, found, reason):
-    hopper.setattr(attention, "capability", lambda: found)
+def test_cudnn_where_it_is_unsupported_is_refused_in_one_line(hopper, shape, dtype, found, reason):
+    hopper.setattr(attention, "lowest_capability", lambda: found)
     q = jax.ShapeDtypeStruct(shape, dtype)
-    assert reason in refusal(shape, dtype, True)
+    assert reason in cudnn_refusal(shape, dtype, True)
     with pytest.raises(InputError, match=r"attention=cudnn and cuDNN refuses: .*; set model\.attention=auto"):
         jax.eval_shape(functools.partial(attend, causal=True, attention="cudnn"), q, q, q)
     assert jax.eval_shape(functools.partial(attend, causal=True), q, q, q).shape == shape
 
 
-def test_insisting_model_is_initialised_in_float32(hopper):
-    text = lowered(NET.clone(attention="cudnn"), "bfloat16", TOKENS)
+def test_model_with_cudnn_attention_is_initialised_in_float32(hopper):
+    text = lower_gradient(NET.clone(attention="cudnn"), "bfloat16", TOKENS)
     assert text.count("@__cudnn$fmhaSoftmax(") == 2
 
 
@@ -127,7 +129,7 @@ def test_unknown_kernel_is_refused():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("causal", [True, False])
-def test_program_of_a_cpu_is_that_of_jaxs_own_function(dtype, causal):
+def test_program_on_a_cpu_is_that_of_jax(dtype, causal):
     q = jax.ShapeDtypeStruct((2, 8, 2, 16), dtype)
 
     def text(fn: Any) -> str:
@@ -140,7 +142,7 @@ def test_program_of_a_cpu_is_that_of_jaxs_own_function(dtype, causal):
 
 
 def test_cpu_has_no_capability():
-    assert attention.capability() is None
+    assert attention.lowest_capability() is None
 
 
 @pytest.mark.gpu
@@ -151,7 +153,7 @@ def test_both_kernels_agree(causal, size):
     shape = (4, 200, 3, size)
     rng = np.random.default_rng(0)
     q, k, v, g = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for _ in range(4))
-    if attention.capability() is None or attention.capability() < attention.OLDEST:
+    if attention.lowest_capability() is None or attention.lowest_capability() < attention.MIN_CAPABILITY:
         pytest.skip("cuDNN has no kernel for this GPU")
 
     def both(q: Any, k: Any, v: Any, kind: Any) -> Any:

@@ -1,4 +1,4 @@
-"""``models.conv``: what ``flax.linen.Conv`` gives, and programs for GPUs that are what they were."""
+"""``models.cpu_conv``: equal to ``flax.linen.Conv``, with unchanged programs for GPUs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from flax import linen as nn
 from jaxtrain.models.cpu_conv import conv
 from jaxtrain.program import flops
 
-# batch, height, width, channels, outputs, kernel, padding. Above and below the limits of both CPU ways: more
-# than 16 examples or outputs, fewer than 8 channels in and out; odd and even sides and kernels.
+# batch, height, width, channels, outputs, kernel, padding. Above and below the limits of both CPU
+# implementations: more than 16 examples or outputs, fewer than 8 channels in and out; odd and even sides and
+# kernels.
 CASES = [
     (20, 8, 8, 3, 9, 3, "SAME"),
     (20, 7, 9, 9, 5, 3, "SAME"),
@@ -33,7 +34,7 @@ def pair(outputs: int, kernel: int, **settings: Any) -> tuple[nn.Conv, nn.Conv]:
 
 
 def gradients(module: nn.Conv) -> Any:
-    """Outputs and gradients of a function of them that is not linear."""
+    """Return outputs, and gradients of a nonlinear function of them."""
 
     def loss(variables: Any, image: jax.Array) -> tuple[jax.Array, jax.Array]:
         out = module.apply(variables, image)
@@ -65,7 +66,7 @@ def test_parameters_are_the_same() -> None:
 @pytest.mark.parametrize(
     "settings", [{"strides": 2}, {"feature_group_count": 2}, {"kernel_dilation": 2}], ids=str
 )
-def test_what_it_does_not_compute_itself_is_jax_own(settings: dict[str, Any]) -> None:
+def test_other_convolutions_are_passed_to_jax(settings: dict[str, Any]) -> None:
     ours, stock = pair(4, 3, **settings)
     image = jax.random.normal(jax.random.key(0), (20, 8, 8, 2))
     variables = stock.init(jax.random.key(0), image)
@@ -75,7 +76,7 @@ def test_what_it_does_not_compute_itself_is_jax_own(settings: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[4]], ids=str)
-def test_programs_for_gpus_are_what_they_were(case: tuple[Any, ...]) -> None:
+def test_programs_for_gpus_are_those_of_flax(case: tuple[Any, ...]) -> None:
     *shape, outputs, kernel, padding = case
     image = jnp.ones(shape)
     ours, stock = pair(outputs, kernel, padding=padding)
@@ -86,11 +87,11 @@ def test_programs_for_gpus_are_what_they_were(case: tuple[Any, ...]) -> None:
         return traced.lower(lowering_platforms=(platform,)).as_text()
 
     assert text(ours, "cuda") == text(stock, "cuda")
-    assert text(ours, "cpu") != text(stock, "cpu")  # or this would show nothing
+    assert text(ours, "cpu") != text(stock, "cpu")  # otherwise the test would prove nothing
 
 
-def test_kernel_gradient_is_not_left_to_the_slow_way() -> None:
-    """Neither given to YNNPACK, as XLA:CPU gives it others, nor with its operands exchanged."""
+def test_kernel_gradient_does_not_use_the_slow_implementation() -> None:
+    """It is not run by YNNPACK, unlike other convolutions on XLA:CPU, and its operands are not swapped."""
     image, out = jnp.ones((32, 8, 8, 9)), jnp.ones((32, 8, 8, 24))
     ours = conv(24, 3, use_bias=False)
     variables = ours.init(jax.random.key(0), image)
@@ -150,7 +151,7 @@ def test_second_derivatives(case: tuple[Any, ...]) -> None:
         variables = nets[1].init(jax.random.key(0), image)
 
         def products(module: nn.Conv) -> Any:
-            """Those of the Hessian with a vector, forward over reverse and reverse over reverse."""
+            """Return Hessian-vector products, forward over reverse and reverse over reverse."""
 
             def gradient(at: Any) -> Any:
                 return jax.grad(lambda at: jnp.sin(module.apply(*at)).sum())(at)
@@ -166,7 +167,7 @@ def test_second_derivatives(case: tuple[Any, ...]) -> None:
         same(products(nets[0]), products(nets[1]), rtol=1e-9, atol=1e-9)
 
 
-def test_split_over_eight_devices(mesh8: Any) -> None:
+def test_sharded_over_eight_devices(mesh8: Any) -> None:
     ours, stock = pair(8, 3)
     image = jax.random.normal(jax.random.key(0), (24, 8, 8, 3))
     variables = stock.init(jax.random.key(0), image)
@@ -176,7 +177,7 @@ def test_split_over_eight_devices(mesh8: Any) -> None:
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[4]], ids=str)
-def test_operations_are_counted_as_before(case: tuple[Any, ...]) -> None:
+def test_flops_are_counted_as_for_flax(case: tuple[Any, ...]) -> None:
     *shape, outputs, kernel, padding = case
     image = jnp.zeros(shape)
     counts = []

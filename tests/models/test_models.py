@@ -29,8 +29,8 @@ def images(n: int = 8, side: int = 4, channels: int = 2) -> jax.Array:
     return jnp.array(RNG.normal(size=(n, side, side, channels)), jnp.float32)
 
 
-def made(model: Model, batch: Any) -> Any:
-    """Params and statistics of the model's shapes, without compiling an initialisation."""
+def random_state(model: Model, batch: Any) -> Any:
+    """Return random params and statistics of the model's shapes, without compiling an initialisation."""
     rng = np.random.default_rng(1)
     params, extra = jax.eval_shape(model.init, KEY, batch)
     filled = jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype(x.dtype), params)
@@ -40,7 +40,7 @@ def made(model: Model, batch: Any) -> Any:
 # --- as_model
 
 
-def test_as_model_keeps_a_pair_and_wraps_a_tuple_of_two_functions() -> None:
+def test_as_model_returns_a_pair_unchanged_and_wraps_two_functions() -> None:
     pair = Model(lambda key, batch: ({}, {}), lambda params, extra, batch, *, train, key: (1, extra))
     assert as_model(pair) is pair
     wrapped = as_model((pair.init, pair.apply))
@@ -71,7 +71,7 @@ def test_arguments_are_filled_by_the_names_of_the_fields() -> None:
     assert outputs(Two(), {**batch, "scale": jnp.array(2.0)}) == 8
 
 
-def test_a_single_argument_of_another_name_gets_the_only_input_field() -> None:
+def test_single_argument_of_another_name_gets_the_only_input_field() -> None:
     batch = {"mask": jnp.ones(2), "pixels": jnp.ones((2, 5)), "target": jnp.ones(2), "label": jnp.ones(2)}
     assert outputs(nn.Dense(3), batch).shape == (2, 3)
 
@@ -90,19 +90,19 @@ def test_fields_that_cannot_be_matched_are_refused_with_both_sides(module: Any, 
         as_model(module).init(KEY, batch)
 
 
-def test_extra_holds_every_collection_and_keeps_what_belongs_to_the_training() -> None:
+def test_extra_has_every_collection_and_apply_preserves_the_rest_of_it() -> None:
     model, batch = as_model(SMALL), {"image": images()}
-    params, extra = made(model, batch)
+    params, extra = random_state(model, batch)
     assert set(extra) == {"batch_stats"} and "batch_stats" not in params
-    held = {**extra, "ema": {"params": 1}, "masks": 2, "loss_scale": 3}
+    full_extra = {**extra, "ema": {"params": 1}, "masks": 2, "loss_scale": 3}
     for train in (False, True):
         apply = jax.jit(functools.partial(model.apply, train=train))
-        after = apply(params, held, batch, key=KEY)[1]
-        assert set(after) == set(held)
+        after = apply(params, full_extra, batch, key=KEY)[1]
+        assert set(after) == set(full_extra)
         assert (after["ema"], after["masks"], after["loss_scale"]) == ({"params": 1}, 2, 3)
 
 
-def test_model_without_parameters_or_statistics_is_a_model() -> None:
+def test_model_may_have_no_parameters_and_no_statistics() -> None:
     class Total(nn.Module):
         def __call__(self, x: jax.Array) -> jax.Array:
             return x.sum(-1)
@@ -127,7 +127,7 @@ WRONG_IMAGES = {
 
 
 @pytest.mark.parametrize("name", WRONG_IMAGES)
-def test_image_that_is_not_the_models_is_refused_in_one_line(name: str) -> None:
+def test_image_of_the_wrong_layout_is_refused_in_one_line(name: str) -> None:
     shape, message = WRONG_IMAGES[name]
     with pytest.raises(InputError, match=message) as raised:
         jax.eval_shape(as_model(CNN(widths=(4, 4, 4))).init, KEY, {"image": jnp.zeros(shape)})
@@ -135,7 +135,7 @@ def test_image_that_is_not_the_models_is_refused_in_one_line(name: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 8, 3), (8, 8, 8, 1), (1, 9, 11, 4), (8, 8, 8, 16)])
-def test_image_that_fits_is_taken(shape: tuple[int, ...]) -> None:
+def test_image_that_fits_is_accepted(shape: tuple[int, ...]) -> None:
     found, _ = jax.eval_shape(as_model(CNN(widths=(4, 4, 4))).init, KEY, {"image": jnp.zeros(shape)})
     assert found["stage0_conv0"]["kernel"].shape == (3, 3, shape[-1], 4)
 
@@ -152,7 +152,7 @@ def test_batch_that_does_not_fit_the_parameters_is_refused_with_its_shape(
     module: Any, fitting: Any, given: Any
 ) -> None:
     model = as_model(module)
-    params, extra = made(model, {"image": jnp.zeros(fitting)})
+    params, extra = random_state(model, {"image": jnp.zeros(fitting)})
     message = rf"image \({', '.join(map(str, given))}\).*parameters of {type(module).__name__}"
     with pytest.raises(InputError, match=message) as raised:
         model.apply(params, extra, {"image": jnp.zeros(given)}, train=False, key=None)
@@ -165,7 +165,7 @@ def test_batch_that_does_not_fit_the_parameters_is_refused_with_its_shape(
 @pytest.mark.parametrize("module", [SMALL.clone(dropout=0.5), MLP(widths=(16,), dropout=0.5)])
 def test_dropout_acts_in_training_only_and_by_its_key_only(module: Any) -> None:
     model, batch = as_model(module), {"image": images()}
-    params, extra = made(model, batch)
+    params, extra = random_state(model, batch)
 
     @jax.jit
     def train(key: Any) -> Any:
@@ -182,10 +182,10 @@ def test_dropout_acts_in_training_only_and_by_its_key_only(module: Any) -> None:
 
 def test_dropout_keeps_the_mean_of_a_layer() -> None:
     model, batch = as_model(MLP(widths=(4000,), dropout=0.4, classes=1)), {"image": images(1)}
-    params, extra = made(model, batch)
+    params, extra = random_state(model, batch)
     params = {**params, "head": {"kernel": np.full((4000, 1), 1 / 4000, np.float32), "bias": np.zeros(1)}}
-    dropped, kept = (model.apply(params, extra, batch, train=t, key=KEY)[0] for t in (True, False))
-    assert float(dropped[0, 0]) == pytest.approx(float(kept[0, 0]), rel=0.1)
+    dropped, undropped = (model.apply(params, extra, batch, train=t, key=KEY)[0] for t in (True, False))
+    assert float(dropped[0, 0]) == pytest.approx(float(undropped[0, 0]), rel=0.1)
 
 
 def test_batch_statistics_move_in_training_only_by_momentum() -> None:
@@ -201,16 +201,16 @@ def test_batch_statistics_move_in_training_only_by_momentum() -> None:
 
 def test_batch_statistics_are_of_the_global_batch_on_eight_devices(mesh1: Any, mesh8: Any) -> None:
     model = as_model(SMALL)
-    # Shards with means of their own, which statistics of one shard would lose.
+    # Each shard has another mean, which the statistics of one shard would miss.
     batch = {"image": np.array(images(16) + np.repeat(np.arange(8.0), 2).reshape(16, 1, 1, 1), np.float32)}
-    params, extra = made(model, batch)
+    params, extra = random_state(model, batch)
 
     def train(params: Any, extra: Any, batch: Any) -> Any:
         return model.apply(params, extra, batch, train=True, key=None)
 
     def on(mesh: Any) -> Any:
-        whole, split = sharding.replicated(mesh), sharding.batch_split(mesh)
-        step = sharding.compile(train, args=(whole, whole, split), out=whole)
+        replicated, split = sharding.replicated(mesh), sharding.batch_split(mesh)
+        step = sharding.compile(train, args=(replicated, replicated, split), out=replicated)
         return jax.device_get(step(params, extra, batch))
 
     chex.assert_trees_all_close(on(mesh1), on(mesh8), rtol=1e-5, atol=1e-5)
@@ -231,7 +231,7 @@ def test_convolutions_have_a_bias_unless_batch_norm_follows(batch_norm: bool) ->
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize(("height", "width"), [(6, 6), (8, 7)])
-def test_max_pool_is_flaxs_in_values_and_gradient(height: int, width: int, size: int) -> None:
+def test_max_pool_equals_flax_in_values_and_gradient(height: int, width: int, size: int) -> None:
     x = jnp.array(RNG.permutation(2 * height * width * 3).reshape(2, height, width, 3), jnp.float32)
     window = (size, size)
 
@@ -251,14 +251,14 @@ def test_max_pool_shares_the_gradient_of_a_tie() -> None:
     assert gradient.ravel().tolist() == [0, 0.5, 0.5, 0]
 
 
-def test_every_activation_has_a_name_and_is_another_function() -> None:
+def test_activation_names_are_different_functions() -> None:
     assert set(ACTIVATIONS) == set(typing.get_args(Activation))
     x = jnp.linspace(-2, 2, 9)
     curves = {tuple(np.round(f(x), 4).tolist()) for f in ACTIVATIONS.values()}
     assert len(curves) == len(ACTIVATIONS)
 
 
-# --- every field
+# --- every field has an effect
 
 CASES: dict[type, dict[str, Any]] = {
     CNN: {
@@ -284,7 +284,7 @@ def effect(module: Any) -> Any:
 
     @jax.jit
     def run(batch: Any) -> Any:
-        params, extra = made(model, batch)
+        params, extra = random_state(model, batch)
         return params, model.apply(params, extra, batch, train=True, key=KEY)
 
     params, (found, after) = run(batch)
@@ -298,7 +298,7 @@ def test_every_field_of_a_model_changes_something(cls: type, field: str) -> None
 
 
 class Flagged(nn.Module):
-    """The mode argument is called as in other libraries."""
+    """A module whose mode argument has the name used in other libraries."""
 
     flag: str
 
@@ -322,7 +322,7 @@ def flagged(flag: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("flag", ["train", "training", "is_training", "deterministic", "use_running_average"])
-def test_batch_statistics_move_in_training_whatever_the_mode_argument_is_called(flag: str) -> None:
+def test_batch_statistics_move_in_training_for_every_name_of_the_mode_argument(flag: str) -> None:
     model, batch = as_model(flagged(flag)), {"image": jnp.arange(24.0).reshape(2, 3, 4, 1)}
     params, extra = model.init(jax.random.key(0), batch)
     _, moved = model.apply(params, extra, batch, train=True, key=jax.random.key(1))
@@ -338,7 +338,7 @@ def test_batch_statistics_without_a_mode_argument_are_refused() -> None:
         def __call__(self, image: jax.Array) -> jax.Array:
             return nn.BatchNorm(use_running_average=False)(image)
 
-    with pytest.raises(InputError, match="Net has batch statistics and its __call__ no argument"):
+    with pytest.raises(InputError, match="Net has batch statistics and its __call__ has no argument"):
         as_model(Net()).init(jax.random.key(0), {"image": jnp.ones((2, 3))})
 
 
@@ -355,7 +355,7 @@ def test_optional_arguments_are_passed_by_name_and_the_padding_mask_is_not() -> 
     assert model.apply(params, extra, batch, train=False, key=None)[0].sum() == 30
 
 
-def test_any_random_stream_is_served() -> None:
+def test_every_random_stream_gets_a_key() -> None:
     class Net(nn.Module):
         @nn.compact
         def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:

@@ -37,8 +37,8 @@ def tokens(n: int = 3, length: int = 8, vocab: int = 11) -> np.ndarray:
 
 
 @functools.cache
-def made(module: Any, shape: tuple[int, ...] = (3, 8)) -> Any:
-    """Params of the model's shapes, without compiling an initialisation."""
+def random_state(module: Any, shape: tuple[int, ...] = (3, 8)) -> Any:
+    """Return random params of the model's shapes, without compiling an initialisation."""
     rng = np.random.default_rng(1)
     batch = {"tokens": jax.ShapeDtypeStruct(shape, jnp.uint8)}
     params, extra = jax.eval_shape(as_model(module).init, KEY, batch)
@@ -46,7 +46,7 @@ def made(module: Any, shape: tuple[int, ...] = (3, 8)) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("module", "train"))
-def applied(module: Any, params: Any, tokens: Any, train: bool = False, key: Any = None) -> Any:
+def run_model(module: Any, params: Any, tokens: Any, train: bool = False, key: Any = None) -> Any:
     return as_model(module).apply(params, {}, {"tokens": tokens}, train=train, key=key)[0]
 
 
@@ -58,8 +58,8 @@ def norm(x: Any, p: Any) -> Any:
     return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
 
 
-def attended(params: Any, x: Any, heads: int, causal: bool, rotary: bool) -> np.ndarray:
-    """A block of one sequence ``[length, width]``, head by head and pair by pair."""
+def numpy_block(params: Any, x: Any, heads: int, causal: bool, rotary: bool) -> np.ndarray:
+    """Compute a block for one sequence ``[length, width]``, head by head and pair by pair."""
 
     def dense(x: Any, p: Any) -> Any:
         return x @ p["kernel"] + p["bias"]
@@ -92,26 +92,26 @@ def attended(params: Any, x: Any, heads: int, causal: bool, rotary: bool) -> np.
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("rotary", [True, False])
-def test_block_is_the_one_written_out(causal: bool, rotary: bool) -> None:
+def test_block_equals_a_numpy_implementation(causal: bool, rotary: bool) -> None:
     x = RNG.normal(size=(2, 5, 8)).astype(np.float32)
     block = Block(heads=2, mlp=3, causal=causal, rotary=rotary)
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(block.init, KEY, x)["params"]
     params = jax.tree.map(lambda p: (0.5 * rng.normal(size=p.shape)).astype(np.float32), shapes)
     found = jax.jit(block.apply)({"params": params}, x)
-    expected = [attended(params, np.float64(row), 2, causal, rotary) for row in x]
+    expected = [numpy_block(params, np.float64(row), 2, causal, rotary) for row in x]
     np.testing.assert_allclose(found, np.stack(expected), rtol=1e-4, atol=1e-4)
 
 
-def written_out(module: GPT, params: Any, text: np.ndarray) -> np.ndarray:
-    """The logits of ``text: int [batch, length]``, in numpy."""
+def numpy_gpt(module: GPT, params: Any, text: np.ndarray) -> np.ndarray:
+    """Compute the logits of ``text: int [batch, length]`` in NumPy."""
     rows = []
     for row in text:
         x = params["embed"]["embedding"][row]
         if module.positions == "learned":
             x = x + params["position_table"][: len(row)]
         for i in range(module.depth):
-            x = attended(params[f"block{i}"], x, module.heads, True, module.positions == "rotary")
+            x = numpy_block(params[f"block{i}"], x, module.heads, True, module.positions == "rotary")
         rows.append(norm(x, params["norm"]) @ params["embed"]["embedding"].T)
     return np.stack(rows)
 
@@ -153,7 +153,9 @@ def made_shapes(module: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64, np.uint16])
 def test_logits_are_float32_one_row_a_token_for_tokens_of_any_integer_type(dtype: Any) -> None:
-    found = jax.eval_shape(functools.partial(applied, SMALL), made(SMALL)[0], tokens().astype(dtype))
+    found = jax.eval_shape(
+        functools.partial(run_model, SMALL), random_state(SMALL)[0], tokens().astype(dtype)
+    )
     assert found.shape == (3, 8, 11) and found.dtype == jnp.float32
 
 
@@ -162,26 +164,26 @@ def test_logits_are_float32_one_row_a_token_for_tokens_of_any_integer_type(dtype
     [SMALL.clone(depth=2), LEARNED, SMALL.clone(vocab=300)],
     ids=["rotary", "learned", "more than a byte"],
 )
-def test_gpt_is_the_one_written_out(module: Any) -> None:
-    text, params = tokens(vocab=min(module.vocab, 256)), made(module)[0]
-    found = applied(module, params, text)
-    np.testing.assert_allclose(found, written_out(module, params, text), rtol=1e-4, atol=1e-4)
+def test_gpt_equals_a_numpy_implementation(module: Any) -> None:
+    text, params = tokens(vocab=min(module.vocab, 256)), random_state(module)[0]
+    found = run_model(module, params, text)
+    np.testing.assert_allclose(found, numpy_gpt(module, params, text), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("module", [SMALL, LEARNED], ids=["rotary", "learned"])
-def test_a_token_changes_its_own_logits_and_later_ones_only(module: Any) -> None:
-    text, params = tokens(), made(module)[0]
-    before = applied(module, params, text)
+def test_token_changes_only_its_own_and_later_logits(module: Any) -> None:
+    text, params = tokens(), random_state(module)[0]
+    before = run_model(module, params, text)
     for t in range(8):
         changed = text.copy()
         changed[:, t] = (changed[:, t] + 1) % 11
-        after = applied(module, params, changed)
+        after = run_model(module, params, changed)
         np.testing.assert_array_equal(after[:, :t], before[:, :t])
         moved = np.abs(after - before).max(-1)[:, t:]
         assert (moved > 1e-5).all()
 
 
-def test_gpt_starts_as_gpt2() -> None:
+def test_initialisation_is_that_of_gpt2() -> None:
     module = GPT(vocab=50, context=40, width=48, depth=2, heads=2, positions="learned")
     params, _ = jax.jit(as_model(module).init)(QUICK, {"tokens": tokens(1)})
     for name, std in [("qkv", 0.02), ("expand", 0.02), ("project", 0.01), ("contract", 0.01)]:
@@ -194,19 +196,19 @@ def test_gpt_starts_as_gpt2() -> None:
 
 def test_gpts_dropout_acts_in_training_only_and_by_its_key_only() -> None:
     module, text = SMALL.clone(dropout=0.5), tokens()
-    params = made(module)[0]
-    drawn = applied(module, params, text, train=True, key=KEY)
-    np.testing.assert_array_equal(drawn, applied(module, params, text, train=True, key=KEY))
-    assert not np.allclose(drawn, applied(module, params, text, train=True, key=jax.random.key(2)))
-    plain = applied(SMALL, params, text, train=True, key=KEY)
+    params = random_state(module)[0]
+    drawn = run_model(module, params, text, train=True, key=KEY)
+    np.testing.assert_array_equal(drawn, run_model(module, params, text, train=True, key=KEY))
+    assert not np.allclose(drawn, run_model(module, params, text, train=True, key=jax.random.key(2)))
+    plain = run_model(SMALL, params, text, train=True, key=KEY)
     assert not np.allclose(drawn, plain)
-    evaluated = applied(module, params, text)
-    np.testing.assert_array_equal(evaluated, applied(module, params, text, key=KEY))
+    evaluated = run_model(module, params, text)
+    np.testing.assert_array_equal(evaluated, run_model(module, params, text, key=KEY))
     np.testing.assert_allclose(evaluated, plain, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_acts_on_the_embedding_and_on_both_residual_branches() -> None:
-    params = made(SMALL)[0]
+    params = random_state(SMALL)[0]
     x, block, one, two = (
         np.ones((3, 8, 8), np.float32),
         params["block0"],
@@ -219,7 +221,7 @@ def test_dropout_acts_on_the_embedding_and_on_both_residual_branches() -> None:
         silent = {**block, off: jax.tree.map(np.zeros_like, block[off])}
         assert not np.allclose(run(silent, one), run(silent, two))
     module, zeroed = SMALL.clone(dropout=0.5), {**params, "block0": jax.tree.map(np.zeros_like, block)}
-    found = [applied(module, zeroed, FIXED, train=True, key=key) for key in (one, two)]
+    found = [run_model(module, zeroed, FIXED, train=True, key=key) for key in (one, two)]
     assert not np.allclose(*found)
 
 
@@ -240,8 +242,8 @@ FIXED = tokens()
 
 @functools.cache
 def effect(module: Any) -> Any:
-    params = made(module)[0]
-    return np.round(applied(module, params, FIXED, train=True, key=KEY), 5).tolist()
+    params = random_state(module)[0]
+    return np.round(run_model(module, params, FIXED, train=True, key=KEY), 5).tolist()
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -255,7 +257,7 @@ def test_every_field_of_a_gpt_changes_something(field: str) -> None:
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("module", [SMALL.clone(dropout=0.5), LEARNED], ids=["rotary", "learned"])
 def test_bfloat16_stays_bfloat16(module: Any, train: bool) -> None:
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), made(module)[0])
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), random_state(module)[0])
 
     def apply(params: Any, text: Any) -> Any:
         return as_model(module).apply(params, {}, {"tokens": text}, train=train, key=KEY)[0]
@@ -269,7 +271,7 @@ def test_bfloat16_stays_bfloat16(module: Any, train: bool) -> None:
 
 @pytest.mark.parametrize("module", [SMALL, SMALL.clone(head_chunk=4)], ids=["whole", "in chunks"])
 def test_statistics_and_sums_of_a_bfloat16_model_are_float32(module: Any) -> None:
-    """Softmax, LayerNorm, the loss, and the gradients of 2,048 tokens, which must be those of float32."""
+    """Softmax, LayerNorm, loss, and the gradients of 2,048 tokens, compared with float32."""
     rng = np.random.default_rng(0)
     drawn = rng.integers(0, 11, (256, 9))
     batch = {"tokens": drawn[:, :-1].astype(np.uint8), "label": drawn[:, 1:].astype(np.int32)}
@@ -277,8 +279,8 @@ def test_statistics_and_sums_of_a_bfloat16_model_are_float32(module: Any) -> Non
     for precision in ("float32", "bfloat16"):
         gradient = gradient_of(compute_in(module, precision), CrossEntropy())
         run = jax.jit(lambda p, gradient=gradient: gradient(p, {}, batch, KEY, None))
-        grads.append(run(made(module)[0]).grads)
-        text = str(jax.make_jaxpr(run)(made(module)[0]))
+        grads.append(run(random_state(module)[0]).grads)
+        text = str(jax.make_jaxpr(run)(random_state(module)[0]))
     for operation in ("exp", "log", "rsqrt", "reduce_max", "logistic"):
         assert not re.search(rf":bf16\[[\d,]*\] = {operation}\b", text), operation
     assert ":f32" in text and re.search(r":bf16\[[\d,]*\] = dot_general", text)
@@ -303,7 +305,7 @@ def test_statistics_and_sums_of_a_bfloat16_model_are_float32(module: Any) -> Non
         (
             SMALL.clone(heads=8),
             (2, 8),
-            r"rotary positions turn pairs and a head has 1, an odd size; set model\.heads",
+            r"rotary positions need an even head size, and it is 1; set model\.heads",
         ),
         (SMALL.clone(depth=0), (2, 8), r"depth=0, mlp=2\): all must be at least 1"),
         (SMALL.clone(vocab=0), (2, 8), r"vocab=0"),
@@ -311,18 +313,18 @@ def test_statistics_and_sums_of_a_bfloat16_model_are_float32(module: Any) -> Non
         (SMALL.clone(mlp=0), (2, 8), r"mlp=0"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(module: Any, text: Any, message: str) -> None:
+def test_sizes_that_do_not_fit_are_refused_in_one_line(module: Any, text: Any, message: str) -> None:
     with pytest.raises(InputError, match=message) as raised:
         jax.eval_shape(as_model(module).init, KEY, {"tokens": jnp.zeros(text, jnp.uint8)})
     assert "\n" not in str(raised.value)
 
 
-def test_tokens_that_are_no_integers_are_refused() -> None:
+def test_tokens_that_are_not_integers_are_refused() -> None:
     with pytest.raises(InputError, match=r"tokens are float32 \(2, 8\)"):
         jax.eval_shape(as_model(SMALL).init, KEY, {"tokens": jnp.zeros((2, 8))})
 
 
-def test_learned_positions_take_heads_of_an_odd_size() -> None:
+def test_learned_positions_allow_an_odd_head_size() -> None:
     assert made_shapes(LEARNED.clone(heads=8))
 
 
@@ -355,9 +357,9 @@ def test_check_passes_every_token_of_the_vocabulary() -> None:
 
 
 def naive(module: Any, params: Any, text: np.ndarray, length: int, context: int, choose: Any) -> np.ndarray:
-    """The model of exactly the tokens so far, at most ``context`` of them."""
+    """Generate by running the model on exactly the tokens so far, at most ``context`` of them."""
     for i in range(length):
-        logits = written_out(module, params, text[:, -context:])[:, -1]
+        logits = numpy_gpt(module, params, text[:, -context:])[:, -1]
         text = np.concatenate([text, np.asarray(choose(i, logits))[:, None].astype(np.int32)], axis=1)
     return text
 
@@ -367,10 +369,8 @@ def naive(module: Any, params: Any, text: np.ndarray, length: int, context: int,
     [(SMALL, 1, 5, 8), (LEARNED, 3, 12, 5), (SMALL, 7, 3, 4)],
     ids=["within the context", "beyond it", "from beyond it"],
 )
-def test_generation_is_the_naive_loop_over_the_tokens_so_far(
-    module: Any, start: int, length: int, context: int
-) -> None:
-    params, prompt = made(module)[0], tokens(2, start)
+def test_generation_equals_the_naive_loop(module: Any, start: int, length: int, context: int) -> None:
+    params, prompt = random_state(module)[0], tokens(2, start)
     made_up = generate(module, params, {}, prompt, length, KEY, context=context, temperature=0.7)
 
     def draw(i: int, logits: Any) -> Any:
@@ -381,7 +381,7 @@ def test_generation_is_the_naive_loop_over_the_tokens_so_far(
 
 
 def test_temperature_zero_is_the_most_likely_token_whatever_the_key() -> None:
-    params, prompt = made(SMALL)[0], tokens(2, 3)
+    params, prompt = random_state(SMALL)[0], tokens(2, 3)
     greedy = functools.partial(generate, SMALL, params, {}, prompt, 9, context=8, temperature=0)
     expected = naive(SMALL, params, prompt, 9, 8, lambda i, logits: logits.argmax(-1))
     np.testing.assert_array_equal(greedy(KEY), expected)
@@ -389,7 +389,7 @@ def test_temperature_zero_is_the_most_likely_token_whatever_the_key() -> None:
 
 
 def follow(params: Any, extra: Any, batch: Any, *, train: bool, key: Any) -> Any:
-    """A model whose next token never depends on the text: its parameters are the logits."""
+    """A model whose logits are its parameters, whatever the text."""
     assert train is False and key is None
     return jnp.broadcast_to(params[None, None], (*batch["tokens"].shape, len(params))), extra
 
@@ -398,7 +398,7 @@ UNIGRAM = Model(lambda key, batch: ({}, {}), follow)
 LOGITS = np.log(np.float32([0.1, 0.5, 0.15, 0.25]))
 
 
-def drawn(logits: Any, **options: Any) -> np.ndarray:
+def sample_tokens(logits: Any, **options: Any) -> np.ndarray:
     text = generate(UNIGRAM, logits, {}, np.zeros((400, 1), int), 10, KEY, context=1, **options)
     return np.bincount(np.asarray(text)[:, 1:].ravel(), minlength=4) / 4000
 
@@ -406,14 +406,14 @@ def drawn(logits: Any, **options: Any) -> np.ndarray:
 def test_tokens_are_drawn_by_their_probability_and_temperature() -> None:
     for temperature in (1.0, 0.5, 3.0):
         p = np.exp(LOGITS / temperature)
-        np.testing.assert_allclose(drawn(LOGITS, temperature=temperature), p / p.sum(), atol=0.03)
+        np.testing.assert_allclose(sample_tokens(LOGITS, temperature=temperature), p / p.sum(), atol=0.03)
 
 
 def test_top_k_draws_among_the_k_most_likely_by_temperature_even_when_tied() -> None:
-    np.testing.assert_allclose(drawn(LOGITS, top_k=2), [0, 2 / 3, 0, 1 / 3], atol=0.03)
-    np.testing.assert_allclose(drawn(LOGITS, top_k=2, temperature=0.5), [0, 0.8, 0, 0.2], atol=0.03)
-    assert (drawn(np.zeros(4, np.float32), top_k=2) > 0).sum() == 2
-    assert drawn(LOGITS, top_k=2, temperature=0).tolist() == [0, 1, 0, 0]
+    np.testing.assert_allclose(sample_tokens(LOGITS, top_k=2), [0, 2 / 3, 0, 1 / 3], atol=0.03)
+    np.testing.assert_allclose(sample_tokens(LOGITS, top_k=2, temperature=0.5), [0, 0.8, 0, 0.2], atol=0.03)
+    assert (sample_tokens(np.zeros(4, np.float32), top_k=2) > 0).sum() == 2
+    assert sample_tokens(LOGITS, top_k=2, temperature=0).tolist() == [0, 1, 0, 0]
 
 
 def test_same_key_same_text_and_rows_and_steps_differ() -> None:
@@ -425,17 +425,19 @@ def test_same_key_same_text_and_rows_and_steps_differ() -> None:
     assert len(set(one[0].tolist())) > 5
 
 
-def test_a_second_call_compiles_nothing() -> None:
+def test_second_call_does_not_compile() -> None:
     before = []
     for temperature, seed in [(0.5, 1), (0.9, 2)]:
         before.append(sampling._generate._cache_size())
         key, prompt = jax.random.key(seed), tokens(2, 1)
-        generate(SMALL.clone(), made(SMALL)[0], {}, prompt, 5, key, context=8, temperature=temperature)
+        generate(
+            SMALL.clone(), random_state(SMALL)[0], {}, prompt, 5, key, context=8, temperature=temperature
+        )
     assert sampling._generate._cache_size() == before[1]
 
 
 class Scaled(nn.Module):
-    """Logits that its statistics decide."""
+    """A model whose logits depend on its statistics."""
 
     @nn.compact
     def __call__(self, text: jax.Array, train: bool = False) -> jax.Array:
@@ -443,7 +445,7 @@ class Scaled(nn.Module):
         return jnp.broadcast_to(jax.nn.one_hot(best.value, 6)[None, None], (*text.shape, 6))
 
 
-def test_statistics_are_used_and_any_pair_or_module_serves() -> None:
+def test_statistics_are_used_for_pairs_and_modules() -> None:
     extra = {"batch_stats": {"best": jnp.array(4)}, "ema": {"unused": jnp.zeros(2)}}
     for model in (Scaled(), as_model(Scaled())):
         text = generate(model, {}, extra, [[0]], 3, KEY, context=8, temperature=0)
@@ -458,23 +460,23 @@ def test_statistics_are_used_and_any_pair_or_module_serves() -> None:
         ({"prompt": np.zeros(3, int)}, r"prompt is int\d\d of shape \(3,\): give integers \[batch, n\]"),
         ({"prompt": np.zeros((1, 3))}, "prompt is float"),
         ({"prompt": np.array([[3, 11]])}, "token 11 of example 0 is outside the vocabulary of 11"),
-        ({"length": 0}, "length=0: at least 1"),
-        ({"context": 0}, "context=0: at least 1"),
+        ({"length": 0}, "length=0: it must be at least 1"),
+        ({"context": 0}, "context=0: it must be at least 1"),
         ({"context": 9}, "sequences of 9 are 1 longer than GPT's context of 8"),
         ({"temperature": -0.1}, "temperature=-0.1: it must be 0"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_k": 0}, r"top_k=0: it must be in 1\.\.vocab"),
-        ({"top_k": 12}, r"top_k=12 of a vocabulary of 11: it must be in 1\.\.11"),
+        ({"top_k": 12}, r"top_k=12 with a vocabulary of 11: it must be in 1\.\.11"),
     ],
 )
 def test_arguments_outside_their_range_are_refused_in_one_line(change: Any, message: str) -> None:
     given = {"prompt": np.array([[1]]), "length": 12, "key": KEY, "context": 8, **change}
     with pytest.raises(InputError, match=message) as raised:
-        generate(SMALL, made(SMALL)[0], {}, **given)
+        generate(SMALL, random_state(SMALL)[0], {}, **given)
     assert "\n" not in str(raised.value)
 
 
-def test_a_model_that_gives_no_logits_for_each_token_is_refused() -> None:
+def test_model_without_logits_for_each_token_is_refused() -> None:
     pair = Model(lambda *_: ({}, {}), lambda p, e, batch, *, train, key: (jnp.zeros((1, 5)), e))
-    with pytest.raises(InputError, match=r"the model gives \(1, 5\) for tokens \(1, 2\)"):
+    with pytest.raises(InputError, match=r"the model returns \(1, 5\) for tokens \(1, 2\)"):
         generate(pair, {}, {}, [[1]], 2, KEY, context=4)

@@ -42,7 +42,7 @@ SHAPES: dict[type, tuple[int, ...]] = {
     Factors: (3,),
     UNet: (2, 4, 8, 3),
 }
-# What dropout needs to act on where it would not in the base.
+# Settings with which dropout has an effect, where the base has none.
 DROPS: dict[type, dict[str, Any]] = {
     LSTMClassifier: {"width": 16},
     GRUForecaster: {"width": 16},
@@ -51,8 +51,8 @@ DROPS: dict[type, dict[str, Any]] = {
 }
 
 
-def made(module: Any, batch: Any) -> Any:
-    """Params and statistics of the model's shapes, without compiling an initialisation."""
+def random_state(module: Any, batch: Any) -> Any:
+    """Return random params and statistics of the model's shapes, without compiling an initialisation."""
     rng = np.random.default_rng(1)
     params, extra = jax.eval_shape(as_model(module).init, KEY, batch)
     filled = jax.tree.map(lambda x: (0.5 * rng.normal(size=x.shape)).astype(x.dtype), params)
@@ -60,17 +60,17 @@ def made(module: Any, batch: Any) -> Any:
 
 
 def jit(run: Any, **options: Any) -> Any:
-    """Compiled in a hurry: the programs are tiny, and most of a test's time is their compilation."""
+    """Compile with little optimisation: programs are tiny, and compilation takes most of a test's time."""
     return jax.jit(run, compiler_options={"xla_backend_optimization_level": "0"}, **options)
 
 
 def evaluated(module: Any, batch: Any, params: Any = None) -> np.ndarray:
-    params, extra = made(module, batch) if params is None else (params, {})
+    params, extra = random_state(module, batch) if params is None else (params, {})
     apply = jit(functools.partial(as_model(module).apply, train=False, key=None))
     return np.asarray(apply(params, extra, batch)[0])
 
 
-# --- what every model promises
+# --- all models
 
 
 @pytest.mark.parametrize("cls", BASES)
@@ -92,9 +92,9 @@ def test_outputs_have_the_promised_shape_and_the_type_of_the_weights(cls: type) 
 
 
 @pytest.mark.parametrize("cls", [LSTMClassifier, GRUForecaster])
-def test_recurrence_in_half_precision_runs_near_full(cls: type) -> None:
+def test_recurrence_in_half_precision_is_close_to_float32(cls: type) -> None:
     module, batch = BASES[cls], BATCHES[cls]
-    params, _ = made(module, batch)
+    params, _ = random_state(module, batch)
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     fields = {n: f.astype(jnp.bfloat16) if f.dtype == np.float32 else f for n, f in batch.items()}
     np.testing.assert_allclose(
@@ -105,7 +105,7 @@ def test_recurrence_in_half_precision_runs_near_full(cls: type) -> None:
 @pytest.mark.parametrize("cls", BASES)
 def test_dropout_acts_in_training_only_and_by_its_key_only(cls: type) -> None:
     module, batch = BASES[cls].clone(dropout=0.5, **DROPS[cls]), BATCHES[cls]
-    params, extra = made(module, batch)
+    params, extra = random_state(module, batch)
 
     @functools.partial(jit, static_argnums=(0, 1))
     def run(module: Any, train: bool, key: Any) -> Any:
@@ -121,9 +121,9 @@ def test_dropout_acts_in_training_only_and_by_its_key_only(cls: type) -> None:
 
 @pytest.mark.parametrize("cls", [LSTMClassifier, GRUForecaster])
 def test_dropout_is_between_layers_too(cls: type) -> None:
-    """A head that every dropped input leaves alone still sees what was dropped below."""
+    """Make the head ignore its own dropout, so that only dropout between layers has an effect."""
     module, batch = BASES[cls].clone(layers=2, dropout=0.5, width=16), BATCHES[cls]
-    params, _ = made(module, batch)
+    params, _ = random_state(module, batch)
 
     def below(path: Any, x: jax.Array) -> jax.Array:
         return x if "layer1" not in jax.tree_util.keystr(path) else jnp.zeros_like(x)
@@ -142,7 +142,7 @@ def test_dropout_is_between_layers_too(cls: type) -> None:
 def test_statistics_move_in_training_only_by_momentum() -> None:
     module, batch = UNet(widths=(2,), bn_momentum=0.75), {"image": BATCHES[UNet]["image"]}
     model = as_model(module)
-    params, extra = made(module, batch)
+    params, extra = random_state(module, batch)
     assert model.apply(params, extra, batch, train=False, key=None)[1] is extra
     moved = model.apply(params, extra, batch, train=True, key=KEY)[1]["batch_stats"]["bottom_conv0_norm"]
     conv = nn.Conv(2, (3, 3), use_bias=False).apply({"params": params["bottom_conv0"]}, batch["image"])
@@ -184,7 +184,7 @@ NAMES = [(cls, f.name) for cls in FIELDS for f in dataclasses.fields(cls) if f.n
 
 @functools.cache
 def shapes(module: Any) -> Any:
-    """Of weights, statistics and outputs, as text; nothing is compiled."""
+    """Return the shapes of weights, statistics and outputs as text, without compiling."""
     model, batch = as_model(module), BATCHES[type(module)]
     params, extra = jax.eval_shape(model.init, KEY, batch)
     apply = functools.partial(model.apply, train=True)
@@ -194,7 +194,7 @@ def shapes(module: Any) -> Any:
 @functools.cache
 def effect(module: Any) -> Any:
     model, batch = as_model(module), BATCHES[type(module)]
-    params, extra = made(module, batch)
+    params, extra = random_state(module, batch)
     apply = jit(functools.partial(model.apply, train=True))
     start = jit(model.init)(KEY, batch)[0]["mean"] if isinstance(module, Factors) else 0
     found = {"after": apply(params, extra, batch, key=KEY), "start": start}
@@ -222,7 +222,7 @@ SMALLEST = [
 
 
 @pytest.mark.parametrize(("module", "message"), SMALLEST)
-def test_settings_that_make_no_model_are_refused(module: Any, message: str) -> None:
+def test_settings_out_of_range_are_refused(module: Any, message: str) -> None:
     with pytest.raises(InputError, match=message) as raised:
         jax.eval_shape(as_model(module).init, KEY, BATCHES[type(module)])
     assert "\n" not in str(raised.value)
@@ -238,8 +238,12 @@ SHAPELESS = [
         {"user": np.zeros((3, 1), int), "item": np.zeros(3, int)},
         r"user \(3, 1\) and item \(3,\)",
     ),
-    (UNet(), {"image": np.zeros((2, 16, 12, 3))}, r"\(2, 16, 12, 3\): UNet with 4 widths .* divide by 8"),
-    (UNet(), {"image": np.zeros((2, 20, 16, 3))}, "divide by 8: pad, crop or resize .* fewer model.widths"),
+    (UNet(), {"image": np.zeros((2, 16, 12, 3))}, r"\(2, 16, 12, 3\): UNet with 4 widths .* multiples of 8"),
+    (
+        UNet(),
+        {"image": np.zeros((2, 20, 16, 3))},
+        "multiples of 8: pad, crop or resize .* fewer model.widths",
+    ),
     (UNet(), {"image": np.zeros((2, 3, 32, 32))}, "NCHW"),
     (UNet(), {"image": np.zeros((2, 4, 8, 3))}, "too small"),
 ]
@@ -260,7 +264,7 @@ def test_inputs_of_another_shape_are_refused_in_one_line(module: Any, batch: Any
 )
 def test_padding_changes_neither_logits_nor_gradients(pool: Any, bidirectional: bool) -> None:
     module = BASES[LSTMClassifier].clone(pool=pool, bidirectional=bidirectional)
-    params, _ = made(module, BATCHES[LSTMClassifier])
+    params, _ = random_state(module, BATCHES[LSTMClassifier])
     padding = np.arange(6) >= LENGTH[:, None]
 
     @jit
@@ -284,20 +288,32 @@ def test_padding_changes_neither_logits_nor_gradients(pool: Any, bidirectional: 
     assert same.tolist() == (LENGTH == 0).tolist()
 
 
-def test_length_beyond_the_window_counts_the_window() -> None:
+def test_length_beyond_the_window_is_clipped() -> None:
     module = BASES[LSTMClassifier].clone(pool="mean")
-    params, _ = made(module, BATCHES[LSTMClassifier])
+    params, _ = random_state(module, BATCHES[LSTMClassifier])
     cut, long = (
         evaluated(module, {"tokens": TOKENS, "length": np.full(5, n, np.int32)}, params) for n in (6, 60)
     )
     np.testing.assert_array_equal(cut, long)
 
 
+@pytest.mark.parametrize(("dtype", "steps"), [(np.uint8, 256), (np.int8, 200)])
+def test_lstm_with_more_steps_than_the_length_dtype_can_represent(dtype: type, steps: int) -> None:
+    module = BASES[LSTMClassifier].clone(bidirectional=True)
+    tokens, length = RNG.integers(0, 20, (2, steps)).astype(np.uint8), np.array([3, 120])
+    params, _ = random_state(module, {"tokens": tokens, "length": length.astype(np.int32)})
+    narrow, wanted = (
+        evaluated(module, {"tokens": tokens, "length": length.astype(kind)}, params)
+        for kind in (dtype, np.int32)
+    )
+    np.testing.assert_array_equal(narrow, wanted)
+
+
 @pytest.mark.parametrize("pool", POOLS)
-def test_states_are_pooled_as_their_definitions_say(pool: Any) -> None:
-    """A padded row beside a plain loop over Flax's cell, in each direction."""
+def test_pooled_states_equal_their_definitions(pool: Any) -> None:
+    """Compare a padded row with a plain loop over Flax's cell, in each direction."""
     module = BASES[LSTMClassifier].clone(pool=pool, bidirectional=True)
-    params, _ = made(module, BATCHES[LSTMClassifier])
+    params, _ = random_state(module, BATCHES[LSTMClassifier])
     row, cell = 3, nn.OptimizedLSTMCell(3)
     words = params["embedding"]["embedding"][TOKENS[row, : LENGTH[row]]]
     vectors = []
@@ -312,7 +328,7 @@ def test_states_are_pooled_as_their_definitions_say(pool: Any) -> None:
     np.testing.assert_allclose(evaluated(module, BATCHES[LSTMClassifier], params)[row], wanted, rtol=1e-4)
 
 
-def test_every_layer_reads_the_one_below() -> None:
+def test_every_layer_reads_the_previous_one() -> None:
     found = jax.eval_shape(
         as_model(BASES[LSTMClassifier].clone(layers=2, bidirectional=True)).init, KEY, BATCHES[LSTMClassifier]
     )[0]
@@ -341,7 +357,7 @@ def test_token_outside_the_vocabulary_is_refused_by_example(token: int, most: in
     BASES[LSTMClassifier].check({**batch, "length": np.array([3, 1, 1])}, IDS)  # it is padding now
 
 
-def test_check_takes_every_token_of_the_vocabulary_and_bytes() -> None:
+def test_check_accepts_every_token_of_the_vocabulary_and_bytes() -> None:
     batch = {"tokens": np.arange(256, dtype=np.uint8).reshape(2, 128), "length": np.array([128, 128])}
     LSTMClassifier().check(batch, IDS)
     LSTMClassifier().check({"image": np.zeros(3)}, IDS)
@@ -350,9 +366,9 @@ def test_check_takes_every_token_of_the_vocabulary_and_bytes() -> None:
 # --- GRUForecaster
 
 
-def test_forecast_of_a_silent_head_repeats_the_last_row() -> None:
+def test_forecast_with_a_zero_head_repeats_the_last_row() -> None:
     module, batch = BASES[GRUForecaster], BATCHES[GRUForecaster]
-    params, _ = made(module, batch)
+    params, _ = random_state(module, batch)
     silent = {**params, "head": jax.tree.map(jnp.zeros_like, params["head"])}
     np.testing.assert_array_equal(
         evaluated(module, batch, silent), np.repeat(batch["series"][:, -1:], 4, axis=1)
@@ -360,9 +376,9 @@ def test_forecast_of_a_silent_head_repeats_the_last_row() -> None:
     assert not evaluated(module.clone(residual=False), batch, silent).any()
 
 
-def test_residual_reads_and_gives_differences_from_the_last_row() -> None:
+def test_residual_reads_and_forecasts_differences_from_the_last_row() -> None:
     module, batch = BASES[GRUForecaster], BATCHES[GRUForecaster]
-    params, _ = made(module, batch)
+    params, _ = random_state(module, batch)
     last = batch["series"][:, -1:]
     change = evaluated(module.clone(residual=False), {**batch, "series": batch["series"] - last}, params)
     np.testing.assert_allclose(evaluated(module, batch, params), change + last, rtol=1e-5, atol=1e-6)
@@ -370,9 +386,9 @@ def test_residual_reads_and_gives_differences_from_the_last_row() -> None:
     np.testing.assert_allclose(higher, change + last + 100, rtol=1e-5)
 
 
-def test_forecast_is_the_loop_over_flaxs_cell_and_one_dense_layer() -> None:
+def test_forecast_equals_a_loop_over_the_cell_of_flax_and_one_dense_layer() -> None:
     module, batch = BASES[GRUForecaster].clone(residual=False, layers=2), BATCHES[GRUForecaster]
-    params, _ = made(module, batch)
+    params, _ = random_state(module, batch)
     x = list(np.swapaxes(batch["series"], 0, 1))
     for layer in ("layer0", "layer1"):
         carry, states = jnp.zeros((4, 3)), []
@@ -398,7 +414,7 @@ def test_other_variables_are_refused_only_where_the_last_row_is_added() -> None:
 
 def test_rating_is_mean_and_biases_and_the_product_of_the_vectors() -> None:
     module, batch = BASES[Factors], BATCHES[Factors]
-    params, _ = made(module, batch)
+    params, _ = random_state(module, batch)
     u, v = params["user"]["embedding"][batch["user"]], params["item"]["embedding"][batch["item"]]
     wanted = params["mean"] + (u * v).sum(-1)
     np.testing.assert_allclose(evaluated(module.clone(bias=False), batch, params), wanted, rtol=1e-5)
@@ -409,7 +425,7 @@ def test_rating_is_mean_and_biases_and_the_product_of_the_vectors() -> None:
 
 def test_towers_are_dense_layers_with_a_relu_between() -> None:
     module, batch = BASES[Factors].clone(hidden=(4, 2), bias=False), BATCHES[Factors]
-    params, _ = made(module, batch)
+    params, _ = random_state(module, batch)
 
     def tower(name: str) -> Any:
         x = params[name]["embedding"][batch[name]]
@@ -443,13 +459,13 @@ def test_id_out_of_range_is_refused_by_example(name: str, beyond: int | None) ->
 # --- UNet
 
 
-def test_doubling_is_the_transposed_convolution() -> None:
-    """``UNet._double`` has the values of a 2×2 transposed convolution with stride 2."""
+def test_upsampling_equals_a_transposed_convolution() -> None:
+    """``UNet._upsample`` equals a 2×2 transposed convolution with stride 2."""
 
     class Up(UNet):
         @nn.compact
         def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
-            return self._double(image, 3, "up")
+            return self._upsample(image, 3, "up")
 
     x = RNG.normal(size=(2, 3, 4, 5)).astype(np.float32)
     params = Up().init(KEY, x)["params"]
@@ -463,10 +479,10 @@ def test_doubling_is_the_transposed_convolution() -> None:
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_skips_reach_the_logits_and_the_bottom_sees_far() -> None:
+def test_skips_reach_the_logits_and_the_bottom_has_a_wide_receptive_field() -> None:
     module = UNet(widths=(2, 3), batch_norm=False, classes=1)
     x = RNG.normal(size=(1, 8, 16, 1)).astype(np.float32)
-    params, _ = made(module, {"image": x})
+    params, _ = random_state(module, {"image": x})
 
     def influence(params: Any) -> Any:
         def corner(image: Any) -> Any:

@@ -35,8 +35,8 @@ def shapes(module: Any, shape: tuple[int, ...]) -> Any:
     return jax.eval_shape(as_model(module).init, KEY, {"image": jnp.zeros(shape)})
 
 
-def made(module: Any, batch: Any) -> Any:
-    """Params and statistics of the model's shapes, without compiling an initialisation."""
+def random_state(module: Any, batch: Any) -> Any:
+    """Return random params and statistics of the model's shapes, without compiling an initialisation."""
     rng = np.random.default_rng(1)
     params, extra = jax.eval_shape(as_model(module).init, KEY, batch)
     filled = jax.tree.map(lambda x: (0.5 * rng.normal(size=x.shape)).astype(x.dtype), params)
@@ -44,7 +44,7 @@ def made(module: Any, batch: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("module", "train"))
-def applied(module: Any, params: Any, extra: Any, image: Any, train: bool = False, key: Any = None) -> Any:
+def run_model(module: Any, params: Any, extra: Any, image: Any, train: bool = False, key: Any = None) -> Any:
     return as_model(module).apply(params, extra, {"image": image}, train=train, key=key)
 
 
@@ -81,7 +81,7 @@ def test_vit_s16_has_the_parameters_counted_by_hand(positions: Any) -> None:
 @EACH
 def test_logits_are_float32_one_row_an_image(module: Any) -> None:
     batch = {"image": images(5)}
-    params, extra = made(module, batch)
+    params, extra = random_state(module, batch)
     found = jax.eval_shape(
         functools.partial(as_model(module).apply, train=False, key=None), params, extra, batch
     )[0]
@@ -92,7 +92,7 @@ def test_logits_are_float32_one_row_an_image(module: Any) -> None:
 
 
 def reference(params: Any, stats: Any, x: jax.Array, module: ResNet) -> jax.Array:
-    """An evaluated ResNet, written out over lists of layers."""
+    """Compute a ResNet in evaluation mode, layer by layer."""
 
     def conv(x: jax.Array, name: str, stride: int, where: Any) -> jax.Array:
         kernel = where[name]["kernel"]
@@ -130,10 +130,10 @@ def reference(params: Any, stats: Any, x: jax.Array, module: ResNet) -> jax.Arra
 
 @pytest.mark.parametrize("side", [16, 17])
 @pytest.mark.parametrize(("block", "stem"), [("basic", "cifar"), ("bottleneck", "imagenet")])
-def test_resnet_is_the_network_written_out(block: Any, stem: Any, side: int) -> None:
+def test_resnet_equals_a_reference_implementation(block: Any, stem: Any, side: int) -> None:
     module = ResNet(stages=(1, 2), block=block, stem=stem, width=4, classes=3)
     batch = {"image": images(side=side)}
-    params, extra = made(module, batch)
+    params, extra = random_state(module, batch)
     found = jax.jit(functools.partial(as_model(module).apply, train=False, key=None))(params, extra, batch)[0]
     expected = jax.jit(functools.partial(reference, module=module))(
         params, extra["batch_stats"], batch["image"]
@@ -152,14 +152,14 @@ def test_bottlenecks_project_the_shortcut_only_where_the_shape_changes() -> None
 
 
 @pytest.fixture(scope="module")
-def started() -> Any:
+def initial_state() -> Any:
     batch = {"image": images(64) + 2}
     module = ResNet(stages=(1,), block="bottleneck", stem="cifar", width=32, classes=9, bn_momentum=0.75)
     return module, batch, *jax.jit(as_model(module).init)(QUICK, batch)
 
 
-def test_resnet_starts_with_he_convolutions_and_each_residual_branch_at_zero(started: Any) -> None:
-    params = started[2]
+def test_resnet_starts_with_he_convolutions_and_each_residual_branch_at_zero(initial_state: Any) -> None:
+    params = initial_state[2]
     block = params["stage0_block0"]
     assert not block["norm2"]["scale"].any()
     assert all((block[name]["scale"] == 1).all() for name in ("norm0", "norm1", "shortcut_norm"))
@@ -172,8 +172,8 @@ def test_resnet_starts_with_he_convolutions_and_each_residual_branch_at_zero(sta
     assert float(params["head"]["kernel"].std()) == pytest.approx(0.01, rel=0.1)
 
 
-def test_resnets_batch_statistics_move_in_training_only_by_momentum(started: Any) -> None:
-    module, batch, params, extra = started
+def test_resnets_batch_statistics_move_in_training_only_by_momentum(initial_state: Any) -> None:
+    module, batch, params, extra = initial_state
     model = as_model(module)
     moved = jax.jit(functools.partial(model.apply, train=True))(params, extra, batch, key=KEY)[1][
         "batch_stats"
@@ -204,9 +204,9 @@ def test_vit_starts_at_zero_logits_and_each_of_q_k_v_at_xavier() -> None:
     assert not np.allclose(qkv[:, 0], qkv[:, 1])
 
 
-def test_vit_pools_over_the_patches_and_without_positions_their_order_is_nothing() -> None:
+def test_vit_pools_over_patches_and_ignores_their_order_without_positions() -> None:
     image = images()
-    params, extra = made(VIT.clone(positions="learned"), {"image": image})
+    params, extra = random_state(VIT.clone(positions="learned"), {"image": image})
     swapped = image[:, :, [2, 3, 0, 1]]  # columns of patches
 
     @jax.jit
@@ -237,22 +237,22 @@ def test_sincos_positions_are_those_of_the_formula() -> None:
                 np.testing.assert_allclose(table[row, column, :, i], expected, atol=1e-6)
 
 
-def test_sincos_vit_takes_images_of_other_sizes_and_a_learned_one_says_that_it_does_not() -> None:
+def test_sincos_vit_accepts_other_image_sizes_and_a_learned_one_refuses_them() -> None:
     small, large = {"image": images(side=4)}, {"image": images(side=6)}
-    params, extra = made(VIT, small)
+    params, extra = random_state(VIT, small)
     apply = functools.partial(as_model(VIT).apply, train=False, key=None)
     assert jax.eval_shape(apply, params, extra, large)[0].shape == (4, 3)
     learned = as_model(VIT.clone(positions="learned"))
-    params, extra = made(VIT.clone(positions="learned"), small)
+    params, extra = random_state(VIT.clone(positions="learned"), small)
     with pytest.raises(InputError, match=r"image \(4, 6, 6, 3\)\) does not fit the parameters of ViT"):
         learned.apply(params, extra, large, train=False, key=None)
 
 
 def test_vits_dropout_acts_in_training_only_and_by_its_key_only() -> None:
-    params, extra = made(VIT, {"image": FIXED})
+    params, extra = random_state(VIT, {"image": FIXED})
 
     def run(dropout: float, train: bool, key: Any) -> Any:
-        return applied(VIT.clone(dropout=dropout), params, extra, FIXED, train=train, key=key)[0]
+        return run_model(VIT.clone(dropout=dropout), params, extra, FIXED, train=train, key=key)[0]
 
     drawn, plain, evaluated = run(0.5, True, KEY), run(0.0, True, KEY), run(0.5, False, KEY)
     np.testing.assert_array_equal(drawn, run(0.5, True, KEY))
@@ -291,8 +291,8 @@ FIXED = images(4, 8)
 
 @functools.cache
 def effect(module: Any) -> Any:
-    params, extra = made(module, {"image": FIXED})
-    found = applied(module, params, extra, FIXED, train=True, key=KEY)
+    params, extra = random_state(module, {"image": FIXED})
+    found = run_model(module, params, extra, FIXED, train=True, key=KEY)
     return jax.tree.map(lambda x: np.round(x, 5).tolist(), found)
 
 
@@ -353,7 +353,7 @@ def test_bfloat16_stays_bfloat16(module: Any, products: int, scores: int, train:
         (VIT.clone(mlp=0), (4, 8, 8, 3), "mlp=0"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(module: Any, shape: Any, message: str) -> None:
+def test_images_that_do_not_fit_are_refused_in_one_line(module: Any, shape: Any, message: str) -> None:
     with pytest.raises(InputError, match=message) as raised:
         shapes(module, shape)
     assert "\n" not in str(raised.value)
@@ -363,5 +363,5 @@ def test_what_does_not_fit_is_refused_in_one_line(module: Any, shape: Any, messa
     ("module", "side"),
     [(RESNET, 2), (ResNet(width=2), 32), (VIT, 2), (VIT.clone(width=6, positions="learned"), 4)],
 )
-def test_the_smallest_that_fits_is_taken(module: Any, side: int) -> None:
+def test_smallest_image_that_fits_is_accepted(module: Any, side: int) -> None:
     assert shapes(module, (4, side, side, 1))

@@ -1,4 +1,4 @@
-"""jaxtrain.models.remat: the same gradients from fewer kept activations."""
+"""jaxtrain.models.remat: the same gradients from fewer stored activations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NETS = {
     "ViT": ViT(patch=2, width=8, depth=3, heads=2, mlp=2, classes=3, dropout=0.3),
     "ResNet": ResNet(stages=(1,), block="basic", stem="cifar", width=4, classes=3),
     "UNet": UNet(widths=(2, 4), classes=3, dropout=0.3),
-    "CNN": CNN(widths=(4,), classes=3, dropout=0.3),  # has no argument: wrapped as a whole
+    "CNN": CNN(widths=(4,), classes=3, dropout=0.3),  # has no argument ``remat``: wrapped as one block
 }
 BATCH = {
     "tokens": RNG.integers(0, 11, (4, 8), dtype=np.uint8),
@@ -41,8 +41,8 @@ def batch_of(name: str) -> Any:
 
 
 @functools.cache
-def made(name: str) -> Any:
-    """Params and statistics of the net's shapes, without compiling an initialisation."""
+def random_state(name: str) -> Any:
+    """Return random params and statistics of the net's shapes, without compiling an initialisation."""
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(as_model(NETS[name]).init, KEY, batch_of(name))
     return jax.tree.map(lambda x: rng.uniform(0.1, 1, x.shape).astype(x.dtype), shapes)
@@ -57,14 +57,14 @@ def objective(model: Model, batch: Any) -> Any:
 
 
 @functools.cache
-def trained(name: str, remat: Remat) -> Any:
-    """The loss, the statistics after it, and the gradient."""
+def loss_and_gradient(name: str, remat: Remat) -> Any:
+    """Return the loss, the new statistics, and the gradient."""
     loss = objective(as_model(NETS[name], remat), batch_of(name))
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(*made(name))
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(*random_state(name))
 
 
-def kept(model: Model, params: Any, extra: Any, batch: Any) -> int:
-    """Bytes that the backward pass takes from the forward pass, params included."""
+def residual_bytes(model: Model, params: Any, extra: Any, batch: Any) -> int:
+    """Return the bytes stored by the forward pass for the backward pass, params included."""
     loss = objective(model, batch)
     backward = jax.eval_shape(lambda p: jax.vjp(lambda q: loss(q, extra)[0], p)[1], params)
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(backward))
@@ -78,16 +78,18 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "remat"), CASES)
-def test_loss_statistics_and_gradients_are_those_without(name: str, remat: Remat) -> None:
-    chex.assert_trees_all_close(trained(name, remat), trained(name, "none"), rtol=1e-5, atol=1e-6)
-    (loss, extra), grads = trained(name, remat)
+def test_loss_statistics_and_gradients_equal_those_without_remat(name: str, remat: Remat) -> None:
+    chex.assert_trees_all_close(
+        loss_and_gradient(name, remat), loss_and_gradient(name, "none"), rtol=1e-5, atol=1e-6
+    )
+    (loss, extra), grads = loss_and_gradient(name, remat)
     assert loss > 0 and jax.tree.leaves(grads)[-1].any()
-    moved = jax.tree.map(lambda a, b: (a != b).any(), extra, made(name)[1])
+    moved = jax.tree.map(lambda a, b: (a != b).any(), extra, random_state(name)[1])
     assert all(jax.tree.leaves(moved)), "statistics that move, once"
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_parameters_are_where_they_were_and_evaluation_is_the_same_program(name: str) -> None:
+def test_parameter_paths_and_the_evaluation_program_do_not_change(name: str) -> None:
     plain, wrapped = as_model(NETS[name]), as_model(NETS[name], "nothing_saveable")
     batch = batch_of(name)
     chex.assert_trees_all_equal_shapes(
@@ -96,14 +98,16 @@ def test_parameters_are_where_they_were_and_evaluation_is_the_same_program(name:
     texts = []
     for model in (plain, wrapped):
         apply = functools.partial(model.apply, train=False, key=None)
-        texts.append(jax.jit(lambda *args, apply=apply: apply(*args)).lower(*made(name), batch).as_text())
+        texts.append(
+            jax.jit(lambda *args, apply=apply: apply(*args)).lower(*random_state(name), batch).as_text()
+        )
     assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_less_is_kept_for_the_backward_pass(name: str) -> None:
+def test_less_is_stored_for_the_backward_pass(name: str) -> None:
     bytes_of = {
-        remat: kept(as_model(NETS[name], remat), *made(name), batch_of(name))
+        remat: residual_bytes(as_model(NETS[name], remat), *random_state(name), batch_of(name))
         for remat in typing.get_args(Remat)
     }
     assert bytes_of["nothing_saveable"] < bytes_of["dots_saveable"] < bytes_of["none"]
@@ -113,13 +117,16 @@ def test_less_is_kept_for_the_backward_pass(name: str) -> None:
         assert len(set(bytes_of.values())) == 4
 
 
-def test_each_block_is_wrapped_by_itself_and_not_found_again_by_the_compiler() -> None:
-    """A barrier for each part that is computed twice: without them XLA would merge the two."""
+def test_each_block_has_its_own_barrier() -> None:
+    """Each recomputed part has a barrier, without which XLA would merge the two computations."""
 
     def barriers(name: str, remat: Remat) -> int:
         loss = objective(as_model(NETS[name], remat), batch_of(name))
         return (
-            jax.jit(jax.grad(loss, has_aux=True)).lower(*made(name)).as_text().count("optimization_barrier")
+            jax.jit(jax.grad(loss, has_aux=True))
+            .lower(*random_state(name))
+            .as_text()
+            .count("optimization_barrier")
         )
 
     assert barriers("GPT", "none") == 0
@@ -128,8 +135,8 @@ def test_each_block_is_wrapped_by_itself_and_not_found_again_by_the_compiler() -
     assert barriers("GPT", "nothing_saveable") == barriers("CNN", "nothing_saveable") == 1
 
 
-def test_compiled_step_needs_less_memory_where_the_compiler_keeps_the_barriers() -> None:
-    """XLA:CPU drops the barriers early and then keeps what it computed first, unless it is told not to."""
+def test_compiled_step_needs_less_memory_if_the_compiler_keeps_the_barriers() -> None:
+    """XLA:CPU removes the barriers early, and then stores the activations, unless an option prevents it."""
     net = GPT(vocab=11, context=64, width=16, depth=3, heads=2, dropout=0.0)
     batch = {"tokens": np.zeros((8, 64), np.uint8)}
     state = jax.eval_shape(as_model(net).init, KEY, batch)
@@ -162,7 +169,7 @@ def test_pair_of_functions_is_wrapped_in_training_only(remat: Remat) -> None:
         found = jax.value_and_grad(objective(model, batch), has_aux=True)(params, extra)
         chex.assert_trees_all_close(found, plain, rtol=1e-6)
         assert found[0][1]["seen"] == 1
-        assert kept(model, params, extra, batch) < kept(pair, params, extra, batch)
+        assert residual_bytes(model, params, extra, batch) < residual_bytes(pair, params, extra, batch)
         assert model.apply(params, extra, batch, train=False, key=None)[1]["seen"] == 0
         one, other = (functools.partial(m.apply, train=False, key=None) for m in (model, pair))
         assert str(jax.make_jaxpr(one)(params, extra, batch)) == str(
@@ -170,31 +177,31 @@ def test_pair_of_functions_is_wrapped_in_training_only(remat: Remat) -> None:
         )
 
 
-def test_policy_holds_inside_of_half_precision() -> None:
-    batch, (params, extra) = batch_of("GPT"), made("GPT")
+def test_policy_applies_in_half_precision() -> None:
+    batch, (params, extra) = batch_of("GPT"), random_state("GPT")
     plain = compute_in(as_model(SMALL), "bfloat16")
     wrapped = compute_in(as_model(SMALL, "nothing_saveable"), "bfloat16")
-    assert kept(wrapped, params, extra, batch) < 0.5 * kept(plain, params, extra, batch)
+    assert residual_bytes(wrapped, params, extra, batch) < 0.5 * residual_bytes(plain, params, extra, batch)
 
 
-def test_module_is_told_the_policy_in_training_and_none_otherwise() -> None:
-    seen: list[Any] = []
+def test_module_gets_the_policy_in_training_and_none_otherwise() -> None:
+    calls: list[Any] = []
 
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x: jax.Array, train: bool = False, remat: Remat = "none") -> jax.Array:
-            seen.append((train, remat))
+            calls.append((train, remat))
             return nn.Dense(2)(x)
 
     model, batch = as_model(Net(), "dots_saveable"), {"x": jnp.ones((2, 3))}
     params, extra = model.init(KEY, batch)
     model.apply(params, extra, batch, train=True, key=KEY)
     model.apply(params, extra, batch, train=False, key=None)
-    assert seen == [(False, "none"), (True, "dots_saveable"), (False, "none")]
+    assert calls == [(False, "none"), (True, "dots_saveable"), (False, "none")]
 
 
 @pytest.mark.parametrize("junk", ["all", "", None, "everything_saveable"])
-def test_unknown_policy_is_refused_with_those_there_are(junk: Any) -> None:
+def test_unknown_policy_is_refused_with_the_known_ones(junk: Any) -> None:
     with pytest.raises(
         InputError, match=r"remat is .*: it must be one of none, nothing_saveable, dots_saveable"
     ):

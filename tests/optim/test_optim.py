@@ -30,34 +30,34 @@ def run(config: Any, grads: list[Any] = GRADS, params: Any = START, steps: int |
     with jax.enable_x64(True):
         tx = config.build(steps)
         params = jax.tree.map(jnp.asarray, params)
-        state, seen = tx.init(params), []
+        state, history = tx.init(params), []
         for grad in grads:
             updates, state = tx.update(jax.tree.map(jnp.asarray, grad), state, params)
             params = optax.apply_updates(params, updates)
-            seen.append(jax.device_get(params))
-    return seen
+            history.append(jax.device_get(params))
+    return history
 
 
 def torch_sgd(
     rate: float, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0
 ) -> list[dict[str, np.ndarray]]:
     """torch.optim.SGD with decay on the kernel alone; the buffer starts as the first gradient."""
-    seen, params, buffers = [], dict(START["layer"]), {}
+    history, params, buffers = [], dict(START["layer"]), {}
     for grads in GRADS:
         for name, param in params.items():
             grad = grads["layer"][name] + (weight_decay * param if name == "kernel" else 0.0)
             buffers[name] = momentum * buffers[name] + grad if name in buffers else grad
             step = grad + momentum * buffers[name] if nesterov else buffers[name]
             params[name] = param - rate * step
-        seen.append(dict(params))
-    return seen
+        history.append(dict(params))
+    return history
 
 
 def torch_adam(
     rate: float, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0
 ) -> list[dict[str, np.ndarray]]:
     """torch.optim.Adam, and AdamW with decay on the kernel alone."""
-    seen, params = [], dict(START["layer"])
+    history, params = [], dict(START["layer"])
     first, second = ({k: np.zeros_like(v) for k, v in params.items()} for _ in range(2))
     for t, grads in enumerate(GRADS, start=1):
         for name, param in params.items():
@@ -67,8 +67,8 @@ def torch_adam(
             decayed = param * (1 - rate * weight_decay) if name == "kernel" else param
             denominator = np.sqrt(second[name]) / np.sqrt(1 - b2**t) + eps
             params[name] = decayed - rate / (1 - b1**t) * first[name] / denominator
-        seen.append(dict(params))
-    return seen
+        history.append(dict(params))
+    return history
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -117,7 +117,7 @@ SCHEDULES = {
     "one cycle": (OneCycle(2.0), {0: 0.4, 25: 2.0, 100: 0.02}),
     "one cycle, set": (OneCycle(1.0, start=0.5, end=0.1, warmup=0.5), {0: 0.5, 25: 0.75, 50: 1, 100: 0.1}),
     "one cycle, no rise": (OneCycle(1.0, warmup=0.0), {0: 1.0, 100: 0.01}),
-    "all but all warm-up": (Linear(1.0, warmup=0.99), {0: 0, 99: 1.0, 100: 0}),
+    "almost all warm-up": (Linear(1.0, warmup=0.99), {0: 0, 99: 1.0, 100: 0}),
 }
 
 
@@ -152,8 +152,8 @@ def test_clip_bounds_the_global_norm_and_leaves_smaller_gradients_alone() -> Non
 
 
 def test_clip_sees_the_gradient_before_the_decay() -> None:
-    still = jax.tree.map(np.zeros_like, START)
-    [after] = run(SGD(1.0, weight_decay=0.5, clip=1e-3), [still])
+    zeros = jax.tree.map(np.zeros_like, START)
+    [after] = run(SGD(1.0, weight_decay=0.5, clip=1e-3), [zeros])
     np.testing.assert_allclose(after["layer"]["kernel"], 0.5 * START["layer"]["kernel"], rtol=1e-12)
 
 
@@ -177,9 +177,9 @@ NETWORK = {
     ],
 )
 @pytest.mark.parametrize("cls", [SGD, AdamW])
-def test_decay_pattern_says_which_paths_are_decayed(cls: Any, pattern: str, decayed: set[str]) -> None:
-    still = jax.tree.map(np.zeros_like, NETWORK)
-    [after] = run(cls(0.1, weight_decay=0.5, decay=pattern), [still], NETWORK)
+def test_decay_pattern_selects_the_decayed_paths(cls: Any, pattern: str, decayed: set[str]) -> None:
+    zeros = jax.tree.map(np.zeros_like, NETWORK)
+    [after] = run(cls(0.1, weight_decay=0.5, decay=pattern), [zeros], NETWORK)
     flat = jax.tree_util.tree_leaves_with_path(after)
     values = {jax.tree_util.keystr(k, simple=True, separator="/"): v for k, v in flat}
     assert {path for path, value in values.items() if np.all(value != 1)} == decayed
@@ -196,7 +196,7 @@ def test_biases_and_norm_scales_are_not_decayed_unless_asked(cls: Any) -> None:
 
 def sgd_in_groups(config: SGD, rules: dict[str, Group], steps: int) -> list[dict[str, np.ndarray]]:
     """Nesterov SGD in NumPy with one rule for each parameter, every parameter decayed."""
-    seen, params = [], dict(START["layer"])
+    history, params = [], dict(START["layer"])
     buffers = {name: np.zeros_like(value) for name, value in params.items()}
     for step, grads in enumerate(GRADS):
         for name, param in params.items():
@@ -206,8 +206,8 @@ def sgd_in_groups(config: SGD, rules: dict[str, Group], steps: int) -> list[dict
             grad = grads["layer"][name] + config.weight_decay * rule.weight_decay * param
             buffers[name] = config.momentum * buffers[name] + grad
             params[name] = param - config.lr * rule.lr * (grad + config.momentum * buffers[name])
-        seen.append(dict(params))
-    return seen
+        history.append(dict(params))
+    return history
 
 
 RULES = {
@@ -221,7 +221,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_groups_have_a_rate_a_decay_and_an_end_of_their_own(name: str) -> None:
+def test_groups_set_the_rate_the_decay_and_the_end_of_their_parameters(name: str) -> None:
     rules = RULES[name]
     base = SGD(0.1, momentum=0.9, nesterov=True, weight_decay=0.2, decay="")
     found = run(dataclasses.replace(base, groups=tuple(rules.values())), steps=10)
@@ -245,7 +245,7 @@ def test_adamw_groups_scale_the_decay() -> None:
     chex.assert_trees_all_close(found, wanted, rtol=1e-9)
 
 
-def test_the_first_group_that_matches_counts_and_the_rest_follows_the_optimizer() -> None:
+def test_first_matching_group_applies_and_other_parameters_use_the_optimizer() -> None:
     groups = (Group("conv/kernel", lr=2.0), Group("kernel", lr=3.0), Group("norm", lr=4.0))
     ones = jax.tree.map(np.ones_like, NETWORK)
     [after] = run(SGD(0.1, groups=groups), [ones], NETWORK)
@@ -255,15 +255,15 @@ def test_the_first_group_that_matches_counts_and_the_rest_follows_the_optimizer(
     assert moved == {"conv/bias": 1, "words/embedding": 1, **wanted}
 
 
-def test_decay_pattern_still_says_what_a_group_may_decay() -> None:
+def test_group_does_not_decay_what_the_decay_pattern_excludes() -> None:
     groups = (Group("layer", weight_decay=2.0),)
-    still = jax.tree.map(np.zeros_like, START)
-    [after] = run(SGD(0.1, weight_decay=0.5, groups=groups), [still])
+    zeros = jax.tree.map(np.zeros_like, START)
+    [after] = run(SGD(0.1, weight_decay=0.5, groups=groups), [zeros])
     np.testing.assert_allclose(after["layer"]["kernel"], 0.9 * START["layer"]["kernel"], rtol=1e-12)
     np.testing.assert_array_equal(after["layer"]["bias"], START["layer"]["bias"])
 
 
-def test_what_is_frozen_adds_nothing_to_the_clipped_norm() -> None:
+def test_frozen_parameters_do_not_count_in_the_clipped_norm() -> None:
     kernel, bias = GRADS[0]["layer"]["kernel"], GRADS[0]["layer"]["bias"]
     limit = float(np.linalg.norm(bias)) / 2
     huge = {"layer": {"kernel": 1e6 * kernel, "bias": bias}}
@@ -273,7 +273,7 @@ def test_what_is_frozen_adds_nothing_to_the_clipped_norm() -> None:
         np.testing.assert_array_equal(after["layer"]["kernel"], START["layer"]["kernel"])
 
 
-def test_what_stands_still_gathers_no_momentum_even_from_gradients_that_are_not_finite() -> None:
+def test_frozen_parameters_get_no_momentum_even_from_non_finite_gradients() -> None:
     groups = (Group("kernel", lr=0.0), Group("bias", until=0.1))
     tx = SGD(0.1, momentum=0.5, weight_decay=0.3, decay="", groups=groups).build(10)
     params, state = START, tx.init(START)
@@ -311,7 +311,7 @@ def test_without_groups_state_and_numbers_are_those_of_the_chain(cls: Any) -> No
 
 
 @pytest.mark.parametrize("steps", [3, 476])
-def test_until_counts_in_updates_of_the_run(steps: int) -> None:
+def test_until_is_a_fraction_of_the_updates_of_the_run(steps: int) -> None:
     ones = jax.tree.map(np.ones_like, START)
     tx = SGD(1.0, groups=(Group("bias", until=3 / 9.9),)).build(steps)
     update, state, moved = jax.jit(tx.update), tx.init(START), []
@@ -325,24 +325,27 @@ def test_until_counts_in_updates_of_the_run(steps: int) -> None:
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ((Group("kernle"),), "no parameter's path has 'kernle' in it: there are layer/bias, layer/kernel"),
-        ((Group("layer"), Group("bias")), "every parameter that 'bias' finds belongs to a group before it"),
-        ((Group("bias"), Group("bias", lr=2.0)), "belongs to a group before it"),
+        ((Group("kernle"),), "'kernle' matches no parameter's path; the paths are layer/bias, layer/kernel"),
+        ((Group("layer"), Group("bias")), "every parameter that 'bias' matches belongs to an earlier group"),
+        ((Group("bias"), Group("bias", lr=2.0)), "belongs to an earlier group"),
     ],
 )
-def test_group_of_no_parameter_is_refused_when_the_state_is_made(groups: Any, message: str) -> None:
+def test_group_without_parameters_is_refused_by_init(groups: Any, message: str) -> None:
     with pytest.raises(InputError, match=message) as raised:
         jax.eval_shape(SGD(0.1, groups=groups).build().init, START)
     assert "\n" not in str(raised.value)
 
 
 def test_unmatched_group_shows_only_a_few_of_many_paths() -> None:
-    with pytest.raises(InputError, match=r"there are ([a-z0-9]+/[a-z0-9/]+(, | and )){4}2 more$"):
+    with pytest.raises(InputError, match=r"the paths are ([a-z0-9]+/[a-z0-9/]+(, | and )){4}2 more$"):
         SGD(0.1, groups=(Group("x"),)).build().init(NETWORK)
 
 
 REFUSED = {
-    "group of a broken pattern": (lambda: Group("("), "optimizer.groups path='\\(' is no regular expression"),
+    "group of a broken pattern": (
+        lambda: Group("("),
+        "optimizer.groups path='\\(' is not a regular expression",
+    ),
     "group of a negative rate": (lambda: Group("a", lr=-1.0), "must not be negative"),
     "group of a negative decay": (lambda: Group("a", weight_decay=-1.0), "must not be negative"),
     "group beyond the end": (lambda: Group("a", until=1.1), "in \\[0, 1\\]"),
@@ -351,7 +354,7 @@ REFUSED = {
     "one group alone": (lambda: SGD(0.1, groups=Group("a")).build(), "a tuple of optim.Group"),
     "groups of text": (lambda: AdamW(groups=("a",)).build(), "a tuple of optim.Group"),
     "decay of Adam": (lambda: Adam(groups=(Group("a", weight_decay=2.0),)).build(), "use AdamW"),
-    "meeting never": (lambda: Lookahead(every=0), "lookahead.every is 0"),
+    "averaging never": (lambda: Lookahead(every=0), "lookahead.every is 0"),
     "slow weights that grow": (lambda: Lookahead(decay=1.1), "lookahead.decay is 1.1"),
     "decay that falls": (lambda: Lookahead(power=-1.0), "lookahead.power"),
     "momentum of 1": (lambda: SGD(0.1, momentum=1.0).build(), "optimizer.momentum is 1.0"),
@@ -359,7 +362,7 @@ REFUSED = {
     "negative rate": (lambda: SGD(-0.1).build(), "optimizer.lr is -0.1"),
     "b1 of 1": (lambda: Adam(b1=1.0).build(), "optimizer.b1"),
     "b2 of 1": (lambda: AdamW(b2=1.0).build(), "optimizer.b2"),
-    "schedule without a length": (lambda: SGD(OneCycle(0.1)).build(), "lr=OneCycle depends on the run's"),
+    "schedule without a length": (lambda: SGD(OneCycle(0.1)).build(), "lr=OneCycle needs the length"),
     "warm-up of a whole run": (lambda: Linear(0.1, warmup=1.0).build(10), "lr.warmup is 1.0"),
     "negative warm-up": (lambda: Constant(0.1, warmup=-0.1).build(10), "lr.warmup"),
     "average of nothing": (lambda: EMA(decay=1.0), "ema.decay is 1.0"),
@@ -368,7 +371,7 @@ REFUSED = {
     "clip of 0, which would never move": (lambda: AdamW(clip=0.0).build(), "clip"),
     "negative decay": (lambda: SGD(0.1, weight_decay=-0.1).build(), "weight_decay"),
     "negative peak": (lambda: SGD(OneCycle(-0.1)).build(10), "peak"),
-    "nesterov without momentum": (lambda: SGD(0.1, nesterov=True).build(), "nesterov needs a momentum"),
+    "nesterov without momentum": (lambda: SGD(0.1, nesterov=True).build(), "nesterov needs momentum"),
     "broken pattern": (lambda: SGD(0.1, weight_decay=0.1, decay="(").build(), "decay"),
 }
 
@@ -407,7 +410,7 @@ def test_ema_starts_as_a_copy_that_donation_cannot_share() -> None:
     assert donate(state).extra["ema"]["params"]["w"] == 1.0
 
 
-def test_evaluation_uses_the_average_where_there_is_one() -> None:
+def test_evaluation_uses_the_ema_if_there_is_one() -> None:
     def apply(params: Any, extra: Any, batch: Any, *, train: bool, key: Any) -> Any:
         return params["w"] * 100 + extra["batch_stats"]["mean"], extra
 
@@ -430,7 +433,9 @@ def test_evaluation_uses_the_average_where_there_is_one() -> None:
 # --- lookahead
 
 
-def looked(config: Lookahead, total: int, moves: list[Any], weight: float = 1.0, mean: float = 2.0) -> Any:
+def run_lookahead(
+    config: Lookahead, total: int, moves: list[Any], weight: float = 1.0, mean: float = 2.0
+) -> Any:
     """States after every step of a run in which each step adds its moves to weights and statistics."""
     stage = config.build(total)
 
@@ -451,9 +456,9 @@ MOVES = [(float(a), float(b)) for a, b in RNG.normal(size=(15, 2))]
 
 @pytest.mark.parametrize("total", [13, 15])
 @pytest.mark.parametrize("config", [Lookahead(), Lookahead(4, 0.8, 1.0), Lookahead(1, 0.5, 0.0)])
-def test_lookahead_is_its_recipe(config: Lookahead, total: int) -> None:
+def test_lookahead_equals_its_definition(config: Lookahead, total: int) -> None:
     slow, fast = np.array([1.0, 2.0]), np.array([1.0, 2.0])
-    states, _ = looked(config, total, MOVES[:total])
+    states, _ = run_lookahead(config, total, MOVES[:total])
     for t, (state, move) in enumerate(zip(states, MOVES, strict=False), start=1):
         fast = fast + move
         if t % config.every == 0:
@@ -463,27 +468,27 @@ def test_lookahead_is_its_recipe(config: Lookahead, total: int) -> None:
         if t == total:
             fast = slow
         found = [state.params["w"], state.extra["batch_stats"]["mean"]]
-        kept = state.extra["lookahead"]
+        stored = state.extra["lookahead"]
         np.testing.assert_allclose(found, fast, rtol=1e-5)
-        np.testing.assert_allclose([kept["params"]["w"], kept["batch_stats"]["mean"]], slow, rtol=1e-5)
-        assert state.extra["masks"]["w"] and set(kept) == {"params", "batch_stats"}
+        np.testing.assert_allclose([stored["params"]["w"], stored["batch_stats"]["mean"]], slow, rtol=1e-5)
+        assert state.extra["masks"]["w"] and set(stored) == {"params", "batch_stats"}
 
 
-def test_lookahead_leaves_weights_that_do_not_move_exactly_where_they_are() -> None:
-    states, _ = looked(Lookahead(every=1), 7, [(0.0, 0.0)] * 7, weight=0.1, mean=1 / 3)
+def test_lookahead_leaves_frozen_weights_exactly_unchanged() -> None:
+    states, _ = run_lookahead(Lookahead(every=1), 7, [(0.0, 0.0)] * 7, weight=0.1, mean=1 / 3)
     assert all(s.params["w"] == np.float32(0.1) for s in states)
     assert all(s.extra["batch_stats"]["mean"] == np.float32(1 / 3) for s in states)
 
 
-def test_lookahead_goes_on_from_its_state_exactly() -> None:
-    states, step = looked(Lookahead(), 15, MOVES)
+def test_lookahead_resumes_from_its_state_exactly() -> None:
+    states, step = run_lookahead(Lookahead(), 15, MOVES)
     state = jax.tree.map(jnp.asarray, jax.device_get(states[6]))
     for move in MOVES[7:]:
         state = step(state, move)
     chex.assert_trees_all_equal(state, states[-1])
 
 
-def test_lookahead_between_two_meetings_is_a_branch_that_passes_the_weights_on() -> None:
+def test_lookahead_does_not_touch_the_weights_between_two_averagings() -> None:
     stage = Lookahead().build(10)
     state = stage.init(state_of(1.0, 2.0))
     [branch] = [e for e in jax.make_jaxpr(stage)(state).eqns if e.primitive.name == "cond"]
@@ -502,7 +507,7 @@ def test_lookahead_survives_donation_of_the_state(t: int) -> None:
     assert state.params["w"] == 1.0
 
 
-def test_ema_averages_what_lookahead_leaves() -> None:
+def test_ema_averages_the_weights_after_lookahead() -> None:
     lookahead, ema = Lookahead(every=1, decay=0.5, power=0.0).build(10), EMA(0.5)
     state = ema.init(lookahead.init(state_of(0.0, 0.0)))
     assert set(state.extra["ema"]) == {"params", "batch_stats"}
@@ -511,7 +516,7 @@ def test_ema_averages_what_lookahead_leaves() -> None:
     assert state.extra["lookahead"]["params"]["w"] == 4.0
 
 
-# A base on which every field can be seen, and another value for each field.
+# For each class a config on which every field has an effect, and another value for each field.
 CASES: dict[type, tuple[Any, dict[str, Any]]] = {
     SGD: (
         SGD(0.1, momentum=0.9, weight_decay=0.1, clip=1.0),
@@ -567,7 +572,7 @@ def effect(config: Any) -> Any:
         state = config.init(state_of(1.0, 2.0))
         return config(state.replace(params={"w": jnp.array(5.0)})).extra["ema"]["params"]["w"]
     if isinstance(config, Lookahead):
-        return np.array([s.params["w"] for s in looked(config, 15, MOVES)[0]])
+        return np.array([s.params["w"] for s in run_lookahead(config, 15, MOVES)[0]])
     if isinstance(config, Group):
         rules = (dataclasses.replace(config, lr=3.0), Group("")) if config.path != "kernel" else (config,)
         return effect(SGD(0.1, momentum=0.9, weight_decay=0.5, groups=rules))
@@ -582,7 +587,7 @@ def test_every_field_changes_the_result(cls: type, field: str) -> None:
     )
 
 
-def test_every_config_is_in_the_table() -> None:
+def test_every_config_has_a_case() -> None:
     members = inspect.getmembers(optim, dataclasses.is_dataclass)
     mine = {cls for _, cls in members if cls.__module__.startswith(optim.__name__)}
     assert mine - {optim.Schedule, optim.LossScale} == set(CASES)  # test_precision.py has the latter

@@ -34,7 +34,7 @@ def mesh(request, mesh1, mesh8):
 @pytest.mark.parametrize("placement", ["device", "stream"])
 @pytest.mark.parametrize("n", cases.SIZES)
 def test_images(n, placement, mesh):
-    values, params = cases.found(cases.make("images", n, mesh, placement))
+    values, params = cases.run_evaluation(cases.make("images", n, mesh, placement))
     cases.check("images", n, values, params)
     assert values["counts"].sum() == n
 
@@ -42,7 +42,7 @@ def test_images(n, placement, mesh):
 @pytest.mark.parametrize("kind", cases.KINDS[1:])
 def test_tokens_and_numbers(kind, mesh):
     """Figures that are a mean over more than examples: over tokens, and over the elements of a target."""
-    values, params = cases.found(cases.make(kind, N, mesh, "stream"))
+    values, params = cases.run_evaluation(cases.make(kind, N, mesh, "stream"))
     cases.check(kind, N, values, params)
 
 
@@ -94,7 +94,7 @@ def test_padding_values_are_ignored(kind, mesh):
     split = program.evals["test"]
     poisoned = dataclasses.replace(split, loader=Poisoned(split.loader))
     assert np.isnan(poisoned.loader.batch(1).get("image", np.nan)).sum() > 0
-    _, params = cases.found(program)
+    _, params = cases.run_evaluation(program)
     values = evaluate(dataclasses.replace(program, evals={"test": poisoned}), program.init(), "test", Plain())
     program.close()
     cases.check(kind, N, values, params)

@@ -103,14 +103,14 @@ def test_one_branch_of_cond_counts():
 def test_cudnn_attention_counts_and_causal_counts_half(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    monkeypatch.setattr(kernels, "capability", lambda: (9, 0))
+    monkeypatch.setattr(kernels, "lowest_capability", lambda: (9, 0))
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_200)
-    kernels._jax_refuses.cache_clear()
+    kernels._jax_refusal.cache_clear()
     q = jax.ShapeDtypeStruct((2, 24, 3, 64), jnp.bfloat16)
     for causal, pairs in ((False, 24 * 24), (True, 24 * 25 // 2)):
         total = lambda q: kernels.attend(q, q, q, causal).astype(jnp.float32).sum()  # noqa: B023, E731
         assert flops_of(jax.jit(jax.value_and_grad(total)).trace(q)) == 12 * 2 * 3 * 64 * pairs
-    kernels._jax_refuses.cache_clear()
+    kernels._jax_refusal.cache_clear()
 
 
 # --- a GPT's formula

@@ -375,7 +375,7 @@ def test_sources_that_are_empty_or_fail_are_one_line(mesh1):
         ({"loss": None}, "loss is None: it must be a function"),
         ({"batch": "64"}, "batch is '64': it must be an int"),
         ({"epochs": True}, "epochs is True: it must be a number"),
-        ({"optimizer": optax.adam(1e-2)}, "whose settings the run could not record"),
+        ({"optimizer": optax.adam(1e-2)}, "whose settings cannot be recorded"),
         ({"train": 3}, "train is 3: it must have __len__ and gather"),
     ],
 )
