@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,10 @@ TIERS = ("default", "full", "nightly")
 TIER = os.environ.get("JAXTRAIN_TEST_TIER", "default")  # set by scripts/test --full and --nightly
 FULL = TIER != "default"
 os.environ["NO_COLOR"] = "1"
+os.environ["COLUMNS"] = "100"
+# In a shell's background, or under nohup, signals are ignored, and a child process inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
 if not GPU:
     os.environ["JAX_PLATFORMS"] = "cpu"
 

@@ -50,7 +50,7 @@ class Request:
 
 
 @contextlib.contextmanager
-def on_signals(grace: float = GRACE) -> Iterator[Request]:
+def on_signals(grace: float | None = GRACE) -> Iterator[Request]:
     """Turn SIGINT and SIGTERM into a request to stop, within the block.
 
     A second signal raises ``SecondSignal``, a KeyboardInterrupt. If the block has not ended ``grace`` seconds
@@ -58,7 +58,7 @@ def on_signals(grace: float = GRACE) -> Iterator[Request]:
     number, whatever it is doing. Outside the main thread signals cannot be caught and no request arrives.
 
     Args:
-      grace: seconds, above 0.
+      grace: seconds, above 0; None never ends the process, as in a notebook.
     """
     request = Request()
     if threading.current_thread() is not threading.main_thread():
@@ -71,17 +71,26 @@ def on_signals(grace: float = GRACE) -> Iterator[Request]:
         request.signum = signum
 
     before: dict[int, Any] = {s: signal.signal(s, handle) for s in STOP_SIGNALS}
+    try:
+        with _deadline(grace) if grace is not None else contextlib.nullcontext():
+            yield request
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def _deadline(grace: float) -> Iterator[None]:
+    """End the process when a signal has come and the block does not end in time."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     thread = threading.Thread(target=_end_in_time, args=(reader, grace), name="signals", daemon=True)
     thread.start()
     try:
-        yield request
+        yield
     finally:
         signal.set_wakeup_fd(woken)
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
         os.close(writer)  # which ends the thread
         thread.join()
         os.close(reader)

@@ -33,7 +33,7 @@ def fit(
     *,
     resume: str = "newest",
     init_from: Sequence[Any] | None = None,
-    grace: float = GRACE,
+    grace: float | None = GRACE,
     hang_after: float | None = None,
     strict: bool = False,
     updates: tuple[int, int] | None = None,
@@ -48,7 +48,7 @@ def fit(
       began: the ``time.perf_counter()`` that wall time is counted from; None is now.
       resume: which checkpoint to resume from (``Checkpoints.restore_or``).
       init_from: ``(source, renames)`` of the parameters to start with (``checkpoint.init_from``).
-      grace: seconds from a signal to the end of the process, at most (``signals.on_signals``).
+      grace: seconds from a signal to the end of the process, at most; None never ends it (``signals.on_signals``).
       hang_after: end the process when no step finishes for this many seconds (``signals.watchdog``).
       strict: a second compilation of the train step is an error, not a warning.
       updates: the first and the last update to profile (``monitor.Trace``); None profiles none.

@@ -37,7 +37,7 @@ class Session:
       resume: which checkpoint to resume from: ``"newest"`` or ``"last-good"``.
       init_from: another run, ``RUN`` or ``RUN:STEP``, whose parameters this one starts from.
       init_map: ``OLD=NEW`` names of its parameters.
-      grace: seconds from a signal to the end of the process, at most.
+      grace: seconds from a signal to the end of the process, at most; None never ends it.
       hang_after: end the process when no step finishes for so many seconds; None never does.
       strict: a second compilation of the train step is an error.
       profile: ``START:STOP`` updates to trace.
@@ -54,7 +54,7 @@ class Session:
     resume: str = "newest"
     init_from: str | None = None
     init_map: Sequence[str] = ()
-    grace: float = GRACE
+    grace: float | None = GRACE
     hang_after: float | None = None
     strict: bool = False
     profile: str | None = None
@@ -94,7 +94,7 @@ def fit(
     Raises:
       InputError: a setting, the data or the folder is wrong; the message is one line.
       RunError: the run failed (NaN, disk, data).
-      Stopped: SIGINT or SIGTERM; the state is saved.
+      Stopped: SIGINT, as a notebook's stop button sends it, or SIGTERM; the state is saved.
 
     >>> import tempfile, jaxtrain
     >>> from jaxtrain import data, losses, models, optim
@@ -114,6 +114,7 @@ def fit(
         mesh=mesh,
         console=make_console(quiet=not multihost.is_process_0()) if console is None else console,
         extend=extend,
+        grace=None,  # the process belongs to the caller
     )
     return run(session, experiment)
 

@@ -83,6 +83,16 @@ def test_a_request_handled_in_time_does_not_end_the_process():
     time.sleep(0.4)  # the deadline has passed outside of the block
 
 
+def test_without_a_grace_period_the_process_is_never_ended():
+    """In a notebook the process is not ours to end: only the second signal's exception is raised."""
+    with pytest.raises(KeyboardInterrupt), on_signals(grace=None) as request:
+        assert "signals" not in [thread.name for thread in threading.enumerate()]
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.signum == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_no_requests_outside_the_main_thread():
     seen = []
 
