@@ -48,7 +48,7 @@ def fit(
       began: the ``time.perf_counter()`` that wall time is counted from; None is now.
       resume: which checkpoint to resume from (``Checkpoints.restore_or``).
       init_from: ``(source, renames)`` of the parameters to start with (``checkpoint.init_from``).
-      grace: seconds from a signal to the end of the process, at most; None never ends it (``signals.on_signals``).
+      grace: seconds from a signal to the end of the process (``signals.on_signals``); None never ends it.
       hang_after: end the process when no step finishes for this many seconds (``signals.watchdog``).
       strict: a second compilation of the train step is an error, not a warning.
       updates: the first and the last update to profile (``monitor.Trace``); None profiles none.
