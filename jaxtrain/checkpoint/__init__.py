@@ -7,7 +7,6 @@ committed. Nothing else imports orbax.
 from jaxtrain.checkpoint.manifest import CheckpointInfo, CorruptCheckpointError
 from jaxtrain.checkpoint.store import Checkpoints, open, space
 from jaxtrain.checkpoint.warm_start import arrays, check_init_from, init_from
-from jaxtrain.core.files import write_json
 
 __all__ = [
     "CheckpointInfo",
@@ -18,5 +17,4 @@ __all__ = [
     "init_from",
     "open",
     "space",
-    "write_json",
 ]
