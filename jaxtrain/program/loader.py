@@ -199,7 +199,7 @@ class Streamed:
         except Exception as error:  # a user's own source, or a disk that is gone: anything may come out
             raise RunError(
                 f"{type(self._batches.source).__name__}.gather failed at batch {step + 1}: "
-                f"{type(error).__name__}: {first_line(error)}; earlier checkpoints are kept: mend the "
+                f"{type(error).__name__}: {first_line(error)}; earlier checkpoints are kept: fix the "
                 "data, then run the same command again (--debug shows where)"
             ) from error
 

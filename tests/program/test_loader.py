@@ -144,7 +144,7 @@ def test_failing_source_ends_the_run_with_one_line_and_its_cause(mesh1: Any) -> 
         def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
             raise OSError("disk is gone")
 
-    line = r"^Broken\.gather failed at batch 4: OSError: disk is gone; earlier checkpoints are kept: mend"
+    line = r"^Broken\.gather failed at batch 4: OSError: disk is gone; earlier checkpoints are kept: fix"
     with pytest.raises(RunError, match=line) as error:
         Streamed(Broken(), ORDERS["wrap"], mesh1).batch(3)
     assert isinstance(error.value.__cause__, OSError) and "\n" not in str(error.value)

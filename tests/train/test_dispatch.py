@@ -203,7 +203,7 @@ def test_the_choice_is_part_of_the_run(monkeypatch, tmp_path, capsys):
         assert run.main(words) == 130
     assert "4 updates per compiled call: for a test" in capsys.readouterr().out
     record = run_folder.load(tmp_path / "run")
-    assert record["steps_per_execution"] == 4 and record["dispatch_seconds"] == {"1": 2e-4, "4": 1e-4}
+    assert record["steps_per_execution"] == 4 and record["execution_seconds"] == {"1": 2e-4, "4": 1e-4}
     assert run.main([*words, "--set", "log_every=2"]) == 0  # changes what is recorded of the run
     assert run_folder.load(tmp_path / "run")["steps_per_execution"] == 4 and 4 in seen[1:]
     assert run.main([*words, "--set", "steps_per_execution=2"]) == 2
