@@ -9,7 +9,6 @@ import re
 from jax.sharding import Mesh
 
 from jaxtrain.core.errors import InputError
-from jaxtrain.core.text import size_text  # noqa: F401 - until every user imports it from core
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
