@@ -1,7 +1,7 @@
 """The commands, one module each. Their summaries are here, so that ``--help`` imports no command."""
 
 SUMMARIES = {
-    "run": "train an experiment or resume its run, evaluate and save (also python -m jaxtrain.run)",
+    "run": "train an experiment or resume its run, evaluate and save",
     "plan": "memory, FLOPs and communication of a run, and which meshes fit, without running it",
     "verify": "check that a killed run resumes bit-for-bit, or that two meshes train the same",
     "prepare": "download a data set, or import its files with --from",

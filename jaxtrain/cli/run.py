@@ -60,7 +60,8 @@ def make_parser() -> command_line.Parser:
         "--hang-after",
         type=float,
         metavar="SECONDS",
-        help="if no step finishes for this long, compilation included, print all stacks and exit with 3",
+        help="if no step finishes for this long, compilation included, write the stacks of all threads to "
+        "hang-N.txt in the run's folder and exit with 3",
     )
     parser.add_argument("--smoke", action="store_true", help="two steps, an evaluation, a save and a restore")
     parser.add_argument(
@@ -69,7 +70,8 @@ def make_parser() -> command_line.Parser:
     parser.add_argument(
         "--profile",
         metavar="START:STOP",
-        help="trace these updates for TensorBoard and Perfetto, and print where their time went",
+        help="trace updates START to STOP (from 1, both included) for TensorBoard and Perfetto, and print "
+        "where their time went",
     )
     parser.add_argument("--strict", action="store_true", help="fail if the step is compiled a second time")
     return parser

@@ -11,6 +11,7 @@ from jaxtrain.cli import command_line, devices, experiments, flags
 from jaxtrain.core import redact
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.process import cores
+from jaxtrain.core.signals import GRACE
 from jaxtrain.experiment import Experiment
 from jaxtrain.monitor import make_console
 from jaxtrain.sharding import multihost
@@ -78,7 +79,9 @@ def _check_flags(args: argparse.Namespace) -> None:
     if args.smoke and args.profile:
         raise InputError("--smoke does not profile: leave out --profile")
     if args.extend and not args.workdir and not args.smoke:
-        raise InputError("--extend resumes a run of another length: give its folder with --workdir")
+        raise InputError(
+            "--extend needs --workdir: the default folder's name changes with the number of epochs"
+        )
 
 
 def _folder(name: str, experiment: Experiment, args: argparse.Namespace) -> RunFolder:
@@ -107,6 +110,8 @@ def resume_command(args: argparse.Namespace, folder: Path) -> str:
     if args.overfit is not None:
         words += ["--overfit", str(args.overfit)]
     words += flags.typed_flags(args)
+    words += [] if args.hang_after is None else ["--hang-after", f"{args.hang_after:g}"]
+    words += [] if args.grace == GRACE else ["--grace", f"{args.grace:g}"]
     words += [] if args.profile is None else ["--profile", args.profile]
     words += [flag for flag, on in (("--extend", args.extend), ("--strict", args.strict)) if on]
     return shlex.join([*words, "--workdir", str(folder)])

@@ -36,7 +36,7 @@ class State:
     ``jax.eval_shape``, donation and checkpoints need no special cases.
 
     Attributes:
-      step: int32 scalar, the number of updates applied so far.
+      step: int32 scalar, the number of batches consumed, skipped updates included.
       params: what the optimizer updates.
       extra: named pytrees that are not optimized: ``batch_stats``, ``ema``, ...
       opt_state: the optax state.

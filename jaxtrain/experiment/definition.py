@@ -86,7 +86,8 @@ class Experiment:
       log_every: steps between log lines; int, at least 1.
       save_every: epochs between checkpoints, above 0; may be fractional.
       max_to_keep: number of latest checkpoints to keep, at least 1, in addition to the best one.
-      max_in_flight: steps that may be queued on the device, at least 1.
+      max_in_flight: compiled calls, each of ``steps_per_execution`` updates, that may be queued on the
+        device; at least 1.
       max_loss_spike: end the run when the loss exceeds this many times its running average over about 50
         steps; above 1, and needs ``guard``. None: no limit.
       rules: how to shard parameters over the mesh, as a tuple of ``sharding.Rule``, where the built-in rules

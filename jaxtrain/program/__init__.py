@@ -1,4 +1,4 @@
-"""An experiment assembled on a mesh: its data opened, its values checked, its functions ready to compile."""
+"""An experiment assembled on a mesh: open data, checked values, jitted steps."""
 
 from jaxtrain.program.assembly import abstract_state, assemble
 from jaxtrain.program.cadence import Cadence

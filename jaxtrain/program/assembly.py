@@ -1,4 +1,4 @@
-"""Assemble an experiment on a mesh: data opened and checked, functions built; XLA compiles on first use."""
+"""Assemble an experiment on a mesh: open and check its data, build and trace its jitted steps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def assemble(
     mesh: Mesh,
     metrics_fn: Callable[[Any, Batch], Metrics] | None = None,
 ) -> Program:
-    """Open the data and build the functions of ``experiment``; nothing is compiled or computed yet.
+    """Open and check the data of ``experiment``, and build and trace its jitted steps.
+
+    Small data sets are copied to the devices. Each step is compiled at its first call. Call ``Program.close()``
+    when done: loaders may have started threads or processes.
 
     Args:
       experiment: what to run.

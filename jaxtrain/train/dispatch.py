@@ -1,7 +1,7 @@
 """Dispatching updates: one or several per compiled call, with a bounded number of calls in flight.
 
-Starting a program costs the host tens of microseconds, more than a small step computes. ``step.scan_steps``
-makes one program of several updates; ``autotune`` measures whether that is faster.
+Dispatching a compiled call costs the host tens of microseconds, which can be longer than a short step takes.
+``step.scan_steps`` puts several updates in one call; ``autotune`` measures whether that is faster.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from jaxtrain.train.recompile import OneCompile
 class InFlight:
     """Bounds the calls queued on the device by reading the metrics of an earlier one.
 
-    Waiting for call k - 2 costs nothing, and an unbounded queue of programs with collectives deadlocks.
-    Nothing else in a run reads a metric.
+    By default it waits for the call before last, so the device always has work. Without a bound, queued
+    programs with collectives can deadlock on CPU devices. The training loop reads metrics nowhere else.
 
     Args:
       most: calls that may be unfinished.

@@ -1,7 +1,7 @@
-"""What a run's numbers depend on apart from its settings: versions, code, cores, XLA flags; and what changed.
+"""Record what a run's results depend on besides its settings: versions, code, cores, XLA flags.
 
-The record goes into ``config.json``. A resumed run compares it with the present and prints a line for each
-difference, because none of these is a setting that could be refused.
+The record goes into ``config.json``. A resumed run compares it with the current environment and prints a line
+per difference; it refuses nothing, because these are not settings.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
 
 
 def record() -> dict[str, Any]:
-    """Versions and the git commit of the current folder, for ``config.json``."""
+    """Return the versions and the git commit of the current folder, for ``config.json``."""
     return {"versions": _versions(), "git": _git_commit()}
 
 
@@ -63,12 +63,18 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     names = [name for name in ("xla_flags", "cores") if name in bits and name in bits_now]
     if found := _differences({n: bits[n] for n in names}, bits_now):
         lines.append(f"{found}: from here on the bits are not those of an uninterrupted run")
+    parts = {name: before[name] for name in ("mesh", "devices") if before.get(name)}
+    if any(now.get(name, parts[name]) != parts[name] for name in parts):
+        lines.append(
+            "the run started on another mesh or other devices: from here on the bits are not those of an "
+            "uninterrupted run"
+        )
     if found := _differences(before.get("versions") or {}, _versions(), str):
         lines.append(f"{found}: from here on numbers may differ from those of an uninterrupted run")
     if before.get("file") and now.get("file") and before["file"] != now["file"]:
         lines.append(
-            f"{now['origin']} has changed since this run began, and its settings have not: what code in it "
-            "does may differ from here on"
+            f"{now['origin']} has changed since this run started, its settings have not: its code may "
+            "behave differently from here on"
         )
     return lines
 

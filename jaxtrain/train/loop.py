@@ -1,4 +1,4 @@
-"""fit() and evaluate(): the only owners of the state, and of input and output between steps."""
+"""The training loop and the evaluation loop: dispatch updates, read their metrics, evaluate, save, stop."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _restore_or_init(
     init_from: Sequence[Any] | None,
     console: Console,
 ) -> tuple[State, int]:
-    """The state to train from and its step: a checkpoint's, or a new one and 0."""
+    """Restore a checkpoint, or initialise the state; returns the state and its step."""
     saved.clean()
 
     def init() -> State:
@@ -122,7 +122,9 @@ def _restore_or_init(
     state, start = saved.restore_or(init, program.abstract_state, resume)
     recorded = 0 if start else folder.recorded_steps()
     if recorded:
-        console.note(f"there are records to step {recorded} and no checkpoint: starting again from step 1")
+        console.note(
+            f"metrics.jsonl reaches step {recorded} and there is no checkpoint: starting from the beginning"
+        )
     batch = f"global batch {program.experiment.batch}"
     if start:
         console.note(f"resuming at step {start}/{program.steps} ({batch})")
@@ -143,7 +145,7 @@ def _train(
     strict: bool = False,
     trace: monitor.Trace = monitor.OFF,
 ) -> State:
-    """The loop. The order is fixed: evaluate, then save what the evaluation chose, then stop."""
+    """Run the training loop. The order is fixed: evaluate, then save what the evaluation chose, then stop."""
     in_flight, votes = InFlight(program.experiment.max_in_flight), multihost.StopVotes()
     metrics_consumer = MetricsConsumer(start, BadUpdateMonitor(program, folder, console.note), record)
     dispatch = Dispatch(program, console.note, strict, trace.mark)
@@ -218,7 +220,7 @@ def _evaluate_mid_run(
 
 
 def evaluate(program: Program, state: State, split: str, console: Console) -> dict[str, Any]:
-    """Metrics of ``state`` over every example of ``split`` (``"valid"`` or ``"test"``), each counted once."""
+    """Evaluate ``state`` on ``split`` (``"valid"`` or ``"test"``), each example once; returns the metrics."""
     part = program.evals[split]
     in_flight = InFlight(program.experiment.max_in_flight)
     rows = []

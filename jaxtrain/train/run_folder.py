@@ -1,4 +1,4 @@
-"""A run's folder: what it is called, whose it is, and what it records about itself."""
+"""A run's folder: its default path, its ``config.json`` and ``result.json``, and its lock."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def default_folder(name: str, experiment: Experiment) -> Path:
 def _on_process_0(
     method: Callable[Concatenate[RunFolder, P], T],
 ) -> Callable[Concatenate[RunFolder, P], T]:
-    """Let process 0 do it; every process returns its answer or raises its error."""
+    """Call the method on process 0; every process returns its result or raises its error."""
 
     @functools.wraps(method)
     def call(self: RunFolder, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -64,7 +64,7 @@ class RunFolder:
 
     @property
     def has_run(self) -> bool:
-        """Does the folder hold a run, as this process sees it?"""
+        """Whether ``config.json`` exists, as this process sees it."""
         return (self.path / "config.json").exists()
 
     @_on_process_0
@@ -90,7 +90,7 @@ class RunFolder:
         Args:
           name: the experiment's name.
           experiment: what is to be run.
-          record: JSON stored next to the config (origin, overrides, devices).
+          record: further entries of ``config.json`` (origin, overrides, devices).
           extend: allow a longer run although the schedule depends on the length.
 
         Raises:
@@ -157,14 +157,15 @@ class RunFolder:
           InputError: the run started from something else; or there are renames without a source.
         """
         if renames and source is None:
-            raise InputError("--init-map renames what --init-from reads: give that too")
+            raise InputError("--init-map needs --init-from, whose parameters it renames")
         asked = None if source is None else [source, list(renames)]
         recorded = load(self.path).get("init_from") if self.has_run else None
         if not any(self.path.glob("checkpoints/*/manifest.json")):
             return asked or recorded
         if asked is not None and asked != recorded:
+            start = f"with --init-from {recorded[0]}" if recorded else "without --init-from"
             raise InputError(
-                f"{self.path} holds a run that started from {recorded[0] if recorded else 'no --init-from'}: "
+                f"{self.path} holds a run that started {start}: "
                 "choose another --workdir, or start a fresh run with --new"
             )
         return None if recorded is None else list(recorded)
@@ -197,7 +198,9 @@ def load(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(f"{folder} holds no run (no config.json): give the folder a run printed")
+        raise InputError(
+            f"{folder} holds no run (no config.json): give a run's folder, as printed at its start"
+        )
     try:
         record: dict[str, Any] = json.loads(path.read_text())
         source = record.get("init_from") or ["", []]
@@ -209,7 +212,7 @@ def load(folder: Path) -> dict[str, Any]:
             *source[1],
         ]
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError("it is not as it was written")
+            raise ValueError("a field has the wrong type")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise RunError(f"{path} cannot be read ({error}): restore it from a copy") from error
     return record
@@ -233,7 +236,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _check_same(folder: Path, old: dict[str, str], experiment: Experiment, extend: bool) -> None:
-    """A resumed run may change how it is carried out, or grow longer; nothing else."""
+    """Raise InputError unless a run differs only in operational settings, epochs or guard=skip for stop."""
     decides = config_text(experiment, operational=False)
     operational = config_text(experiment).keys() - decides.keys()
     before = {path: value for path, value in old.items() if path not in operational}
@@ -241,14 +244,14 @@ def _check_same(folder: Path, old: dict[str, str], experiment: Experiment, exten
     if longer and (extend or not _depends_on_length(experiment)):
         before["epochs"] = decides["epochs"]
     if (before.get("guard"), decides.get("guard")) == ("'stop'", "'skip'"):
-        before["guard"] = decides["guard"]  # nothing was skipped so far: a run that skips had been the same
+        before["guard"] = decides["guard"]  # nothing was skipped so far: guard=skip gives the same run
     difference = first_difference(before, decides)
     if difference is None:
         return
     path, was, now = difference
     fix = "choose another --workdir, or start a fresh run with --new"
     if path == "epochs" and longer:
-        fix = "what it does depends on its length: --extend resumes it with the longer schedule"
+        fix = "its schedule depends on the number of epochs: --extend resumes it with the longer schedule"
     raise InputError(f"{folder} holds another run: {path} is {was} there and {now} here; {fix}")
 
 

@@ -1,4 +1,4 @@
-"""One run from an experiment to its result: the folder acquired, the checks made, then ``loop.fit``."""
+"""Run an experiment from start to result: check it, acquire its folder, then call ``loop.fit``."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Session:
       folder: the run's folder.
       mesh: its devices.
       console: shows progress to a person.
-      record: JSON stored next to the config, such as where the experiment came from.
-      deterministic: nothing that is measured may decide anything.
-      extend: allow more epochs although the schedule depends on their number.
+      record: further entries of ``config.json``, such as where the experiment came from.
+      deterministic: do not choose settings by timing.
+      extend: allow more epochs than the run started with when that changes its schedule.
       resume: which checkpoint to resume from: ``"newest"`` or ``"last-good"``.
       init_from: another run, ``RUN`` or ``RUN:STEP``, whose parameters this one starts from.
       init_map: ``OLD=NEW`` names of its parameters.
@@ -58,10 +58,10 @@ class Session:
     hang_after: float | None = None
     strict: bool = False
     profile: str | None = None
-    resume_command: str = "the same call"
+    resume_command: str = "the same call of jaxtrain.fit"
 
     def acquire(self, experiment: Experiment, record: dict[str, Any]) -> None:
-        """Make the folder this run's, or check that it is."""
+        """Create the run's folder, or raise InputError if it contains another run."""
         self.folder.acquire(self.name, experiment, record, self.extend)
 
 
@@ -72,6 +72,8 @@ def fit(
     mesh: Mesh | None = None,
     name: str = "experiment",
     extend: bool = False,
+    init_from: str | Path | None = None,
+    resume: str = "newest",
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train ``experiment``, evaluate it and return its result; resumes where ``folder`` holds the run.
@@ -84,7 +86,9 @@ def fit(
       folder: the run's folder; None is ``runs/NAME/HASH-seedS``.
       mesh: the devices (``jaxtrain.sharding.make_mesh``); None is data parallelism over all of them.
       name: the experiment's name, for the folder and the records.
-      extend: allow more epochs than the run began with although the schedule depends on their number.
+      extend: allow more epochs than the run started with when that changes its schedule.
+      init_from: folder of another run, whose parameters this one starts from; ``RUN:STEP`` names a step.
+      resume: ``"newest"`` checkpoint, or ``"last-good"`` to move corrupt ones aside.
       console: where progress is shown; None is a progress bar on a terminal or in a notebook, else lines.
 
     Returns:
@@ -114,6 +118,8 @@ def fit(
         mesh=mesh,
         console=make_console(quiet=not multihost.is_process_0()) if console is None else console,
         extend=extend,
+        init_from=None if init_from is None else str(init_from),
+        resume=resume,
         grace=None,  # the process belongs to the caller
     )
     return run(session, experiment)
@@ -129,6 +135,7 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
     capacity.check_folder(folder.path)
     record = {
         "origin": session.name,
+        "overrides": [],
         **session.record,
         "devices": [device.device_kind for device in mesh.devices.flat],
         "mesh": dict(mesh.shape),
@@ -142,23 +149,41 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
     if existing is not None:  # another run is refused before any data is opened
         session.acquire(experiment, record)
     program = assemble(experiment, mesh)
-    updates = monitor.parse_window(session.profile, program.steps)
-    result = folder.result(program.steps)
-    console.note(
-        f"{session.name} in {folder} on {sharding.describe_mesh(mesh)}, batch {_batch_text(experiment, mesh)}"
-    )
+    try:
+        result = _run_program(session, program, record, source, existing, notes, began)
+    finally:
+        console.end()
+        program.close()
+    _show_summary(session, result)
+    return result
+
+
+def _run_program(
+    session: Session,
+    program: Program,
+    record: dict[str, Any],
+    source: Sequence[Any] | None,
+    existing: dict[str, Any] | None,
+    notes: Sequence[str],
+    began: float,
+) -> dict[str, Any]:
+    """The result of a finished run, or of training now."""
+    console, experiment, mesh = session.console, program.experiment, session.mesh
+    profile_window = monitor.parse_window(session.profile, program.steps)
+    result = session.folder.result(program.steps)
+    where = f"{session.name} in {session.folder} on {sharding.describe_mesh(mesh)}"
+    console.note(f"{where}, batch {_batch_text(experiment, mesh)}")
     for note in (*program.notes, *(notes if result is None else ())):
         console.note(note)
     if result is None:
         program = _prepare(session, program, record, source, existing)
-        result = _train(session, program, source, updates, began)
-    else:
-        console.note(
-            f"this run is finished{_mesh_note(existing)}; --new starts another, --extend a longer one"
-        )
-        if updates:
-            console.note(f"--profile {session.profile}: nothing to profile, no update is left")
-    _show_summary(session, result)
+        return _train(session, program, source, profile_window, began)
+    console.note(
+        f"this run is finished{_mesh_note(existing)}: to train again use --new, or more epochs with --extend "
+        "--workdir DIR (in jaxtrain.fit: another folder, or extend=True)"
+    )
+    if profile_window:
+        console.note(f"--profile {session.profile}: nothing to profile, no update is left")
     return result
 
 
@@ -187,10 +212,10 @@ def _train(
     session: Session,
     program: Program,
     source: Sequence[Any] | None,
-    updates: tuple[int, int] | None,
+    profile_window: tuple[int, int] | None,
     began: float,
 ) -> dict[str, Any]:
-    """The result of ``loop.fit``, with the folder locked."""
+    """Run ``loop.fit`` with the folder locked."""
     try:
         with session.folder.locked():
             return loop.fit(
@@ -204,13 +229,10 @@ def _train(
                 grace=session.grace,
                 hang_after=session.hang_after,
                 strict=session.strict,
-                updates=updates,
+                updates=profile_window,
             )
     except Stopped as stopped:
         raise Stopped(f"{stopped}; resume with: {session.resume_command}", stopped.signum) from None
-    finally:
-        session.console.end()
-        program.close()
 
 
 def _show_summary(session: Session, result: dict[str, Any]) -> None:
@@ -230,7 +252,7 @@ def _show_summary(session: Session, result: dict[str, Any]) -> None:
 
 
 def _speed_text(result: dict[str, Any]) -> str:
-    """``1,234 examples/s, 56,789 tokens/s, MFU 41.2 % (peak from the table)``, as far as it is known."""
+    """``1,234 examples/s, 56,789 tokens/s, MFU 41.2 % of 312 TFLOP/s (table)``, as far as it is known."""
     parts = [
         f"{result[f'{unit}_per_second']:,.0f} {unit}/s"
         for unit in ("examples", "tokens")
@@ -244,8 +266,8 @@ def _speed_text(result: dict[str, Any]) -> str:
 
 def _batch_text(experiment: Experiment, mesh: Mesh) -> str:
     each = experiment.batch // sharding.batch_parts(mesh)
-    parts = f", in {experiment.accumulate} parts" if experiment.accumulate > 1 else ""
-    return f"{experiment.batch} ({each} a device{parts})"
+    parts = f", in {experiment.accumulate} microbatches" if experiment.accumulate > 1 else ""
+    return f"{experiment.batch} ({each} per device{parts})"
 
 
 def _mesh_note(record: dict[str, Any] | None) -> str:

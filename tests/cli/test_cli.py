@@ -282,7 +282,7 @@ def test_resuming_warns_of_changed_versions_and_code(tmp_path):
     (folder / "metrics.jsonl").write_text('{"step": 5}\n{"step": 10}\n{"step": 1')
     assert RunFolder(folder).recorded_steps() == 10
     assert versions.startswith(f"jax was 0.1 and is {jax.__version__}: from here on numbers may differ")
-    assert changed.startswith(f"{file} has changed since this run began")
+    assert changed.startswith(f"{file} has changed since this run started")
 
 
 def test_list_long_starts_no_backend_and_imports_nothing_heavy(python):

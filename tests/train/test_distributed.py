@@ -96,7 +96,7 @@ def moved(tmp_path_factory):
 def test_a_run_moves_between_two_processes_and_one(moved, tmp_path):
     folder, first, again = moved
     assert (first.returncode, again.returncode) == (0, 0), first.stderr + again.stderr
-    assert "8 × cpu (data=2,fsdp=4), 2 processes, batch 16 (2 a device)" in first.stdout
+    assert "8 × cpu (data=2,fsdp=4), 2 processes, batch 16 (2 per device)" in first.stdout
     assert "[0] resuming at step 30/40" in again.stdout
     assert json.loads((folder / "run" / "result.json").read_text())["resumed_from"] == 30
 
