@@ -30,8 +30,8 @@ def assemble(
 ) -> Program:
     """Open and check the data of ``experiment``, and build and trace its jitted steps.
 
-    Small data sets are copied to the devices. Each step is compiled at its first call. Call ``Program.close()``
-    when done: loaders may have started threads or processes.
+    Small data sets are copied to the devices. Each step is compiled at its first call. Call
+    ``Program.close()`` when done: loaders may have started threads or processes.
 
     Args:
       experiment: what to run.
