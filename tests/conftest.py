@@ -9,17 +9,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 GPU = os.environ.get("JAXTRAIN_TEST_GPU") == "1"
 TIERS = ("default", "full", "nightly")
 TIER = os.environ.get("JAXTRAIN_TEST_TIER", "default")  # set by scripts/test --full and --nightly
-FULL = TIER != "default"
 os.environ["NO_COLOR"] = "1"
 os.environ["COLUMNS"] = "100"
 # In a shell's background, or under nohup, signals are ignored, and a child process inherits that.
@@ -79,36 +76,27 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests of other tiers, and run the files that take longest first.
+    """Skip the tests of longer tiers, and run the files that take longest first.
 
     GPU tests run only where they are asked for (``JAXTRAIN_TEST_GPU=1``), and then alone.
     """
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
         for tier in TIERS[TIERS.index(TIER) + 1 :]:
-            if item.get_closest_marker(tier):
+            if needs(item, tier):
                 item.add_marker(pytest.mark.skip(reason=f"scripts/test --{tier} runs it"))
         if (item.get_closest_marker("gpu") is not None) != GPU:
             item.add_marker(pytest.mark.skip(reason="JAXTRAIN_TEST_GPU=1 runs the GPU tests, and only them"))
 
 
-def rows(table: Iterable[Any], shown: Mapping[Any, Collection[Any]] | Collection[Any]) -> list[Any]:
-    """Rows for ``parametrize``: the default tier runs ``shown``, the full tier all of them.
+def needs(item: pytest.Item, tier: str) -> bool:
+    """Whether ``item`` runs in ``tier`` and longer ones only.
 
-    Args:
-      table: every row.
-      shown: rows of the default tier; with more than one, each with the rows that it is the witness of.
+    ``mark.full(*witnesses)`` names tests of the default tier that show the same promise. A witness in
+    brackets is a case of the same parametrised test, which stays in the default tier.
     """
-    witness = {row: key for key, rest in shown.items() for row in rest} if isinstance(shown, Mapping) else {}
-    default = next(iter(shown)) if len(shown) == 1 else None
-    marked = []
-    for row in table:
-        if row in shown:
-            marked.append(row)
-        else:
-            name = witness.get(row, default)
-            marked.append(pytest.param(row, marks=pytest.mark.full(f"[{name}]")))
-    return marked
+    _, bracket, case = item.nodeid.partition("[")
+    return any(bracket + case not in mark.args for mark in item.iter_markers(tier))
 
 
 @pytest.fixture(scope="session")

@@ -255,7 +255,8 @@ def test_missing_devices_are_refused(devices: int, capsys: pytest.CaptureFixture
     assert f"--devices {devices}: give 1 to 8, the number of devices" in line and not Path("runs").exists()
 
 
-@pytest.mark.parametrize("devices", [4, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.full("[4]")
+@pytest.mark.parametrize("devices", [4, 1])
 def test_lenet_trains_its_batch_of_4_on_several_devices(devices: int) -> None:
     words = command("cifar_lenet", ("eval_batch=8",), "--devices", str(devices), "--workdir", "r")
     assert run.main(words) == 0

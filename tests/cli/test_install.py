@@ -147,7 +147,7 @@ def test_no_run_commands_name_existing_scripts_and_experiments():
             assert (ROOT / "experiments" / f"{words[words.index('--experiment') + 1]}.py").exists(), line
 
 
-@pytest.mark.parametrize("page", ["README", pytest.param("parallelism", marks=pytest.mark.full)])
+@pytest.mark.parametrize("page", ["README", "parallelism"])
 def test_commands_run_as_written(page, tree, tmp_path):
     """In a copy of the tree with an installed environment; ``scripts/test`` itself is left out."""
     copy = tmp_path / "copy"

@@ -44,7 +44,6 @@ def test_a_killed_run_resumes_bit_for_bit(capfd):
     assert "params       the same: 5 arrays\n" in out and "the same in 6 records" in out
 
 
-@pytest.mark.full
 def test_two_processes_and_another_mesh(capfd):
     words = ["--experiment", TINY, "--steps", "4", "--simulate-devices", "4"]
     assert commands.main(["verify", *words, "--processes", "2"]) == 0
@@ -52,7 +51,6 @@ def test_two_processes_and_another_mesh(capfd):
     assert capfd.readouterr().out.count("verified: equal within 1e-05") == 2
 
 
-@pytest.mark.full
 def test_a_nondeterministic_run_is_found(tmp_path, capfd):
     path = tmp_path / "nondeterministic.py"
     path.write_text(textwrap.dedent(NONDETERMINISTIC))

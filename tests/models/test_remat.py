@@ -72,8 +72,8 @@ def residual_bytes(model: Model, params: Any, extra: Any, batch: Any) -> int:
 
 CASES = [
     ("ResNet", "nothing_saveable"),
-    pytest.param("GPT", "dots_with_no_batch_dims_saveable", marks=pytest.mark.full),
-    pytest.param("UNet", "dots_saveable", marks=pytest.mark.full),
+    ("GPT", "dots_with_no_batch_dims_saveable"),
+    ("UNet", "dots_saveable"),
 ]
 
 

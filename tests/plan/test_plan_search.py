@@ -205,7 +205,7 @@ def command(capsys, *args) -> tuple[str, str]:
     ("widths", "batch", "part", "expected"),
     [
         ((64,), 512, 0.7, "--set accumulate="),
-        pytest.param((128, 256), 8, 0.75, "--mesh fsdp=2", marks=pytest.mark.full),
+        ((128, 256), 8, 0.75, "--mesh fsdp=2"),
     ],
 )
 def test_suggested_change_fits_when_planned(widths, batch, part, expected, mlp, capsys):

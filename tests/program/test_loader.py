@@ -240,7 +240,7 @@ class Drawn:
 
 @pytest.mark.parametrize(
     ("name", "workers"),
-    [("wrap", 0), ("wrap", 2), ("drop", 0), pytest.param("drop", 2, marks=pytest.mark.full)],
+    [("wrap", 0), ("wrap", 2), ("drop", 0), ("drop", 2)],
 )
 def test_training_batches_are_drawn_by_seed_epoch_and_example(name: str, workers: int, mesh1: Any) -> None:
     order = ORDERS[name]

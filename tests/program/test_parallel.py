@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import parallel_cases as cases
 import pytest
-from conftest import rows as chosen
 
 from jaxtrain import models, sharding
 from jaxtrain.core.types import State
@@ -32,11 +31,7 @@ def one_device(name):
         return cases.train(cases.make(name, None), initial(name))
 
 
-TABLE = [
-    pytest.param(name, mesh, marks=() if mesh in first else pytest.mark.full)
-    for name, first in cases.FIRST.items()
-    for mesh in cases.MESHES
-]
+TABLE = [(name, mesh) for name in cases.FIRST for mesh in cases.MESHES]
 
 
 @pytest.mark.parametrize(("name", "mesh"), TABLE)
@@ -88,7 +83,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", chosen(OTHERS, ["bottleneck"]))
+@pytest.mark.parametrize("name", OTHERS)
 def test_gradients_of_every_family_equal_one_device(name):
     """XLA alone computes wrong ones where the kernel of a convolution is sharded over two axes."""
     module, shapes = OTHERS[name]

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import parallel_cases as cases
 import pytest
-from conftest import FULL, ROOT
+from conftest import ROOT
 from test_parallel import one_device
 
 from jaxtrain import checkpoint, sharding
@@ -46,8 +46,10 @@ def launch(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def float64(tmp_path_factory):
-    """The cases' results on two processes."""
+def float64(tmp_path_factory, request):
+    """Results on two processes, of the cases that this tier runs."""
+    items = [item for item in request.session.items if "float64" in getattr(item, "fixturenames", ())]
+    wanted = [item.callspec.params["case"] for item in items if not item.get_closest_marker("skip")]
     folder = tmp_path_factory.mktemp("float64")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -56,7 +58,7 @@ def float64(tmp_path_factory):
     words = list(map(str, [sys.executable, TESTS / "distributed_child.py", port]))
     both = [
         subprocess.Popen(
-            [*words, str(i), str(folder), *CASES, *(MORE if FULL else ())],
+            [*words, str(i), str(folder), *wanted],
             env=env,
             stderr=subprocess.PIPE,
             text=True,
@@ -69,7 +71,7 @@ def float64(tmp_path_factory):
 
 
 @pytest.mark.usefixtures("put_back")
-@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.full) for case in MORE)])
+@pytest.mark.parametrize("case", [*CASES, *MORE])
 def test_two_processes_train_as_one_device(case, float64):
     want, want_ids = one_device(case.split("/")[0])
     got = dict(np.load(float64 / f"{case.replace('/', '-')}.npz"))

@@ -184,7 +184,6 @@ def test_imagenet_resnet50_learns_and_resumes_bit_for_bit_whatever_reads_it(
     assert cut["test"] == test
 
 
-@pytest.mark.full
 def test_imagenet_vit_s16_learns() -> None:
     """RandAugment on the host, Mixup on the device, and a hundredth of the training set to validate on.
 

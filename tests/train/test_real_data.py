@@ -69,7 +69,6 @@ def test_cifar10_is_bit_exact(cifar10_originals: Path, cifar10_dir: Path) -> Non
     assert stock_order("train", 50_000)[:3].tolist() == [16399, 1680, 47917]
 
 
-@pytest.mark.full
 def test_mnist_is_bit_exact(mnist_dir: Path) -> None:
     # The shared files were gzipped anew: what counts is what is inside.
     for split, count, md5 in (
