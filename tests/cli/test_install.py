@@ -82,6 +82,7 @@ def test_a_wheel_installed_elsewhere_finds_the_shipped_experiments(tree, tmp_pat
     assert b"passed" in subprocess.check_output(smoke, cwd=tmp_path)
 
 
+@pytest.mark.full("tests/cli/test_install.py::test_a_wheel_installed_elsewhere_finds_the_shipped_experiments")
 def test_an_editable_install_sees_an_edited_experiment(tree, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(tree, copy)
@@ -147,6 +148,7 @@ def test_no_run_commands_name_existing_scripts_and_experiments():
             assert (ROOT / "experiments" / f"{words[words.index('--experiment') + 1]}.py").exists(), line
 
 
+@pytest.mark.full("tests/cli/test_cli.py::test_run_twice_then_new_then_evaluate")
 @pytest.mark.parametrize("page", ["README", "parallelism"])
 def test_commands_run_as_written(page, tree, tmp_path):
     """In a copy of the tree with an installed environment; ``scripts/test`` itself is left out."""
@@ -166,6 +168,7 @@ def test_commands_run_as_written(page, tree, tmp_path):
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
 
 
+@pytest.mark.full("[text1]")
 @pytest.mark.parametrize("text", runnable("python"))
 def test_readme_examples_run_as_written(text, python, tmp_path):
     path = tmp_path / "example.py"

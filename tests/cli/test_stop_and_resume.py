@@ -43,6 +43,7 @@ def wait_for_step(process, step: int) -> None:
     raise AssertionError(process.stderr.read())
 
 
+@pytest.mark.full("[15-143]")
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_prints_how_to_resume(signum, code):
     process = start(*LONG, "--workdir", "my run")
@@ -63,6 +64,7 @@ def test_a_signal_saves_and_prints_how_to_resume(signum, code):
     assert f"resuming at step {stopped}/3750" in line
 
 
+@pytest.mark.full("[1]")
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_killed_run_resumes_bit_for_bit(devices):
     """After SIGKILL only the last checkpoint is left; the order of the data is a function of the step."""
@@ -85,6 +87,7 @@ def test_a_killed_run_resumes_bit_for_bit(devices):
     assert a == b
 
 
+@pytest.mark.full("tests/cli/test_stop_and_resume.py::test_a_second_signal_ends_at_once")
 def test_a_second_interrupt_while_saving_does_not_hang(python):
     """An interrupted save leaves threads behind that wait forever."""
     code = f"""
@@ -106,6 +109,7 @@ command_line.exit_process(run.main(["--experiment", {TINY!r}, "--workdir", "r"])
     assert done.returncode == 130 and "interrupted at once" in done.stderr
 
 
+@pytest.mark.full("[2-130]")
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_ends_at_once(signum, code):
     """A step of this batch takes so long that the second signal arrives before the loop checks the first."""

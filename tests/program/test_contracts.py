@@ -165,6 +165,7 @@ def forward_passes(name: str) -> dict[str, Any]:
     return {"init": (params, extra), "init again": init(one, batch), "init two": init(two, batch), **found}
 
 
+@pytest.mark.full("[mlp]", "[ratings_factors]")
 @row
 def test_init_and_apply_are_pure(name: str) -> None:
     found = forward_passes(name)
@@ -234,6 +235,7 @@ def stepped(name: str, devices: int) -> dict[str, Any]:
         }
 
 
+@pytest.mark.full("[mlp]", "[ratings_factors]")
 @row
 def test_eight_devices_compute_the_step_of_one(name: str) -> None:
     one, eight = stepped(name, 1), stepped(name, 8)
@@ -243,11 +245,13 @@ def test_eight_devices_compute_the_step_of_one(name: str) -> None:
         assert left == pytest.approx(right, rel=1e-5)
 
 
+@pytest.mark.full("[mlp]", "[ratings_factors]")
 @row
 def test_the_second_step_compiles_nothing(name: str) -> None:
     assert stepped(name, 8)["compiled"] == 1
 
 
+@pytest.mark.full("[mlp]", "[ratings_factors]")
 @row
 def test_one_optimizer_step_lowers_the_loss_on_a_fixed_batch(name: str) -> None:
     first, lower, _ = stepped(name, 1)["figures"]
@@ -265,6 +269,7 @@ def test_learning_rate_out_of_range_is_rejected(name: str) -> None:
                 jax.eval_shape(model.init, jax.random.key(0), batch)
 
 
+@pytest.mark.full("[mlp]", "[ratings_factors]")
 @pytest.mark.parametrize("name", distinct())
 def test_overfits_32_examples(name: str) -> None:
     """A model, a loss and an optimizer that are joined up wrongly do not."""
@@ -301,6 +306,7 @@ def floor(exp: Experiment) -> float:
     return float(-top * np.log(top) - (classes - 1) * rest * np.log(rest))
 
 
+@pytest.mark.full("[mlp]", "[ratings_factors]")
 @row
 def test_state_survives_a_checkpoint_bit_for_bit(name: str, tmp_path: Any) -> None:
     rng, exp = np.random.default_rng(0), small(name)
@@ -320,6 +326,7 @@ def test_state_survives_a_checkpoint_bit_for_bit(name: str, tmp_path: Any) -> No
     same(state, again)
 
 
+@pytest.mark.full("[mlp]", "[ratings_factors]")
 @row
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_state(name: str) -> None:
     exp = dataclasses.replace(small(name), precision="bfloat16")

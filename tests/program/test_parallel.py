@@ -34,6 +34,7 @@ def one_device(name):
 TABLE = [(name, mesh) for name in cases.FIRST for mesh in cases.MESHES]
 
 
+@pytest.mark.full("[mlp-data=2,fsdp=2,model=2]", "[gpt-data=2,fsdp=2,model=2]")
 @pytest.mark.parametrize(("name", "mesh"), TABLE)
 def test_twenty_float64_steps_equal_one_device(name, mesh):
     want, want_ids = one_device(name)
@@ -57,6 +58,7 @@ def test_cases_train_and_differ():
         assert cases.distance({k: got[k] for k in first}, first) > 1e-3
 
 
+@pytest.mark.full("tests/step/test_accumulate.py")
 def test_accumulation_is_exact_on_a_mesh():
     """Four microbatches on eight devices equal the full batch on one; dropout would differ."""
     with jax.enable_x64(True):
@@ -83,6 +85,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.full("[factors]")
 @pytest.mark.parametrize("name", OTHERS)
 def test_gradients_of_every_family_equal_one_device(name):
     """XLA alone computes wrong ones where the kernel of a convolution is sharded over two axes."""

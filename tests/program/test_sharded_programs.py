@@ -126,6 +126,7 @@ def gpt(vocab: int, **sizes) -> Experiment:
     return experiment(models.GPT(vocab=vocab, **(settings | sizes)), train, optimizer=optim.AdamW())
 
 
+@pytest.mark.full("[model=8]")
 @pytest.mark.parametrize("text", ["model=8", "data=4,model=2"])
 def test_tensor_parallelism_never_gathers_the_vocabulary(text):
     """Megatron (arXiv:1909.08053, section 3): one all-reduce of activations for each half of a block, forward
@@ -198,6 +199,7 @@ def test_sharded_init_equals_one_device():
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 
+@pytest.mark.full("[fsdp=8]")
 @pytest.mark.parametrize("text", ["data=8", "fsdp=8", "data=4,model=2", "data=2,fsdp=2,model=2"])
 def test_one_float32_sgd_step_equals_one_device(text):
     exp = experiment(models.MLP(widths=(1024,), classes=4), source(64))

@@ -65,6 +65,7 @@ def test_evaluations_and_checkpoints_stay_where_they_are(mesh1):
         assert spans(several, start) == [end for end in ends if end > start]
 
 
+@pytest.mark.full("[device-1]")
 @pytest.mark.parametrize("way", ["device-1", "device-8", "stream-1", "stream-8"])
 def test_an_mlp_is_bitwise_the_same_and_so_are_its_records(way, tmp_path, mesh1, mesh8):
     placement, _, devices = way.partition("-")

@@ -70,6 +70,7 @@ def float64(tmp_path_factory, request):
     return folder
 
 
+@pytest.mark.full("[mlp/data=2,fsdp=4]")
 @pytest.mark.usefixtures("put_back")
 @pytest.mark.parametrize("case", [*CASES, *MORE])
 def test_two_processes_train_as_one_device(case, float64):
@@ -95,6 +96,7 @@ def moved(tmp_path_factory):
     return folder, first, again
 
 
+@pytest.mark.full("tests/train/test_distributed.py::test_two_processes_train_as_one_device")
 def test_a_run_moves_between_two_processes_and_one(moved, tmp_path):
     folder, first, again = moved
     assert (first.returncode, again.returncode) == (0, 0), first.stderr + again.stderr
@@ -114,6 +116,7 @@ def test_a_run_moves_between_two_processes_and_one(moved, tmp_path):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full("tests/train/test_distributed.py::test_two_processes_train_as_one_device")
 def test_only_process_0_prints_and_writes(moved):
     folder, first, _ = moved
     ours = ("step", "loss", "starting", "distributed_run", "note")  # Gloo has lines of its own, in pieces
@@ -124,6 +127,7 @@ def test_only_process_0_prints_and_writes(moved):
     assert len(list((folder / "run" / "tensorboard").iterdir())) == 4  # one file for each start
 
 
+@pytest.mark.full("tests/train/test_distributed.py::test_two_processes_train_as_one_device")
 def test_each_process_reads_only_its_rows(moved):
     folder, _, _ = moved
     reads = [
@@ -140,6 +144,7 @@ def test_each_process_reads_only_its_rows(moved):
             assert halves[step][1 - process] not in done
 
 
+@pytest.mark.full("tests/cli/test_stop_and_resume.py::test_a_signal_saves_and_prints_how_to_resume")
 def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
     (tmp_path / "stop").touch()
     stopped = launch(tmp_path, "--workdir", "run", "--set", "epochs=50")
@@ -151,6 +156,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
     assert f"stopped after step {step} of 500" in stopped.stderr
 
 
+@pytest.mark.full("tests/sharding/test_processes.py::test_missing_processes_are_named_in_every_process")
 def test_each_process_prints_an_error_at_most_once(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "file").touch()
@@ -162,6 +168,9 @@ def test_each_process_prints_an_error_at_most_once(tmp_path):
     assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.full(
+    "tests/sharding/test_processes.py::test_three_processes_with_different_numbers_of_rows_and_an_uncaught_error"
+)
 @pytest.mark.parametrize(
     ("how", "code", "message"),
     [("bug", 3, "Noted.gather failed at batch 1: ValueError: a bug of process 1"), ("kill", 137, "")],

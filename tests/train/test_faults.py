@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
+@pytest.mark.full("tests/checkpoint/test_checkpoint.py")
 def test_nothing_is_lost_and_nothing_is_silently_wrong(tmp_path):
     table = tmp_path / "table.json"
     command = [sys.executable, str(ROOT / "scripts" / "faults.py"), "--quick", "--json", str(table)]

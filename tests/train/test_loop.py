@@ -51,6 +51,7 @@ def stopping(at: int, monkeypatch):
     monkeypatch.setattr(Dispatch, "__call__", call)
 
 
+@pytest.mark.full("[device-8]", "[stream-1]")
 @pytest.mark.parametrize("way", ["device-1", "device-8", "stream-1", "stream-8"])
 def test_stop_and_resume_is_bitwise_the_straight_run(way, tmp_path, console, monkeypatch, mesh1, mesh8):
     placement, _, devices = way.partition("-")

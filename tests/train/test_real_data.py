@@ -55,6 +55,7 @@ def mnist_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.full("tests/data/test_data_prepare.py::test_originals_match_the_stock_builders")
 def test_cifar10_is_bit_exact(cifar10_originals: Path, cifar10_dir: Path) -> None:
     batches = [cifar10_originals / f"data_batch_{i}.bin" for i in range(1, 6)]
     for split, paths in (("train", batches), ("test", [cifar10_originals / "test_batch.bin"])):
@@ -69,6 +70,7 @@ def test_cifar10_is_bit_exact(cifar10_originals: Path, cifar10_dir: Path) -> Non
     assert stock_order("train", 50_000)[:3].tolist() == [16399, 1680, 47917]
 
 
+@pytest.mark.full("tests/data/test_data_prepare.py::test_originals_match_the_stock_builders")
 def test_mnist_is_bit_exact(mnist_dir: Path) -> None:
     # The shared files were gzipped anew: what counts is what is inside.
     for split, count, md5 in (
@@ -84,6 +86,7 @@ def test_mnist_is_bit_exact(mnist_dir: Path) -> None:
             assert got["label"][back][:4].tolist() == [5, 0, 4, 1]
 
 
+@pytest.mark.full("tests/data/test_data_prepare.py::test_originals_match_the_stock_builders")
 def test_plain_tfds_reads_it(cifar10_dir: Path) -> None:
     import tensorflow_datasets as tfds
 
@@ -97,6 +100,7 @@ def test_plain_tfds_reads_it(cifar10_dir: Path) -> None:
     assert builder.info.features["label"].names[example["label"]] == "horse"
 
 
+@pytest.mark.full("tests/experiment/test_experiments.py::test_digits_cnn_passes_its_smoke_test")
 def test_cifar_cnn_passes_its_smoke_test(
     cifar10_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
