@@ -32,6 +32,9 @@ def program(case: sides.Case) -> Any:
     return sides.assemble_without_saves(case.experiment)
 
 
+@pytest.mark.full(
+    "tests/benchmarks/test_benchmark_sides.py::test_fastest_variant_of_a_peer_counts_and_goals_are_stated"
+)
 def test_equal_losses_pass_and_a_different_training_is_rejected(case: sides.Case, program: Any) -> None:
     with contextlib.ExitStack() as stack:
         each = {

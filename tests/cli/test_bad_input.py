@@ -255,7 +255,7 @@ def test_missing_devices_are_refused(devices: int, capsys: pytest.CaptureFixture
     assert f"--devices {devices}: give 1 to 8, the number of devices" in line and not Path("runs").exists()
 
 
-@pytest.mark.full("[4]")
+@pytest.mark.full("tests/program/test_parallel.py::test_twenty_float64_steps_equal_one_device")
 @pytest.mark.parametrize("devices", [4, 1])
 def test_lenet_trains_its_batch_of_4_on_several_devices(devices: int) -> None:
     words = command("cifar_lenet", ("eval_batch=8",), "--devices", str(devices), "--workdir", "r")

@@ -214,12 +214,14 @@ def test_logging_may_change_on_resume_and_extend_adds_epochs(capsys):
     assert json.loads(Path("r/result.json").read_text())["steps"] == 25
 
 
+@pytest.mark.full("tests/cli/test_cli.py::test_logging_may_change_on_resume_and_extend_adds_epochs")
 def test_a_constant_rate_needs_no_extend(capsys):
     assert train("--workdir", "r", "--set", "optimizer.lr=0.1") == 0
     assert train("--workdir", "r", "--set", "optimizer.lr=0.1", "--set", "epochs=2") == 0
     assert "resuming at step 13/25" in capsys.readouterr().out
 
 
+@pytest.mark.full("tests/cli/test_cli.py::test_run_twice_then_new_then_evaluate")
 def test_default_folder_is_by_config_and_seed(capsys):
     assert train("--set", "epochs=0.3") == 0 and train("--set", "epochs=0.3", "--set", "seed=1") == 0
     assert train("--set", "epochs=0.4") == 0
@@ -228,6 +230,7 @@ def test_default_folder_is_by_config_and_seed(capsys):
     assert sorted(seeds) == ["seed0", "seed0", "seed1"] and len({n.split("-")[0] for n in names}) == 2
 
 
+@pytest.mark.full("tests/cli/test_cli.py::test_run_twice_then_new_then_evaluate")
 def test_overfit_reaches_full_accuracy_on_its_examples(capsys):
     assert train("--overfit", "16") == 0
     folder = next(Path("runs/tiny-overfit16").iterdir())

@@ -31,6 +31,7 @@ def small(tmp_path, monkeypatch) -> str:
     return "small.py"
 
 
+@pytest.mark.full("tests/cli/test_stop_and_resume.py::test_a_killed_run_resumes_bit_for_bit")
 def test_two_processes_compute_the_same_bits(python, small):
     """Each compiles for itself, with another hash seed. On a CPU no flag is set."""
     records, cores = [], process.cores()
@@ -169,6 +170,7 @@ def benchmark(small, monkeypatch):
     return run
 
 
+@pytest.mark.full("tests/cli/test_deterministic.py::test_resuming_with_other_cores_or_flags_prints_a_warning")
 def test_the_benchmark_measures_both_sides(benchmark, capsys, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "")  # else no flag would be set, for a CPU
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -188,6 +190,7 @@ def test_the_benchmark_measures_both_sides(benchmark, capsys, monkeypatch):
     assert result["median"] == pytest.approx(np.median(on / off)) and result["n"] == 3
 
 
+@pytest.mark.full("tests/cli/test_deterministic.py::test_resuming_with_other_cores_or_flags_prints_a_warning")
 def test_the_benchmark_reports_what_a_process_refuses(benchmark, capfd):
     assert benchmark("--mesh", "model=3", "--simulate-devices", "2") == 2
     error = capfd.readouterr().err

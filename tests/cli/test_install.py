@@ -168,7 +168,7 @@ def test_commands_run_as_written(page, tree, tmp_path):
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
 
 
-@pytest.mark.full("[text1]")
+@pytest.mark.full("jaxtrain/train/session.py::jaxtrain.train.session.fit")
 @pytest.mark.parametrize("text", runnable("python"))
 def test_readme_examples_run_as_written(text, python, tmp_path):
     path = tmp_path / "example.py"

@@ -49,11 +49,13 @@ def sample_run(folder: Any, monkeypatch: Any, capsys: Any) -> Any:
     return call
 
 
+@pytest.mark.full("tests/models/test_models_gpt.py")
 def test_the_text_continues_the_prompt_past_the_context(sample_run: Any) -> None:
     code, out, _ = sample_run("--prompt", "cde", "--bytes", "21", "--temperature", "0")
     assert (code, out) == (0, "cdefghabcdefghabcdefghab\n")
 
 
+@pytest.mark.full("tests/models/test_models_gpt.py")
 def test_the_training_text_is_not_needed(folder: Any, sample_run: Any) -> None:
     (folder / "abc.txt").rename(folder / "elsewhere.txt")
     try:
@@ -63,11 +65,13 @@ def test_the_training_text_is_not_needed(folder: Any, sample_run: Any) -> None:
     assert (code, out, err) == (0, "cdefgh\n", "")
 
 
+@pytest.mark.full("tests/models/test_models_gpt.py")
 def test_a_prompt_may_have_any_bytes(sample_run: Any) -> None:
     """A shell passes the byte 255, which is not UTF-8, in this form; this model has bytes up to 127."""
     assert "token 255 of example 0" in sample_run("--prompt", "\udcff")[2]
 
 
+@pytest.mark.full("tests/models/test_models_gpt.py")
 def test_the_text_depends_on_the_seed(sample_run: Any) -> None:
     hot = ["--temperature", "3", "--bytes", "30", "--prompt", "a"]
     one, again, other = (sample_run(*hot, "--seed", seed)[1] for seed in ("1", "1", "2"))
@@ -75,6 +79,7 @@ def test_the_text_depends_on_the_seed(sample_run: Any) -> None:
     assert set(sample_run(*hot, "--top-k", "1")[1]) <= set("abcdefgh\n")
 
 
+@pytest.mark.full("tests/models/test_models_gpt.py")
 @pytest.mark.parametrize(
     ("args", "message"),
     [

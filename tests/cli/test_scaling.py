@@ -358,6 +358,7 @@ def test_an_unwritable_folder_is_refused(few, unmeasured, tmp_path, capsys, monk
     assert "s.json is not writable: give another file" in error
 
 
+@pytest.mark.full("tests/cli/test_scaling.py::test_rounds_of_all_device_counts_are_interleaved")
 def test_a_new_process_simulates_its_devices(few, python):
     done = python("-m", "jaxtrain", "bench", "--scaling", "1,2", "--simulate-devices", 2, *few)
     assert done.returncode == 0, done.stderr

@@ -37,6 +37,7 @@ def refused(capsys, *args) -> tuple[int, str]:
     return code, error
 
 
+@pytest.mark.full("tests/cli/test_stop_and_resume.py::test_a_killed_run_resumes_bit_for_bit")
 def test_a_killed_run_resumes_bit_for_bit(capfd):
     assert commands.main(["verify", "--experiment", TINY, "--steps", "6"]) == 0
     out = capfd.readouterr().out
@@ -44,6 +45,7 @@ def test_a_killed_run_resumes_bit_for_bit(capfd):
     assert "params       the same: 5 arrays\n" in out and "the same in 6 records" in out
 
 
+@pytest.mark.full("tests/train/test_distributed.py::test_two_processes_train_as_one_device")
 def test_two_processes_and_another_mesh(capfd):
     words = ["--experiment", TINY, "--steps", "4", "--simulate-devices", "4"]
     assert commands.main(["verify", *words, "--processes", "2"]) == 0
@@ -51,6 +53,7 @@ def test_two_processes_and_another_mesh(capfd):
     assert capfd.readouterr().out.count("verified: equal within 1e-05") == 2
 
 
+@pytest.mark.full("tests/cli/test_verify.py::test_arrays_are_compared_bit_for_bit_or_within_a_tolerance")
 def test_a_nondeterministic_run_is_found(tmp_path, capfd):
     path = tmp_path / "nondeterministic.py"
     path.write_text(textwrap.dedent(NONDETERMINISTIC))

@@ -190,6 +190,7 @@ def test_duplicate_images_get_different_crops(root: Path) -> None:
     assert len(np.unique(drawn(twins, range(9), [0] * 9), axis=0)) == 9
 
 
+@pytest.mark.full("[0]")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_crops_are_the_same_after_resuming(photos: TFDS, mesh1: Any, workers: int) -> None:
     source = RandomCrops(photos, SIZE, stages=(RandAugment(),))

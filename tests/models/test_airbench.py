@@ -200,6 +200,7 @@ def test_activations_are_bfloat16_and_statistics_float32(train: bool) -> None:
     chex.assert_trees_all_close(after, moved, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.full("tests/models/test_airbench.py::test_parameters_start_as_in_the_recipe")
 def test_gradient_of_a_sharded_batch_is_that_of_one_device(mesh1: Any, mesh8: Any) -> None:
     """The last pool follows a fused BatchNorm and GELU, which XLA may compute twice and round differently."""
     image = images(64)
@@ -421,6 +422,7 @@ def sum_form(net: Any, params: Any, extra: Any, batches: list[Any], steps: int) 
     return seen
 
 
+@pytest.mark.full("tests/models/test_airbench.py::test_parameters_start_as_in_the_recipe")
 def test_steps_of_the_mean_form_are_those_of_the_published_sum_form() -> None:
     net, steps = TestTimeViews(SMALL), 10
     labels = np.random.default_rng(0).integers(0, 3, (4, 1024))
@@ -450,6 +452,7 @@ def test_published_rates_and_decays_are_those_of_the_config() -> None:
     )
 
 
+@pytest.mark.full("tests/models/test_airbench.py::test_parameters_start_as_in_the_recipe")
 def test_recipe_trains_with_lookahead_and_average_on_a_donated_state_and_eight_devices(mesh8: Any) -> None:
     net, steps = TestTimeViews(SMALL), 12
     tx, after = RECIPE.build(steps), (Lookahead().build(steps), EMA(0.5))

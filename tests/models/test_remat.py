@@ -77,6 +77,7 @@ CASES = [
 ]
 
 
+@pytest.mark.full("[ResNet-nothing_saveable]")
 @pytest.mark.parametrize(("name", "remat"), CASES)
 def test_loss_statistics_and_gradients_equal_those_without_remat(name: str, remat: Remat) -> None:
     chex.assert_trees_all_close(

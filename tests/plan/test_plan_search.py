@@ -201,6 +201,7 @@ def command(capsys, *args) -> tuple[str, str]:
     return captured.out, captured.err
 
 
+@pytest.mark.full("[widths0-512-0.7---set accumulate=]")
 @pytest.mark.parametrize(
     ("widths", "batch", "part", "expected"),
     [

@@ -64,6 +64,7 @@ def together(tmp_path_factory):
     return folder
 
 
+@pytest.mark.full("tests/program/test_exact_evaluation.py::test_images")
 @pytest.mark.parametrize(("kind", "n", "placement"), cases.TOGETHER)
 def test_two_processes(kind, n, placement, together):
     parts: dict[str, dict[str, Any]] = {"values": {}, "params": {}}

@@ -34,7 +34,7 @@ def one_device(name):
 TABLE = [(name, mesh) for name in cases.FIRST for mesh in cases.MESHES]
 
 
-@pytest.mark.full("[mlp-data=2,fsdp=2,model=2]", "[gpt-data=2,fsdp=2,model=2]")
+@pytest.mark.full("[mlp-data=2,fsdp=2,model=2]", "[cnn-data=2,fsdp=2,model=2]")
 @pytest.mark.parametrize(("name", "mesh"), TABLE)
 def test_twenty_float64_steps_equal_one_device(name, mesh):
     want, want_ids = one_device(name)

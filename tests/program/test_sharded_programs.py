@@ -103,6 +103,7 @@ def kinds(compiled, on):
     return {(c.kind, c.axes): c.bytes for c in collectives(compiled.as_text(), on) if c.bytes > 64}
 
 
+@pytest.mark.full("[data=2,fsdp=2,model=2]")
 @pytest.mark.parametrize("text", SPECS)
 def test_collectives_match_a_hand_written_program(text):
     on = mesh(text)
@@ -181,6 +182,9 @@ def test_fsdp_stores_an_eighth_of_parameters_and_optimizer_per_device():
     assert bytes_on_a_device((replicated.abstract_state.params, replicated.abstract_state.opt_state)) == total
 
 
+@pytest.mark.full(
+    "tests/program/test_sharded_programs.py::test_fsdp_stores_an_eighth_of_parameters_and_optimizer_per_device"
+)
 def test_state_is_never_gathered_on_one_device():
     """Initialisation writes each device's part and computes no more than a large array at a time."""
     program, init = ten_million("fsdp=8")
@@ -191,6 +195,9 @@ def test_state_is_never_gathered_on_one_device():
     assert memory.temp_size_in_bytes < 3 * largest < total / 10
 
 
+@pytest.mark.full(
+    "tests/program/test_sharded_programs.py::test_fsdp_stores_an_eighth_of_parameters_and_optimizer_per_device"
+)
 def test_sharded_init_equals_one_device():
     exp = gpt(256, depth=1)
     one = assemble(exp, sharding.make_mesh(jax.devices()[:1])).init()

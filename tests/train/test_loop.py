@@ -114,6 +114,7 @@ def test_a_regression_needs_no_accuracy(tmp_path, console, mesh1):
         assemble(change(**fields, model=model, holdout=8), mesh1)
 
 
+@pytest.mark.full("tests/program/test_parallel.py::test_twenty_float64_steps_equal_one_device")
 def test_one_and_eight_devices_train_alike(tmp_path, console, mesh1, mesh8):
     exp = change(model=models.MLP(widths=(16,), classes=4), augment=(), post_update=())
     results = [fit(assemble(exp, mesh), tmp_path / str(k), console) for k, mesh in enumerate((mesh1, mesh8))]
@@ -130,6 +131,7 @@ def test_batch_norm_statistics_are_over_the_global_batch(tmp_path, console, mesh
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
 
 
+@pytest.mark.full("[1-8]", "[17-8]")
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 50])
 def test_evaluation_counts_each_example_once(n, devices, console, mesh1, mesh8):
