@@ -78,7 +78,7 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, A
         processes = {side: stack.enter_context(contextlib.closing(Process(args, side))) for side in SIDES}
         facts = {side: process.read() for side, process in processes.items()}
         rounds = {side: lambda side=side: processes[side].round(args.steps) for side in SIDES}
-        seconds = common.interleaved(rounds, args.rounds)
+        seconds = common.interleave(rounds, args.rounds)
     off, on = (np.array(seconds[side]) for side in SIDES)
     name = f"{facts['on']['experiment']}: time of a step with --deterministic over one without"
     figures = {

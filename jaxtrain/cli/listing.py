@@ -41,7 +41,7 @@ def summary(entry: Entry) -> str:
 
     >>> from jaxtrain.experiment import find
     >>> summary(find("digits_cnn"))
-    'Handwritten 8×8 digits that need no download: the first thing to run.'
+    'Handwritten 8×8 digits, without a download: the experiment to run first.'
     """
     file = Path(entry.origin) if entry.point is None else _module_file(entry.point.module)
     if file is None:

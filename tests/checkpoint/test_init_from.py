@@ -139,4 +139,4 @@ def test_a_run_records_its_init_from_and_reads_it_once(tmp_path, capsys):
     assert run.main([*words, str(second)]) == 0 and run.main(again) == 0
     capsys.readouterr()
     assert run.main([*again, "--init-map", "head="]) == 2
-    assert f"holds a run that began with {first}:13" in capsys.readouterr().err
+    assert f"holds a run that started with --init-from {first}:13" in capsys.readouterr().err

@@ -210,7 +210,7 @@ CASES = {
     "train and test of two kinds": (
         "cifar_resnet18",
         ("train.name=mnist",),
-        ("uint8[28, 28, 1] in train and uint8[32, 32, 3] in test", "field 'image'", "must give the same"),
+        ("uint8[28, 28, 1] in train and uint8[32, 32, 3] in test", "field 'image'", "need the same fields"),
     ),
     "class outside the model": (
         "cifar_resnet18",

@@ -242,7 +242,7 @@ CASES = {
         "change(data.Arrays(fields(3, 32, 32)), model=TINY.model)",
     ),
     "one image taken for many": Case(
-        ("image has shape (16, 32, 3): CNN takes [batch, height", "add the batch axis with image[None]"),
+        ("image has shape (16, 32, 3): CNN takes [batch, height", "add it with image[None]"),
         "change(data.Arrays(fields(32, 3)), model=TINY.model)",
     ),
     "a source that gives one image": Case(

@@ -135,7 +135,7 @@ def test_invalid_settings_are_rejected(wrong: Any) -> None:
 
 def scaled(model: Any, loss: Any, config: LossScale, **options: Any) -> Any:
     tx = optax.adam(0.1)
-    start = make_init(model, tx, after=options.get("post_update", ()), loss_scale=config)
+    start = make_init(model, tx, post_update=options.get("post_update", ()), loss_scale=config)
     return start, jax.jit(make_train_step(model, loss, tx, loss_scale=config, **options))
 
 

@@ -180,4 +180,4 @@ def test_a_failed_process_ends_the_others(how, code, message, tmp_path):
     (tmp_path / how).touch()
     ended = launch(tmp_path, "--workdir", "run", "--set", "epochs=50")
     assert ended.returncode == code, ended.stderr
-    assert message in ended.stderr and f"process 1 ended with {code}" in ended.stderr
+    assert message in ended.stderr and f"process 1 exited with {code}" in ended.stderr
