@@ -121,6 +121,7 @@ EXPERIMENT = dataclasses.replace(EXPERIMENT, model=models.MLP(widths=(8,), class
 """
 
 
+@pytest.mark.full("tests/checkpoint/test_init_from.py")
 def test_a_run_records_its_init_from_and_reads_it_once(tmp_path, capsys):
     file, first, second = tmp_path / "mlp.py", tmp_path / "first", tmp_path / "second"
     file.write_text(MLP)

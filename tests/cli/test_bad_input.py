@@ -263,6 +263,7 @@ def test_lenet_trains_its_batch_of_4_on_several_devices(devices: int) -> None:
     assert Path("r/result.json").exists()
 
 
+@pytest.mark.full("tests/cli/test_bad_input.py")
 def test_a_refused_run_leaves_the_folder_free(capsys: pytest.CaptureFixture[str]) -> None:
     words = command("ratings_factors", (*RATINGS, "batch=64", "epochs=2"), "--workdir", "r", "--devices", "1")
     refused(capsys, run.main([*words, "--set", "model.users=29"]))
@@ -270,6 +271,7 @@ def test_a_refused_run_leaves_the_folder_free(capsys: pytest.CaptureFixture[str]
     assert run.main(words) == 0
 
 
+@pytest.mark.full("tests/train/test_loop.py::test_streamed_labels_are_checked_on_the_way")
 def test_streamed_data_is_checked_while_training(capsys: pytest.CaptureFixture[str]) -> None:
     """Only the first example is checked before; a stopped run resumes after the file is fixed."""
     settings = (*RATINGS, "placement=stream", "model.users=30", "batch=64", "epochs=2")

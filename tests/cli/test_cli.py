@@ -126,7 +126,7 @@ def test_evaluate_refuses_a_changed_experiment(tmp_path, capsys):
         (["--experiment", TINY, "--set", "model.classes=3"], "label 3 of example"),
         (["--experiment", TINY, "--workdir", TINY], "is a file: give a folder"),
         (["--experiment", TINY, "--workdir", f"{TINY}/sub"], "cannot be written (Not a directory)"),
-        (["--experiment", TINY, "--extend"], "give its folder with --workdir"),
+        (["--experiment", TINY, "--extend"], "--extend needs --workdir"),
         (["--experiment", TINY, "--overfit", "0"], "give a number of examples in 1..200"),
         (["--experiment", TINY, "--grace", "0"], "--grace 0: give seconds above 0"),
         (["--experiment", TINY, "--hang-after", "nan"], "--hang-after nan: give seconds above 0"),
@@ -288,6 +288,7 @@ def test_resuming_warns_of_changed_versions_and_code(tmp_path):
     assert changed.startswith(f"{file} has changed since this run started")
 
 
+@pytest.mark.full("tests/cli/test_listing.py")
 def test_list_long_starts_no_backend_and_imports_nothing_heavy(python):
     code = (
         "import sys\nfrom jaxtrain import run\nassert run.main(['--list', '--long']) == 0\n"
@@ -317,6 +318,7 @@ def test_help_lists_the_commands_and_a_typo_gets_a_suggestion(capsys):
     assert capsys.readouterr().err == "jaxtrain: unknown command evalute: did you mean evaluate?\n"
 
 
+@pytest.mark.full("tests/cli/test_cli.py")
 def test_a_closed_output_pipe_ends_the_command_in_one_line(tmp_path):
     words = [sys.executable, "-m", "jaxtrain", "plan", "--experiment", tiny.__file__]
     read, write = os.pipe()

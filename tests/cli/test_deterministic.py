@@ -119,6 +119,7 @@ def test_another_backend_is_refused(monkeypatch):
         devices.make_mesh(args)
 
 
+@pytest.mark.full("tests/cli/test_cli.py::test_resuming_warns_of_changed_versions_and_code")
 def test_resuming_with_other_cores_or_flags_prints_a_warning(small, capsys, monkeypatch):
     words = ["run", "--experiment", small, "--workdir", "r", "--devices", "1"]
     assert commands.main(words) == 0
@@ -170,7 +171,7 @@ def benchmark(small, monkeypatch):
     return run
 
 
-@pytest.mark.full("tests/cli/test_deterministic.py::test_resuming_with_other_cores_or_flags_prints_a_warning")
+@pytest.mark.full("tests/cli/test_deterministic.py::test_the_flag_is_appended_and_xla_accepts_it")
 def test_the_benchmark_measures_both_sides(benchmark, capsys, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "")  # else no flag would be set, for a CPU
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -190,7 +191,7 @@ def test_the_benchmark_measures_both_sides(benchmark, capsys, monkeypatch):
     assert result["median"] == pytest.approx(np.median(on / off)) and result["n"] == 3
 
 
-@pytest.mark.full("tests/cli/test_deterministic.py::test_resuming_with_other_cores_or_flags_prints_a_warning")
+@pytest.mark.full("tests/cli/test_deterministic.py::test_the_flag_is_appended_and_xla_accepts_it")
 def test_the_benchmark_reports_what_a_process_refuses(benchmark, capfd):
     assert benchmark("--mesh", "model=3", "--simulate-devices", "2") == 2
     error = capfd.readouterr().err

@@ -59,6 +59,7 @@ def list_experiments(python: Path, cwd: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.full("tests/experiment/test_registry.py")
 def test_a_wheel_installed_elsewhere_finds_the_shipped_experiments(tree, tmp_path):
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, tree]
     subprocess.run(build, check=True, capture_output=True)
@@ -82,7 +83,7 @@ def test_a_wheel_installed_elsewhere_finds_the_shipped_experiments(tree, tmp_pat
     assert b"passed" in subprocess.check_output(smoke, cwd=tmp_path)
 
 
-@pytest.mark.full("tests/cli/test_install.py::test_a_wheel_installed_elsewhere_finds_the_shipped_experiments")
+@pytest.mark.full("tests/experiment/test_registry.py")
 def test_an_editable_install_sees_an_edited_experiment(tree, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(tree, copy)

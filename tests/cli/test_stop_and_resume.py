@@ -87,7 +87,7 @@ def test_a_killed_run_resumes_bit_for_bit(devices):
     assert a == b
 
 
-@pytest.mark.full("tests/cli/test_stop_and_resume.py::test_a_second_signal_ends_at_once")
+@pytest.mark.full("tests/core/test_stop.py")
 def test_a_second_interrupt_while_saving_does_not_hang(python):
     """An interrupted save leaves threads behind that wait forever."""
     code = f"""
@@ -109,7 +109,7 @@ command_line.exit_process(run.main(["--experiment", {TINY!r}, "--workdir", "r"])
     assert done.returncode == 130 and "interrupted at once" in done.stderr
 
 
-@pytest.mark.full("[2-130]")
+@pytest.mark.full("tests/core/test_stop.py")
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_ends_at_once(signum, code):
     """A step of this batch takes so long that the second signal arrives before the loop checks the first."""

@@ -35,6 +35,7 @@ def start(**env):
     return done.stdout
 
 
+@pytest.mark.full("tests/core/test_cache.py")
 def test_programs_are_cached_in_a_private_folder_and_reused(tmp_path):
     first = start(XDG_CACHE_HOME=str(tmp_path))
     folder = tmp_path / "jaxtrain" / "compiled" / cache.cpu_kind()
@@ -48,7 +49,7 @@ def test_programs_are_cached_in_a_private_folder_and_reused(tmp_path):
     assert "WARNING: others can write to" in output and f"chmod 700 {tmp_path / 'jaxtrain'}\n" in output
 
 
-@pytest.mark.full("tests/core/test_cache.py::test_programs_are_cached_in_a_private_folder_and_reused")
+@pytest.mark.full("tests/core/test_cache.py")
 def test_jax_environment_variables_take_precedence(tmp_path):
     named = start(XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"))
     assert named == f"hits 0 in {tmp_path / 'mine'}\n" and not (tmp_path / "jaxtrain").exists()

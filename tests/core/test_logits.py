@@ -125,6 +125,7 @@ def test_labels_out_of_range_are_detected() -> None:
         CrossEntropy().check(logits, batch, np.array([7, 8, 9]))  # type: ignore[arg-type]
 
 
+@pytest.mark.full("tests/core/test_logits.py::test_chunks_change_nothing_in_float64")
 def test_gpt_with_chunks_trains_and_samples_like_gpt_without() -> None:
     rng = np.random.default_rng(0)
     text = rng.integers(0, 11, (4, 9))

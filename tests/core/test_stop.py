@@ -154,6 +154,7 @@ EXPERIMENT = Experiment(
 """
 
 
+@pytest.mark.full("tests/core/test_stop.py::test_watchdog_ends_a_hanging_run_and_writes_its_stacks")
 def test_watchdog_ends_a_run_whose_data_stop(tmp_path, python):
     (tmp_path / "hangs.py").write_text(HANGS)
     words = ["-m", "jaxtrain.run", "--experiment", "./hangs.py", "--workdir", "r", "--hang-after", "5"]

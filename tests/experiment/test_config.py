@@ -252,6 +252,7 @@ print(config_hash(experiment), sorted(config_text(experiment).items()))
 """
 
 
+@pytest.mark.full("tests/experiment/test_config.py")
 def test_text_and_hash_are_the_same_in_every_process(python: Any, tmp_path: Path) -> None:
     tiny = (Path(__file__).parents[1] / "tiny.py").read_text()
     (tmp_path / "tiny.py").write_text(

@@ -43,6 +43,7 @@ def test_docstring_gives_command_and_measurement(name):
     assert re.search(r"^Measured: ", text, re.M)
 
 
+@pytest.mark.full("tests/cli/test_cli.py::test_run_twice_then_new_then_evaluate")
 def test_digits_cnn_passes_its_smoke_test(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     assert run.main(["--experiment", str(ROOT / "experiments" / "digits_cnn.py"), "--smoke"]) == 0

@@ -136,6 +136,7 @@ def test_each_block_has_its_own_barrier() -> None:
     assert barriers("GPT", "nothing_saveable") == barriers("CNN", "nothing_saveable") == 1
 
 
+@pytest.mark.full("tests/models/test_remat.py::test_each_block_has_its_own_barrier")
 def test_compiled_step_needs_less_memory_if_the_compiler_keeps_the_barriers() -> None:
     """XLA:CPU removes the barriers early, and then stores the activations, unless an option prevents it."""
     net = GPT(vocab=11, context=64, width=16, depth=3, heads=2, dropout=0.0)

@@ -270,6 +270,7 @@ def test_traced_updates(updates, each, start, begins, covers, note, tmp_path, co
         trace._trace_from = None
 
 
+@pytest.mark.full("tests/monitor/test_profile.py")
 def test_profile_of_a_run_that_stops_and_resumes_within_the_range(
     program, tmp_path, console, capsys, monkeypatch
 ):

@@ -344,6 +344,7 @@ def test_bad_input_is_one_line_and_exit_2(args, message, capsys):
     assert code == 2 and message in error and error.count("\n") == 1
 
 
+@pytest.mark.full("tests/plan/test_plan.py")
 def test_missing_devices_are_simulated(mlp, python):
     done = python("-m", "jaxtrain", "plan", "--experiment", mlp, "--mesh", "data=2,fsdp=2", "--json")
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ import pytest
 
 from jaxtrain import __main__ as commands
 from jaxtrain import plan
+from jaxtrain.core.text import size_text
 from jaxtrain.plan import report
 from jaxtrain.plan.variants import Variant
 from jaxtrain.program import device_limits, memory_text
@@ -219,7 +220,7 @@ def test_suggested_change_fits_when_planned(widths, batch, part, expected, mlp, 
     change = re.search(r"^fits with (.+): ([\d.]+ [KM]?B)$", out, re.M)
     assert change[1].startswith(expected) and progress.splitlines()[-1] == f"tried {change[1]}: {change[2]}"
     again = json.loads(command(capsys, *args, *memory, *change[1].split(), "--json")[0])
-    assert again["fits"] is True and device_limits.size_text(again["bytes_per_device"]["total"]) == change[2]
+    assert again["fits"] is True and size_text(again["bytes_per_device"]["total"]) == change[2]
     assert "change" not in again
 
 

@@ -235,7 +235,7 @@ def stepped(name: str, devices: int) -> dict[str, Any]:
         }
 
 
-@pytest.mark.full("[mlp]", "[ratings_factors]")
+@pytest.mark.full("[mlp]")
 @row
 def test_eight_devices_compute_the_step_of_one(name: str) -> None:
     one, eight = stepped(name, 1), stepped(name, 8)
@@ -245,13 +245,13 @@ def test_eight_devices_compute_the_step_of_one(name: str) -> None:
         assert left == pytest.approx(right, rel=1e-5)
 
 
-@pytest.mark.full("[mlp]", "[ratings_factors]")
+@pytest.mark.full("[mlp]")
 @row
 def test_the_second_step_compiles_nothing(name: str) -> None:
     assert stepped(name, 8)["compiled"] == 1
 
 
-@pytest.mark.full("[mlp]", "[ratings_factors]")
+@pytest.mark.full("[mlp]")
 @row
 def test_one_optimizer_step_lowers_the_loss_on_a_fixed_batch(name: str) -> None:
     first, lower, _ = stepped(name, 1)["figures"]

@@ -212,6 +212,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.full("tests/program/test_loader.py::test_training_batches_are_drawn_by_seed_epoch_and_example")
 def test_worker_processes_load_the_same_batches_of_shipped_and_user_sources(
     python: Any, tmp_path: Any
 ) -> None:
@@ -238,6 +239,7 @@ class Drawn:
         return {"x": np.stack([indices, epochs, 0 * indices + seed], axis=1)}
 
 
+@pytest.mark.full("[wrap-0]", "[drop-0]")
 @pytest.mark.parametrize(
     ("name", "workers"),
     [("wrap", 0), ("wrap", 2), ("drop", 0), ("drop", 2)],

@@ -34,7 +34,7 @@ def one_device(name):
 TABLE = [(name, mesh) for name in cases.FIRST for mesh in cases.MESHES]
 
 
-@pytest.mark.full("[mlp-data=2,fsdp=2,model=2]", "[cnn-data=2,fsdp=2,model=2]")
+@pytest.mark.full("[mlp-data=2,fsdp=2,model=2]")
 @pytest.mark.parametrize(("name", "mesh"), TABLE)
 def test_twenty_float64_steps_equal_one_device(name, mesh):
     want, want_ids = one_device(name)
@@ -50,6 +50,7 @@ def test_twenty_float64_steps_equal_one_device(name, mesh):
     assert cases.distance(got, want) < 1e-9
 
 
+@pytest.mark.full("tests/program/test_parallel.py::test_twenty_float64_steps_equal_one_device")
 def test_cases_train_and_differ():
     """The distance is not small because nothing happens: another seed is far away."""
     for name in cases.experiments():

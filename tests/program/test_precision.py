@@ -254,6 +254,7 @@ def test_float16_training_lowers_the_loss() -> None:
     assert evaluated["accuracy"].compute() > 0.95
 
 
+@pytest.mark.full("tests/program/test_precision.py")
 def test_step_without_scale_is_bitwise_unchanged() -> None:
     """Against the step written in a few lines, without loss scaling."""
     net, tx, batch = NET.clone(dropout=0.5), optax.adam(0.1), images()

@@ -127,7 +127,9 @@ def gpt(vocab: int, **sizes) -> Experiment:
     return experiment(models.GPT(vocab=vocab, **(settings | sizes)), train, optimizer=optim.AdamW())
 
 
-@pytest.mark.full("[model=8]")
+@pytest.mark.full(
+    "tests/program/test_sharded_programs.py::test_fsdp_stores_an_eighth_of_parameters_and_optimizer_per_device"
+)
 @pytest.mark.parametrize("text", ["model=8", "data=4,model=2"])
 def test_tensor_parallelism_never_gathers_the_vocabulary(text):
     """Megatron (arXiv:1909.08053, section 3): one all-reduce of activations for each half of a block, forward

@@ -215,6 +215,7 @@ def test_stop_ends_the_run_at_once_and_saves_nothing_later(stage, tmp_path, cons
         assert latest is None or latest.step < bad
 
 
+@pytest.mark.full("tests/step/test_guard.py::test_bad_update_leaves_the_state_bitwise_unchanged")
 def test_skip_continues_counts_and_equals_a_resumed_run(tmp_path, capsys, mesh1):
     exp = change(augment=(Spoil(77),), epochs=2, log_every=1, save_every=0.2, guard="stop")
     skipping = dataclasses.replace(exp, guard="skip")

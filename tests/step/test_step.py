@@ -229,6 +229,7 @@ def test_custom_step_factory_has_the_same_signature() -> None:
     np.testing.assert_allclose(np.abs(after.params["w"] - state.params["w"]), 0.25, rtol=1e-6)
 
 
+@pytest.mark.full("tests/program/test_parallel.py")
 def test_eight_devices_take_the_same_step_as_one(mesh1: Any, mesh8: Any) -> None:
     model = CNN(widths=(4,), classes=3)
     tx, prepare = optax.sgd(0.1, momentum=0.9), compose(Flip())

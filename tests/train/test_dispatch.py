@@ -79,6 +79,7 @@ def test_an_mlp_is_bitwise_the_same_and_so_are_its_records(way, tmp_path, mesh1,
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.full("tests/train/test_dispatch.py::test_an_mlp_is_bitwise_the_same_and_so_are_its_records")
 def test_a_network_with_statistics_is_the_same_in_float64(mesh1):
     with jax.enable_x64(True):
         program = assemble(change(parallel_cases.experiments()["cnn"], steps_per_execution=4), mesh1)
@@ -106,6 +107,7 @@ def test_stop_and_resume_is_bitwise_the_straight_run(tmp_path, monkeypatch, mesh
     )
 
 
+@pytest.mark.full("tests/step/test_guard.py")
 def test_a_bad_update_among_several_is_the_one_that_is_named(tmp_path, mesh1):
     exp = change(steps_per_execution=6, eval_every=None, epochs=1)
     bad = int(assemble(exp, mesh1).example_ids(9)[3])  # the third update of the second dispatch
@@ -217,6 +219,7 @@ def test_bad_numbers_are_refused(value, capsys):
         change(steps_per_execution=True)
 
 
+@pytest.mark.full("tests/train/test_dispatch.py::test_the_setting_and_deterministic_are_not_measured")
 def test_verify_uses_the_same_steps_per_execution(capfd):
     words = ["verify", "--experiment", TINY, "--set", "steps_per_execution=3", "--steps", "8"]
     assert verbs.main(words) == 0

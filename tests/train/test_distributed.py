@@ -48,7 +48,11 @@ def launch(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def float64(tmp_path_factory, request):
     """Results on two processes, of the cases that this tier runs."""
-    items = [item for item in request.session.items if "float64" in getattr(item, "fixturenames", ())]
+    items = [
+        item
+        for item in request.session.items
+        if getattr(item, "originalname", "") == request.function.__name__
+    ]
     wanted = [item.callspec.params["case"] for item in items if not item.get_closest_marker("skip")]
     folder = tmp_path_factory.mktemp("float64")
     with socket.socket() as probe:
@@ -169,7 +173,7 @@ def test_each_process_prints_an_error_at_most_once(tmp_path):
 
 
 @pytest.mark.full(
-    "tests/sharding/test_processes.py::test_three_processes_with_different_numbers_of_rows_and_an_uncaught_error"
+    "tests/sharding/test_processes.py::test_two_slurm_processes_agree_share_arrays_and_end_by_sigterm"
 )
 @pytest.mark.parametrize(
     ("how", "code", "message"),

@@ -51,7 +51,7 @@ def stopping(at: int, monkeypatch):
     monkeypatch.setattr(Dispatch, "__call__", call)
 
 
-@pytest.mark.full("[device-8]", "[stream-1]")
+@pytest.mark.full("[stream-1]")
 @pytest.mark.parametrize("way", ["device-1", "device-8", "stream-1", "stream-8"])
 def test_stop_and_resume_is_bitwise_the_straight_run(way, tmp_path, console, monkeypatch, mesh1, mesh8):
     placement, _, devices = way.partition("-")
@@ -71,6 +71,7 @@ def test_stop_and_resume_is_bitwise_the_straight_run(way, tmp_path, console, mon
     assert int(a.step) == 25
 
 
+@pytest.mark.full("tests/train/test_loop.py::test_stop_and_resume_is_bitwise_the_straight_run")
 def test_metrics_file_of_a_resumed_run_has_each_step_once(tmp_path, console, monkeypatch, mesh1):
     with monkeypatch.context() as patch:
         stopping(9, patch)
@@ -121,6 +122,7 @@ def test_one_and_eight_devices_train_alike(tmp_path, console, mesh1, mesh8):
     assert results[0]["test"]["loss"] == pytest.approx(results[1]["test"]["loss"], rel=1e-5)
 
 
+@pytest.mark.full("tests/program/test_parallel.py")
 def test_batch_norm_statistics_are_over_the_global_batch(tmp_path, console, mesh1, mesh8):
     """On eight devices of two images each, per-device statistics would be far off."""
     exp = change(model=models.CNN(widths=(8,), convs=1, classes=4), augment=(), epochs=0.4)
@@ -155,6 +157,7 @@ def test_train_and_evaluation_compile_once(tmp_path, console, mesh8):
     assert program.evals["test"].step._cache_size() == 1
 
 
+@pytest.mark.full("tests/train/test_loop.py::test_in_flight_waits_for_the_step_before_the_last_ones")
 def test_500_tiny_steps_on_eight_devices_do_not_pile_up(tmp_path, console, mesh8):
     """Some 300 queued programs with a collective deadlock the CPU backend and abort the process."""
     exp = change(
@@ -243,6 +246,7 @@ def test_holdout_leaves_training_examples_out(mesh1):
     assert program.evals["valid"].examples == 50 and program.steps == 10  # ceil(150 / 16)
 
 
+@pytest.mark.full("tests/step/test_guard.py")
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, console, mesh1):
     quiet = {"eval_every": None, "save_every": 0.2, "log_every": 100}  # no record before the first save
     exp = change(optimizer=optim.SGD(lr=1e38), **quiet)

@@ -100,7 +100,7 @@ def test_plain_tfds_reads_it(cifar10_dir: Path) -> None:
     assert builder.info.features["label"].names[example["label"]] == "horse"
 
 
-@pytest.mark.full("tests/experiment/test_experiments.py::test_digits_cnn_passes_its_smoke_test")
+@pytest.mark.full("tests/cli/test_cli.py::test_run_twice_then_new_then_evaluate")
 def test_cifar_cnn_passes_its_smoke_test(
     cifar10_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
