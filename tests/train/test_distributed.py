@@ -48,11 +48,8 @@ def launch(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def float64(tmp_path_factory, request):
     """Results on two processes, of the cases that this tier runs."""
-    items = [
-        item
-        for item in request.session.items
-        if getattr(item, "originalname", "") == request.function.__name__
-    ]
+    name = "test_two_processes_train_as_one_device"
+    items = [item for item in request.session.items if getattr(item, "originalname", "") == name]
     wanted = [item.callspec.params["case"] for item in items if not item.get_closest_marker("skip")]
     folder = tmp_path_factory.mktemp("float64")
     with socket.socket() as probe:
