@@ -93,6 +93,7 @@ def reference(predicted: np.ndarray, label: np.ndarray, classes: int) -> np.ndar
     return counts
 
 
+@pytest.mark.full("[shape0-cuts0]")
 @pytest.mark.parametrize("cuts", RAGGED)
 @pytest.mark.parametrize("shape", [(10,), (10, 3)])
 def test_confusion_matrix_over_ragged_parts_equals_that_over_all(

@@ -137,6 +137,7 @@ def test_missing_requirements_are_reported_by_every_part(check, session, monkeyp
     assert sessions.missing("jax", "flax") is None
 
 
+@pytest.mark.full("tests/benchmarks/test_gpu_check.py")
 def test_airbench_changes_seed_without_compiling(caplog):
     """The state, the key and the batches of ``Experiment(seed=3)``, with the functions of seed 0."""
     exp = dataclasses.replace(EXPERIMENT, model=models.MLP(widths=(8,), classes=4), augment=(), epochs=0.16)

@@ -157,6 +157,7 @@ def test_a_round_bounds_its_queue_and_waits_at_its_end(experiment, mesh1, monkey
     assert waited[-1][0] is lane.state
 
 
+@pytest.mark.full("tests/cli/test_scaling.py::test_rounds_of_all_device_counts_are_interleaved")
 def test_the_loader_is_closed_if_measuring_fails(experiment, console, monkeypatch):
     closed, real = [], Program.close
     monkeypatch.setattr(Program, "close", lambda self: (closed.append(self), real(self)))

@@ -78,6 +78,7 @@ def test_bad_input_is_one_line(args, message, capsys):
     assert code == 2 and message in error
 
 
+@pytest.mark.full("tests/cli/test_verify.py::test_bad_input_is_one_line")
 def test_an_error_of_a_process_is_reported_in_one_line(capsys):
     assert (
         commands.main(["verify", "--experiment", TINY, "--mesh", "model=3", "--simulate-devices", "2"]) == 2

@@ -58,6 +58,7 @@ def valued(loss: Any, chunk: int | None, features: Any, table: Any, batch: Any) 
     return jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))(features, table)
 
 
+@pytest.mark.full("[1-plain]", "[1-mixed, rows masked]")
 @pytest.mark.parametrize(
     ("loss", "case"),
     [
@@ -237,6 +238,7 @@ def test_full_logits_are_never_in_memory() -> None:
     assert temporaries[0] > WHOLE > 2 * temporaries[1]
 
 
+@pytest.mark.full("tests/core/test_logits.py::test_full_logits_are_never_in_memory")
 def test_a_mesh_computes_the_same_and_sends_no_logits() -> None:
     mesh = sharding.make_mesh(jax.devices(), sharding.parse_mesh("data=2,model=4", 8))
     (one, parts), (split, _) = large(4), large(4, mesh)

@@ -259,6 +259,7 @@ def test_inputs_of_another_shape_are_refused_in_one_line(module: Any, batch: Any
 # --- LSTMClassifier
 
 
+@pytest.mark.full("[last-True]")
 @pytest.mark.parametrize(
     ("pool", "bidirectional"), [("last", False), ("last", True), ("mean", True), ("max", True)]
 )

@@ -69,6 +69,7 @@ def on_first_device(tree) -> int:
     return sum(shard.data.nbytes for shard in shards)
 
 
+@pytest.mark.full("[fsdp=8-8]")
 @pytest.mark.parametrize(
     ("mesh", "devices"), [("data=1", 1), ("data=8", 8), ("fsdp=8", 8), ("data=2,fsdp=2,model=2", 8)]
 )

@@ -232,6 +232,7 @@ def test_json_of_what_does_not_fit_has_the_change(mlp, capsys):
     assert body["smallest"] is None and body["tried"] == []  # the state alone is too large
 
 
+@pytest.mark.full("tests/plan/test_plan_search.py::test_suggested_change_fits_when_planned")
 def test_search_lists_impossible_meshes(mlp, capsys, monkeypatch):
     monkeypatch.setattr("jaxtrain.plan.search.MOST", 4)
     out, _ = command(capsys, mlp((129,), 8), "--devices", "2", "--search", "--device-memory", "1MB")

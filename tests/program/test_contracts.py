@@ -188,6 +188,7 @@ def test_train_mode_controls_dropout_and_statistics(name: str) -> None:
     assert any(jax.tree.leaves(moved)) == ("batch_stats" in before)
 
 
+@pytest.mark.full("[mlp]", "[shakespeare_gpt]", "[pets_unet]", "[ratings_factors]")
 @row
 def test_output_shape_fits_the_loss(name: str) -> None:
     exp = small(name)
@@ -258,6 +259,7 @@ def test_one_optimizer_step_lowers_the_loss_on_a_fixed_batch(name: str) -> None:
     assert lower["loss"] < first["loss"]
 
 
+@pytest.mark.full("[mlp]", "[sentiment_lstm]")
 @row
 def test_learning_rate_out_of_range_is_rejected(name: str) -> None:
     exp, batch = small(name), prepared(small(name), 2)
@@ -269,7 +271,7 @@ def test_learning_rate_out_of_range_is_rejected(name: str) -> None:
                 jax.eval_shape(model.init, jax.random.key(0), batch)
 
 
-@pytest.mark.full("[mlp]", "[ratings_factors]")
+@pytest.mark.full("[ratings_factors]")
 @pytest.mark.parametrize("name", distinct())
 def test_overfits_32_examples(name: str) -> None:
     """A model, a loss and an optimizer that are joined up wrongly do not."""

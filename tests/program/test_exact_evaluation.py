@@ -31,6 +31,7 @@ def mesh(request, mesh1, mesh8):
     return {1: mesh1, 8: mesh8}[request.param]
 
 
+@pytest.mark.full("[one device-1-device]", "[one device-15-device]", "[eight-1-device]")
 @pytest.mark.parametrize("placement", ["device", "stream"])
 @pytest.mark.parametrize("n", cases.SIZES)
 def test_images(n, placement, mesh):

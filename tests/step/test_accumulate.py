@@ -78,6 +78,7 @@ def started(tx: Any) -> Any:
     return state.replace(params=params, opt_state=tx.init(params))
 
 
+@pytest.mark.full("[plain]", "[weights]")
 @pytest.mark.parametrize("case", ["plain", "weights", "unreported", *MASKS])
 def test_update_and_metrics_equal_the_full_batch(case: str, float64: Any) -> None:
     batch, tx = classes(), optax.sgd(0.1, momentum=0.9)
@@ -251,6 +252,7 @@ def collectives(net: Any, batch: Any, **options: Any) -> set[str]:
     return set(re.findall(rf"\b({kinds})(?:-start)?\(", text))
 
 
+@pytest.mark.full("tests/step/test_accumulate.py::test_update_and_metrics_equal_the_full_batch")
 def test_splitting_moves_no_row_between_devices() -> None:
     net = MLP(widths=(8,), classes=3, dropout=0.5)
     image = RNG.normal(size=(64, 4, 4, 1)).astype(np.float32)
@@ -259,6 +261,7 @@ def test_splitting_moves_no_row_between_devices() -> None:
     assert collectives(net, batch, accumulate=4, unroll=True) == {"all-reduce"}
 
 
+@pytest.mark.full("[True]")
 @pytest.mark.parametrize("unroll", [False, True])
 def test_memory_is_that_of_one_microbatch(unroll: bool) -> None:
     """The unrolled program needs barriers, which XLA:CPU drops without an option."""

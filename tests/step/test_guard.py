@@ -110,6 +110,7 @@ WORDS = {
 }
 
 
+@pytest.mark.full("[NaN in the input]", "[update]")
 @pytest.mark.parametrize("case", CASES)
 def test_bad_update_leaves_the_state_bitwise_unchanged(case):
     loss, tx, prepare = CASES[case]
@@ -147,6 +148,7 @@ def test_count_bad_labels_wraps_the_loss_and_keeps_its_settings():
     assert float(plain[0]) == float(watched[0]) and watched[1].keys() - plain[1].keys() == {guard.BAD_LABELS}
 
 
+@pytest.mark.full("[1]")
 @pytest.mark.parametrize("devices", [1, 8])
 def test_finite_run_is_bitwise_equal_without_the_guard(devices, tmp_path, console, mesh1, mesh8):
     found = {}

@@ -111,6 +111,7 @@ def test_the_loop_warns_or_ends(tmp_path, capsys, mesh1):
     assert what in str(error.value) and "and is int16[16,8,8,1]" in str(error.value)
 
 
+@pytest.mark.full("tests/train/test_recompile.py::test_the_loop_warns_or_ends")
 def test_the_flag_makes_it_exit_code_3(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "fickle.py"
