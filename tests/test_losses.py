@@ -32,6 +32,7 @@ def optax_loss(logits: jax.Array, label: jax.Array, smoothing: float) -> jax.Arr
     return optax.softmax_cross_entropy(logits, target).mean()
 
 
+@pytest.mark.full("[shape0-0.1]", "[shape1-0.0]")
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
 @pytest.mark.parametrize("shape", [(6,), (3, 4)])
 def test_cross_entropy_equals_optax_in_value_and_gradient(shape: tuple[int, ...], smoothing: float) -> None:

@@ -44,7 +44,7 @@ class Airbench(nn.Module):
 
     >>> net = Airbench(widths=(8, 16, 16), classes=5)
     >>> variables = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    >>> net.apply(variables, jnp.zeros((4, 32, 32, 3))).shape
+    >>> jax.jit(net.apply)(variables, jnp.zeros((4, 32, 32, 3))).shape
     (4, 5)
     """
 

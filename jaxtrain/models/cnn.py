@@ -37,8 +37,8 @@ class CNN(nn.Module):
 
     >>> import jax.numpy as jnp
     >>> net = CNN(widths=(8, 16), classes=5)
-    >>> variables = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-    >>> net.apply(variables, jnp.zeros((4, 8, 8, 3))).shape
+    >>> variables = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    >>> jax.jit(net.apply)(variables, jnp.zeros((4, 8, 8, 3))).shape
     (4, 5)
     """
 

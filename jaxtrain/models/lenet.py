@@ -42,7 +42,7 @@ class ConvNet(nn.Module):
 
     >>> import jax.numpy as jnp
     >>> lenet = ConvNet(widths=(6, 16), kernel=5, padding="VALID", hidden=(120, 84))
-    >>> params = lenet.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    >>> params = jax.eval_shape(lenet.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     >>> sum(p.size for p in jax.tree.leaves(params))
     62006
     """

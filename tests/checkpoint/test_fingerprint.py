@@ -37,6 +37,7 @@ def one(x):
     return prints({"x": x})["x"]
 
 
+@pytest.mark.full("tests/checkpoint/test_checkpoint.py::test_round_trip_between_one_and_eight_devices")
 def test_fingerprints_are_equal_on_every_mesh_and_nothing_is_gathered(mesh1, mesh8):
     split = sharding.make_mesh(jax.devices(), sharding.parse_mesh("data=2,fsdp=2,model=2", 8))
     found = []

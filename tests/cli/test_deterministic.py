@@ -96,6 +96,7 @@ devices.set_deterministic()
 """
 
 
+@pytest.mark.full("tests/cli/test_deterministic.py::test_the_record_has_the_flag_only_where_it_has_an_effect")
 def test_the_flag_is_appended_and_xla_accepts_it(python):
     """XLA aborts on an unknown flag, so this jaxlib knows the flag and reads it in time."""
     env = {"JAX_PLATFORMS": "", "CUDA_VISIBLE_DEVICES": "", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=true"}

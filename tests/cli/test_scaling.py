@@ -121,6 +121,7 @@ def refused(capsys, *args) -> str:
     return error
 
 
+@pytest.mark.full("tests/cli/test_scaling.py::test_a_lane_trains_like_a_run_and_compiles_once")
 def test_rounds_of_all_device_counts_are_interleaved(experiment, console, rounds):
     found = measure(layouts(experiment, (1, 2, 4)), steps=2, rounds=3, console=console)
     assert [(one.devices, one.mesh, one.batch) for one in found] == [

@@ -394,6 +394,7 @@ def test_metadata_of_the_data_set(photos: TFDS, boards: TFDS, tmp_path: Path) ->
     }
 
 
+@pytest.mark.full("tests/cli/test_cli.py::test_importing_jaxtrain_loads_nothing_heavy")
 def test_importing_is_cheap() -> None:
     code = (
         "import sys, jaxtrain.data.images, jaxtrain.data.randaugment;"

@@ -355,6 +355,7 @@ def child(root: Path, mode: str, other: int = 0) -> subprocess.Popen:
     )
 
 
+@pytest.mark.full("tests/data/test_data_prepare.py::test_failure_leaves_no_files")
 def test_killed_halfway(tiny: Path, tmp_path: Path) -> None:
     killed = child(tmp_path, "die")
     killed.communicate(timeout=60)

@@ -235,6 +235,7 @@ def test_shapes_that_differ(tmp_path: Path) -> None:
     assert photos.classes is None
 
 
+@pytest.mark.full("tests/cli/test_cli.py::test_importing_jaxtrain_loads_nothing_heavy")
 def test_importing_is_cheap() -> None:
     code = (
         "import sys, jaxtrain.data.tfds, jaxtrain.data.prepare;"

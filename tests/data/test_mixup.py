@@ -45,6 +45,7 @@ def test_image_and_label_use_the_same_partner_and_weight(dtype: Any) -> None:
         np.testing.assert_array_equal(mixed[name], inputs[name])
 
 
+@pytest.mark.full("tests/data/test_mixup.py::test_image_and_label_use_the_same_partner_and_weight")
 @pytest.mark.parametrize("alpha", [0.2, 4.0])
 def test_weights_follow_the_beta_distribution(alpha: float) -> None:
     drawn = weights(alpha, 4000)
@@ -54,6 +55,7 @@ def test_weights_follow_the_beta_distribution(alpha: float) -> None:
     assert abs(drawn.var() - variance) < 0.1 * variance
 
 
+@pytest.mark.full("tests/data/test_augment.py")
 def test_same_result_on_eight_devices(mesh8: Any) -> None:
     inputs = batch()
     alone = Mixup()(inputs, KEY)

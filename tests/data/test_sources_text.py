@@ -96,6 +96,7 @@ def test_gather_is_a_pure_function_of_each_id(tmp_path: Path, root: str) -> None
             source.gather(np.array([n]))
 
 
+@pytest.mark.full("tests/data/test_sources_tables.py::test_fresh_process_reads_the_same")
 def test_fresh_process_reads_the_same(tmp_path: Path, root: str, python: Any) -> None:
     check_fresh_process(sources(tmp_path, root), tmp_path, python)
 

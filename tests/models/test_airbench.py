@@ -102,6 +102,7 @@ def by_hand(net: Airbench, params: Any, stats: Any, image: np.ndarray, train: bo
     return x @ params["head"]["kernel"] * net.scale, moved
 
 
+@pytest.mark.full("[94-True]")
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize(
     "net",
@@ -314,6 +315,7 @@ def test_whitening_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> N
 # --- test-time views
 
 
+@pytest.mark.full("[1]")
 @pytest.mark.parametrize("shift", [1, 2])
 def test_evaluation_averages_six_views(shift: int) -> None:
     image = images()
@@ -505,6 +507,7 @@ def effect(module: Any) -> Any:
     return jax.tree.map(lambda x: np.round(x, 5).tolist(), {"params": params, "out": out})
 
 
+@pytest.mark.full("tests/models/test_models.py::test_every_field_of_a_model_changes_something")
 @pytest.mark.parametrize(("module", "field"), FIELDS, ids=[f"{type(m).__name__}-{f}" for m, f in FIELDS])
 def test_every_field_changes_something(module: Any, field: str) -> None:
     assert effect(module.clone(**{field: CASES[module][field]})) != effect(module)

@@ -117,6 +117,7 @@ def test_half_precision(dtype: Any) -> None:
     same(*as_float, rtol=0.05, atol=0.5)
 
 
+@pytest.mark.full("tests/models/test_conv.py::test_values_and_gradients_in_float64")
 def test_forward_mode_vmap_scan_and_remat() -> None:
     ours, stock = pair(9, 3)
     image = jax.random.normal(jax.random.key(0), (3, 17, 5, 5, 2))

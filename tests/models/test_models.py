@@ -291,6 +291,7 @@ def effect(module: Any) -> Any:
     return jax.tree.map(lambda x: np.round(x, 5).tolist(), {"params": params, "out": found, "extra": after})
 
 
+@pytest.mark.full("[CNN-convs]", "[CNN-residual]", "[MLP-widths]", "[MLP-dropout]")
 @pytest.mark.parametrize(("cls", "field"), FIELDS)
 def test_every_field_of_a_model_changes_something(cls: type, field: str) -> None:
     base = BASES[cls]

@@ -365,6 +365,7 @@ def naive(module: Any, params: Any, text: np.ndarray, length: int, context: int,
     return text
 
 
+@pytest.mark.full("[beyond it]")
 @pytest.mark.parametrize(
     ("module", "start", "length", "context"),
     [(SMALL, 1, 5, 8), (LEARNED, 3, 12, 5), (SMALL, 7, 3, 4)],

@@ -102,6 +102,7 @@ def test_recurrence_in_half_precision_is_close_to_float32(cls: type) -> None:
     )
 
 
+@pytest.mark.full("tests/models/test_models.py::test_dropout_acts_in_training_only_and_by_its_key_only")
 @pytest.mark.parametrize("cls", BASES)
 def test_dropout_acts_in_training_only_and_by_its_key_only(cls: type) -> None:
     module, batch = BASES[cls].clone(dropout=0.5, **DROPS[cls]), BATCHES[cls]
@@ -119,6 +120,7 @@ def test_dropout_acts_in_training_only_and_by_its_key_only(cls: type) -> None:
     np.testing.assert_allclose(run(module, False, None), whole, rtol=1e-6)
 
 
+@pytest.mark.full("tests/models/test_models.py::test_dropout_acts_in_training_only_and_by_its_key_only")
 @pytest.mark.parametrize("cls", [LSTMClassifier, GRUForecaster])
 def test_dropout_is_between_layers_too(cls: type) -> None:
     """Make the head ignore its own dropout, so that only dropout between layers has an effect."""
@@ -201,6 +203,7 @@ def effect(module: Any) -> Any:
     return jax.tree.map(lambda x: np.round(x, 5).tolist(), found)
 
 
+@pytest.mark.full("[LSTMClassifier-width]", "[GRUForecaster-width]", "[Factors-width]", "[UNet-widths]")
 @pytest.mark.parametrize(("cls", "field"), NAMES)
 def test_every_field_of_a_model_changes_something(cls: type, field: str) -> None:
     base = BASES[cls]
@@ -298,6 +301,7 @@ def test_length_beyond_the_window_is_clipped() -> None:
     np.testing.assert_array_equal(cut, long)
 
 
+@pytest.mark.full("tests/models/test_models_more.py::test_pooled_states_equal_their_definitions")
 @pytest.mark.parametrize(("dtype", "steps"), [(np.uint8, 256), (np.int8, 200)])
 def test_lstm_with_more_steps_than_the_length_dtype_can_represent(dtype: type, steps: int) -> None:
     module = BASES[LSTMClassifier].clone(bidirectional=True)

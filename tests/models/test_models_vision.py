@@ -128,6 +128,7 @@ def reference(params: Any, stats: Any, x: jax.Array, module: ResNet) -> jax.Arra
     return x.mean((1, 2)) @ params["head"]["kernel"] + params["head"]["bias"][None]
 
 
+@pytest.mark.full("[basic-cifar-17]")
 @pytest.mark.parametrize("side", [16, 17])
 @pytest.mark.parametrize(("block", "stem"), [("basic", "cifar"), ("bottleneck", "imagenet")])
 def test_resnet_equals_a_reference_implementation(block: Any, stem: Any, side: int) -> None:
@@ -158,6 +159,7 @@ def initial_state() -> Any:
     return module, batch, *jax.jit(as_model(module).init)(QUICK, batch)
 
 
+@pytest.mark.full("tests/models/test_models_gpt.py::test_initialisation_is_that_of_gpt2")
 def test_resnet_starts_with_he_convolutions_and_each_residual_branch_at_zero(initial_state: Any) -> None:
     params = initial_state[2]
     block = params["stage0_block0"]
@@ -248,6 +250,7 @@ def test_sincos_vit_accepts_other_image_sizes_and_a_learned_one_refuses_them() -
         learned.apply(params, extra, large, train=False, key=None)
 
 
+@pytest.mark.full("tests/models/test_models.py::test_dropout_acts_in_training_only_and_by_its_key_only")
 def test_vits_dropout_acts_in_training_only_and_by_its_key_only() -> None:
     params, extra = random_state(VIT, {"image": FIXED})
 
@@ -296,6 +299,7 @@ def effect(module: Any) -> Any:
     return jax.tree.map(lambda x: np.round(x, 5).tolist(), found)
 
 
+@pytest.mark.full("[ResNet-width]", "[ViT-width]")
 @pytest.mark.parametrize(("cls", "field"), FIELDS)
 def test_every_field_of_a_model_changes_something(cls: type, field: str) -> None:
     base = BASES[cls]

@@ -105,6 +105,7 @@ def test_parameter_paths_and_the_evaluation_program_do_not_change(name: str) -> 
     assert texts[0] == texts[1]
 
 
+@pytest.mark.full("[GPT]", "[CNN]")
 @pytest.mark.parametrize("name", NETS)
 def test_less_is_stored_for_the_backward_pass(name: str) -> None:
     bytes_of = {

@@ -205,6 +205,7 @@ def test_profile_shows_a_slow_source_and_shares_add_up(program, tmp_path, consol
     assert [r["step"] for r in records if "train/loss" in r] == [3, 5, 10, 12, 13, 15, 20, 25]
 
 
+@pytest.mark.full("tests/monitor/test_profile.py::test_time_belongs_to_operations_first_then_to_the_loop")
 def test_busy_device_is_not_idle(tmp_path, console):
     @jax.jit
     def work(x):
@@ -329,6 +330,7 @@ def test_range_after_the_end_is_refused():
     assert monitor.parse_window("25:30", 25) == (25, 30) and monitor.parse_window(None, 25) is None
 
 
+@pytest.mark.full("tests/monitor/test_profile.py::test_bad_range_is_refused_before_anything_is_read")
 def test_finished_run_has_nothing_to_profile(tmp_path, capsys):
     file = tmp_path / "small.py"
     file.write_text(

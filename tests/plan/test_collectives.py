@@ -54,6 +54,7 @@ def loss(params: dict[str, jax.Array], x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.mean((jnp.tanh(x @ params["in"]) @ params["out"] - y) ** 2)
 
 
+@pytest.mark.full("[2x4-in order]", "[model first-rolled]")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", MESHES)
 def test_data_parallel_reduces_the_gradients_over_data(name: str, order: str) -> None:
@@ -108,6 +109,7 @@ def test_tensor_parallel_reduces_the_activations_over_model(name: str, order: st
 SUBSETS = [axes for n in (1, 2, 3) for axes in itertools.combinations(("a", "b", "c"), n)]
 
 
+@pytest.mark.full("[a-in order]", "[b-transposed]", "[ac-rolled]", "[abc-in order]")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("axes", SUBSETS, ids="".join)
 def test_each_kind_over_each_set_of_axes(axes: tuple[str, ...], order: str) -> None:

@@ -111,6 +111,7 @@ def test_fsdp_divides_a_gpt_of_ten_million_parameters_by_its_devices():
     assert each(replicated) >= 3 * 4 * 10**7  # Adam has two moments
 
 
+@pytest.mark.full("tests/plan/test_plan.py::test_json_is_complete_and_agrees_with_the_table")
 def test_temporaries_match_the_compiled_step_of_a_run():
     program = assemble(MLP, mesh_of_text("data=8"))
     found = measure(program)

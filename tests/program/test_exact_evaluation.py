@@ -40,6 +40,7 @@ def test_images(n, placement, mesh):
     assert values["counts"].sum() == n
 
 
+@pytest.mark.full("[one device-sequences]", "[eight-regression]")
 @pytest.mark.parametrize("kind", cases.KINDS[1:])
 def test_tokens_and_numbers(kind, mesh):
     """Figures that are a mean over more than examples: over tokens, and over the elements of a target."""
@@ -89,6 +90,7 @@ class Poisoned:
         return found
 
 
+@pytest.mark.full("[one device-images]", "[eight-sequences]", "[eight-regression]")
 @pytest.mark.parametrize("kind", cases.KINDS)
 def test_padding_values_are_ignored(kind, mesh):
     """NaN in inputs and targets, labels and tokens that there are none of."""

@@ -146,6 +146,7 @@ def test_gpt_formula_matches_xla_except_for_masked_positions():
 # --- of a run
 
 
+@pytest.mark.full("tests/program/test_flops.py")
 def test_throughput_of_a_text_model(mesh1):
     changed = dataclasses.replace(EXP, accumulate=2, remat="dots_saveable", model=NET.clone(head_chunk=8))
     for exp in (EXP, changed):

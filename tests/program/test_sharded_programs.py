@@ -37,6 +37,7 @@ def experiment(model, train: data.Arrays, **changes) -> Experiment:
     return Experiment(model=model, train=train, test=train, **(settings | changes))
 
 
+@pytest.mark.full("tests/program/test_sharded_programs.py::test_one_float32_sgd_step_equals_one_device")
 def test_data_parallel_update_uses_the_averaged_gradient(mesh8):
     """Goyal et al. (arXiv:1706.02677), equation 2: each worker's mean gradient, and then their mean.
 
@@ -169,6 +170,7 @@ def bytes_on_a_device(tree) -> int:
     return sum(int(np.prod(shape)) * size for shape, size in shards)
 
 
+@pytest.mark.full("tests/program/test_golden_shardings.py::test_sharding_of_every_array_is_golden")
 def test_fsdp_stores_an_eighth_of_parameters_and_optimizer_per_device():
     program, _ = ten_million("fsdp=8")
     total = sum(

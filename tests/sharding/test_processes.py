@@ -175,6 +175,7 @@ def together(tmp_path) -> Iterator[Callable[..., list[tuple[int, str, str]]]]:
             process.kill()
 
 
+@pytest.mark.full("tests/train/test_distributed.py::test_two_processes_train_as_one_device")
 def test_two_slurm_processes_agree_share_arrays_and_end_by_sigterm(together, port) -> None:
     slurm = {
         "SLURM_JOB_ID": "1",

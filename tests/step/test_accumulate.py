@@ -115,6 +115,7 @@ def test_microbatches_are_strided_rows_in_order_and_pass_statistics_on() -> None
     assert int(make_train_step(LINE, MSE(), tx)(state, batch, KEY)[0].extra["order"]) == 0
 
 
+@pytest.mark.full("tests/step/test_accumulate.py::test_update_and_metrics_equal_the_full_batch")
 def test_batch_norm_matches_microbatches_by_hand() -> None:
     net, tx = CNN(widths=(2,), convs=1, classes=3), optax.sgd(0.1)
     image = RNG.normal(size=(8, 4, 4, 1)).astype(np.float32)
@@ -169,6 +170,7 @@ def test_prepare_draws_per_batch_and_dropout_per_microbatch() -> None:
     assert float(two.extra["drawn"]) == pytest.approx(drawn[0] * 2 + drawn[1])
 
 
+@pytest.mark.full("tests/step/test_accumulate.py::test_update_and_metrics_equal_the_full_batch")
 def test_dropout_differs_between_microbatches() -> None:
     """Twice the same rows: with one mask for both, the two outputs would be equal."""
     net = MLP(widths=(64,), classes=1, dropout=0.5)

@@ -187,6 +187,7 @@ def test_the_setting_and_deterministic_are_not_measured(monkeypatch, mesh1):
     assert decide(auto, None, False) == Choice(1, "a run of fewer than 5,000 updates")
 
 
+@pytest.mark.full("tests/train/test_dispatch.py::test_an_mlp_is_bitwise_the_same_and_so_are_its_records")
 def test_the_choice_is_part_of_the_run(monkeypatch, tmp_path, capsys):
     folder, choices = str(tmp_path / "run"), [Choice(4, "for a test", {1: 2e-4, 4: 1e-4})]
     monkeypatch.setattr(autotune, "choose", lambda program: choices.pop())
