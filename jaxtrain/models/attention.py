@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import typing
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -55,7 +56,18 @@ def attend(
             implementation = "cudnn"
         elif attention == "cudnn":
             raise InputError(f"attention=cudnn and cuDNN refuses: {reason}; set model.attention=auto")
-    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation)
+
+    def kernel(*qkv: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(*qkv, is_causal=causal, implementation=implementation)
+
+    if q.dtype != jnp.float16 or implementation == "cudnn":
+        return kernel(q, k, v)
+    return jax.lax.platform_dependent(q, k, v, cpu=functools.partial(_in_float32, kernel), default=kernel)
+
+
+def _in_float32(kernel: Callable[..., jax.Array], *qkv: jax.Array) -> jax.Array:
+    """Call ``kernel`` in float32: XLA on CPUs cannot multiply float16 with sums in float32."""
+    return kernel(*(array.astype(jnp.float32) for array in qkv)).astype(qkv[0].dtype)
 
 
 def cudnn_refusal(shape: tuple[int, ...], dtype: Any, causal: bool) -> str | None:

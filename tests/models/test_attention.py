@@ -165,3 +165,17 @@ def test_both_kernels_agree(causal, size):
     found, expected = (jax.tree.map(np.float32, run(q, k, v, kind)) for kind in ("cudnn", "xla"))
     for ours, theirs in zip(found, expected, strict=True):
         assert np.linalg.norm(ours - theirs) < 0.02 * np.linalg.norm(theirs)
+
+
+def test_float16_runs_on_a_cpu_and_rounds_less_than_its_precision():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 8), jnp.float16)
+
+    def total(q):
+        return attend(q, k, v, causal=True).astype(jnp.float32).sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(total))(q)
+    wide = [x.astype(jnp.float32) for x in (q, k, v)]
+    expected = jax.nn.dot_product_attention(*wide, is_causal=True)
+    np.testing.assert_allclose(attend(q, k, v, causal=True), expected, atol=2e-3)
+    assert gradient.dtype == jnp.float16 and np.isfinite(gradient).all()
+    np.testing.assert_allclose(value, expected.sum(), rtol=2e-3)
