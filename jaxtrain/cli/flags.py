@@ -44,7 +44,12 @@ def add(
       starts_processes: the command starts these processes itself: show only ``--processes`` in the help.
     """
     group = parser.add_argument_group("devices")
-    group.add_argument("--devices", type=int, metavar="N", help="use the first N devices; default: all")
+    group.add_argument(
+        "--devices",
+        type=int,
+        metavar="N",
+        help="use the first N devices (plan simulates those that are missing); default: all",
+    )
     group.add_argument(
         "--mesh",
         metavar="AXIS=N,...",
