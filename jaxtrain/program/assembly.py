@@ -15,7 +15,7 @@ from jaxtrain.core.types import Batch, Metrics, Model, Names, State
 from jaxtrain.data import Order, Sequential, Source, compose
 from jaxtrain.experiment import Experiment
 from jaxtrain.models import as_model, compute_in
-from jaxtrain.program import check_fields, check_values, splits, update
+from jaxtrain.program import check_contract, check_fields, check_values, splits, update
 from jaxtrain.program.cadence import Cadence
 from jaxtrain.program.loader import Check, Loader, Resident
 from jaxtrain.program.program import Program, Split
@@ -65,7 +65,8 @@ def assemble(
     init = sharding.compile(init_fn, args=(replicated, replicated), out=_shardings(abstract))
     model = _compute_model(exp, abstract)
     prepare = compose(lambda batch, _: train.fetch(batch), *exp.augment, *exp.preprocess)
-    step = update.build_train_step(exp, mesh, model, tx, prepare, post_update)
+    loss_metric = check_contract.find_loss_metric(exp, model, sources["train"])
+    step = update.build_train_step(exp, mesh, model, tx, prepare, post_update, loss_metric)
     train_step, train_steps = _compile_train_steps(
         step, train, mesh, abstract, key, update.compiler_options(exp, mesh)
     )

@@ -1,0 +1,71 @@
+"""What a state must keep through an update: its arrays, with their shapes and dtypes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtrain.core.errors import InputError
+from jaxtrain.core.types import State, leaf_paths
+
+
+def check_state_unchanged(before: State, after: Any) -> None:
+    """Raise InputError, naming the array, unless an update keeps the state's structure, shapes and dtypes.
+
+    A state that changes is traced and compiled again, and no checkpoint of it can be restored.
+
+    Args:
+      before: the state, arrays or shapes.
+      after: the state after the update.
+
+    >>> before = State(jnp.int32(0), {"w": jnp.zeros(3)}, {"seen": jnp.int32(0)}, ())
+    >>> check_state_unchanged(before, before.replace(extra={"seen": before.extra["seen"] * 0.9}))
+    Traceback (most recent call last):
+        ...
+    jaxtrain.core.errors.InputError: an update changes the state's extra/seen from int32[] to float32[]: start
+    it with the dtype and shape that updates give it, or cast it back
+    """
+    if not isinstance(after, State):
+        raise InputError(
+            f"an update returns a {type(after).__name__} as its state: return state.replace(...) of the State"
+        )
+    old, new = _specs(before), _specs(after)
+    for path in [*old, *new]:
+        if old.get(path) != new.get(path):
+            raise InputError(
+                f"an update changes the state's {path} from {old.get(path, 'absent')} to "
+                f"{new.get(path, 'absent')}: start it with the dtype and shape that updates give it, or cast "
+                "it back"
+            )
+    if jax.tree.structure(before) != jax.tree.structure(after):
+        raise InputError(
+            "an update changes the structure of the state, such as a list to a tuple: return the containers "
+            "that the state had"
+        )
+
+
+def check_trainable(params: Any) -> None:
+    """Raise InputError, naming the array, for parameters that have no gradient: integers, booleans and keys.
+
+    >>> check_trainable({"w": jnp.zeros(3), "table": jnp.arange(4)})
+    Traceback (most recent call last):
+        ...
+    jaxtrain.core.errors.InputError: the parameter table is int32[4], which no gradient exists for: let the
+    model's init return it in its second dict, (params, {"constants": ...}); in Flax use self.variable
+    """
+    for path, leaf in leaf_paths(params).items():
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise InputError(
+                f"the parameter {path} is {_spec(leaf)}, which no gradient exists for: let the model's init "
+                'return it in its second dict, (params, {"constants": ...}); in Flax use self.variable'
+            )
+
+
+def _specs(tree: Any) -> dict[str, str]:
+    return {path: _spec(leaf) for path, leaf in leaf_paths(tree).items()}
+
+
+def _spec(leaf: Any) -> str:
+    return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
