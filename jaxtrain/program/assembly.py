@@ -63,7 +63,7 @@ def assemble(
     )
     abstract, undivided = _abstract_state(init_fn, examples, mesh, exp, model)
     init = sharding.compile(init_fn, args=(replicated, replicated), out=_shardings(abstract))
-    model = _compute_model(exp, abstract)
+    traced, model = model, _compute_model(exp, abstract)
     prepare = compose(lambda batch, _: train.fetch(batch), *exp.augment, *exp.preprocess)
     loss_metric = check_contract.find_loss_metric(exp, model, sources["train"])
     step = update.build_train_step(exp, mesh, model, tx, prepare, post_update, loss_metric)
@@ -93,6 +93,7 @@ def assemble(
         choices={"steps": steps, "resident": resident},
         notes=(
             *data_notes,
+            *check_contract.sown_notes(traced),
             *check_values.image_notes(exp, sources["train"]),
             *check_fields.mesh_notes(exp, mesh, abstract, undivided),
         ),

@@ -51,6 +51,21 @@ def find_loss_metric(exp: Experiment, model: Model, source: Source) -> str:
     return same[0]
 
 
+def sown_notes(model: Model) -> tuple[str, ...]:
+    """A warning about what the model sows and nothing reads, such as auxiliary losses.
+
+    Args:
+      model: whose ``init`` has been traced.
+    """
+    names = () if model.dropped is None else model.dropped()
+    if not names:
+        return ()
+    return (
+        f"the model sows {', '.join(names)}, which no loss reads: to give them to the loss, set the module's "
+        f"sown_outputs = {names!r}, and its outputs are (outputs, sown)",
+    )
+
+
 def _outputs(model: Model, key: jax.Array, batch: Batch) -> Any:
     params, extra = model.init(key, batch)
     return model.apply(params, extra, batch, train=False, key=None)[0]
