@@ -148,7 +148,7 @@ class CrossEntropy:
         """
         if self.label not in batch:
             raise InputError(
-                f"CrossEntropy needs the batch field {self.label!r}; the source returns {sorted(batch)}"
+                f"CrossEntropy needs the batch field {self.label!r}; the batch has {sorted(batch)}"
             )
         label, classes = np.asarray(batch[self.label]), outputs.shape[-1]
         if not np.issubdtype(label.dtype, np.integer):
@@ -232,7 +232,7 @@ class Forecast:
         for name in (self.target, self.history):
             if name not in batch:
                 raise InputError(
-                    f"Forecast needs the batch field {name!r}; the source returns {sorted(batch)}"
+                    f"Forecast needs the batch field {name!r}; the batch has {sorted(batch)}"
                 )
         bad = ~np.isfinite(np.asarray(batch[self.target]))
         if bad.any():

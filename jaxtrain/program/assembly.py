@@ -17,7 +17,9 @@ from jaxtrain.experiment import Experiment
 from jaxtrain.models import as_model, compute_in
 from jaxtrain.program import check_contract, check_fields, check_values, splits, update
 from jaxtrain.program.cadence import Cadence
-from jaxtrain.program.loader import Check, Loader, Resident
+from jaxtrain.program.check_values import ValueCheck
+from jaxtrain.program.loader import Loader, Resident
+from jaxtrain.program.prepared import Preprocess
 from jaxtrain.program.program import Program, Split
 from jaxtrain.step import make_eval_step, make_init, scan_steps
 from jaxtrain.step.packing import PackedMetrics, pack_metrics
@@ -49,7 +51,8 @@ def assemble(
     sources, replicated = splits.open_sources(exp, mesh), sharding.replicated(mesh)
     check_fields.check_fields(sources)
     outputs = _abstract_outputs(exp, model, sources["train"])
-    check = check_values.value_check(model, exp.loss, outputs)
+    preprocess = Preprocess(exp.preprocess, sources["train"].gather(np.zeros(1, np.int64)))
+    check = check_values.ValueCheck(model, exp.loss, outputs, preprocess)
     data_notes = check_values.check_values(check, exp, sources)
 
     order = Order(exp.seed, len(sources["train"]), exp.batch, exp.drop_remainder)
@@ -124,10 +127,13 @@ def abstract_state(experiment: Experiment, mesh: Mesh, example: Batch) -> State:
 
 
 def _loader(
-    name: str, source: Source, order: Order | Sequential, exp: Experiment, mesh: Mesh, check: Check
+    name: str, source: Source, order: Order | Sequential, exp: Experiment, mesh: Mesh, check: ValueCheck
 ) -> Loader:
-    first = check_values.check_first(name, exp)
-    return splits.make_loader(source, order, exp, mesh, check_values.with_split_name(name, check), first)
+    first, every = (
+        check_values.with_split_name(name, one)
+        for one in (check_values.check_first(exp, check), check.unchanged)
+    )
+    return splits.make_loader(source, order, exp, mesh, every, first)
 
 
 def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> Any:
