@@ -11,9 +11,9 @@ import jax
 Batch = Mapping[str, Any]
 """Named arrays with a common leading axis, such as ``image: uint8 [batch, height, width, channel]``.
 
-Reserved names: ``example_id: int32 [batch]``, each example's index in its source; in evaluation ``mask: bool
-[batch]``, false on rows that only pad the last batch; and in training ``epoch: int32 [batch]``, the epoch that
-the example is part of.
+Reserved names: ``example_id: int32 [batch]``, each example's index in its source; in evaluation
+``mask: bool [batch]``, false on rows that only pad the last batch; and in training ``epoch: int32 [batch]``,
+the epoch that the example is part of.
 """
 
 Metrics = dict[str, Any]

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import State
 
-
 EMAStart = Literal["ramp", "debias", "initial"]
 """What the average of the first updates is (``EMA.start``)."""
 
@@ -148,7 +147,9 @@ class LookaheadStage:
         def average(slow: Any, fast: Any) -> tuple[Any, Any]:
             slow_weight = decay**every * (state.step / self.steps) ** power
             fast_weight = jnp.where(due, 1 - slow_weight, 0)  # 0 at the end of the run: take ``slow`` alone
-            slow = jax.tree.map(lambda slow, fast: _interpolate(lambda _: fast_weight, slow, fast), slow, fast)
+            slow = jax.tree.map(
+                lambda slow, fast: _interpolate(lambda _: fast_weight, slow, fast), slow, fast
+            )
             return slow, _copy(slow)
 
         # A branch, so that the steps between two averagings do not touch the weights.

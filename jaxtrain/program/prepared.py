@@ -29,7 +29,7 @@ class Preprocess:
     def __init__(self, stages: Sequence[Callable[..., Batch]], example: Batch) -> None:
         self._stages = stages
         self._compiled: dict[str, Callable[[Batch], jax.Array]] = {}
-        unchanged = set()
+        unchanged: set[str] = set()
 
         def trace(raw: Batch) -> Batch:
             batch = compose(*stages)(raw, None)

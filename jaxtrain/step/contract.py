@@ -39,7 +39,8 @@ def check_state_unchanged(before: State, after: Any) -> None:
                 f"{new.get(path, 'absent')}: start it with the dtype and shape that updates give it, or cast "
                 "it back"
             )
-    if jax.tree.structure(before) != jax.tree.structure(after):
+    structures: list[Any] = [jax.tree.structure(before), jax.tree.structure(after)]
+    if structures[0] != structures[1]:
         raise InputError(
             "an update changes the structure of the state, such as a list to a tuple: return the containers "
             "that the state had"

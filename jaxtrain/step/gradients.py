@@ -183,7 +183,7 @@ def _weight(microbatch: Gradient, loss_metric: str) -> jax.Array:
 def no_loss_metric(metrics: Metrics) -> str:
     """The message for a loss whose metrics do not say how many values it is the mean of."""
     return (
-        "accumulate weights each microbatch by the number of values that its loss is the mean of, and none of "
-        f"the loss's metrics ({', '.join(metrics) or 'there are none'}) is the mean that it returns: report "
+        "accumulate weights each microbatch by the number of values that its loss is the mean of, and none "
+        f"of the loss's metrics ({', '.join(metrics) or 'there are none'}) is the mean that it returns: report "
         '{"loss": Mean.of(values, mask)} too (jaxtrain.metrics.Mean), or set accumulate=1'
     )

@@ -60,7 +60,9 @@ def locate(program: Program, step: int) -> list[BadField]:
     indices, raw = program.example_ids(step), program.raw_batch(step)
     bad = _bad_fields(program, _apply_stages(program, raw, step), indices, stage=True)
     # Raw values alone prove nothing: a stage may fill gaps, or map labels 1..10 to 0..9.
-    from_source = {found.field: found for found in _bad_fields(program, raw, indices, stage=False)} if bad else {}
+    from_source = (
+        {found.field: found for found in _bad_fields(program, raw, indices, stage=False)} if bad else {}
+    )
     return [from_source.get(found.field, found) for found in bad]
 
 
