@@ -59,7 +59,7 @@ def assemble(
     steps = order.steps(exp.epochs)
     train = _loader("train", sources["train"], order, exp, mesh, check)
     init_key, key = _init_and_step_keys(exp.seed, mesh)
-    tx, post_update = exp.optimizer.build(steps), update.build_post_update(exp, steps)
+    tx, post_update = update.build_optimizer(exp, steps), update.build_post_update(exp, steps)
     examples = splits.first_examples(exp, sources["train"])
     init_fn = make_init(
         model, tx, compose(*exp.preprocess), exp.data_init, post_update, **update.loss_scaling(exp)
@@ -117,7 +117,7 @@ def abstract_state(experiment: Experiment, mesh: Mesh, example: Batch) -> State:
     model, prepare = _compute_model(exp), compose(*exp.preprocess)
     init_fn = make_init(
         model,
-        exp.optimizer.build(steps),
+        update.build_optimizer(exp, steps),
         prepare,
         None,
         update.build_post_update(exp, steps),
@@ -143,10 +143,15 @@ def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> Any:
 
     def forward(key: jax.Array, batch: Batch) -> Any:
         batch = compose(*exp.preprocess)(batch, None)
-        params, extra = model.init(key, batch)
-        return model.apply(params, extra, batch, train=False, key=None)[0]
+        params, extra = check_contract.pair_of(model.init(key, batch), "init", "(params, extra)")
+        result = model.apply(params, extra, batch, train=False, key=None)
+        outputs, _ = check_contract.pair_of(result, "apply", "(outputs, extra)")
+        return outputs
 
-    return check_fields.trace(forward, jax.random.key(0), batch, what="the model")
+    outputs = check_fields.trace(forward, jax.random.key(0), batch, what="the model")
+    if not jax.tree.leaves(outputs):
+        raise InputError("the model returns nothing (None, or no array): return its outputs for the loss")
+    return outputs
 
 
 def _compute_model(exp: Experiment, abstract: State | None = None) -> Model:

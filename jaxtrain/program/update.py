@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from jaxtrain import sharding
-from jaxtrain.core.errors import InputError
+from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.text import first_line
 from jaxtrain.core.types import Batch, Metrics, Model, Prepare, State
 from jaxtrain.experiment import Experiment
 from jaxtrain.optim import LossScale, Schedule
@@ -52,6 +54,27 @@ def _checked(step: Update) -> Update:
         return result
 
     return checked
+
+
+def build_optimizer(exp: Experiment, steps: int) -> optax.GradientTransformation:
+    """``exp.optimizer.build(steps)``; raises InputError unless that is an Optax transformation."""
+    name = type(exp.optimizer).__name__
+    try:
+        tx = exp.optimizer.build(steps)
+    except (InputError, RunError):
+        raise
+    except Exception as error:  # a user's own optimizer
+        raise InputError(
+            f"optimizer: {name}.build({steps}) failed: {type(error).__name__}: {first_line(error)[:300]} "
+            "(--debug shows where)"
+        ) from error
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+        raise InputError(
+            f"optimizer: {name}.build({steps}) returns a {type(tx).__name__}: return an Optax transformation, "
+            "such as optax.sgd(0.1)"
+        )
+    transformation: optax.GradientTransformation = tx
+    return transformation
 
 
 def _factory_options(exp: Experiment, mesh: Mesh) -> dict[str, Any]:

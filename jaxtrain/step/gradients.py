@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxtrain.core.chunked_logits import full_logits
 from jaxtrain.core.errors import InputError
@@ -165,6 +166,12 @@ def evaluate_loss(loss_fn: LossFn, outputs: Any, batch: Batch) -> tuple[jax.Arra
                 f"{name} returns the metric {key!r} as a bare {type(metric).__name__}, which cannot be "
                 "merged over batches: return jaxtrain.metrics.Mean.of(values, batch.get('mask'))"
             )
+        for leaf in jax.tree.leaves(metric):
+            if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
+                raise InputError(
+                    f"{name} returns the metric {key!r} with a {type(leaf).__name__} in it: a metric is a pytree "
+                    "of arrays, such as a class with @jax.tree_util.register_dataclass"
+                )
     return loss, dict(metrics)
 
 
@@ -184,6 +191,6 @@ def no_loss_metric(metrics: Metrics) -> str:
     """The message for a loss whose metrics do not say how many values it is the mean of."""
     return (
         "accumulate weights each microbatch by the number of values that its loss is the mean of, and none "
-        f"of the loss's metrics ({', '.join(metrics) or 'there are none'}) is the mean that it returns: report "
-        '{"loss": Mean.of(values, mask)} too (jaxtrain.metrics.Mean), or set accumulate=1'
+        f"of the loss's metrics ({', '.join(metrics) or 'there are none'}) is the mean that it returns: "
+        'report {"loss": Mean.of(values, mask)} too (jaxtrain.metrics.Mean), or set accumulate=1'
     )
