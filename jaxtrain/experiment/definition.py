@@ -207,9 +207,9 @@ def _check_numbers(experiment: Experiment) -> None:
             raise InputError(f"{name} is {getattr(experiment, name)!r}: it must be an int")
     for name in ("epochs", "save_every", "holdout", "eval_every"):
         value = getattr(experiment, name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            if name != "eval_every" or value is not None:
-                raise InputError(f"{name} is {value!r}: it must be a number")
+        may_be_none = name == "eval_every" and value is None
+        if not may_be_none and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise InputError(f"{name} is {value!r}: it must be a number")
     size, updates = experiment.eval_batch, experiment.steps_per_execution
     if size is not None and type(size) is not int:
         raise InputError(f"eval_batch is {size!r}: it must be an int or None")

@@ -70,8 +70,8 @@ def build_optimizer(exp: Experiment, steps: int) -> optax.GradientTransformation
         ) from error
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
         raise InputError(
-            f"optimizer: {name}.build({steps}) returns a {type(tx).__name__}: return an Optax transformation, "
-            "such as optax.sgd(0.1)"
+            f"optimizer: {name}.build({steps}) returns a {type(tx).__name__}: return an Optax "
+            "transformation, such as optax.sgd(0.1)"
         )
     transformation: optax.GradientTransformation = tx
     return transformation

@@ -169,8 +169,8 @@ def evaluate_loss(loss_fn: LossFn, outputs: Any, batch: Batch) -> tuple[jax.Arra
         for leaf in jax.tree.leaves(metric):
             if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
                 raise InputError(
-                    f"{name} returns the metric {key!r} with a {type(leaf).__name__} in it: a metric is a pytree "
-                    "of arrays, such as a class with @jax.tree_util.register_dataclass"
+                    f"{name} returns the metric {key!r} with a {type(leaf).__name__} in it: a metric is "
+                    "a pytree of arrays, such as a class with @jax.tree_util.register_dataclass"
                 )
     return loss, dict(metrics)
 
