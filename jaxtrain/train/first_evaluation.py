@@ -41,7 +41,8 @@ def check_first_evaluation(program: Program) -> None:
             f"{', '.join(changed)} of an evaluation batch changes with the contents of its padding rows "
             f'({rows} rows in the last batch of {name}), where batch["mask"] is false: average over the '
             'other rows in the loss, such as Mean.of(values, batch.get("mask")), and let no row of the '
-            f"model's outputs depend on other rows; or set an eval_batch that divides {split.examples:,} examples"
+            "model's outputs depend on other rows; or set an eval_batch that divides "
+            f"{split.examples:,} examples"
         )
 
 
