@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,6 +47,7 @@ def build_train_step(
 def _checked(step: Update) -> Update:
     """``step``, of any factory, with its contract checked while it is traced."""
 
+    @functools.wraps(step)
     def checked(state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
         result = step(state, batch, key)
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):

@@ -582,7 +582,7 @@ CASES: dict[type, tuple[Any, dict[str, Any]]] = {
     Linear: (Linear(0.1), {"peak": 0.2, "end": 0.05, "warmup": 0.5}),
     Cosine: (Cosine(0.1), {"peak": 0.2, "end": 0.05, "warmup": 0.5}),
     OneCycle: (OneCycle(0.1), {"peak": 0.2, "start": 0.5, "end": 0.5, "warmup": 0.5}),
-    EMA: (EMA(0.9), {"decay": 0.5, "start": "debias"}),
+    EMA: (EMA(0.9, "initial"), {"decay": 0.5, "start": "debias"}),
     Lookahead: (Lookahead(), {"every": 4, "decay": 0.5, "power": 1.0}),
     Group: (Group("kernel"), {"path": "bias", "lr": 0.5, "weight_decay": 0.5, "until": 0.1}),
 }

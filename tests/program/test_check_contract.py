@@ -126,7 +126,7 @@ def classify(*stages: Any, **changes: Any) -> Experiment:
 def test_labels_are_checked_as_the_model_gets_them(mesh1: Any) -> None:
     with pytest.raises(InputError, match="train: label 3 of example 2 in field 'label' is outside"):
         assemble(classify(), mesh1)
-    with pytest.raises(InputError, match="train: label -1 of example 0 .*, also in example 3, 6"):
+    with pytest.raises(InputError, match=r"train: label -1 of example 0 .*, also in example 3, 6"):
         assemble(classify(Shift(2)), mesh1)
     with pytest.raises(InputError, match="label -1 of example"):
         assemble(classify(Shift(2), train=Stream(RAGGED), placement="stream"), mesh1)

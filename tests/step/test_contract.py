@@ -1,4 +1,4 @@
-"""What a loss, a model and a state must keep: complex gradients, shapes and dtypes, and what a loss returns."""
+"""What a loss, a model and a state must keep: complex gradients, shapes, dtypes and results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Model, State
 from jaxtrain.metrics import Mean
-from jaxtrain.optim import EMA, LossScale, Lookahead
+from jaxtrain.optim import EMA, Lookahead, LossScale
 from jaxtrain.step import make_init, make_train_step
 
 KEY = jax.random.key(0)

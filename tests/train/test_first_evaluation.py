@@ -113,7 +113,7 @@ def test_no_false_alarm(name: str, mesh1: Any) -> None:
 @pytest.mark.parametrize("placement", ["device", "stream"])
 def test_on_a_mesh_of_eight(placement: Any, mesh8: Any) -> None:
     check(change(placement=placement), mesh8)
-    with pytest.raises(InputError, match="^loss of an evaluation batch"):
+    with pytest.raises(InputError, match=r"^loss of an evaluation batch"):
         check(change(loss=unmasked, placement=placement), mesh8)
 
 
