@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -65,42 +66,44 @@ def _padded_batches(split: Split) -> list[Any]:
     batch = split.loader.batch(0)
     split.loader.close()  # the evaluation starts a stream of its own
     data = {name: array for name, array in batch.items() if name == "data"}  # resident: all examples
-
     fields = {name: array for name, array in batch.items() if name != "data"}
-    shardings = split.loader.shardings
-    where = {name: shardings[name] if isinstance(shardings, dict) else shardings for name in fields}
+    fill: Any = functools.partial(_fill, np)
+    if not isinstance(batch["mask"], np.ndarray):
+        shardings = split.loader.shardings
+        where = {name: shardings[name] if isinstance(shardings, dict) else shardings for name in fields}
+        fill = jax.jit(functools.partial(_fill, jnp), out_shardings=where)
+    return [{**data, **fill(fields, np.int32(row))} for row in _PADDING]
 
-    def fill(fields: dict[str, Any], source: jax.Array) -> dict[str, Any]:
-        mask = fields["mask"]
-        real = mask & (jnp.arange(len(mask)) < max(1, len(mask) // 2))
-        row = jnp.clip(jnp.where(source < 0, real.sum() + source, source), 0, real.sum() - 1)
 
-        def filled(x: jax.Array) -> jax.Array:
-            return jnp.where(real.reshape(-1, *(1,) * (x.ndim - 1)), x, x[row])
+def _fill(xp: Any, fields: dict[str, Any], source: Any) -> dict[str, Any]:
+    """Make the second half of a batch padding, and copies of row ``source`` of the first half."""
+    mask = fields["mask"]
+    real = mask & (xp.arange(len(mask)) < max(1, len(mask) // 2))
+    row = xp.clip(xp.where(source < 0, real.sum() + source, source), 0, real.sum() - 1)
 
-        return {**{name: filled(x) for name, x in fields.items()}, "mask": real}
+    def filled(x: Any) -> Any:
+        return xp.where(real.reshape(-1, *(1,) * (x.ndim - 1)), x, x[row][None])
 
-    compiled = jax.jit(fill, out_shardings=where)
-    return [{**data, **compiled(fields, np.int32(row))} for row in _PADDING]
+    return {**{name: filled(x) for name, x in fields.items()}, "mask": real}
 
 
 def _disturbed(state: State) -> State:
     """``state`` with other float parameters, and with the averages that evaluation uses instead of them."""
+    pattern = NOISE * np.random.default_rng(0).standard_normal(1009)
 
     def disturb(x: jax.Array) -> jax.Array:
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             return x
-        places = sum(
-            ((7 + 5 * axis) * jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in range(x.ndim)),
-            start=jnp.zeros(x.shape, jnp.int32),
-        )
-        return x + (NOISE * jnp.cos(places.astype(jnp.float32))).astype(x.dtype)
+        shards = [  # on the host, because nothing has to be compiled for it
+            jax.device_put(np.asarray(s.data) + np.resize(pattern, s.data.shape).astype(x.dtype), s.device)
+            for s in x.addressable_shards
+        ]
+        return jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards)
 
-    shardings = jax.tree.map(lambda x: x.sharding, state.params)
-    disturb_all = jax.jit(lambda tree: jax.tree.map(disturb, tree), out_shardings=shardings, donate_argnums=0)
-    params, extra = disturb_all(state.params), state.extra
+    params, extra = jax.tree.map(disturb, state.params), state.extra
     if "ema" in extra:
-        extra = {**extra, "ema": {**extra["ema"], "params": disturb_all(extra["ema"]["params"])}}
+        averaged = jax.tree.map(disturb, extra["ema"]["params"])
+        extra = {**extra, "ema": {**extra["ema"], "params": averaged}}
     return state.replace(params=params, extra=extra)
 
 
