@@ -19,7 +19,6 @@ from jaxtrain.program import check_contract, check_fields, check_values, splits,
 from jaxtrain.program.cadence import Cadence
 from jaxtrain.program.check_values import ValueCheck
 from jaxtrain.program.loader import Loader, Resident
-from jaxtrain.program.prepared import Preprocess
 from jaxtrain.program.program import Program, Split
 from jaxtrain.step import make_eval_step, make_init, scan_steps
 from jaxtrain.step.packing import PackedMetrics, pack_metrics
@@ -51,13 +50,12 @@ def assemble(
     sources, replicated = splits.open_sources(exp, mesh), sharding.replicated(mesh)
     check_fields.check_fields(sources)
     outputs = _abstract_outputs(exp, model, sources["train"])
-    preprocess = Preprocess(exp.preprocess, sources["train"].gather(np.zeros(1, np.int64)))
-    check = check_values.ValueCheck(model, exp.loss, outputs, preprocess)
-    data_notes = check_values.check_values(check, exp, sources)
+    checks = check_values.value_checks(exp, model, outputs, sources)
+    data_notes = check_values.check_values(checks, exp, sources)
 
     order = Order(exp.seed, len(sources["train"]), exp.batch, exp.drop_remainder)
     steps = order.steps(exp.epochs)
-    train = _loader("train", sources["train"], order, exp, mesh, check)
+    train = _loader("train", sources["train"], order, exp, mesh, checks["train"])
     init_key, key = _init_and_step_keys(exp.seed, mesh)
     tx, post_update = update.build_optimizer(exp, steps), update.build_post_update(exp, steps)
     examples = splits.first_examples(exp, sources["train"])
@@ -76,7 +74,7 @@ def assemble(
     evals = {}
     for name in [name for name in sources if name != "train"]:
         rows = Sequential(len(sources[name]), eval_batch)
-        loader = _loader(name, sources[name], rows, exp, mesh, check)
+        loader = _loader(name, sources[name], rows, exp, mesh, checks[name])
         eval_step = _compile_eval_step(exp, model, loader, mesh, abstract, metrics_fn)
         evals[name] = Split(loader, len(rows), rows.n, eval_step)
     loaders = {"train": train, **{name: split.loader for name, split in evals.items()}}

@@ -20,7 +20,7 @@ from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Batch, Model
 from jaxtrain.data import Arrays, Normalise, Source, compose
 from jaxtrain.experiment import Experiment
-from jaxtrain.program.loader import Check
+from jaxtrain.program.loader import EPOCH, EXAMPLE_ID, Check
 from jaxtrain.program.prepared import NotComputed, Preprocess
 
 CHUNK = 2**22  # numbers checked at a time, so that no temporary array is as large as the data
@@ -59,7 +59,22 @@ class ValueCheck:
                 check(batch, ids)
 
 
-def check_values(check: Check, exp: Experiment, sources: Mapping[str, Source]) -> tuple[str, ...]:
+def value_checks(
+    exp: Experiment, model: Model, outputs: Any, sources: Mapping[str, Source]
+) -> dict[str, ValueCheck]:
+    """Make the check of each split, by name; ``outputs`` are the shapes of the model's outputs."""
+    one = sources["train"].gather(np.zeros(1, np.int64))
+    raw = {name: jax.ShapeDtypeStruct((exp.batch, *x.shape[1:]), x.dtype) for name, x in one.items()}
+    ids = jax.ShapeDtypeStruct((exp.batch,), np.int32)
+    train = Preprocess(exp.preprocess, {**raw, EXAMPLE_ID: ids, EPOCH: ids}, exp.augment)
+    other = Preprocess(exp.preprocess, {**raw, EXAMPLE_ID: ids})
+    splits = {name: train if name == "train" else other for name in sources}
+    return {name: ValueCheck(model, exp.loss, outputs, each) for name, each in splits.items()}
+
+
+def check_values(
+    checks: Mapping[str, Check], exp: Experiment, sources: Mapping[str, Source]
+) -> tuple[str, ...]:
     """Check every example of a source in memory, and the first example of any other.
 
     Returns:
@@ -73,7 +88,7 @@ def check_values(check: Check, exp: Experiment, sources: Mapping[str, Source]) -
         in_memory = isinstance(source, Arrays)
         ids = np.arange(len(source)) if in_memory else np.zeros(1, np.int64)
         fields = source.fields if isinstance(source, Arrays) else source.gather(ids)
-        with_split_name(name, check)(fields, ids)
+        with_split_name(name, checks[name])(fields, ids)
         try:
             if in_memory:
                 with_split_name(name, check_finite(exp))(fields, ids)

@@ -10,6 +10,8 @@ import numpy as np
 
 from jaxtrain.core.types import Batch
 from jaxtrain.data import compose
+from jaxtrain.program import check_fields
+from jaxtrain.program.loader import EPOCH, EXAMPLE_ID
 
 CHUNK = 2**22  # numbers that preprocess is applied to at a time, at most
 
@@ -23,21 +25,31 @@ class Preprocess:
 
     Args:
       stages: of the experiment.
-      example: one raw example, with a leading axis.
+      batch: shapes of a raw batch, with the fields that a loader adds.
+      augment: random stages that come first in training; the fields that they make are not computed.
     """
 
-    def __init__(self, stages: Sequence[Callable[..., Batch]], example: Batch) -> None:
+    def __init__(
+        self,
+        stages: Sequence[Callable[..., Batch]],
+        batch: Batch,
+        augment: Sequence[Callable[..., Batch]] = (),
+    ) -> None:
         self._stages = stages
         self._compiled: dict[str, Callable[[Batch], jax.Array]] = {}
         unchanged: set[str] = set()
+        self._augmented: set[str] = set()
 
-        def trace(raw: Batch) -> Batch:
-            batch = compose(*stages)(raw, None)
-            unchanged.update(name for name in batch if batch[name] is raw.get(name))
-            return batch
+        def trace(raw: Batch, key: jax.Array) -> Batch:
+            augmented = compose(*augment)(raw, key)
+            self._augmented.update(name for name in augmented if augmented[name] is not raw.get(name))
+            final = compose(*stages)(augmented, None)
+            unchanged.update(name for name in final if final[name] is raw.get(name))
+            return final
 
-        self.names = list(jax.eval_shape(trace, dict(example))) if stages else list(example)
-        self.unchanged = frozenset(unchanged if stages else example)
+        names = check_fields.trace(trace, batch, jax.random.key(0), what="the batch")
+        self.names = [name for name in names if name not in (EXAMPLE_ID, EPOCH)]
+        self.unchanged = frozenset(unchanged)
 
     def __call__(self, raw: Batch, compute: bool = True) -> Batch:
         """Return the fields after ``preprocess``; those that it does not change are the raw arrays.
@@ -46,14 +58,17 @@ class Preprocess:
           raw: NumPy arrays with a common leading axis.
           compute: False raises NotComputed for the other fields.
         """
-        return _Prepared(self, raw, compute) if self._stages else raw
+        return _Prepared(self, raw, compute)
 
     def field(self, name: str, raw: Batch) -> np.ndarray:
         """Compute one field in chunks of one size, so that it is compiled once; XLA leaves out the others.
 
         Raises:
-          NotComputed: it has not one row for each example, or the stages cannot take such a chunk.
+          NotComputed: augmentation makes it, it has not one row for each example, or the stages cannot take
+            such a chunk.
         """
+        if name in self._augmented:
+            raise NotComputed(name)
         total = len(next(iter(raw.values())))
         rows = max(1, min(total, CHUNK // max(1, *(array[:1].size for array in raw.values()))))
         fn = self._compiled.setdefault(name, jax.jit(lambda raw: compose(*self._stages)(raw, None)[name]))

@@ -144,6 +144,27 @@ def test_labels_that_a_stage_makes_are_legal_and_missing_ones_are_not(mesh1: Any
         assemble(classify(train=images, test=images), mesh1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Guess:
+    """Makes a label from the image in training, as self-supervision does, or spoils a part of the labels."""
+
+    spoil: int = 0
+
+    def __call__(self, batch: Any, key: Any) -> Any:
+        label = batch["label"] + self.spoil if self.spoil else (batch["x"][:, 0] > 0).astype(jnp.int32)
+        return {**batch, "label": label}
+
+
+def test_a_label_that_augmentation_makes_is_left_to_the_guard(mesh1: Any) -> None:
+    bad, good = (Arrays({"x": X, "label": np.full(24, n, np.int32)}) for n in (9, 1))
+    assemble(classify(train=bad, test=good, augment=(Guess(),)), mesh1).close()
+    with pytest.raises(InputError, match="test: label 9 of example 0"):
+        assemble(classify(train=bad, test=bad, augment=(Guess(),)), mesh1)
+    program = assemble(classify(train=good, test=good, augment=(Guess(spoil=40),)), mesh1)
+    (found,) = bad_examples.locate(program, 1)
+    assert found.stage and "is 41, no class" in found.text
+
+
 def test_values_in_memory_are_checked_in_full_in_chunks(mesh1: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr("jaxtrain.program.prepared.CHUNK", 40)
     label = np.ones(24, np.int32)
