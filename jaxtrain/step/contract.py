@@ -64,6 +64,19 @@ def check_trainable(params: Any) -> None:
             )
 
 
+def without_weak_types(state: State) -> State:
+    """Return ``state`` with the types of JAX's Python scalars made those of arrays.
+
+    ``jnp.full(3, 0.1)`` has a weak type, which an update loses, and then the next one is compiled again.
+    """
+
+    def strong(x: Any) -> Any:
+        return jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x
+
+    strong_state: State = jax.tree.map(strong, state)
+    return strong_state
+
+
 def _specs(tree: Any) -> dict[str, str]:
     return {path: _spec(leaf) for path, leaf in leaf_paths(tree).items()}
 

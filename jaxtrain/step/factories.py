@@ -31,7 +31,7 @@ from jaxtrain.core.types import Batch, Metrics, Prepare, State, split_extra
 from jaxtrain.metrics import Mean
 from jaxtrain.models import as_model
 from jaxtrain.optim import LossScale
-from jaxtrain.step.contract import check_state_unchanged, check_trainable
+from jaxtrain.step.contract import check_state_unchanged, check_trainable, without_weak_types
 from jaxtrain.step.gradients import LossFn, accumulate_gradients, evaluate_loss, gradient_of
 from jaxtrain.step.guard import Policy, count_bad_labels, guard_step
 
@@ -87,7 +87,7 @@ def make_init(
         for stage in post_update:
             if hasattr(stage, "init"):
                 state = stage.init(state)
-        return state
+        return without_weak_types(state)
 
     return init
 
@@ -156,7 +156,7 @@ def make_train_step(
         if loss_scale is not None:  # last: a skipped update moves no average either
             state, scale_metrics = loss_scale.guard(old, state, grads, grad_norm)
             metrics |= scale_metrics
-        return state, metrics
+        return without_weak_types(state), metrics
 
     return guard_step(train_step, guard)
 

@@ -112,6 +112,19 @@ def test_parameters_without_a_gradient_are_refused_by_path() -> None:
         jax.eval_shape(make_train_step(model, squared, optax.sgd(0.1)), state, BATCH, KEY)
 
 
+def test_a_step_is_traced_once_where_the_state_starts_with_weak_types() -> None:
+    model = LINE._replace(
+        init=lambda key, batch: ({"w": jnp.full(3, 0.1)}, {"seen": jnp.asarray(0)}),
+        apply=lambda params, extra, batch, **_: (batch["x"] @ params["w"], {"seen": jnp.asarray(2) * 3}),
+    )
+    tx = optax.sgd(0.1)
+    state = jax.jit(make_init(model, tx))(KEY, BATCH)
+    step = jax.jit(make_train_step(model, squared, tx))
+    for _ in range(3):
+        state, _ = step(state, BATCH, KEY)
+    assert step._cache_size() == 1
+
+
 class NoPytree:
     def merge(self, other: Any) -> Any: ...
     def compute(self) -> float:
