@@ -2,9 +2,9 @@
 
 Any function with this signature works as ``Experiment.loss``. The losses here are frozen dataclasses, so that
 the config records their settings. Rows where ``batch["mask"]`` is false are excluded from loss and metrics. A
-loss may define two more methods: ``check(outputs, batch, ids)`` checks raw host data before anything is
-compiled, and ``outside(outputs, batch)`` counts bad labels inside the compiled step, after augmentation
-(``step.guard``).
+loss may define two more methods: ``check(outputs, batch, ids)`` checks host data, after ``preprocess``,
+before anything is compiled, and ``outside(outputs, batch)`` counts bad labels inside the compiled step, after
+augmentation (``step.guard``).
 """
 
 from __future__ import annotations

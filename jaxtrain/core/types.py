@@ -59,8 +59,9 @@ class Model(NamedTuple):
       init: ``(key, batch) -> (params, extra)``.
       apply: ``(params, extra, batch, *, train, key) -> (outputs, extra)``. ``key`` may be None when
         ``train`` is false; ``extra`` comes back with its statistics updated when ``train`` is true.
-      check: ``(raw batch, example ids)``, called on the host, which raises InputError for values that the
-        model cannot take, such as a token outside the vocabulary. None accepts everything.
+      check: ``(batch, example ids)``, called on the host with the fields after ``preprocess``, which raises
+        InputError for values that the model cannot take, such as a token outside the vocabulary. None accepts
+        everything.
       axes: ``batch -> {regular expression: names}``, the logical axes of each parameter whose path the
         expression matches, one name or None for each dimension (``jaxtrain.sharding.Rule``).
       flops: ``batch -> float | None``, floating-point operations of an update on a prepared batch of those

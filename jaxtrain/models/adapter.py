@@ -52,7 +52,7 @@ def as_model(model: Any, remat: Remat = "none") -> Model:
 
     - ``sown_outputs``, names of collections that it sows, such as ``("losses",)``: its outputs become
       ``(outputs, {"losses": ...})``, for a loss that needs them. Sowing nothing gives an empty dict.
-    - ``check(batch, ids)`` checks raw host data and becomes ``Model.check``.
+    - ``check(batch, ids)`` checks host data, after ``preprocess``, and becomes ``Model.check``.
     - ``update_flops(batch)`` returns the FLOPs of an update and becomes ``Model.flops``.
     - ``logical_axes``, a dict of regular expression → axis names, names the axes of the parameters
       (``sharding.Rule``). Names from ``nn.with_logical_partitioning`` are used as well.

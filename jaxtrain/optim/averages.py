@@ -92,8 +92,9 @@ class Lookahead:
     The slow copy holds all float parameters and batch statistics. Every ``every`` steps
     ``slow = d * slow + (1 - d) * fast`` and then ``fast = slow``, with ``d = decay**every * (t / T)**power``
     at step t of a run of T steps: weak averaging at first, strong averaging at the end. The last step of the
-    run sets ``fast = slow``; it updates ``slow`` only if it is a multiple of ``every``. Optimizer state is
-    not changed. The method is from arXiv:1907.08610, the growing ``d`` from arXiv:2404.00498.
+    run sets ``fast = slow``; it updates ``slow`` only if it is a multiple of ``every``. Optimizer state and
+    integers are not averaged, and an update that the guard or the loss scale skips changes nothing. The
+    method is from arXiv:1907.08610, the growing ``d`` from arXiv:2404.00498.
 
     It goes into ``post_update=`` and depends on the length of the run: ``build(steps)`` returns the function
     ``State -> State``, which stores the copy in ``state.extra["lookahead"]``. Evaluation uses the parameters,

@@ -18,7 +18,7 @@ from jaxtrain.models import as_model, compute_in
 from jaxtrain.program import check_contract, check_fields, check_values, splits, update
 from jaxtrain.program.cadence import Cadence
 from jaxtrain.program.check_values import ValueCheck
-from jaxtrain.program.loader import Loader, Resident
+from jaxtrain.program.loader import Check, Loader, Resident
 from jaxtrain.program.program import Program, Split
 from jaxtrain.step import make_eval_step, make_init, scan_steps
 from jaxtrain.step.packing import PackedMetrics, pack_metrics
@@ -127,9 +127,9 @@ def abstract_state(experiment: Experiment, mesh: Mesh, example: Batch) -> State:
 def _loader(
     name: str, source: Source, order: Order | Sequential, exp: Experiment, mesh: Mesh, check: ValueCheck
 ) -> Loader:
+    every: Check = check.unchanged if name == "train" else check  # no guard covers an evaluation
     first, every = (
-        check_values.with_split_name(name, one)
-        for one in (check_values.check_first(exp, check), check.unchanged)
+        check_values.with_split_name(name, one) for one in (check_values.check_first(exp, check), every)
     )
     return splits.make_loader(source, order, exp, mesh, every, first)
 

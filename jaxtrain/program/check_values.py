@@ -1,8 +1,8 @@
 """Checks of the examples' values: NaN, labels and tokens out of range, and images that look wrong.
 
-Values are checked as the model gets them, after ``preprocess``. Sources in memory are checked in full. Of a
-stream all fields of the first batch are checked, and of later batches those that ``preprocess`` does not
-change; the guard of the train step (``jaxtrain.step.guard``) covers the rest.
+Values are checked as the model gets them, after ``preprocess``. Sources in memory are checked in full, and so
+are streams in evaluation. Of a stream in training all fields of the first batch are checked, and of later
+batches those that no stage changes; the guard of the train step (``jaxtrain.step.guard``) covers the rest.
 """
 
 from __future__ import annotations

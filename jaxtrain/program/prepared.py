@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -76,13 +77,23 @@ class Preprocess:
         for start in range(0, total, rows):
             ids = np.minimum(np.arange(start, start + rows), total - 1)
             try:
-                part = np.asarray(fn({name: array[ids] for name, array in raw.items()}))
+                with jax.default_device(_cpu()):
+                    part = np.asarray(fn({name: array[ids] for name, array in raw.items()}))
             except Exception as error:  # a user's stage, which has been traced for whole batches only
                 raise NotComputed(name) from error
             if part.shape[:1] != (rows,):
                 raise NotComputed(name)
             parts.append(part[: total - start])
         return np.concatenate(parts)
+
+
+@functools.cache
+def _cpu() -> jax.Device | None:
+    """A CPU device, which does not wait for the steps on an accelerator; None where JAX has no CPU."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 class _Prepared(Mapping[str, Any]):
