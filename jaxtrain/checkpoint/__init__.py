@@ -5,7 +5,6 @@ committed. Nothing else imports orbax.
 """
 
 from jaxtrain.checkpoint.manifest import CheckpointInfo, CorruptCheckpointError
-from jaxtrain.checkpoint.paths import check_paths
 from jaxtrain.checkpoint.store import Checkpoints, open, space
 from jaxtrain.checkpoint.warm_start import arrays, check_init_from, init_from
 
@@ -15,7 +14,6 @@ __all__ = [
     "CorruptCheckpointError",
     "arrays",
     "check_init_from",
-    "check_paths",
     "init_from",
     "open",
     "space",

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain import checkpoint, sharding
+from jaxtrain import sharding
+from jaxtrain.checkpoint.paths import check_paths
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Batch, Metrics, Model, Names, State
 from jaxtrain.data import Order, Sequential, Source, compose
@@ -174,7 +175,7 @@ def _abstract_state(
 ) -> tuple[State, tuple[str, ...]]:
     """Shapes, dtypes and shardings of the state, and the paths of arrays that ``fsdp`` could not divide."""
     shapes = check_fields.trace(init_fn, jax.random.key(0), examples, what="the state")
-    checkpoint.check_paths(shapes)
+    check_paths(shapes)
     names: Mapping[str, Names] | None = None
     if mesh.size > 1:
         prepared = jax.eval_shape(lambda batch: compose(*exp.preprocess)(batch, None), examples)

@@ -18,6 +18,7 @@ from jaxtrain.losses import CrossEntropy
 from jaxtrain.metrics import Mean, RootMean
 from jaxtrain.optim import SGD
 from jaxtrain.program import assemble
+from jaxtrain.step import make_train_step
 from jaxtrain.train import bad_examples
 
 RNG = np.random.default_rng(0)
@@ -70,7 +71,8 @@ def test_a_microbatch_that_counts_nothing_has_no_weight(mesh1: Any) -> None:
     keep = KEEP.copy()
     keep[::6] = False  # the first microbatch of six, if batches are in this order: its mean is 0 / 0
     data = Arrays({**RAGGED.fields, "keep": keep})
-    whole, parts = (first_update(change(train=data, accumulate=n, batch=24), mesh1) for n in (1, 24))
+    experiment = change(train=data, loss=ragged("nll"))
+    whole, parts = (first_update(dataclasses.replace(experiment, accumulate=n), mesh1) for n in (1, 24))
     np.testing.assert_allclose(parts, whole, rtol=1e-4)
 
 
@@ -84,6 +86,25 @@ def test_a_loss_that_reports_no_mean_of_itself_is_refused_with_accumulate(mesh1:
         InputError, match=r"none of the loss's metrics \(rows\) is the mean .* report {\"loss\""
     ):
         assemble(change(loss=bare, accumulate=4), mesh1)
+
+
+def forgetful(*args: Any, **options: Any) -> Any:
+    """A step factory of one's own, whose step returns the parameters in another dtype."""
+    step = make_train_step(*args, **options)
+
+    def other(state: Any, batch: Any, key: Any) -> Any:
+        state, metrics = step(state, batch, key)
+        return state.replace(params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params)), metrics
+
+    return other
+
+
+def test_the_step_of_any_factory_must_keep_the_state(mesh1: Any) -> None:
+    says = r"an update changes the state's params/w from float32\[4, 4\] to bfloat16"
+    with pytest.raises(InputError, match=says):
+        assemble(change(step_factory=forgetful), mesh1)
+    with pytest.raises(InputError, match="step_factory makes must return .state, metrics."):
+        assemble(change(step_factory=lambda *args: lambda state, batch, key: state), mesh1)
 
 
 THREE = (
