@@ -103,7 +103,7 @@ def test_the_step_of_any_factory_must_keep_the_state(mesh1: Any) -> None:
     says = r"an update changes the state's params/w from float32\[4, 4\] to bfloat16"
     with pytest.raises(InputError, match=says):
         assemble(change(step_factory=forgetful), mesh1)
-    with pytest.raises(InputError, match="step_factory makes must return .state, metrics."):
+    with pytest.raises(InputError, match=r"step_factory makes must return .state, metrics."):
         assemble(change(step_factory=lambda *args: lambda state, batch, key: state), mesh1)
 
 
