@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import typing
 from collections.abc import Callable
 from typing import Any, Literal
@@ -43,7 +44,7 @@ class EMA:
     ...     for value in (10.0, 20.0):
     ...         average = ema(average.replace(params={"w": jnp.float32(value)}))
     ...     print(start, round(float(average.extra["ema"]["params"]["w"]), 2))
-    ramp 17.98
+    ramp 18.0
     debias 15.0
     initial 0.03
     """
@@ -81,7 +82,8 @@ class EMA:
         if self.start == "ramp":
             return jnp.maximum(1 - self.decay, 9 / (9 + t))
         if self.start == "debias":
-            return jnp.where(t > 1, (1 - self.decay) / (1 - self.decay**t), 1)
+            log_decay = math.log(self.decay) if self.decay else -math.inf
+            return (1 - self.decay) / -jnp.expm1(t * log_decay)  # 1 - decay**t would lose digits
         return jnp.full((), 1 - self.decay, dtype)
 
 
