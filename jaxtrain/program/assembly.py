@@ -22,6 +22,7 @@ from jaxtrain.program.check_values import ValueCheck
 from jaxtrain.program.loader import Check, Loader, Resident
 from jaxtrain.program.program import Program, Split
 from jaxtrain.step import make_eval_step, make_init, scan_steps
+from jaxtrain.step.contract import check_pair
 from jaxtrain.step.packing import PackedMetrics, pack_metrics
 
 
@@ -142,9 +143,9 @@ def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> Any:
 
     def forward(key: jax.Array, batch: Batch) -> Any:
         batch = compose(*exp.preprocess)(batch, None)
-        params, extra = check_contract.pair_of(model.init(key, batch), "init", "(params, extra)")
+        params, extra = check_pair(model.init(key, batch), "init", "(params, extra)")
         result = model.apply(params, extra, batch, train=False, key=None)
-        outputs, _ = check_contract.pair_of(result, "apply", "(outputs, extra)")
+        outputs, _ = check_pair(result, "apply", "(outputs, extra)")
         return outputs
 
     outputs = check_fields.trace(forward, jax.random.key(0), batch, what="the model")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -50,15 +49,6 @@ def find_loss_metric(exp: Experiment, model: Model, source: Source) -> str:
     if len({float(means[name].count) for name in same}) != 1:
         raise InputError(no_loss_metric(metrics))
     return same[0]
-
-
-def pair_of(result: Any, function: str, wanted: str) -> tuple[Any, Any]:
-    """Return ``result`` of a model's ``init`` or ``apply``; raise InputError unless it is a pair."""
-    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
-        raise InputError(
-            f"the model's {function} returns a {type(result).__name__}: return {wanted}, with a dict"
-        )
-    return result
 
 
 def sown_notes(model: Model) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -62,6 +63,18 @@ def check_trainable(params: Any) -> None:
                 f"the parameter {path} is {_spec(leaf)}, which no gradient exists for: let the model's init "
                 'return it in its second dict, (params, {"constants": ...}); in Flax use self.variable'
             )
+
+
+def check_pair(result: Any, function: str, wanted: str) -> tuple[Any, Any]:
+    """Return the result of a model's ``init`` or ``apply``; raise InputError unless it is such a pair."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise InputError(f"the model's {function} returns a {type(result).__name__}: return {wanted}")
+    if not isinstance(result[1], Mapping):
+        raise InputError(
+            f"the model's {function} returns a {type(result[1]).__name__} as its statistics: return {wanted} "
+            "with a dict, {} for none"
+        )
+    return result
 
 
 def without_weak_types(state: State) -> State:

@@ -15,6 +15,7 @@ from jaxtrain.core.chunked_logits import full_logits
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Batch, Metrics, Model, leaf_paths, split_extra
 from jaxtrain.metrics import Mean, merge
+from jaxtrain.step.contract import check_pair
 
 LossFn = Callable[[Any, Batch], tuple[jax.Array, Metrics]]
 
@@ -50,7 +51,8 @@ def gradient_of(model: Model, loss_fn: LossFn) -> GradientFn:
         def objective(params: Any) -> tuple[jax.Array, tuple[jax.Array, dict[str, Any], Metrics]]:
             # The model sees only its statistics, and may return a new dict with nothing but those.
             statistics, others = split_extra(extra)
-            outputs, updated = model.apply(params, statistics, batch, train=True, key=key)
+            result = model.apply(params, statistics, batch, train=True, key=key)
+            outputs, updated = check_pair(result, "apply", "(outputs, extra)")
             updated = {**others, **updated}
             loss, metrics = evaluate_loss(loss_fn, outputs, batch)
             return loss if scale is None else loss * scale.astype(loss.dtype), (loss, updated, metrics)

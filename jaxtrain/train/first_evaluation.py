@@ -12,6 +12,7 @@ import numpy as np
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.text import first_line
 from jaxtrain.core.types import Metrics, State
+from jaxtrain.metrics import Mean
 from jaxtrain.program import Program, Split
 
 SAME = 1e-5  # relative difference that the order of a sum may make
@@ -19,11 +20,12 @@ NOISE = 0.02  # added to the initial parameters: layers that start at zero would
 
 
 def check_first_evaluation(program: Program) -> None:
-    """Evaluate one batch of a split, with a part of its rows as padding, and check its metrics.
+    """Evaluate a few batches with padding rows, and check that the metrics leave those rows out.
 
-    The padding rows hold one real example after the other, and nothing else changes. So this costs an
-    initialisation and as many evaluation steps as ``_PADDING``; the eval step is compiled earlier than it
-    would be.
+    Half of a batch is padding, first copies of one example and then other examples; the sums and counts of
+    both must be equal. Then all of it is padding: a count of all rows must not stay, where its sum changes.
+    This costs an initialisation and three evaluation steps; the eval step is compiled earlier than it would
+    be.
 
     Args:
       program: from ``jaxtrain.program.assemble``.
@@ -32,15 +34,20 @@ def check_first_evaluation(program: Program) -> None:
       InputError: a metric depends on padding rows and a split has some, or its ``compute`` fails.
     """
     name, split = _last_padded(program)
-    state = _disturbed(program.init())
-    padded = [split.step(state, batch).rows()[0] for batch in _padded_batches(split)]
-    _check_computed(padded[0])
-    rows = split.batches * _batch_size(split) - split.examples
-    changed = [metric for metric in padded[0] if any(_differ(padded[0], one, metric) for one in padded[1:])]
+    state, size = _disturbed(program.init()), _batch_size(split)
+    copies, others, empty = (split.step(state, batch).rows()[0] for batch in _padded_batches(split))
+    _check_computed(copies)
+    changed = [metric for metric in copies if _differ(copies[metric], others[metric])]
+    changed += [
+        metric
+        for metric in copies
+        if metric not in changed and _counts_padding(copies[metric], empty[metric], size)
+    ]
+    rows = split.batches * size - split.examples
     if rows and changed:
         raise InputError(
-            f"{', '.join(changed)} of an evaluation batch changes with the contents of its padding rows "
-            f'({rows} rows in the last batch of {name}), where batch["mask"] is false: average over the '
+            f"{', '.join(changed)} of an evaluation batch depends on its padding rows, where "
+            f'batch["mask"] is false ({rows} rows in the last batch of {name}): average over the '
             'other rows in the loss, such as Mean.of(values, batch.get("mask")), and let no row of the '
             "model's outputs depend on other rows; or set an eval_batch that divides "
             f"{split.examples:,} examples"
@@ -58,11 +65,8 @@ def _batch_size(split: Split) -> int:
     return int(split.loader.abstract_batch()["mask"].shape[0])
 
 
-_PADDING = (0, 1, -1)  # the rows that the padding rows are copies of: the first, second and last real one
-
-
 def _padded_batches(split: Split) -> list[Any]:
-    """The first batch with padding from its middle on, filled with different examples."""
+    """The first batch: half of it padding, with copies of one example and with others, and all padding."""
     batch = split.loader.batch(0)
     split.loader.close()  # the evaluation starts a stream of its own
     data = {name: array for name, array in batch.items() if name == "data"}  # resident: all examples
@@ -72,19 +76,20 @@ def _padded_batches(split: Split) -> list[Any]:
         shardings = split.loader.shardings
         where = {name: shardings[name] if isinstance(shardings, dict) else shardings for name in fields}
         fill = jax.jit(functools.partial(_fill, jnp), out_shardings=where)
-    return [{**data, **fill(fields, np.int32(row))} for row in _PADDING]
+    half = max(1, _batch_size(split) // 2)
+    wanted = ((half, True), (half, False), (0, False))
+    return [{**data, **fill(fields, np.int32(real), np.bool_(copies))} for real, copies in wanted]
 
 
-def _fill(xp: Any, fields: dict[str, Any], source: Any) -> dict[str, Any]:
-    """Make the second half of a batch padding, and copies of row ``source`` of the first half."""
-    mask = fields["mask"]
-    real = mask & (xp.arange(len(mask)) < max(1, len(mask) // 2))
-    row = xp.clip(xp.where(source < 0, real.sum() + source, source), 0, real.sum() - 1)
+def _fill(xp: Any, fields: dict[str, Any], real: Any, copies: Any) -> dict[str, Any]:
+    """Make all rows but the first ``real`` padding; with ``copies`` they are copies of the first row."""
+    mask = fields["mask"] & (xp.arange(len(fields["mask"])) < real)
 
     def filled(x: Any) -> Any:
-        return xp.where(real.reshape(-1, *(1,) * (x.ndim - 1)), x, x[row][None])
+        own = mask | ~copies
+        return xp.where(own.reshape(-1, *(1,) * (x.ndim - 1)), x, x[:1])
 
-    return {**{name: filled(x) for name, x in fields.items()}, "mask": real}
+    return {**{name: filled(x) for name, x in fields.items()}, "mask": mask}
 
 
 def _disturbed(state: State) -> State:
@@ -119,9 +124,17 @@ def _check_computed(metrics: Metrics) -> None:
             ) from error
 
 
-def _differ(one: Metrics, other: Metrics, name: str) -> bool:
-    pairs = zip(jax.tree.leaves(one[name]), jax.tree.leaves(other[name]), strict=True)
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two values of a metric differ by more than rounding."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     return any(
         not np.allclose(np.asarray(a), np.asarray(b), rtol=SAME, atol=SAME / 10, equal_nan=True)
         for a, b in pairs
     )
+
+
+def _counts_padding(some: Any, none: Any, size: int) -> bool:
+    """Whether a mean counts each of ``size`` rows, padding or not, though its sum leaves padding out."""
+    if not isinstance(some, Mean) or size == 1 or float(some.count) != float(none.count):
+        return False
+    return float(some.count) > 0 and float(some.count) % size == 0 and _differ(some.total, none.total)

@@ -216,11 +216,11 @@ REFUSED = {
     "no optimizer": ({"optimizer": Optimizer(0.1)}, "returns a float: return an Optax transformation"),
     "init": (
         pair(lambda key, batch: jnp.ones(3)),
-        "init returns a .*: return .*params, extra.*, with a dict",
+        "init returns a .*: return .params, extra.",
     ),
     "apply": (
         pair(SQUARE[0], lambda params, extra, batch, **_: batch["x"]),
-        "apply returns a .*: return .*outputs, extra.*, with a dict",
+        "apply returns a .*: return .outputs, extra.",
     ),
     "no outputs": (
         pair(SQUARE[0], lambda params, extra, batch, **_: (None, extra)),
