@@ -50,7 +50,8 @@ class Experiment:
         ``(optim.EMA(),)``. With an EMA, evaluation uses the averaged weights.
       accumulate: microbatches per update (gradient accumulation); int, at least 1, and must divide ``batch``.
         Saves activation memory. The gradient is the same, except that BatchNorm statistics and dropout are
-        those of each microbatch.
+        those of each microbatch. The loss must report itself as a ``metrics.Mean``, whose count weights the
+        microbatches.
       precision: dtype of the activations: ``"float32"``, ``"bfloat16"`` or ``"float16"``. Parameters,
         gradients and statistics stay float32. ``"float16"`` adds dynamic loss scaling (``optim.LossScale``).
       remat: which activations are saved for the backward pass; the rest is recomputed, which costs up to a
@@ -71,7 +72,8 @@ class Experiment:
       step_factory: replacement for ``jaxtrain.step.make_train_step``. It is called as ``step_factory(model,
         loss, tx, prepare, post_update)`` and returns a pure ``(state, batch, key) -> (state, metrics)``. It
         also gets ``accumulate=`` and ``unroll=`` if ``accumulate`` is above 1, and ``loss_scale=`` in
-        float16. The guard is added around the result. None: ``make_train_step``.
+        float16. The guard is added around the result. Optax expects the conjugate of what ``jax.grad``
+        returns for complex parameters. None: ``make_train_step``.
       guard: what to do with a bad update: one whose loss, gradient norm or update norm is not finite, or
         whose batch has labels outside the model's classes. ``"stop"`` ends the run; ``"skip"`` continues with
         the next batch, and ends the run at the sixth bad update in a row; in both the bad update is not
