@@ -14,6 +14,7 @@ from jaxtrain.core.text import first_line
 from jaxtrain.core.types import Metrics, State
 from jaxtrain.metrics import Mean
 from jaxtrain.program import Program, Split
+from jaxtrain.program.loader import Resident
 
 SAME = 1e-5  # relative difference that the order of a sum may make
 NOISE = 0.02  # added to the initial parameters: layers that start at zero would make all outputs equal
@@ -69,14 +70,15 @@ def _padded_batches(split: Split) -> list[Any]:
     """The first batch: half of it padding, with copies of one example and with others, and all padding."""
     batch = split.loader.batch(0)
     split.loader.close()  # the evaluation starts a stream of its own
-    data = {name: array for name, array in batch.items() if name == "data"}  # resident: all examples
-    fields = {name: array for name, array in batch.items() if name != "data"}
+    resident = isinstance(split.loader, Resident)
+    data = {"data": batch["data"]} if resident else {}  # all examples
+    fields = {name: array for name, array in batch.items() if name not in data}
     fill: Any = functools.partial(_fill, np)
     if not isinstance(batch["mask"], np.ndarray):
         shardings = split.loader.shardings
-        where = {name: shardings[name] if isinstance(shardings, dict) else shardings for name in fields}
+        where = {name: shardings[name] if resident else shardings for name in fields}
         fill = jax.jit(functools.partial(_fill, jnp), out_shardings=where)
-    half = max(1, _batch_size(split) // 2)
+    half = max(1, min(_batch_size(split), split.examples) // 2)
     wanted = ((half, True), (half, False), (0, False))
     return [{**data, **fill(fields, np.int32(real), np.bool_(copies))} for real, copies in wanted]
 

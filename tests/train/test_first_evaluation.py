@@ -95,6 +95,7 @@ FAULTS = {
     "a loss without the mask, zero weights": (change(loss=unmasked), "^loss of"),
     "with an average": (change(loss=unmasked, post_update=(EMA(),)), "^loss of"),
     "a stream": (change(loss=unmasked, placement="stream"), "^loss of"),
+    "a batch larger than the split": (change(loss=unmasked, eval_batch=24), "^loss of"),
     "pairs with padding": (change(loss=contrastive(masked=False)), "^loss of"),
     "a count of all rows": (change(loss=counted), "^per_row of"),
     "a model that centres its batch": (change(model=(LINE[0], centred)), "loss.* of"),
