@@ -2,9 +2,9 @@
 
 Any function with this signature works as ``Experiment.loss``. The losses here are frozen dataclasses, so that
 the config records their settings. Rows where ``batch["mask"]`` is false are excluded from loss and metrics. A
-loss may define two more methods: ``check(outputs, batch, ids)`` checks raw host data before anything is
-compiled, and ``outside(outputs, batch)`` counts bad labels inside the compiled step, after augmentation
-(``step.guard``).
+loss may define two more methods: ``check(outputs, batch, ids)`` checks host data, after ``preprocess``,
+before anything is compiled, and ``outside(outputs, batch)`` counts bad labels inside the compiled step, after
+augmentation (``step.guard``).
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class CrossEntropy:
         """
         if self.label not in batch:
             raise InputError(
-                f"CrossEntropy needs the batch field {self.label!r}; the source returns {sorted(batch)}"
+                f"CrossEntropy needs the batch field {self.label!r}; the batch has {sorted(batch)}"
             )
         label, classes = np.asarray(batch[self.label]), outputs.shape[-1]
         if not np.issubdtype(label.dtype, np.integer):
@@ -231,9 +231,7 @@ class Forecast:
         """Raise InputError if a field is missing or a raw target is not finite, naming the example."""
         for name in (self.target, self.history):
             if name not in batch:
-                raise InputError(
-                    f"Forecast needs the batch field {name!r}; the source returns {sorted(batch)}"
-                )
+                raise InputError(f"Forecast needs the batch field {name!r}; the batch has {sorted(batch)}")
         bad = ~np.isfinite(np.asarray(batch[self.target]))
         if bad.any():
             row = int(np.argwhere(bad)[0][0])

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -114,7 +115,11 @@ def parse_spec(text: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     ((4, 8), dtype(bfloat16))
     """
     name, _, sizes = text.removesuffix("]").partition("[")
-    return tuple(int(size) for size in sizes.split(",") if size), jnp.dtype(name)
+    shape = tuple(int(size) for size in sizes.split(",") if size)
+    if name.startswith("key<"):
+        keys = (jax.random.key(0, impl=impl).dtype for impl in ("threefry2x32", "rbg", "unsafe_rbg"))
+        return shape, next(dtype for dtype in keys if str(dtype) == name)
+    return shape, jnp.dtype(name)
 
 
 def check_format(saved: CheckpointInfo) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -287,16 +289,30 @@ class Checkpoints:
         complete = [saved for saved in folders.list_checkpoints(self._folder) if saved.damage is None]
         safe = f"step {complete[-1].step} is safe" if complete else "no step has been saved"
         existing = next(path for path in (self._folder, *self._folder.parents) if path.exists())
-        free = size_text(shutil.disk_usage(existing).free)
+        fix = "fix that"
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(existing).free
+            if free < size or _is_out_of_space(error):
+                fix = f"a checkpoint needs {size_text(size)} and {size_text(free)} are free: free space"
         return RunError(
             f"saving step {step} to {self._folder} failed ({type(error).__name__}: "
-            f"{first_line(error)[:200]}); {safe}; a checkpoint needs {size_text(size)} and {free} are free: "
-            "free space or fix the folder, then run the same command again"
+            f"{first_line(error)[:200]}); {safe}; {fix}, then run the same command again"
         )
 
     def _log_on_process_0(self, line: str) -> None:
         if multihost.is_process_0():
             self._log(line)
+
+
+def _is_out_of_space(error: BaseException | None) -> bool:
+    """Whether a save failed because the disk or a quota is full; Orbax and TensorStore pass it on as text."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if re.search(r"No space left|Disk quota exceeded|ENOSPC|EDQUOT", str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def space(state: Any) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.checkpoint import manifest as manifests
@@ -98,7 +99,12 @@ def arrays(source: str | Path) -> dict[str, np.ndarray]:
         manifests.check_format(chosen)
         shapes = {name: manifests.parse_spec(text) for name, text in chosen.manifest["tree"].items()}
         abstract = {name: jax.ShapeDtypeStruct(*spec, sharding=sharding) for name, spec in shapes.items()}
-        return {name: np.asarray(leaf) for name, leaf in checkpoints.restore_some(chosen, abstract).items()}
+        return {name: _on_host(leaf) for name, leaf in checkpoints.restore_some(chosen, abstract).items()}
+
+
+def _on_host(leaf: jax.Array) -> np.ndarray:
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
 
 
 def _parse(source: str) -> tuple[Path, int | None]:
@@ -130,6 +136,8 @@ def _choose(checkpoints: store.Checkpoints, step: int | None, what: str) -> Chec
 
 def _source_of(path: str, pairs: Sequence[tuple[str, str]], chosen: CheckpointInfo) -> str | None:
     """Return the path in the checkpoint for ``path`` of the state; None for an array that keeps its value."""
+    if path == "extra/ema/updates":  # a new average
+        return None
     for copy in COPIES:
         if path.startswith(copy):
             rest = path.removeprefix(copy)

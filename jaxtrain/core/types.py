@@ -11,9 +11,9 @@ import jax
 Batch = Mapping[str, Any]
 """Named arrays with a common leading axis, such as ``image: uint8 [batch, height, width, channel]``.
 
-Reserved names: ``mask: bool [batch]``, false on rows that only pad the last evaluation batch; and in training
-``example_id: int32 [batch]`` and ``epoch: int32 [batch]``, each example's index in its source and the epoch
-that it is part of, for stages that need them.
+Reserved names: ``example_id: int32 [batch]``, each example's index in its source; in evaluation
+``mask: bool [batch]``, false on rows that only pad the last batch; and in training ``epoch: int32 [batch]``,
+the epoch that the example is part of.
 """
 
 Metrics = dict[str, Any]
@@ -59,13 +59,16 @@ class Model(NamedTuple):
       init: ``(key, batch) -> (params, extra)``.
       apply: ``(params, extra, batch, *, train, key) -> (outputs, extra)``. ``key`` may be None when
         ``train`` is false; ``extra`` comes back with its statistics updated when ``train`` is true.
-      check: ``(raw batch, example ids)``, called on the host, which raises InputError for values that the
-        model cannot take, such as a token outside the vocabulary. None accepts everything.
+      check: ``(batch, example ids)``, called on the host with the fields after ``preprocess``, which raises
+        InputError for values that the model cannot take, such as a token outside the vocabulary. None accepts
+        everything.
       axes: ``batch -> {regular expression: names}``, the logical axes of each parameter whose path the
         expression matches, one name or None for each dimension (``jaxtrain.sharding.Rule``).
       flops: ``batch -> float | None``, floating-point operations of an update on a prepared batch of those
         shapes, for a model with a formula for them (``GPT.update_flops``). Without it, or where it returns
         None, they are counted in the program.
+      dropped: returns the names of outputs that ``init`` has seen the model write and that ``apply`` does not
+        return (Flax's sown collections). None is the same as none.
     """
 
     init: Callable[..., tuple[Any, dict[str, Any]]]
@@ -73,6 +76,7 @@ class Model(NamedTuple):
     check: Callable[[Batch, Any], None] | None = None
     axes: Callable[[Batch], Mapping[str, Names]] | None = None
     flops: Callable[[Batch], float | None] | None = None
+    dropped: Callable[[], tuple[str, ...]] | None = None
 
 
 def leaf_paths(tree: Any) -> dict[str, Any]:

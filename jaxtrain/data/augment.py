@@ -7,7 +7,7 @@ They run on the device, compiled into the step. ``compose`` turns a tuple of the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import jax
@@ -181,6 +181,11 @@ def compose(*stages: Callable[..., Batch]) -> Prepare:
     def prepare(batch: Batch, key: jax.Array | None) -> Batch:
         for number, stage in enumerate(stages):
             batch = stage(batch, None if key is None else jax.random.fold_in(key, number))
+            if not isinstance(batch, Mapping):
+                name = getattr(stage, "__name__", type(stage).__name__)
+                raise InputError(
+                    f"the stage {name} returns a {type(batch).__name__}: return the batch, a dict"
+                )
         return batch
 
     return prepare

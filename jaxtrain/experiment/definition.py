@@ -50,7 +50,8 @@ class Experiment:
         ``(optim.EMA(),)``. With an EMA, evaluation uses the averaged weights.
       accumulate: microbatches per update (gradient accumulation); int, at least 1, and must divide ``batch``.
         Saves activation memory. The gradient is the same, except that BatchNorm statistics and dropout are
-        those of each microbatch.
+        those of each microbatch. The loss must report itself as a ``metrics.Mean``, whose count weights the
+        microbatches.
       precision: dtype of the activations: ``"float32"``, ``"bfloat16"`` or ``"float16"``. Parameters,
         gradients and statistics stay float32. ``"float16"`` adds dynamic loss scaling (``optim.LossScale``).
       remat: which activations are saved for the backward pass; the rest is recomputed, which costs up to a
@@ -71,7 +72,8 @@ class Experiment:
       step_factory: replacement for ``jaxtrain.step.make_train_step``. It is called as ``step_factory(model,
         loss, tx, prepare, post_update)`` and returns a pure ``(state, batch, key) -> (state, metrics)``. It
         also gets ``accumulate=`` and ``unroll=`` if ``accumulate`` is above 1, and ``loss_scale=`` in
-        float16. The guard is added around the result. None: ``make_train_step``.
+        float16. The guard is added around the result. Optax expects the conjugate of what ``jax.grad``
+        returns for complex parameters. None: ``make_train_step``.
       guard: what to do with a bad update: one whose loss, gradient norm or update norm is not finite, or
         whose batch has labels outside the model's classes. ``"stop"`` ends the run; ``"skip"`` continues with
         the next batch, and ends the run at the sixth bad update in a row; in both the bad update is not
@@ -186,30 +188,11 @@ def _check_guard(experiment: Experiment) -> None:
 
 def _check_types(experiment: Experiment) -> None:
     """Raise InputError for a field of the wrong type, which would otherwise fail somewhere inside JAX."""
-    for name in ("batch", "accumulate", "seed", "log_every", "max_to_keep", "max_in_flight", "workers"):
-        if type(getattr(experiment, name)) is not int:
-            raise InputError(f"{name} is {getattr(experiment, name)!r}: it must be an int")
-    for name in ("epochs", "save_every", "holdout"):
-        value = getattr(experiment, name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"{name} is {value!r}: it must be a number")
-    updates = experiment.steps_per_execution
-    if updates != "auto" and type(updates) is not int:
-        raise InputError(f"steps_per_execution is {updates!r}: it must be an int or 'auto'")
-    if not callable(experiment.loss):
-        raise InputError(
-            f"loss is {experiment.loss!r}: it must be a function (outputs, batch) -> (loss, metrics)"
-        )
-    if not isinstance(experiment.post_update, tuple) or not all(
-        callable(stage) or hasattr(stage, "build") for stage in experiment.post_update
-    ):
-        raise InputError(
-            f"post_update is {experiment.post_update!r}: it must be a tuple of functions State -> State, "
-            "such as (optim.EMA(),)"
-        )
+    _check_numbers(experiment)
+    _check_functions(experiment)
     if not isinstance(experiment.rules, tuple) or not all(isinstance(r, Rule) for r in experiment.rules):
         raise InputError(f"rules is {experiment.rules!r}: it must be a tuple of sharding.Rule")
-    if not hasattr(experiment.optimizer, "build"):
+    if not hasattr(experiment.optimizer, "build") or isinstance(experiment.optimizer, type):
         raise InputError(
             f"optimizer is a {type(experiment.optimizer).__name__}, whose settings cannot be recorded: use "
             "optim.SGD, Adam or AdamW, or a frozen dataclass with build(steps) -> optax"
@@ -218,3 +201,44 @@ def _check_types(experiment: Experiment) -> None:
         source = getattr(experiment, name)
         if not isinstance(source, Source) and not (name == "valid" and source is None):
             raise InputError(f"{name} is {source!r}: it must have __len__ and gather(indices)")
+
+
+def _check_numbers(experiment: Experiment) -> None:
+    for name in ("batch", "accumulate", "seed", "log_every", "max_to_keep", "max_in_flight", "workers"):
+        if type(getattr(experiment, name)) is not int:
+            raise InputError(f"{name} is {getattr(experiment, name)!r}: it must be an int")
+    for name in ("epochs", "save_every", "holdout", "eval_every"):
+        value = getattr(experiment, name)
+        may_be_none = name == "eval_every" and value is None
+        if not may_be_none and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise InputError(f"{name} is {value!r}: it must be a number")
+    size, updates = experiment.eval_batch, experiment.steps_per_execution
+    if size is not None and type(size) is not int:
+        raise InputError(f"eval_batch is {size!r}: it must be an int or None")
+    if updates != "auto" and type(updates) is not int:
+        raise InputError(f"steps_per_execution is {updates!r}: it must be an int or 'auto'")
+
+
+def _check_functions(experiment: Experiment) -> None:
+    if not callable(experiment.loss):
+        raise InputError(
+            f"loss is {experiment.loss!r}: it must be a function (outputs, batch) -> (loss, metrics)"
+        )
+    for name in ("augment", "preprocess"):
+        stages = getattr(experiment, name)
+        if not isinstance(stages, tuple) or not all(callable(s) and not isinstance(s, type) for s in stages):
+            raise InputError(
+                f"{name} is {stages!r}: it must be a tuple of functions (batch, key) -> batch, such as "
+                "(data.Normalise(),)"
+            )
+    for name in ("data_init", "step_factory"):
+        function = getattr(experiment, name)
+        if function is not None and not callable(function):
+            raise InputError(f"{name} is {function!r}: it must be a function or None")
+    if not isinstance(experiment.post_update, tuple) or not all(
+        callable(stage) or hasattr(stage, "build") for stage in experiment.post_update
+    ):
+        raise InputError(
+            f"post_update is {experiment.post_update!r}: it must be a tuple of functions State -> State, "
+            "such as (optim.EMA(),)"
+        )

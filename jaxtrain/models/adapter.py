@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
+import zlib
 from typing import Any
 
 import flax.errors
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxtrain.core.errors import InputError
@@ -39,9 +41,18 @@ def as_model(model: Any, remat: Remat = "none") -> Model:
       are updated) and False in evaluation; ``deterministic`` and ``use_running_average`` are the opposite.
     - ``remat`` gets the setting of that name.
 
+    Collections that the model only writes, with ``self.sow`` or ``self.perturb``, are outputs and not part of
+    its state: they are dropped, except those that the attribute ``sown_outputs`` names.
+
+    In evaluation a module that asks for a random stream other than ``dropout``, such as
+    ``self.make_rng("noise")``, gets one that depends on the position of the batch in its split only (its
+    first ``example_id``), so every evaluation with this ``eval_batch`` draws the same numbers on any mesh.
+
     Optional attributes of the module:
 
-    - ``check(batch, ids)`` checks raw host data and becomes ``Model.check``.
+    - ``sown_outputs``, names of collections that it sows, such as ``("losses",)``: its outputs become
+      ``(outputs, {"losses": ...})``, for a loss that needs them. Sowing nothing gives an empty dict.
+    - ``check(batch, ids)`` checks host data, after ``preprocess``, and becomes ``Model.check``.
     - ``update_flops(batch)`` returns the FLOPs of an update and becomes ``Model.flops``.
     - ``logical_axes``, a dict of regular expression → axis names, names the axes of the parameters
       (``sharding.Rule``). Names from ``nn.with_logical_partitioning`` are used as well.
@@ -76,6 +87,8 @@ def _from_linen(module: nn.Module, remat: Remat) -> Model:
     parameters = list(inspect.signature(type(module).__call__).parameters.values())[1:]
     modes = [p.name for p in parameters if p.name in MODES]
     wraps_blocks = any(p.name == REMAT for p in parameters)
+    sown_outputs = tuple(getattr(module, "sown_outputs", ()))
+    dropped: set[str] = set()
 
     def arguments(batch: Batch, train: bool) -> dict[str, Any]:
         inputs = [p for p in parameters if p.name not in (*modes, REMAT)]
@@ -86,38 +99,42 @@ def _from_linen(module: nn.Module, remat: Remat) -> Model:
 
     def init(key: jax.Array, batch: Batch) -> tuple[Any, dict[str, Any]]:
         params_key, dropout_key = jax.random.split(key)
-        rngs = {"params": params_key, "dropout": dropout_key}
-        variables = dict(nn.unbox(module.init(rngs, **arguments(batch, train=False))))
+        rngs, inputs = {"params": params_key, "dropout": dropout_key}, arguments(batch, train=False)
+        variables = dict(nn.unbox(module.init(rngs, **inputs)))
         if "batch_stats" in variables and not modes:
             raise InputError(
                 f"{type(module).__name__} has batch statistics and its __call__ has no argument that says "
                 "when to update them: add train: bool, and pass it on"
             )
-        return variables.pop("params", {}), variables
+        params = variables.pop("params", {})
+        written = {name for name in variables if _is_only_written(module, name, rngs, inputs)}
+        dropped.update(written.difference(sown_outputs))
+        return params, {name: tree for name, tree in variables.items() if name not in written}
 
     def apply(
         params: Any, extra: dict[str, Any], batch: Batch, *, train: bool, key: jax.Array | None
     ) -> tuple[Any, dict[str, Any]]:
         statistics, _ = split_extra(extra)
-        # Any other random stream that the module uses falls back to "params".
-        rngs = None if key is None else {"dropout": key, "params": jax.random.fold_in(key, 1)}
-        mutable: Any = (
-            list(statistics) if train else False
-        )  # Linen returns a pair for a list, even an empty one
+        variables, mutable = {"params": params, **statistics}, list(sown_outputs)
         try:
-            result = module.apply(
-                {"params": params, **statistics}, rngs=rngs, mutable=mutable, **arguments(batch, train)
-            )
+            if train:
+                # Any other random stream that the module uses falls back to "params".
+                rngs = None if key is None else {"dropout": key, "params": jax.random.fold_in(key, 1)}
+                mutable += statistics
+                outputs, updated = module.apply(
+                    variables, rngs=rngs, mutable=mutable, **arguments(batch, train)
+                )
+            else:
+                outputs, updated = _evaluate(module, variables, mutable, arguments(batch, train), batch)
         except flax.errors.ScopeParamShapeError as error:
             shapes = ", ".join(f"{k} {v.shape}" for k, v in batch.items())
             raise InputError(
                 f"the batch ({shapes}) does not fit the parameters of {type(module).__name__}, which "
                 f"were initialised for another shape: {first_line(error)}"
             ) from error
-        if not train:
-            return result, extra
-        outputs, updated = result
-        return outputs, {**extra, **updated}
+        updated = dict(updated)
+        sown = {name: jax.tree.map(jnp.asarray, updated.pop(name, {})) for name in sown_outputs}
+        return (outputs, sown) if sown_outputs else outputs, {**extra, **updated} if train else extra
 
     def axes(batch: Batch) -> dict[str, Names]:
         def init_boxed(key: jax.Array, batch: Batch) -> Any:
@@ -126,8 +143,50 @@ def _from_linen(module: nn.Module, remat: Remat) -> Model:
         boxed = jax.eval_shape(init_boxed, jax.random.key(0), batch)
         return _boxed_names(boxed) | dict(getattr(module, "logical_axes", {}))
 
-    model = Model(init, apply, getattr(module, "check", None), axes, getattr(module, "update_flops", None))
+    model = Model(
+        init,
+        apply,
+        getattr(module, "check", None),
+        axes,
+        getattr(module, "update_flops", None),
+        lambda: tuple(sorted(dropped)),
+    )
     return model if wraps_blocks else remat_model(model, remat)
+
+
+def _is_only_written(module: nn.Module, name: str, rngs: Any, inputs: dict[str, Any]) -> bool:
+    """Whether the module also runs without the collection ``name``: then it only sows or perturbs it."""
+    if name == "batch_stats":
+        return False
+    try:
+        mutable = nn.DenyList([name, "intermediates"])
+        jax.eval_shape(lambda rngs: module.init(rngs, mutable=mutable, **inputs), rngs)
+    except Exception:  # it reads what is not there; Flax and the model raise many types
+        return False
+    return True
+
+
+def _evaluate(
+    module: nn.Module, variables: Any, mutable: list[str], inputs: dict[str, Any], batch: Batch
+) -> tuple[Any, Any]:
+    """Apply the module in evaluation, with the random streams that it asks for and no others."""
+    rngs: dict[str, jax.Array] = {}
+    while True:
+        try:
+            outputs, updated = module.apply(variables, rngs=rngs, mutable=mutable, **inputs)
+            return outputs, updated
+        except flax.errors.InvalidRngError as error:
+            asked = re.search(r'PRNG for "(\w+)"', str(error))
+            if asked is None or asked[1] in rngs:
+                raise
+            if asked[1] == "dropout":
+                raise InputError(
+                    f"{type(module).__name__} drops out in evaluation too: give Dropout deterministic=not "
+                    "train, with train: bool an argument of __call__"
+                ) from error
+            place = batch["example_id"][0] if "example_id" in batch else 0
+            stream = jax.random.key(zlib.crc32(asked[1].encode()))
+            rngs[asked[1]] = jax.random.fold_in(stream, place)
 
 
 def _boxed_names(variables: Any) -> dict[str, Names]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+import math
+import typing
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,39 +15,76 @@ import jax.numpy as jnp
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import State
 
+EMAStart = Literal["ramp", "debias", "initial"]
+"""What the average of the first updates is (``EMA.start``)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class EMA:
     """Maintain an exponential moving average of parameters and batch statistics.
 
     Pass it in ``post_update=`` of an ``Experiment``, or of ``make_init`` and ``make_train_step``. The average
-    is stored in ``state.extra["ema"]``; evaluation uses it in place of the parameters.
+    is stored in ``state.extra["ema"]`` with ``updates``, the number of updates in it; evaluation uses it in
+    place of the parameters. After update t (from 1; skipped updates do not count)
+    ``average = d * average + (1 - d) * params``. Integers, booleans and random keys are not averaged: the
+    average has those of the state.
 
     Attributes:
-      decay: in [0, 1); after every update ``average = decay * average + (1 - decay) * params``.
+      decay: in [0, 1), the value of d after many updates. It averages over about ``1 / (1 - decay)`` updates.
+      start: how d begins, since an average over 1,000 updates that starts at the initial parameters still
+        consists of them after 150. ``"ramp"``: ``d = min(decay, t / (9 + t))``, so the average is over about
+        the last tenth of the updates so far (TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``).
+        ``"debias"``: ``d = decay * (1 - decay**(t-1)) / (1 - decay**t)``, the average of the parameters after
+        each update without the initial ones, early ones included (Adam, arXiv:1412.6980, section 3).
+        ``"initial"``: ``d = decay`` from the initial parameters on.
+
+    >>> state = State(jnp.int32(0), {"w": jnp.float32(0)}, {}, ())
+    >>> for start in ("ramp", "debias", "initial"):
+    ...     ema, average = EMA(0.999, start), EMA(0.999, start).init(state)
+    ...     for value in (10.0, 20.0):
+    ...         average = ema(average.replace(params={"w": jnp.float32(value)}))
+    ...     print(start, round(float(average.extra["ema"]["params"]["w"]), 2))
+    ramp 18.0
+    debias 15.0
+    initial 0.03
     """
 
     decay: float = 0.999
+    start: EMAStart = "ramp"
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
             raise InputError(f"ema.decay is {self.decay}: it must be in [0, 1)")
+        if self.start not in typing.get_args(EMAStart):
+            raise InputError(
+                f"ema.start is {self.start!r}: it must be one of {', '.join(typing.get_args(EMAStart))}"
+            )
 
     def init(self, state: State) -> State:
         """Add the average to the state, starting at the initial values.
 
         They are copied, because a donated buffer must not appear twice in a state.
         """
-        return state.replace(extra={**state.extra, "ema": _copy(_averaged(state))})
+        ema = {**_copy(_averaged(state)), "updates": jnp.int32(0)}
+        return state.replace(extra={**state.extra, "ema": ema})
 
     def __call__(self, state: State) -> State:
         """Update the average with the parameters of ``state``."""
-        ema = jax.tree.map(
-            lambda old, new: self.decay * old + (1 - self.decay) * new,
-            state.extra["ema"],
-            _averaged(state),
-        )
-        return state.replace(extra={**state.extra, "ema": ema})
+        old = dict(state.extra["ema"])
+        updates = old.pop("updates") + 1
+        weight = functools.partial(self._weight, updates)
+        ema = jax.tree.map(lambda old, new: _interpolate(weight, old, new), old, _averaged(state))
+        return state.replace(extra={**state.extra, "ema": {**ema, "updates": updates}})
+
+    def _weight(self, updates: jax.Array, dtype: Any) -> jax.Array:
+        """``1 - d`` of update number ``updates``, float ``[]``."""
+        t = updates.astype(dtype)
+        if self.start == "ramp":
+            return jnp.maximum(1 - self.decay, 9 / (9 + t))
+        if self.start == "debias":
+            log_decay = math.log(self.decay) if self.decay else -math.inf
+            return (1 - self.decay) / -jnp.expm1(t * log_decay)  # 1 - decay**t would lose digits
+        return jnp.full((), 1 - self.decay, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +94,9 @@ class Lookahead:
     The slow copy holds all float parameters and batch statistics. Every ``every`` steps
     ``slow = d * slow + (1 - d) * fast`` and then ``fast = slow``, with ``d = decay**every * (t / T)**power``
     at step t of a run of T steps: weak averaging at first, strong averaging at the end. The last step of the
-    run sets ``fast = slow``; it updates ``slow`` only if it is a multiple of ``every``. Optimizer state is
-    not changed. The method is from arXiv:1907.08610, the growing ``d`` from arXiv:2404.00498.
+    run sets ``fast = slow``; it updates ``slow`` only if it is a multiple of ``every``. Optimizer state and
+    integers are not averaged, and an update that the guard or the loss scale skips changes nothing. The
+    method is from arXiv:1907.08610, the growing ``d`` from arXiv:2404.00498.
 
     It goes into ``post_update=`` and depends on the length of the run: ``build(steps)`` returns the function
     ``State -> State``, which stores the copy in ``state.extra["lookahead"]``. Evaluation uses the parameters,
@@ -109,7 +150,9 @@ class LookaheadStage:
         def average(slow: Any, fast: Any) -> tuple[Any, Any]:
             slow_weight = decay**every * (state.step / self.steps) ** power
             fast_weight = jnp.where(due, 1 - slow_weight, 0)  # 0 at the end of the run: take ``slow`` alone
-            slow = jax.tree.map(functools.partial(_interpolate, fast_weight), slow, fast)
+            slow = jax.tree.map(
+                lambda slow, fast: _interpolate(lambda _: fast_weight, slow, fast), slow, fast
+            )
             return slow, _copy(slow)
 
         # A branch, so that the steps between two averagings do not touch the weights.
@@ -124,11 +167,17 @@ class LookaheadStage:
         return state.replace(params=params, extra={**state.extra, **fast, "lookahead": slow})
 
 
-def _interpolate(fast_weight: jax.Array, slow: jax.Array, fast: jax.Array) -> jax.Array:
-    """Return ``slow`` moved towards ``fast``; exactly ``slow`` if both are equal (frozen weights)."""
-    if not jnp.issubdtype(slow.dtype, jnp.floating):
-        return fast
-    return slow + fast_weight.astype(slow.dtype) * (fast - slow)
+def _interpolate(weight: Callable[[Any], jax.Array], old: jax.Array, new: jax.Array) -> jax.Array:
+    """Return ``old`` moved towards ``new``; exactly ``old`` if both are equal (frozen weights).
+
+    Args:
+      weight: dtype to compute in, float32 or wider -> how far to move, in [0, 1].
+      old, new: arrays of one dtype; of integers, booleans and random keys ``new`` is returned.
+    """
+    if not jnp.issubdtype(old.dtype, jnp.inexact):
+        return new
+    dtype = jnp.promote_types(jnp.finfo(old.dtype).dtype, jnp.float32)
+    return old + weight(dtype).astype(old.dtype) * (new - old)
 
 
 def _copy(tree: Any) -> Any:

@@ -10,16 +10,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain import sharding
+from jaxtrain.checkpoint.paths import check_paths
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Batch, Metrics, Model, Names, State
 from jaxtrain.data import Order, Sequential, Source, compose
 from jaxtrain.experiment import Experiment
 from jaxtrain.models import as_model, compute_in
-from jaxtrain.program import check_fields, check_values, splits, update
+from jaxtrain.program import check_contract, check_fields, check_values, splits, update
 from jaxtrain.program.cadence import Cadence
+from jaxtrain.program.check_values import ValueCheck
 from jaxtrain.program.loader import Check, Loader, Resident
 from jaxtrain.program.program import Program, Split
 from jaxtrain.step import make_eval_step, make_init, scan_steps
+from jaxtrain.step.contract import check_pair
 from jaxtrain.step.packing import PackedMetrics, pack_metrics
 
 
@@ -49,30 +52,31 @@ def assemble(
     sources, replicated = splits.open_sources(exp, mesh), sharding.replicated(mesh)
     check_fields.check_fields(sources)
     outputs = _abstract_outputs(exp, model, sources["train"])
-    check = check_values.value_check(model, exp.loss, outputs)
-    data_notes = check_values.check_values(check, exp, sources)
+    checks = check_values.value_checks(exp, model, outputs, sources)
+    data_notes = check_values.check_values(checks, exp, sources)
 
     order = Order(exp.seed, len(sources["train"]), exp.batch, exp.drop_remainder)
     steps = order.steps(exp.epochs)
-    train = _loader("train", sources["train"], order, exp, mesh, check)
+    train = _loader("train", sources["train"], order, exp, mesh, checks["train"])
     init_key, key = _init_and_step_keys(exp.seed, mesh)
-    tx, post_update = exp.optimizer.build(steps), update.build_post_update(exp, steps)
+    tx, post_update = update.build_optimizer(exp, steps), update.build_post_update(exp, steps)
     examples = splits.first_examples(exp, sources["train"])
     init_fn = make_init(
         model, tx, compose(*exp.preprocess), exp.data_init, post_update, **update.loss_scaling(exp)
     )
     abstract, undivided = _abstract_state(init_fn, examples, mesh, exp, model)
     init = sharding.compile(init_fn, args=(replicated, replicated), out=_shardings(abstract))
-    model = _compute_model(exp, abstract)
+    traced, model = model, _compute_model(exp, abstract)
     prepare = compose(lambda batch, _: train.fetch(batch), *exp.augment, *exp.preprocess)
-    step = update.build_train_step(exp, mesh, model, tx, prepare, post_update)
+    loss_metric = check_contract.find_loss_metric(exp, model, sources["train"])
+    step = update.build_train_step(exp, mesh, model, tx, prepare, post_update, loss_metric)
     train_step, train_steps = _compile_train_steps(
         step, train, mesh, abstract, key, update.compiler_options(exp, mesh)
     )
     evals = {}
     for name in [name for name in sources if name != "train"]:
         rows = Sequential(len(sources[name]), eval_batch)
-        loader = _loader(name, sources[name], rows, exp, mesh, check)
+        loader = _loader(name, sources[name], rows, exp, mesh, checks[name])
         eval_step = _compile_eval_step(exp, model, loader, mesh, abstract, metrics_fn)
         evals[name] = Split(loader, len(rows), rows.n, eval_step)
     loaders = {"train": train, **{name: split.loader for name, split in evals.items()}}
@@ -92,6 +96,7 @@ def assemble(
         choices={"steps": steps, "resident": resident},
         notes=(
             *data_notes,
+            *check_contract.sown_notes(traced),
             *check_values.image_notes(exp, sources["train"]),
             *check_fields.mesh_notes(exp, mesh, abstract, undivided),
         ),
@@ -112,7 +117,7 @@ def abstract_state(experiment: Experiment, mesh: Mesh, example: Batch) -> State:
     model, prepare = _compute_model(exp), compose(*exp.preprocess)
     init_fn = make_init(
         model,
-        exp.optimizer.build(steps),
+        update.build_optimizer(exp, steps),
         prepare,
         None,
         update.build_post_update(exp, steps),
@@ -122,10 +127,13 @@ def abstract_state(experiment: Experiment, mesh: Mesh, example: Batch) -> State:
 
 
 def _loader(
-    name: str, source: Source, order: Order | Sequential, exp: Experiment, mesh: Mesh, check: Check
+    name: str, source: Source, order: Order | Sequential, exp: Experiment, mesh: Mesh, check: ValueCheck
 ) -> Loader:
-    first = check_values.check_first(name, exp)
-    return splits.make_loader(source, order, exp, mesh, check_values.with_split_name(name, check), first)
+    every: Check = check.unchanged if name == "train" else check  # no guard covers an evaluation
+    first, every = (
+        check_values.with_split_name(name, one) for one in (check_values.check_first(exp, check), every)
+    )
+    return splits.make_loader(source, order, exp, mesh, every, first)
 
 
 def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> Any:
@@ -135,10 +143,15 @@ def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> Any:
 
     def forward(key: jax.Array, batch: Batch) -> Any:
         batch = compose(*exp.preprocess)(batch, None)
-        params, extra = model.init(key, batch)
-        return model.apply(params, extra, batch, train=False, key=None)[0]
+        params, extra = check_pair(model.init(key, batch), "init", "(params, extra)")
+        result = model.apply(params, extra, batch, train=False, key=None)
+        outputs, _ = check_pair(result, "apply", "(outputs, extra)")
+        return outputs
 
-    return check_fields.trace(forward, jax.random.key(0), batch, what="the model")
+    outputs = check_fields.trace(forward, jax.random.key(0), batch, what="the model")
+    if not jax.tree.leaves(outputs):
+        raise InputError("the model returns nothing (None, or no array): return its outputs for the loss")
+    return outputs
 
 
 def _compute_model(exp: Experiment, abstract: State | None = None) -> Model:
@@ -163,6 +176,7 @@ def _abstract_state(
 ) -> tuple[State, tuple[str, ...]]:
     """Shapes, dtypes and shardings of the state, and the paths of arrays that ``fsdp`` could not divide."""
     shapes = check_fields.trace(init_fn, jax.random.key(0), examples, what="the state")
+    check_paths(shapes)
     names: Mapping[str, Names] | None = None
     if mesh.size > 1:
         prepared = jax.eval_shape(lambda batch: compose(*exp.preprocess)(batch, None), examples)

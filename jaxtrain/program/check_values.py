@@ -1,11 +1,14 @@
 """Checks of the examples' values: NaN, labels and tokens out of range, and images that look wrong.
 
-Sources in memory are checked in full, streams in their first batch. The guard of the train step
-(``jaxtrain.step.guard``) covers the rest of a stream.
+Values are checked as the model gets them, after ``preprocess``. Sources in memory are checked in full, and so
+are streams in evaluation. Of a stream in training all fields of the first batch are checked, and of later
+batches those that no stage changes; the guard of the train step (``jaxtrain.step.guard``) covers the rest.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,14 +20,61 @@ from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Batch, Model
 from jaxtrain.data import Arrays, Normalise, Source, compose
 from jaxtrain.experiment import Experiment
-from jaxtrain.program.loader import Check
+from jaxtrain.program.loader import EPOCH, EXAMPLE_ID, Check
+from jaxtrain.program.prepared import NotComputed, Preprocess
 
 CHUNK = 2**22  # numbers checked at a time, so that no temporary array is as large as the data
 SHOWN = 5  # example ids in a message
-TRIED = 256  # examples with NaN that preprocess is tried on
+TRIED = 256  # examples with NaN that preprocess is tried on at a time
 
 
-def check_values(check: Check, exp: Experiment, sources: Mapping[str, Source]) -> tuple[str, ...]:
+class ValueCheck:
+    """Checks raw batches by the model and the loss.
+
+    Args:
+      model: its ``check``.
+      loss: its ``check``, if it has one.
+      outputs: shapes of the model's outputs.
+      preprocess: of the experiment.
+    """
+
+    def __init__(self, model: Model, loss: Any, outputs: Any, preprocess: Preprocess) -> None:
+        self._preprocess, self._checks = preprocess, []
+        if model.check is not None:
+            self._checks.append(model.check)
+        if hasattr(loss, "check"):
+            self._checks.append(functools.partial(loss.check, outputs))
+
+    def __call__(self, batch: Batch, ids: np.ndarray) -> None:
+        """Check all fields; raise InputError for a value that the model or the loss does not accept."""
+        self._check(self._preprocess(batch), ids)
+
+    def unchanged(self, batch: Batch, ids: np.ndarray) -> None:
+        """Check the fields that ``preprocess`` does not change, which costs no computation."""
+        self._check(self._preprocess(batch, compute=False), ids)
+
+    def _check(self, batch: Batch, ids: np.ndarray) -> None:
+        for check in self._checks:
+            with contextlib.suppress(NotComputed):
+                check(batch, ids)
+
+
+def value_checks(
+    exp: Experiment, model: Model, outputs: Any, sources: Mapping[str, Source]
+) -> dict[str, ValueCheck]:
+    """Make the check of each split, by name; ``outputs`` are the shapes of the model's outputs."""
+    one = sources["train"].gather(np.zeros(1, np.int64))
+    raw = {name: jax.ShapeDtypeStruct((exp.batch, *x.shape[1:]), x.dtype) for name, x in one.items()}
+    ids = jax.ShapeDtypeStruct((exp.batch,), np.int32)
+    train = Preprocess(exp.preprocess, {**raw, EXAMPLE_ID: ids, EPOCH: ids}, exp.augment)
+    other = Preprocess(exp.preprocess, {**raw, EXAMPLE_ID: ids})
+    splits = {name: train if name == "train" else other for name in sources}
+    return {name: ValueCheck(model, exp.loss, outputs, each) for name, each in splits.items()}
+
+
+def check_values(
+    checks: Mapping[str, Check], exp: Experiment, sources: Mapping[str, Source]
+) -> tuple[str, ...]:
     """Check every example of a source in memory, and the first example of any other.
 
     Returns:
@@ -38,7 +88,7 @@ def check_values(check: Check, exp: Experiment, sources: Mapping[str, Source]) -
         in_memory = isinstance(source, Arrays)
         ids = np.arange(len(source)) if in_memory else np.zeros(1, np.int64)
         fields = source.fields if isinstance(source, Arrays) else source.gather(ids)
-        with_split_name(name, check)(fields, ids)
+        with_split_name(name, checks[name])(fields, ids)
         try:
             if in_memory:
                 with_split_name(name, check_finite(exp))(fields, ids)
@@ -49,9 +99,15 @@ def check_values(check: Check, exp: Experiment, sources: Mapping[str, Source]) -
     return tuple(lines)
 
 
-def check_first(name: str, exp: Experiment) -> Check | None:
-    """The check of the first batch of a streamed split: no NaN with ``guard="stop"``, else None."""
-    return with_split_name(name, check_finite(exp)) if exp.guard == "stop" else None
+def check_first(exp: Experiment, check: Check) -> Check:
+    """The check of the first batch of a stream: all fields and, with ``guard="stop"``, no NaN."""
+
+    def check_both(batch: Batch, ids: np.ndarray) -> None:
+        if exp.guard == "stop":
+            check_finite(exp)(batch, ids)
+        check(batch, ids)
+
+    return check_both
 
 
 def check_finite(exp: Experiment) -> Check:
@@ -59,7 +115,7 @@ def check_finite(exp: Experiment) -> Check:
 
     def check(batch: Batch, ids: np.ndarray) -> None:
         for field, rows in not_finite(batch).items():
-            if _filled_by_preprocess(exp, batch, rows[:TRIED]):
+            if _filled_by_preprocess(exp, batch, rows):
                 continue
             raise InputError(
                 f"field {field!r} of {format_ids(ids[rows])} holds NaN or infinity: fill the gaps in the "
@@ -105,18 +161,6 @@ def format_ids(ids: np.ndarray) -> str:
         return f"example {ids[0]}"
     shown = ", ".join(map(str, ids[:SHOWN])) + (", ..." if len(ids) > SHOWN else "")
     return f"{len(ids):,} examples ({shown})"
-
-
-def value_check(model: Model, loss: Any, outputs: Any) -> Check:
-    """Make the check ``(batch, ids)`` of raw batches by the model and the loss."""
-
-    def check(batch: Batch, ids: np.ndarray) -> None:
-        if model.check is not None:
-            model.check(batch, ids)
-        if hasattr(loss, "check"):
-            loss.check(outputs, batch, ids)
-
-    return check
 
 
 def image_notes(exp: Experiment, source: Source) -> tuple[str, ...]:
@@ -172,7 +216,12 @@ def with_split_name(name: str, check: Check) -> Check:
 def _filled_by_preprocess(exp: Experiment, batch: Batch, rows: np.ndarray) -> bool:
     """Does ``preprocess`` leave no NaN in these rows? Compiles it, so this is only for data with NaN."""
     prepare: Callable[[Any], Any] = jax.jit(lambda raw: compose(*exp.preprocess)(raw, None))
+    size = min(TRIED, len(rows))
     try:
-        return not not_finite(jax.device_get(prepare({name: array[rows] for name, array in batch.items()})))
+        for start in range(0, len(rows), size):
+            some = rows[np.minimum(np.arange(start, start + size), len(rows) - 1)]
+            if not_finite(jax.device_get(prepare({name: array[some] for name, array in batch.items()}))):
+                return False
+        return True
     except Exception:  # a user's stage, which may need fields that a raw batch lacks
         return False

@@ -106,7 +106,8 @@ class Resident:
     def fetch(self, batch: Any) -> Batch:
         rows = batch["rows"]
         if "mask" in batch:
-            return {**{name: array[rows] for name, array in batch["data"].items()}, "mask": batch["mask"]}
+            fields = {name: array[rows] for name, array in batch["data"].items()}
+            return {**fields, "mask": batch["mask"], EXAMPLE_ID: rows}
         ids, epochs = rows[:, 0], rows[:, 1]
         fields = {name: array[ids] for name, array in batch["data"].items()}
         return {**fields, EXAMPLE_ID: ids, EPOCH: epochs}
@@ -186,8 +187,7 @@ class Streamed:
             self._stream = self._open(step)
         self._next = step + 1
         batch = self._gather(step)
-        ids = batch.pop(EXAMPLE_ID) if "mask" in batch else batch[EXAMPLE_ID]
-        self._check_batch(batch, ids)
+        self._check_batch(batch, batch[EXAMPLE_ID])
         return batch
 
     def _gather(self, step: int) -> dict[str, np.ndarray]:

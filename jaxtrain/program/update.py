@@ -2,32 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from jaxtrain import sharding
+from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.text import first_line
 from jaxtrain.core.types import Batch, Metrics, Model, Prepare, State
 from jaxtrain.experiment import Experiment
 from jaxtrain.optim import LossScale, Schedule
 from jaxtrain.optim import rate as optim_rate
 from jaxtrain.step import make_train_step
+from jaxtrain.step.contract import check_state_unchanged
 from jaxtrain.step.guard import count_bad_labels, guard_step
 
 Update = Callable[[State, Batch, jax.Array], tuple[State, Metrics]]
 
 
 def build_train_step(
-    exp: Experiment, mesh: Mesh, model: Model, tx: Any, prepare: Prepare, post_update: Any
+    exp: Experiment,
+    mesh: Mesh,
+    model: Model,
+    tx: Any,
+    prepare: Prepare,
+    post_update: Any,
+    loss_metric: str = "loss",
 ) -> Update:
     """Build the step with ``exp.step_factory`` and guard it from outside, so a factory needs no guard."""
     loss = exp.loss if exp.guard == "off" else count_bad_labels(exp.loss)
     factory = exp.step_factory or make_train_step
-    step = factory(model, loss, tx, prepare, post_update, **_factory_options(exp, mesh))
-    return guard_step(step, exp.guard)
+    options = _factory_options(exp, mesh)
+    if loss_metric != "loss":
+        options |= {"loss_metric": loss_metric}
+    step = factory(model, loss, tx, prepare, post_update, **options)
+    return guard_step(_checked(step), exp.guard)
+
+
+def _checked(step: Update) -> Update:
+    """``step``, of any factory, with its contract checked while it is traced."""
+
+    @functools.wraps(step)
+    def checked(state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
+        result = step(state, batch, key)
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+            raise InputError("the step that step_factory makes must return (state, metrics)")
+        check_state_unchanged(state, result[0])
+        return result
+
+    return checked
+
+
+def build_optimizer(exp: Experiment, steps: int) -> optax.GradientTransformation:
+    """``exp.optimizer.build(steps)``; raises InputError unless that is an Optax transformation."""
+    name = type(exp.optimizer).__name__
+    try:
+        tx = exp.optimizer.build(steps)
+    except (InputError, RunError):
+        raise
+    except Exception as error:  # a user's own optimizer
+        raise InputError(
+            f"optimizer: {name}.build({steps}) failed: {type(error).__name__}: {first_line(error)[:300]} "
+            "(--debug shows where)"
+        ) from error
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+        raise InputError(
+            f"optimizer: {name}.build({steps}) returns a {type(tx).__name__}: return an Optax "
+            "transformation, such as optax.sgd(0.1)"
+        )
+    transformation: optax.GradientTransformation = tx
+    return transformation
 
 
 def _factory_options(exp: Experiment, mesh: Mesh) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from jaxtrain.core.types import Batch, Metrics, Prepare, State, split_extra
 from jaxtrain.metrics import Mean
 from jaxtrain.models import as_model
 from jaxtrain.optim import LossScale
+from jaxtrain.step.contract import check_state_unchanged, check_trainable, without_weak_types
 from jaxtrain.step.gradients import LossFn, accumulate_gradients, evaluate_loss, gradient_of
 from jaxtrain.step.guard import Policy, count_bad_labels, guard_step
 
@@ -86,7 +87,7 @@ def make_init(
         for stage in post_update:
             if hasattr(stage, "init"):
                 state = stage.init(state)
-        return state
+        return without_weak_types(state)
 
     return init
 
@@ -101,6 +102,7 @@ def make_train_step(
     loss_scale: LossScale | None = None,
     unroll: bool = False,
     guard: Policy = "off",
+    loss_metric: str = "loss",
 ) -> Callable[[State, Batch, jax.Array], tuple[State, Metrics]]:
     """Make the pure function ``(state, batch, key) -> (state, metrics)`` of one update.
 
@@ -114,8 +116,8 @@ def make_train_step(
       prepare: ``(batch, key) -> batch``, compiled with the step: cast, normalise, augment.
       post_update: pure ``State -> State`` functions, applied in order (EMA, Lookahead, masks).
       accumulate: number of microbatches that the prepared batch is split into, computed one after another
-        in the memory of one. For a loss that is a mean over examples the gradient is that of the full batch;
-        BatchNorm statistics and dropout are those of each microbatch.
+        in the memory of one, and weighted by the count of ``metrics[loss_metric]``. For a loss that is a mean
+        the gradient is that of the full batch; BatchNorm statistics and dropout are those of each microbatch.
       loss_scale: for float16: skips updates whose gradient overflows, and reports ``loss_scale`` and
         ``skipped``. ``make_init`` needs the same one.
       unroll: unroll the loop over microbatches: the program is larger, but on CPUs convolutions are several
@@ -124,33 +126,37 @@ def make_train_step(
         finite or whose labels are out of range, and report these figures as the metric ``guard``
         (``jaxtrain.step.guard``). With ``"skip"`` the other metrics of such an update are dropped, and
         ``skipped`` is reported.
+      loss_metric: with ``accumulate``, the name of the ``Mean`` among the loss's metrics that is the loss.
 
     Raises:
-      InputError: while tracing, for a loss that is not a scalar, a metric that cannot be merged, or a batch
-        that does not divide by ``accumulate``.
+      InputError: while tracing, for a loss that is not a scalar, a metric that cannot be merged, integer
+        parameters, a state that an update gives another shape or dtype, or a batch that does not divide by
+        ``accumulate``.
     """
     if accumulate < 1:
         raise InputError(f"accumulate is {accumulate}: it must be at least 1")
     gradient = gradient_of(as_model(model), loss_fn if guard == "off" else count_bad_labels(loss_fn))
     if accumulate > 1:
-        gradient = accumulate_gradients(gradient, accumulate, unroll)
+        gradient = accumulate_gradients(gradient, accumulate, unroll, loss_metric)
 
     def train_step(state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
         prepare_key, model_key = jax.random.split(jax.random.fold_in(key, state.step))
         batch = prepare(batch, prepare_key)
         scale = None if loss_scale is None else state.extra["loss_scale"]["scale"]
+        check_trainable(state.params)
         loss, grads, extra, metrics = gradient(state.params, state.extra, batch, model_key, scale)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         grad_norm = optax.tree.norm(grads)
         metrics = {"loss": Mean.of(loss), **metrics, "grad_norm": Mean.of(grad_norm)}
         old, state = state, State(state.step + 1, params, extra, opt_state)
-        if loss_scale is not None:
-            state, scale_metrics = loss_scale.guard(old, state, grads, grad_norm)
-            metrics |= scale_metrics
         for stage in post_update:
             state = stage(state)
-        return state, metrics
+        check_state_unchanged(old, state)
+        if loss_scale is not None:  # last: a skipped update moves no average either
+            state, scale_metrics = loss_scale.guard(old, state, grads, grad_norm)
+            metrics |= scale_metrics
+        return without_weak_types(state), metrics
 
     return guard_step(train_step, guard)
 
@@ -224,5 +230,5 @@ def eval_state(state: State) -> tuple[Any, dict[str, Any]]:
     """The parameters and statistics to evaluate with: the averaged ones where the state has them."""
     if "ema" not in state.extra:
         return state.params, state.extra
-    averaged = dict(state.extra["ema"])
+    averaged = {name: tree for name, tree in state.extra["ema"].items() if name != "updates"}
     return averaged.pop("params"), {**state.extra, **averaged}

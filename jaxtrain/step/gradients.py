@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxtrain.core.chunked_logits import full_logits
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Batch, Metrics, Model, leaf_paths, split_extra
 from jaxtrain.metrics import Mean, merge
+from jaxtrain.step.contract import check_pair
 
 LossFn = Callable[[Any, Batch], tuple[jax.Array, Metrics]]
 
@@ -23,7 +25,8 @@ class Gradient(NamedTuple):
 
     Attributes:
       loss: a scalar, the mean over the examples.
-      grads: its gradient, with the structure and dtypes of the params.
+      grads: its gradient, with the structure and dtypes of the params. For complex parameters it is the
+        direction of steepest ascent, as Optax expects it: the conjugate of what ``jax.grad`` returns.
       extra: the state's ``extra`` with the model's statistics updated.
       metrics: those of the loss.
     """
@@ -48,12 +51,14 @@ def gradient_of(model: Model, loss_fn: LossFn) -> GradientFn:
         def objective(params: Any) -> tuple[jax.Array, tuple[jax.Array, dict[str, Any], Metrics]]:
             # The model sees only its statistics, and may return a new dict with nothing but those.
             statistics, others = split_extra(extra)
-            outputs, updated = model.apply(params, statistics, batch, train=True, key=key)
+            result = model.apply(params, statistics, batch, train=True, key=key)
+            outputs, updated = check_pair(result, "apply", "(outputs, extra)")
             updated = {**others, **updated}
             loss, metrics = evaluate_loss(loss_fn, outputs, batch)
             return loss if scale is None else loss * scale.astype(loss.dtype), (loss, updated, metrics)
 
         (_, (loss, updated, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        grads = jax.tree.map(_steepest_ascent, grads)
         if scale is not None:
             grads = jax.tree.map(lambda g: g / scale.astype(g.dtype), grads)
         return Gradient(loss, grads, updated, metrics)
@@ -61,17 +66,23 @@ def gradient_of(model: Model, loss_fn: LossFn) -> GradientFn:
     return gradient
 
 
-def accumulate_gradients(gradient: GradientFn, parts: int, unroll: bool = False) -> GradientFn:
+def accumulate_gradients(
+    gradient: GradientFn, parts: int, unroll: bool = False, loss_metric: str = "loss"
+) -> GradientFn:
     """Make a gradient function that computes ``parts`` microbatches one after another, in the memory of one.
 
-    Each microbatch is weighted by the count of ``metrics["loss"]`` where the loss reports a ``Mean`` of that
-    name, so the result is exact with masked rows and example weights; otherwise all weigh the same.
+    Each microbatch is weighted by the count of ``metrics[loss_metric]``, the number of values that its loss
+    is the mean of, so the result is exact with masked rows and ignored labels; one without any has no weight.
     Statistics pass from one microbatch to the next; microbatch i has the key ``fold_in(key, i)``.
 
     Args:
       gradient: the function for one microbatch.
       parts: the number of microbatches, at least 2.
       unroll: compile the microbatches without a loop.
+      loss_metric: name of the ``Mean`` among the loss's metrics that is the loss.
+
+    Raises:
+      InputError: while tracing, for a loss that does not report it, or a batch that does not divide.
     """
 
     def accumulated(
@@ -86,9 +97,13 @@ def accumulate_gradients(gradient: GradientFn, parts: int, unroll: bool = False)
             statistics, total = carry
             part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), rows)
             one = gradient(params, {**others, **statistics}, part, jax.random.fold_in(key, i), scale)
-            weight = _weight(one)
-            total = jax.tree.map(lambda t, g: t + weight.astype(g.dtype) * g, total, one.grads)
-            return (split_extra(one.extra)[0], total), (weight, weight * one.loss, one.metrics)
+            weight = _weight(one, loss_metric)
+
+            def weighted(x: jax.Array) -> jax.Array:  # the mean of no values may be NaN
+                return jnp.where(weight > 0, weight.astype(x.dtype) * x, 0)
+
+            total = jax.tree.map(lambda t, g: t + weighted(g), total, one.grads)
+            return (split_extra(one.extra)[0], total), (weight, weighted(one.loss), one.metrics)
 
         start = statistics, jax.tree.map(jnp.zeros_like, params)
         (statistics, total), (weights, losses, metrics) = jax.lax.scan(
@@ -140,18 +155,44 @@ def evaluate_loss(loss_fn: LossFn, outputs: Any, batch: Batch) -> tuple[jax.Arra
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
         raise InputError(f"{name} must return (loss, metrics): a scalar and a dict of mergeable metrics")
     loss, metrics = result
+    if not isinstance(loss, jax.Array | float):
+        raise InputError(f"{name} returns a {type(loss).__name__} as its loss: return a float scalar array")
     if jnp.shape(loss) != ():
         raise InputError(f"{name} returns a loss of shape {jnp.shape(loss)}: average it to a scalar")
+    if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        raise InputError(f"{name} returns a loss of {jnp.result_type(loss)}: it must be a real float")
+    loss = jnp.asarray(loss)
     for key, metric in metrics.items():
         if not (hasattr(metric, "merge") and hasattr(metric, "compute")):
             raise InputError(
                 f"{name} returns the metric {key!r} as a bare {type(metric).__name__}, which cannot be "
                 "merged over batches: return jaxtrain.metrics.Mean.of(values, batch.get('mask'))"
             )
+        for leaf in jax.tree.leaves(metric):
+            if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
+                raise InputError(
+                    f"{name} returns the metric {key!r} with a {type(leaf).__name__} in it: a metric is "
+                    "a pytree of arrays, such as a class with @jax.tree_util.register_dataclass"
+                )
     return loss, dict(metrics)
 
 
-def _weight(microbatch: Gradient) -> jax.Array:
+def _steepest_ascent(grad: jax.Array) -> jax.Array:
+    return grad.conj() if jnp.issubdtype(grad.dtype, jnp.complexfloating) else grad
+
+
+def _weight(microbatch: Gradient, loss_metric: str) -> jax.Array:
     """The weight of a microbatch, a scalar of the loss's dtype."""
-    mean = microbatch.metrics.get("loss")
-    return jnp.asarray(mean.count if isinstance(mean, Mean) else 1, microbatch.loss.dtype)
+    mean = microbatch.metrics.get(loss_metric)
+    if not isinstance(mean, Mean):
+        raise InputError(no_loss_metric(microbatch.metrics))
+    return jnp.asarray(mean.count, microbatch.loss.dtype)
+
+
+def no_loss_metric(metrics: Metrics) -> str:
+    """The message for a loss whose metrics do not say how many values it is the mean of."""
+    return (
+        "accumulate weights each microbatch by the number of values that its loss is the mean of, and none "
+        f"of the loss's metrics ({', '.join(metrics) or 'there are none'}) is the mean that it returns: "
+        'report {"loss": Mean.of(values, mask)} too (jaxtrain.metrics.Mean), or set accumulate=1'
+    )

@@ -58,8 +58,12 @@ def locate(program: Program, step: int) -> list[BadField]:
       One entry per bad field; empty where none is.
     """
     indices, raw = program.example_ids(step), program.raw_batch(step)
-    from_source = _bad_fields(program, raw, indices, stage=False)
-    return from_source or _bad_fields(program, _apply_stages(program, raw, step), indices, stage=True)
+    bad = _bad_fields(program, _apply_stages(program, raw, step), indices, stage=True)
+    # Raw values alone prove nothing: a stage may fill gaps, or map labels 1..10 to 0..9.
+    from_source = (
+        {found.field: found for found in _bad_fields(program, raw, indices, stage=False)} if bad else {}
+    )
+    return [from_source.get(found.field, found) for found in bad]
 
 
 def _apply_stages(program: Program, raw: dict[str, Any], step: int) -> dict[str, np.ndarray]:

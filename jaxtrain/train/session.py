@@ -19,6 +19,8 @@ from jaxtrain.program import Program, assemble
 from jaxtrain.sharding import multihost
 from jaxtrain.train import capacity, environment, loop, out_of_memory
 from jaxtrain.train.autotune import decide
+from jaxtrain.train.dispatch import compile_in_background
+from jaxtrain.train.first_evaluation import check_first_evaluation
 from jaxtrain.train.run_folder import RunFolder, default_folder
 
 
@@ -201,6 +203,9 @@ def _prepare(
     if source and existing is None:  # a run that cannot begin leaves no folder
         checkpoint.check_init_from(source[0], source[1], program.abstract_state)
     with out_of_memory.explain_out_of_memory(program, session.name, folder.path, console):
+        if existing is None:
+            with compile_in_background(program):
+                check_first_evaluation(program)
         choice = decide(program, existing, session.deterministic)
     if choice.count > 1:
         console.note(f"{choice.count} updates per compiled call: {choice.why}")

@@ -396,6 +396,33 @@ def test_a_failed_save_reports_the_last_step_and_the_space_needed(kept_before, t
     assert not (tmp_path / "checkpoints" / "000005").exists()  # it would keep the space
 
 
+def test_a_failed_save_asks_for_space_only_where_space_is_the_reason(tmp_path, mesh1, monkeypatch):
+    def fail(path, data):
+        raise error
+
+    monkeypatch.setattr(manifest, "write_json", fail)
+    wrapped = ValueError("TensorStore: Disk quota exceeded")
+    for error, space in ((PermissionError(13, "Permission denied"), False), (wrapped, True)):
+        with pytest.raises(RunError, match=str(error.args[-1])) as raised:
+            save(tmp_path, 5, mesh=mesh1)
+        assert ("free space" in str(raised.value)) == space and "run the same command" in str(raised.value)
+
+
+def test_empty_arrays_and_random_keys_are_saved_and_restored(tmp_path, mesh1):
+    sharding = jax.sharding.NamedSharding(mesh1, jax.sharding.PartitionSpec())
+    extra = {"lora": jnp.zeros((64, 0)), "key": jax.random.key(7), "complex": jnp.full(2, 1 + 2j)}
+    state = jax.device_put(make_state(mesh1).replace(extra=extra), sharding)
+    with checkpoint.open(tmp_path) as saved:
+        saved.save(1, state)
+    with checkpoint.open(tmp_path) as saved:
+        found = saved.restore(saved.latest(), like(state)).extra
+    assert found["lora"].shape == (64, 0) and found["lora"].dtype == jnp.float32
+    assert (jax.random.key_data(found["key"]) == jax.random.key_data(extra["key"])).all()
+    assert (found["complex"] == extra["complex"]).all()
+    on_host = checkpoint.arrays(tmp_path)
+    assert on_host["extra/lora"].shape == (64, 0) and on_host["extra/key"].tolist() == [0, 7]
+
+
 def test_a_complete_checkpoint_survives_an_error_after_it(tmp_path, mesh1, monkeypatch):
     real = store.folders.remove
 
@@ -412,7 +439,10 @@ def test_a_complete_checkpoint_survives_an_error_after_it(tmp_path, mesh1, monke
 
 def test_a_state_with_colliding_paths_is_refused(tmp_path, mesh1):
     state = make_state(mesh1).replace(extra={"a/b": jnp.zeros(1), "a": {"b": jnp.zeros(1)}})
-    with pytest.raises(InputError, match="the same path"), checkpoint.open(tmp_path) as saved:
+    with (
+        pytest.raises(InputError, match="two arrays of the state have the path extra/a/b"),
+        checkpoint.open(tmp_path) as saved,
+    ):
         saved.save(1, state)
 
 

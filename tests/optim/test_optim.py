@@ -367,6 +367,10 @@ REFUSED = {
     "negative warm-up": (lambda: Constant(0.1, warmup=-0.1).build(10), "lr.warmup"),
     "average of nothing": (lambda: EMA(decay=1.0), "ema.decay is 1.0"),
     "negative average": (lambda: EMA(decay=-0.1), "ema.decay"),
+    "unknown start": (
+        lambda: EMA(start="zero"),
+        "ema.start is 'zero': it must be one of ramp, debias, initial",
+    ),
     "negative clip, which would climb": (lambda: SGD(0.1, clip=-1.0).build(), "clip"),
     "clip of 0, which would never move": (lambda: AdamW(clip=0.0).build(), "clip"),
     "negative decay": (lambda: SGD(0.1, weight_decay=-0.1).build(), "weight_decay"),
@@ -388,17 +392,26 @@ def state_of(weight: float, mean: float) -> State:
     return State(jnp.array(0), {"w": jnp.array(weight)}, extra, ())
 
 
-def test_ema_follows_params_and_batch_statistics() -> None:
-    ema, weights, means = EMA(0.9), [1.0, 2.0, 4.0, 8.0], [0.0, -1.0, 5.0, 2.0]
+DECAYS = {  # the weight of the average before update t, by EMA.start
+    "initial": lambda decay, t: decay,
+    "ramp": lambda decay, t: min(decay, t / (9 + t)),
+    "debias": lambda decay, t: decay * (1 - decay ** (t - 1)) / (1 - decay**t),
+}
+
+
+@pytest.mark.parametrize("start", DECAYS)
+def test_ema_follows_params_and_batch_statistics(start: Any) -> None:
+    ema, weights, means = EMA(0.9, start), [1.0, 2.0, 4.0, 8.0], [0.0, -1.0, 5.0, 2.0]
     state = ema.init(state_of(weights[0], means[0]))
     chex.assert_trees_all_equal(
-        state.extra["ema"], {"params": {"w": 1.0}, "batch_stats": {"mean": 0.0}}
+        state.extra["ema"], {"params": {"w": 1.0}, "batch_stats": {"mean": 0.0}, "updates": 0}
     )  # masks are not averaged
     average = np.array([weights[0], means[0]])
-    for weight, mean in zip(weights[1:], means[1:], strict=True):
+    for t, (weight, mean) in enumerate(zip(weights[1:], means[1:], strict=True), start=1):
         new = state_of(weight, mean)
         state = ema(new.replace(extra={**new.extra, "ema": state.extra["ema"]}))
-        average = 0.9 * average + 0.1 * np.array([weight, mean])
+        d = DECAYS[start](0.9, t)
+        average = d * average + (1 - d) * np.array([weight, mean])
         found = state.extra["ema"]
         np.testing.assert_allclose([found["params"]["w"], found["batch_stats"]["mean"]], average, rtol=1e-6)
     assert state.params["w"] == 8.0 and state.extra["batch_stats"]["mean"] == 2.0
@@ -428,6 +441,17 @@ def test_evaluation_uses_the_ema_if_there_is_one() -> None:
     assert evaluate(bare, {})["seen"].compute() == 909
     slow = Lookahead().build(10).init(state_of(1.0, 2.0)).extra["lookahead"]
     assert evaluate(bare.replace(extra={**bare.extra, "lookahead": slow}), {})["seen"].compute() == 909
+
+
+def test_a_short_run_is_averaged_over_its_own_updates() -> None:
+    """150 updates of a decay for thousands: the initial parameters are out of the average, by default."""
+    ema = EMA(0.999)
+    state = ema.init(state_of(-100.0, 0.0))
+    step = jax.jit(ema)
+    for _ in range(150):
+        state = step(state.replace(params={"w": jnp.array(1.0)}))
+    assert state.extra["ema"]["updates"] == 150
+    assert state.extra["ema"]["params"]["w"] == pytest.approx(1.0, abs=1e-4)
 
 
 # --- lookahead
@@ -508,9 +532,9 @@ def test_lookahead_survives_donation_of_the_state(t: int) -> None:
 
 
 def test_ema_averages_the_weights_after_lookahead() -> None:
-    lookahead, ema = Lookahead(every=1, decay=0.5, power=0.0).build(10), EMA(0.5)
+    lookahead, ema = Lookahead(every=1, decay=0.5, power=0.0).build(10), EMA(0.5, "initial")
     state = ema.init(lookahead.init(state_of(0.0, 0.0)))
-    assert set(state.extra["ema"]) == {"params", "batch_stats"}
+    assert set(state.extra["ema"]) == {"params", "batch_stats", "updates"}
     state = ema(lookahead(state.replace(step=state.step + 1, params={"w": jnp.array(8.0)})))
     assert (state.params["w"], state.extra["ema"]["params"]["w"]) == (4.0, 2.0)
     assert state.extra["lookahead"]["params"]["w"] == 4.0
@@ -558,7 +582,7 @@ CASES: dict[type, tuple[Any, dict[str, Any]]] = {
     Linear: (Linear(0.1), {"peak": 0.2, "end": 0.05, "warmup": 0.5}),
     Cosine: (Cosine(0.1), {"peak": 0.2, "end": 0.05, "warmup": 0.5}),
     OneCycle: (OneCycle(0.1), {"peak": 0.2, "start": 0.5, "end": 0.5, "warmup": 0.5}),
-    EMA: (EMA(0.9), {"decay": 0.5}),
+    EMA: (EMA(0.9, "initial"), {"decay": 0.5, "start": "debias"}),
     Lookahead: (Lookahead(), {"every": 4, "decay": 0.5, "power": 1.0}),
     Group: (Group("kernel"), {"path": "bias", "lr": 0.5, "weight_decay": 0.5, "until": 0.1}),
 }

@@ -49,7 +49,7 @@ def expected(order: Any, step: int) -> dict[str, np.ndarray]:
         ids, epochs = order.ids_and_epochs(step)
         return {**SOURCE.gather(ids), "example_id": ids, "epoch": epochs}
     ids, mask = order.rows(step)
-    return {**SOURCE.gather(ids), "mask": mask}
+    return {**SOURCE.gather(ids), "mask": mask, "example_id": ids}
 
 
 @pytest.mark.parametrize("kind", [Resident, Streamed])

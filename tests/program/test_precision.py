@@ -192,10 +192,12 @@ def test_scale_recovers_during_a_run() -> None:
     config, ema = LossScale(initial=2.0**15, period=2), EMA(0.5)
     start, step = scaled(compute_in(LINE, "float16"), total, config, post_update=(ema,))
     state = start(KEY, lines())
-    scales = []
+    scales, averaged = [], []
     for gain in (1000.0, 1000.0, 1.0, 1.0, 1.0):
         state, metrics = step(state, lines(gain), KEY)
         scales.append(metrics["loss_scale"].compute())
+        averaged.append(int(state.extra["ema"]["updates"]))
+    assert averaged == [0, 0, 1, 2, 3]  # a skipped update moves no average
     # 2^15 and 2^14 times 1000 / 8 are above 65,504; then come two finite gradients in a row.
     assert scales == [2.0**15, 2.0**14, 2.0**13, 2.0**13, 2.0**14]
     assert state.step == 5 and set(state.extra) == {"seen", "ema", "loss_scale"}

@@ -179,7 +179,7 @@ def test_dropout_differs_between_microbatches() -> None:
 
     def loss(outputs: Any, batch: Any) -> Any:
         jax.debug.callback(lambda x: seen.append(float(x[0, 0])), outputs)
-        return outputs.mean(), {}
+        return outputs.mean(), {"loss": Mean.of(outputs)}
 
     state = make_init(net, optax.sgd(0.1))(KEY, {"image": image})
     jax.block_until_ready(

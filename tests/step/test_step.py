@@ -201,7 +201,7 @@ def test_data_init_sees_the_prepared_batch_before_the_optimizer_does() -> None:
 
 
 def test_evaluation_uses_the_ema() -> None:
-    batch, tx, ema = line_batch(), optax.sgd(0.1), EMA(0.5)
+    batch, tx, ema = line_batch(), optax.sgd(0.1), EMA(0.5, "initial")
     state = make_init(LINE, tx, post_update=(ema,))(KEY, batch)
     train = jax.jit(make_train_step(LINE, MSE(), tx, post_update=(ema,)))
     average = np.array(state.params["w"], np.float64)

@@ -380,6 +380,13 @@ def test_sources_that_are_empty_or_fail_are_one_line(mesh1):
         ({"batch": "64"}, "batch is '64': it must be an int"),
         ({"epochs": True}, "epochs is True: it must be a number"),
         ({"optimizer": optax.adam(1e-2)}, "whose settings cannot be recorded"),
+        ({"optimizer": optim.SGD}, "whose settings cannot be recorded"),
+        ({"augment": [data.Normalise()]}, r"augment is \[Normalise.*: it must be a tuple of functions"),
+        ({"preprocess": data.Normalise()}, r"preprocess is Normalise.*: it must be a tuple of functions"),
+        ({"preprocess": (data.Normalise,)}, "preprocess is .*: it must be a tuple of functions"),
+        ({"eval_every": "x"}, "eval_every is 'x': it must be a number"),
+        ({"eval_batch": 8.0}, "eval_batch is 8.0: it must be an int or None"),
+        ({"data_init": 3}, "data_init is 3: it must be a function or None"),
         ({"train": 3}, "train is 3: it must have __len__ and gather"),
     ],
 )
