@@ -33,26 +33,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from jaxtrain import checkpoint
     from jaxtrain.monitor import make_console
     from jaxtrain.program import assemble
-    from jaxtrain.train import run_folder
     from jaxtrain.train.loop import evaluate
 
-    folder = command_line.workdir_path(args.workdir)
-    record = run_folder.load(folder)
-    name, experiment = experiments.load_recorded(record, folder, args.experiment)
+    run = experiments.open_run(args)
+    name, experiment = run.name, run.experiment
     mesh = devices.make_mesh(args, command_line.warn)
     console = make_console(quiet=not multihost.is_process_0())
     experiments.ensure_prepared(experiment, console)
     program = assemble(experiment, mesh, _confusion)
     if args.split not in program.evals:
         raise InputError(f"{name} has no {args.split} split: it has {', '.join(program.evals)}")
-    with checkpoint.open(
-        folder, log=command_line.warn, older_hint="use an older one with --checkpoint {step}"
-    ) as saved:
-        selected = command_line.choose_checkpoint(saved, args.checkpoint, folder)
-        state = saved.restore(selected, program.abstract_state)
+    selected, state = run.restore(args.checkpoint, program.abstract_state)
     try:
         values = evaluate(program, state, args.split, console)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,12 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from jaxtrain import checkpoint
+from jaxtrain.cli import command_line
 from jaxtrain.core import redact, safe_names
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.types import State
 from jaxtrain.data import Subset
 from jaxtrain.experiment import Experiment, config_text, discover, find, first_difference, override
 from jaxtrain.monitor import Console
 from jaxtrain.sharding import multihost
+from jaxtrain.train import run_folder
 
 
 def load_experiment(name: str, settings: Sequence[str]) -> tuple[str, str, Experiment]:
@@ -25,6 +30,42 @@ def load_experiment(name: str, settings: Sequence[str]) -> tuple[str, str, Exper
     for setting in settings:
         redact.redact_setting(setting)
     return entry.name, entry.origin, override(experiment, list(settings))
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordedRun:
+    """A run that has begun: its folder, its ``config.json``, and its experiment's name and definition."""
+
+    folder: Path
+    record: dict[str, Any]
+    name: str
+    experiment: Experiment
+
+    def restore(self, which: str, abstract: State) -> tuple[checkpoint.CheckpointInfo, State]:
+        """Read the checkpoint that ``--checkpoint`` names; returns its description and its state.
+
+        Args:
+          which: the value of ``--checkpoint``.
+          abstract: shapes, dtypes and shardings of the state.
+
+        Raises:
+          InputError, RunError: there is no such checkpoint, or it cannot be read.
+        """
+        hint = "use an older one with --checkpoint {step}"
+        with checkpoint.open(self.folder, log=command_line.warn, older_hint=hint) as saved:
+            chosen = command_line.choose_checkpoint(saved, which, self.folder)
+            return chosen, saved.restore(chosen, abstract)
+
+
+def open_run(args: argparse.Namespace) -> RecordedRun:
+    """Open the run of ``--workdir``, with the experiment of ``--experiment`` where that is given.
+
+    Raises:
+      InputError, RunError: there is no run, or its experiment is not found or has changed.
+    """
+    folder = command_line.workdir_path(args.workdir)
+    record = run_folder.load(folder)
+    return RecordedRun(folder, record, *load_recorded(record, folder, args.experiment))
 
 
 def load_recorded(

@@ -131,8 +131,8 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
     Raises:
       InputError, RunError, Stopped: as ``fit``.
     """
-    began, mesh, folder, console = time.perf_counter(), session.mesh, session.folder, session.console
-    capacity.check_folder(folder.path)
+    began, mesh, folder = time.perf_counter(), session.mesh, session.folder
+    multihost.on_process_0(lambda: capacity.check_folder(folder.path), "folder")
     record = {
         "origin": session.name,
         "overrides": [],
@@ -148,72 +148,74 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
     sharding.check_batch(experiment.batch, mesh, accumulate=experiment.accumulate)
     if existing is not None:  # another run is refused before any data is opened
         session.acquire(experiment, record)
+    start = _Start(began, record, existing, source, notes)
     program = assemble(experiment, mesh)
     try:
-        result = _run_program(session, program, record, source, existing, notes, began)
+        result = _run_program(session, program, start)
     finally:
-        console.end()
+        session.console.end()
         program.close()
     _show_summary(session, result)
     return result
 
 
-def _run_program(
-    session: Session,
-    program: Program,
-    record: dict[str, Any],
-    source: Sequence[Any] | None,
-    existing: dict[str, Any] | None,
-    notes: Sequence[str],
-    began: float,
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """What is known of a run before its data is opened.
+
+    Attributes:
+      began: the ``time.perf_counter()`` that wall time is counted from.
+      record: what its ``config.json`` would say of a start now.
+      existing: its ``config.json``; None for a new run.
+      init_from: ``[source, renames]`` of the parameters it starts from; None where it has its own.
+      notes: warnings about a resumed run, one per line.
+    """
+
+    began: float
+    record: dict[str, Any]
+    existing: dict[str, Any] | None
+    init_from: list[Any] | None
+    notes: Sequence[str]
+
+
+def _run_program(session: Session, program: Program, start: _Start) -> dict[str, Any]:
     """The result of a finished run, or of training now."""
     console, experiment, mesh = session.console, program.experiment, session.mesh
     profile_window = monitor.parse_window(session.profile, program.steps)
     result = session.folder.result(program.steps)
     where = f"{session.name} in {session.folder} on {sharding.describe_mesh(mesh)}"
     console.note(f"{where}, batch {_batch_text(experiment, mesh)}")
-    for note in (*program.notes, *(notes if result is None else ())):
+    for note in (*program.notes, *(start.notes if result is None else ())):
         console.note(note)
     if result is None:
-        program = _prepare(session, program, record, source, existing)
-        return _train(session, program, source, profile_window, began)
+        program = _prepare(session, program, start)
+        return _train(session, program, start, profile_window)
     console.note(
-        f"this run is finished{_mesh_note(existing)}: to train again use --new, or more epochs with --extend "
-        "--workdir DIR (in jaxtrain.fit: another folder, or extend=True)"
+        f"this run is finished{_mesh_note(start.existing)}: to train again use --new, or more epochs with "
+        "--extend --workdir DIR (in jaxtrain.fit: another folder, or extend=True)"
     )
     if profile_window:
         console.note(f"--profile {session.profile}: nothing to profile, no update is left")
     return result
 
 
-def _prepare(
-    session: Session,
-    program: Program,
-    record: dict[str, Any],
-    source: Sequence[Any] | None,
-    existing: dict[str, Any] | None,
-) -> Program:
+def _prepare(session: Session, program: Program, start: _Start) -> Program:
     """Check everything that can be checked, measure what is to be measured, then acquire the folder."""
     folder, console = session.folder, session.console
     multihost.on_process_0(lambda: capacity.check_disk(program, folder.path), "disk")
     capacity.check_memory(program)
-    if source and existing is None:  # a run that cannot begin leaves no folder
-        checkpoint.check_init_from(source[0], source[1], program.abstract_state)
+    if start.init_from and start.existing is None:  # a run that cannot begin leaves no folder
+        checkpoint.check_init_from(start.init_from[0], start.init_from[1], program.abstract_state)
     with out_of_memory.explain_out_of_memory(program, session.name, folder.path, console):
-        choice = decide(program, existing, session.deterministic)
+        choice = decide(program, start.existing, session.deterministic)
     if choice.count > 1:
         console.note(f"{choice.count} updates per compiled call: {choice.why}")
-    session.acquire(program.experiment, record | program.choices | choice.record())
+    session.acquire(program.experiment, start.record | program.choices | choice.record())
     return program.with_cadence(steps_per_execution=choice.count)
 
 
 def _train(
-    session: Session,
-    program: Program,
-    source: Sequence[Any] | None,
-    profile_window: tuple[int, int] | None,
-    began: float,
+    session: Session, program: Program, start: _Start, profile_window: tuple[int, int] | None
 ) -> dict[str, Any]:
     """Run ``loop.fit`` with the folder locked."""
     try:
@@ -223,9 +225,9 @@ def _train(
                 session.folder.path,
                 session.console,
                 session.name,
-                began,
+                start.began,
                 resume=session.resume,
-                init_from=source,
+                init_from=start.init_from,
                 grace=session.grace,
                 hang_after=session.hang_after,
                 strict=session.strict,
