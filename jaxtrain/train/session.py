@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ from jax.sharding import Mesh
 
 from jaxtrain import checkpoint, monitor, sharding
 from jaxtrain.core.signals import GRACE, Stopped
+from jaxtrain.data import Source, paths
 from jaxtrain.experiment import Experiment
+from jaxtrain.experiment import code as experiment_code
 from jaxtrain.monitor import Console, format_metrics, make_console
 from jaxtrain.program import Program, assemble
 from jaxtrain.sharding import multihost
-from jaxtrain.train import capacity, environment, loop, out_of_memory
+from jaxtrain.train import capacity, environment, identity, loop, out_of_memory, run_length
 from jaxtrain.train.autotune import decide
-from jaxtrain.train.run_folder import RunFolder, default_folder
+from jaxtrain.train.run_folder import RunFolder, default_folder, with_entry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,12 +36,15 @@ class Session:
       record: further entries of ``config.json``, such as where the experiment came from.
       deterministic: do not choose settings by timing.
       extend: allow more epochs than the run started with when that changes its schedule.
+      accept_changed_data: continue on other data than the run started with.
+      file: the experiment's file, beside which its data may be; None where it has none.
+      code: checksums of the experiment's code (``experiment.code.digests``); None where they are unknown.
       resume: which checkpoint to resume from: ``"newest"`` or ``"last-good"``.
       init_from: another run, ``RUN`` or ``RUN:STEP``, whose parameters this one starts from.
       init_map: ``OLD=NEW`` names of its parameters.
       grace: seconds from a signal to the end of the process, at most; None never ends it.
       hang_after: end the process when no step finishes for so many seconds; None never does.
-      strict: a second compilation of the train step is an error.
+      strict: a second compilation of the train step is an error, and so is code that has changed.
       profile: ``START:STOP`` updates to trace.
       resume_command: what to type to resume the run, for the line that is shown when a signal stops it.
     """
@@ -51,6 +56,9 @@ class Session:
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
     deterministic: bool = False
     extend: bool = False
+    accept_changed_data: bool = False
+    file: Path | None = None
+    code: dict[str, str] | None = None
     resume: str = "newest"
     init_from: str | None = None
     init_map: Sequence[str] = ()
@@ -59,10 +67,6 @@ class Session:
     strict: bool = False
     profile: str | None = None
     resume_command: str = "the same call of jaxtrain.fit"
-
-    def acquire(self, experiment: Experiment, record: dict[str, Any]) -> None:
-        """Create the run's folder, or raise InputError if it contains another run."""
-        self.folder.acquire(self.name, experiment, record, self.extend)
 
 
 def fit(
@@ -74,6 +78,7 @@ def fit(
     extend: bool = False,
     init_from: str | Path | None = None,
     resume: str = "newest",
+    accept_changed_data: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train ``experiment``, evaluate it and return its result; resumes where ``folder`` holds the run.
@@ -89,6 +94,8 @@ def fit(
       extend: allow more epochs than the run started with when that changes its schedule.
       init_from: folder of another run, whose parameters this one starts from; ``RUN:STEP`` names a step.
       resume: ``"newest"`` checkpoint, or ``"last-good"`` to move corrupt ones aside.
+      accept_changed_data: continue a run in ``folder`` although its data have changed since it started, and
+        record that; otherwise that is an InputError.
       console: where progress is shown; None is a progress bar on a terminal or in a notebook, else lines.
 
     Returns:
@@ -112,16 +119,24 @@ def fit(
     12
     """
     mesh = sharding.make_mesh(jax.devices()) if mesh is None else mesh
+    script = experiment_code.main_module()
     session = Session(
         name=name,
         folder=RunFolder(default_folder(name, experiment) if folder is None else folder),
         mesh=mesh,
         console=make_console(quiet=not multihost.is_process_0()) if console is None else console,
         extend=extend,
+        accept_changed_data=accept_changed_data,
+        file=None if script is None else Path(str(script.__file__)),
+        code=experiment_code.digests(script, experiment),
         init_from=None if init_from is None else str(init_from),
         resume=resume,
         grace=None,  # the process belongs to the caller
     )
+    if experiment_code.is_interactive():
+        session.console.note(
+            "code unknown: a notebook has no file, so later changes of its code are not noticed"
+        )
     return run(session, experiment)
 
 
@@ -140,16 +155,22 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
         "devices": [device.device_kind for device in mesh.devices.flat],
         "mesh": dict(mesh.shape),
         "bits": environment.bitwise_settings(mesh, session.deterministic),
+        "started_in": str(Path.cwd()),
     }
     existing = folder.record()
+    record |= _check_code(session, experiment, existing)
+    first_folder = record["started_in"] if existing is None else existing.get("started_in")
+    paths.set_base_folders(session.file and session.file.parent, first_folder)
     notes = environment.changes(existing, record) if existing else []
     source = folder.init_from(session.init_from, session.init_map)
     record |= {"init_from": source} if source else {}
     sharding.check_batch(experiment.batch, mesh, accumulate=experiment.accumulate)
     if existing is not None:  # another run is refused before any data is opened
-        session.acquire(experiment, record)
+        folder.check(experiment)
     start = _Start(began, record, existing, source, notes)
-    program = assemble(experiment, mesh)
+    program = assemble(
+        experiment, mesh, inspect=lambda sources: _check_data(session, experiment, start, sources)
+    )
     try:
         result = _run_program(session, program, start)
     finally:
@@ -176,6 +197,59 @@ class _Start:
     existing: dict[str, Any] | None
     init_from: list[Any] | None
     notes: Sequence[str]
+
+
+def _check_code(session: Session, experiment: Experiment, existing: dict[str, Any] | None) -> dict[str, Any]:
+    """The record of the run's code; shows a line where it has changed."""
+    code = multihost.on_process_0(lambda: session.code, "code")
+    if code is None:
+        return {}
+    if existing is not None:
+        finished = _is_finished(session, experiment, existing)
+        effect = "its result is of the code before" if finished else "it may behave differently from here on"
+        for note in identity.check_code(existing, code, session.strict, effect):
+            session.console.note(note)
+    return {"code": code}
+
+
+def _check_data(
+    session: Session, experiment: Experiment, start: _Start, sources: Mapping[str, Source]
+) -> None:
+    """Complete the record with what the data are.
+
+    Raises:
+      InputError: they have changed since the run started, and that is not accepted.
+    """
+    folder, known = session.folder, start.existing
+    found = identity.describe_data(experiment, sources)
+    for note in (*paths.notes(), *identity.unstable_notes(found["data"])):
+        session.console.note(note)
+    start.record.update(found)
+    if known is None:
+        return
+    if "data" not in known:
+        session.console.note(identity.NOT_RECORDED)
+        return
+    changed = identity.data_changes(known, found["data"])
+    if not changed:
+        start.record["data"] = known["data"]
+        return
+    finished = _is_finished(session, experiment, known)
+    if not session.accept_changed_data:
+        use, since = ("show its result", "finished") if finished else ("continue on them", "started")
+        raise identity.refuse(folder.path, changed, use, since)
+    session.console.note(identity.accepted_note(changed))
+    if finished:
+        folder.accept_data("run", changed)
+    entry = folder.acceptance("run", changed)
+    start.record.update(with_entry(known, "accepted_data", entry))
+
+
+def _is_finished(session: Session, experiment: Experiment, existing: dict[str, Any]) -> bool:
+    """Whether the folder holds the result of the experiment, with the steps that its record names."""
+    if float(existing["config"].get("epochs", "inf")) != experiment.epochs:
+        return False
+    return session.folder.result(existing.get("steps", 0)) is not None
 
 
 def _run_program(session: Session, program: Program, start: _Start) -> dict[str, Any]:
@@ -210,7 +284,9 @@ def _prepare(session: Session, program: Program, start: _Start) -> Program:
         choice = decide(program, start.existing, session.deterministic)
     if choice.count > 1:
         console.note(f"{choice.count} updates per compiled call: {choice.why}")
-    session.acquire(program.experiment, start.record | program.choices | choice.record())
+    if start.existing is not None:
+        run_length.check_length(program, start.existing, folder.path, session.extend)
+    folder.acquire(session.name, program.experiment, start.record | program.choices | choice.record())
     return program.with_cadence(steps_per_execution=choice.count)
 
 
