@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
@@ -26,6 +27,7 @@ BLOCK = 64 * 2**10  # bytes read at a time
 ROWS = 32  # examples of a source of the user's own
 NAMED_FILES = 16  # more files of a source are one entry
 ALL_ROWS = ", all rows"
+CHECKSUM = re.compile(r" [0-9a-f]{16}$")
 UNSTABLE = "differs from one gather to the next"
 
 Identity = dict[str, str]
@@ -74,10 +76,17 @@ def differences(before: Mapping[str, Identity], now: Mapping[str, Identity]) -> 
         for part in [*new, *(part for part in old if part not in new)]:
             was, is_ = old.get(part, "absent"), new.get(part, "absent")
             # what fits in memory there may not here, and nothing is known of rows that vary
-            incomparable = part.endswith(ALL_ROWS) and "absent" in (was, is_)
-            if was != is_ and not incomparable and UNSTABLE not in (was, is_):
-                lines.append(f"{split}: {part} was {was} and is {is_}")
+            incomparable = (part.endswith(ALL_ROWS) and "absent" in (was, is_)) or UNSTABLE in (was, is_)
+            in_full = part + ALL_ROWS in old and part + ALL_ROWS in new
+            if was != is_ and not incomparable and not in_full:
+                lines.append(f"{split}: {_difference(part.removesuffix(ALL_ROWS), was, is_)}")
     return lines
+
+
+def _difference(part: str, was: str, is_: str) -> str:
+    """Say how a part differs, by size or shape where that tells it, since a checksum tells nothing."""
+    old, new = (text.rpartition(" ")[0] if CHECKSUM.search(text) else text for text in (was, is_))
+    return f"{part} ({new}) has other contents" if old == new else f"{part} was {old} and is {new}"
 
 
 def files_of(source: Source) -> list[str]:

@@ -122,7 +122,13 @@ class RunFolder:
             **environment.record(),
             "config": config_text(experiment),
         }
-        new = now if known is None else resumed_record(known, now, self._newest_step())
+        step = self._newest_step()
+        if known is None:
+            new = now
+        elif not step:  # nothing was saved, so this is the start
+            new = {**known, **now, "run": known.get("run") or now["run"]}
+        else:
+            new = resumed_record(known, now, step)
         try:
             path.mkdir(parents=True, exist_ok=True)
             if new != known:
@@ -143,7 +149,7 @@ class RunFolder:
           InputError: ``config.json`` cannot be written.
         """
         known = load(self.path)
-        entry = self.acceptance(command, changed)
+        entry = {"command": command, "step": self._newest_step(), "changed": changed}
         try:
             write_json(self.path / "config.json", {**known, **with_entry(known, "accepted_data", entry)})
         except OSError as error:
@@ -152,9 +158,15 @@ class RunFolder:
                 "it: make it writable"
             ) from error
 
+    @_on_process_0
     def acceptance(self, command: str, changed: list[str]) -> dict[str, Any]:
         """Return the entry of ``accepted_data`` in ``config.json``."""
         return {"command": command, "step": self._newest_step(), "changed": changed}
+
+    @_on_process_0
+    def newest_step(self) -> int:
+        """Return the step of the newest checkpoint, 0 without one."""
+        return self._newest_step()
 
     def _newest_step(self) -> int:
         """Return the step of the newest checkpoint, 0 without one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,16 @@ from jax.sharding import Mesh
 
 from jaxtrain import checkpoint, monitor, sharding
 from jaxtrain.core.signals import GRACE, Stopped
-from jaxtrain.data import Source, paths
+from jaxtrain.data import paths
 from jaxtrain.experiment import Experiment
 from jaxtrain.experiment import code as experiment_code
 from jaxtrain.monitor import Console, format_metrics, make_console
 from jaxtrain.program import Program, assemble
 from jaxtrain.sharding import multihost
-from jaxtrain.train import capacity, environment, identity, loop, out_of_memory, run_length
+from jaxtrain.train import capacity, environment, loop, out_of_memory, run_length
 from jaxtrain.train.autotune import decide
-from jaxtrain.train.run_folder import RunFolder, default_folder, with_entry
+from jaxtrain.train.identity import RunCheck
+from jaxtrain.train.run_folder import RunFolder, default_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +159,10 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
         "started_in": str(Path.cwd()),
     }
     existing = folder.record()
-    record |= _check_code(session, experiment, existing)
+    check = RunCheck(
+        folder, existing, experiment, session.console, session.strict, session.accept_changed_data
+    )
+    record |= check.code(session.code)
     first_folder = record["started_in"] if existing is None else existing.get("started_in")
     paths.set_base_folders(session.file and session.file.parent, first_folder)
     notes = environment.changes(existing, record) if existing else []
@@ -168,9 +172,7 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
     if existing is not None:  # another run is refused before any data is opened
         folder.check(experiment)
     start = _Start(began, record, existing, source, notes)
-    program = assemble(
-        experiment, mesh, inspect=lambda sources: _check_data(session, experiment, start, sources)
-    )
+    program = assemble(experiment, mesh, inspect=lambda sources: record.update(check.data(sources)))
     try:
         result = _run_program(session, program, start)
     finally:
@@ -197,59 +199,6 @@ class _Start:
     existing: dict[str, Any] | None
     init_from: list[Any] | None
     notes: Sequence[str]
-
-
-def _check_code(session: Session, experiment: Experiment, existing: dict[str, Any] | None) -> dict[str, Any]:
-    """The record of the run's code; shows a line where it has changed."""
-    code = multihost.on_process_0(lambda: session.code, "code")
-    if code is None:
-        return {}
-    if existing is not None:
-        finished = _is_finished(session, experiment, existing)
-        effect = "its result is of the code before" if finished else "it may behave differently from here on"
-        for note in identity.check_code(existing, code, session.strict, effect):
-            session.console.note(note)
-    return {"code": code}
-
-
-def _check_data(
-    session: Session, experiment: Experiment, start: _Start, sources: Mapping[str, Source]
-) -> None:
-    """Complete the record with what the data are.
-
-    Raises:
-      InputError: they have changed since the run started, and that is not accepted.
-    """
-    folder, known = session.folder, start.existing
-    found = identity.describe_data(experiment, sources)
-    for note in (*paths.notes(), *identity.unstable_notes(found["data"])):
-        session.console.note(note)
-    start.record.update(found)
-    if known is None:
-        return
-    if "data" not in known:
-        session.console.note(identity.NOT_RECORDED)
-        return
-    changed = identity.data_changes(known, found["data"])
-    if not changed:
-        start.record["data"] = known["data"]
-        return
-    finished = _is_finished(session, experiment, known)
-    if not session.accept_changed_data:
-        use, since = ("show its result", "finished") if finished else ("continue on them", "started")
-        raise identity.refuse(folder.path, changed, use, since)
-    session.console.note(identity.accepted_note(changed))
-    if finished:
-        folder.accept_data("run", changed)
-    entry = folder.acceptance("run", changed)
-    start.record.update(with_entry(known, "accepted_data", entry))
-
-
-def _is_finished(session: Session, experiment: Experiment, existing: dict[str, Any]) -> bool:
-    """Whether the folder holds the result of the experiment, with the steps that its record names."""
-    if float(existing["config"].get("epochs", "inf")) != experiment.epochs:
-        return False
-    return session.folder.result(existing.get("steps", 0)) is not None
 
 
 def _run_program(session: Session, program: Program, start: _Start) -> dict[str, Any]:
