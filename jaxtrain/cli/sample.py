@@ -49,27 +49,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     import jax
 
-    from jaxtrain import checkpoint, sharding
+    from jaxtrain import sharding
     from jaxtrain.models import generate
     from jaxtrain.monitor import make_console
     from jaxtrain.program import abstract_state
     from jaxtrain.step.factories import eval_state
-    from jaxtrain.train import run_folder
 
-    folder = command_line.workdir_path(args.workdir)
-    record = run_folder.load(folder)
-    name, experiment = experiments.load_recorded(record, folder, args.experiment)
-    example = _example(name, experiment)
+    run = experiments.open_run(args)
+    experiment = run.experiment
+    run.check_code()
+    example = _example(run.name, experiment)
     context = int(getattr(experiment.model, "context", example["tokens"].shape[1]))
     _check(args)
     prompt = np.frombuffer(os.fsencode(args.prompt), np.uint8)[None, :]
     console = make_console()
     mesh = sharding.make_mesh(jax.local_devices()[:1])  # a single text cannot be sharded
-    abstract = abstract_state(experiment, mesh, example)
-    with checkpoint.open(
-        folder, log=command_line.warn, older_hint="use an older one with --checkpoint {step}"
-    ) as saved:
-        state = saved.restore(command_line.choose_checkpoint(saved, args.checkpoint, folder), abstract)
+    _, state = run.restore(args.checkpoint, abstract_state(experiment, mesh, example))
     params, extra = eval_state(state)
     text = generate(
         experiment.model,

@@ -12,10 +12,10 @@ from jaxtrain.core import redact
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.process import cores
 from jaxtrain.core.signals import GRACE
-from jaxtrain.experiment import Experiment
+from jaxtrain.experiment import Experiment, code, find
 from jaxtrain.monitor import make_console
 from jaxtrain.sharding import multihost
-from jaxtrain.train import capacity, environment, session
+from jaxtrain.train import capacity, environment, run_folder, session
 from jaxtrain.train.run_folder import RunFolder, default_folder
 from jaxtrain.train.session import Session
 from jaxtrain.train.smoke import smoke_test
@@ -24,7 +24,8 @@ from jaxtrain.train.smoke import smoke_test
 def run(args: argparse.Namespace) -> int:
     """Train or resume; returns the exit code."""
     _check_flags(args)
-    name, origin, experiment = experiments.load_experiment(args.experiment, args.set)
+    started_in = run_folder.started_in(Path(args.workdir)) if args.workdir and not args.new else None
+    name, origin, experiment = experiments.load_experiment(args.experiment, args.set, started_in)
     mesh = devices.make_mesh(args, command_line.warn)
     console = make_console(quiet=not multihost.is_process_0())
     if not args.smoke:  # before data is downloaded or read
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.overfit is not None:
         experiment = experiments.overfit(experiment, args.overfit)
+    module = find(args.experiment).module()
     folder = _folder(name, experiment, args)
     if args.deterministic:
         on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -42,7 +44,6 @@ def run(args: argparse.Namespace) -> int:
         console.note(f"deterministic: {cpu_note if on_cpu else environment.DETERMINISTIC_FLAG}")
     record = {
         "origin": origin,
-        "file": environment.file_digest(origin),
         "overrides": [redact.redact_setting(pair) for pair in args.set],
         "overfit": args.overfit,
     }
@@ -54,6 +55,9 @@ def run(args: argparse.Namespace) -> int:
         record=record,
         deterministic=args.deterministic,
         extend=args.extend,
+        accept_changed_data=args.accept_changed_data,
+        file=experiments.module_file(module),
+        code=code.digests(module, experiment),
         resume=args.resume,
         init_from=args.init_from,
         init_map=args.init_map,
@@ -113,5 +117,6 @@ def resume_command(args: argparse.Namespace, folder: Path) -> str:
     words += [] if args.hang_after is None else ["--hang-after", f"{args.hang_after:g}"]
     words += [] if args.grace == GRACE else ["--grace", f"{args.grace:g}"]
     words += [] if args.profile is None else ["--profile", args.profile]
-    words += [flag for flag, on in (("--extend", args.extend), ("--strict", args.strict)) if on]
+    on = (("--extend", args.extend), ("--strict", args.strict))
+    words += [flag for flag, given in on if given]
     return shlex.join([*words, "--workdir", str(folder)])

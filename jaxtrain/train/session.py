@@ -13,14 +13,17 @@ from jax.sharding import Mesh
 
 from jaxtrain import checkpoint, monitor, sharding
 from jaxtrain.core.signals import GRACE, Stopped
+from jaxtrain.data import paths
 from jaxtrain.experiment import Experiment
+from jaxtrain.experiment import code as experiment_code
 from jaxtrain.monitor import Console, format_metrics, make_console
 from jaxtrain.program import Program, assemble
 from jaxtrain.sharding import multihost
-from jaxtrain.train import capacity, environment, loop, out_of_memory
+from jaxtrain.train import capacity, environment, loop, out_of_memory, run_length
 from jaxtrain.train.autotune import decide
 from jaxtrain.train.dispatch import compile_in_background
 from jaxtrain.train.first_evaluation import check_first_evaluation
+from jaxtrain.train.identity import RunCheck
 from jaxtrain.train.run_folder import RunFolder, default_folder
 
 
@@ -36,12 +39,15 @@ class Session:
       record: further entries of ``config.json``, such as where the experiment came from.
       deterministic: do not choose settings by timing.
       extend: allow more epochs than the run started with when that changes its schedule.
+      accept_changed_data: continue on other data than the run started with.
+      file: the experiment's file, beside which its data may be; None where it has none.
+      code: checksums of the experiment's code (``experiment.code.digests``); None where they are unknown.
       resume: which checkpoint to resume from: ``"newest"`` or ``"last-good"``.
       init_from: another run, ``RUN`` or ``RUN:STEP``, whose parameters this one starts from.
       init_map: ``OLD=NEW`` names of its parameters.
       grace: seconds from a signal to the end of the process, at most; None never ends it.
       hang_after: end the process when no step finishes for so many seconds; None never does.
-      strict: a second compilation of the train step is an error.
+      strict: a second compilation of the train step is an error, and so is code that has changed.
       profile: ``START:STOP`` updates to trace.
       resume_command: what to type to resume the run, for the line that is shown when a signal stops it.
     """
@@ -53,6 +59,9 @@ class Session:
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
     deterministic: bool = False
     extend: bool = False
+    accept_changed_data: bool = False
+    file: Path | None = None
+    code: dict[str, str] | None = None
     resume: str = "newest"
     init_from: str | None = None
     init_map: Sequence[str] = ()
@@ -61,10 +70,6 @@ class Session:
     strict: bool = False
     profile: str | None = None
     resume_command: str = "the same call of jaxtrain.fit"
-
-    def acquire(self, experiment: Experiment, record: dict[str, Any]) -> None:
-        """Create the run's folder, or raise InputError if it contains another run."""
-        self.folder.acquire(self.name, experiment, record, self.extend)
 
 
 def fit(
@@ -76,6 +81,7 @@ def fit(
     extend: bool = False,
     init_from: str | Path | None = None,
     resume: str = "newest",
+    accept_changed_data: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train ``experiment``, evaluate it and return its result; resumes where ``folder`` holds the run.
@@ -91,6 +97,8 @@ def fit(
       extend: allow more epochs than the run started with when that changes its schedule.
       init_from: folder of another run, whose parameters this one starts from; ``RUN:STEP`` names a step.
       resume: ``"newest"`` checkpoint, or ``"last-good"`` to move corrupt ones aside.
+      accept_changed_data: continue a run in ``folder`` although its data have changed since it started, and
+        record that; otherwise that is an InputError.
       console: where progress is shown; None is a progress bar on a terminal or in a notebook, else lines.
 
     Returns:
@@ -114,16 +122,24 @@ def fit(
     12
     """
     mesh = sharding.make_mesh(jax.devices()) if mesh is None else mesh
+    script = experiment_code.main_module()
     session = Session(
         name=name,
         folder=RunFolder(default_folder(name, experiment) if folder is None else folder),
         mesh=mesh,
         console=make_console(quiet=not multihost.is_process_0()) if console is None else console,
         extend=extend,
+        accept_changed_data=accept_changed_data,
+        file=None if script is None else Path(str(script.__file__)),
+        code=experiment_code.digests(script, experiment),
         init_from=None if init_from is None else str(init_from),
         resume=resume,
         grace=None,  # the process belongs to the caller
     )
+    if experiment_code.is_interactive():
+        session.console.note(
+            "code unknown: not run from a file, so later changes of the code are not noticed"
+        )
     return run(session, experiment)
 
 
@@ -133,8 +149,8 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
     Raises:
       InputError, RunError, Stopped: as ``fit``.
     """
-    began, mesh, folder, console = time.perf_counter(), session.mesh, session.folder, session.console
-    capacity.check_folder(folder.path)
+    began, mesh, folder = time.perf_counter(), session.mesh, session.folder
+    multihost.on_process_0(lambda: capacity.check_folder(folder.path), "folder")
     record = {
         "origin": session.name,
         "overrides": [],
@@ -142,83 +158,105 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
         "devices": [device.device_kind for device in mesh.devices.flat],
         "mesh": dict(mesh.shape),
         "bits": environment.bitwise_settings(mesh, session.deterministic),
+        "started_in": str(Path.cwd()),
     }
     existing = folder.record()
+    check = RunCheck(
+        folder, existing, experiment, session.console, session.strict, session.accept_changed_data
+    )
+    first_folder = record["started_in"] if existing is None else existing.get("started_in")
+    paths.set_base_folders(session.file and session.file.parent, first_folder)
     notes = environment.changes(existing, record) if existing else []
     source = folder.init_from(session.init_from, session.init_map)
     record |= {"init_from": source} if source else {}
     sharding.check_batch(experiment.batch, mesh, accumulate=experiment.accumulate)
     if existing is not None:  # another run is refused before any data is opened
-        session.acquire(experiment, record)
-    program = assemble(experiment, mesh)
+        folder.check(experiment)
+    record |= check.code(session.code)
+    start = _Start(began, record, existing, source, notes, check)
+    program = assemble(experiment, mesh, inspect=lambda sources: record.update(check.data(sources)))
     try:
-        result = _run_program(session, program, record, source, existing, notes, began)
+        result = _run_program(session, program, start)
     finally:
-        console.end()
+        session.console.end()
         program.close()
     _show_summary(session, result)
     return result
 
 
-def _run_program(
-    session: Session,
-    program: Program,
-    record: dict[str, Any],
-    source: Sequence[Any] | None,
-    existing: dict[str, Any] | None,
-    notes: Sequence[str],
-    began: float,
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """What is known of a run before its data is opened.
+
+    Attributes:
+      began: the ``time.perf_counter()`` that wall time is counted from.
+      record: what its ``config.json`` would say of a start now.
+      existing: its ``config.json``; None for a new run.
+      init_from: ``[source, renames]`` of the parameters it starts from; None where it has its own.
+      notes: warnings about a resumed run, one per line.
+      check: compares its code and its data with ``existing``.
+    """
+
+    began: float
+    record: dict[str, Any]
+    existing: dict[str, Any] | None
+    init_from: list[Any] | None
+    notes: Sequence[str]
+    check: RunCheck
+
+
+def _run_program(session: Session, program: Program, start: _Start) -> dict[str, Any]:
     """The result of a finished run, or of training now."""
     console, experiment, mesh = session.console, program.experiment, session.mesh
     profile_window = monitor.parse_window(session.profile, program.steps)
     result = session.folder.result(program.steps)
     where = f"{session.name} in {session.folder} on {sharding.describe_mesh(mesh)}"
     console.note(f"{where}, batch {_batch_text(experiment, mesh)}")
-    for note in (*program.notes, *(notes if result is None else ())):
+    for note in (*program.notes, *(start.notes if result is None else ())):
         console.note(note)
     if result is None:
-        program = _prepare(session, program, record, source, existing)
-        return _train(session, program, source, profile_window, began)
+        program, changed = _prepare(session, program, start)
+        return _train(session, program, start, changed, profile_window)
+    start.check.keep_result()
     console.note(
-        f"this run is finished{_mesh_note(existing)}: to train again use --new, or more epochs with --extend "
-        "--workdir DIR (in jaxtrain.fit: another folder, or extend=True)"
+        f"this run is finished{_mesh_note(start.existing)}: to train again use --new, or more epochs with "
+        "--extend --workdir DIR (in jaxtrain.fit: another folder, or extend=True)"
     )
     if profile_window:
         console.note(f"--profile {session.profile}: nothing to profile, no update is left")
     return result
 
 
-def _prepare(
-    session: Session,
-    program: Program,
-    record: dict[str, Any],
-    source: Sequence[Any] | None,
-    existing: dict[str, Any] | None,
-) -> Program:
-    """Check everything that can be checked, measure what is to be measured, then acquire the folder."""
+def _prepare(session: Session, program: Program, start: _Start) -> tuple[Program, dict[str, Any]]:
+    """Check everything that can be checked, measure what is to be measured, then acquire the folder.
+
+    Also returns the conditions that differ from those of the last start.
+    """
     folder, console = session.folder, session.console
+    if start.existing is not None:
+        run_length.check_length(program, start.existing, folder.path, session.extend)
     multihost.on_process_0(lambda: capacity.check_disk(program, folder.path), "disk")
     capacity.check_memory(program)
-    if source and existing is None:  # a run that cannot begin leaves no folder
-        checkpoint.check_init_from(source[0], source[1], program.abstract_state)
+    if start.init_from and start.existing is None:  # a run that cannot begin leaves no folder
+        checkpoint.check_init_from(start.init_from[0], start.init_from[1], program.abstract_state)
     with out_of_memory.explain_out_of_memory(program, session.name, folder.path, console):
-        if existing is None:
+        if start.existing is None:
             with compile_in_background(program):
                 check_first_evaluation(program)
-        choice = decide(program, existing, session.deterministic)
+        choice = decide(program, start.existing, session.deterministic)
     if choice.count > 1:
         console.note(f"{choice.count} updates per compiled call: {choice.why}")
-    session.acquire(program.experiment, record | program.choices | choice.record())
-    return program.with_cadence(steps_per_execution=choice.count)
+    record = start.record | program.choices | choice.record()
+    changed = folder.acquire(session.name, program.experiment, record)
+    return program.with_cadence(steps_per_execution=choice.count), changed
 
 
 def _train(
     session: Session,
     program: Program,
-    source: Sequence[Any] | None,
+    start: _Start,
+    changed: dict[str, Any],
     profile_window: tuple[int, int] | None,
-    began: float,
 ) -> dict[str, Any]:
     """Run ``loop.fit`` with the folder locked."""
     try:
@@ -228,9 +266,10 @@ def _train(
                 session.folder.path,
                 session.console,
                 session.name,
-                began,
+                start.began,
                 resume=session.resume,
-                init_from=source,
+                init_from=start.init_from,
+                changed=changed,
                 grace=session.grace,
                 hang_after=session.hang_after,
                 strict=session.strict,
