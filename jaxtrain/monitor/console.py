@@ -157,12 +157,12 @@ class Rich:
     """Shows a live progress bar, and a table at the end."""
 
     def __init__(self, console: RichConsole | None = None) -> None:
-        self._console = console or RichConsole(file=sys.stdout, highlight=False)
+        self._console = console or RichConsole(file=sys.stdout, highlight=False, markup=False, emoji=False)
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[values]}"),
+            TextColumn("{task.fields[values]}", markup=False),
             TimeRemainingColumn(compact=True),
             console=self._console,
             refresh_per_second=5,
