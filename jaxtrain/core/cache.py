@@ -98,7 +98,7 @@ def enable_compilation_cache(warn: Callable[[str], None]) -> None:
             if not named:
                 return
     except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = error.strerror if isinstance(error, OSError) else "no home folder"
         if named:
             raise InputError(
                 f"JAX_COMPILATION_CACHE_DIR is {named}, which cannot be created ({reason}): set another"
@@ -136,7 +136,7 @@ def cpu_kind() -> str:
     """Return eight hex digits for this kind of CPU; another may lack instructions that programs use."""
     text = platform.machine()
     with contextlib.suppress(OSError):
-        lines = set(Path("/proc/cpuinfo").read_text().splitlines())
+        lines = set(Path("/proc/cpuinfo").read_text(errors="replace").splitlines())
         text += "".join(
             sorted(line for line in lines if line.startswith(("model name", "flags", "Features")))
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxtrain.core import safe_names
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.files import user_path
 
 _NAME = re.compile(r"(?P<base>[^/:]+)(/(?P<config>[^/:]+))?(:(?P<version>[0-9*]+(\.[0-9*]+){2}))?")
 
@@ -22,10 +23,23 @@ _CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
 def default_data_dir() -> Path:
     """Return the default folder of all data sets: ``$TFDS_DATA_DIR``, else the TFDS default.
 
+    Raises:
+      InputError: it is not set, and this user has no home folder.
+
     >>> default_data_dir().is_absolute()
     True
     """
-    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()
+    named = os.environ.get("TFDS_DATA_DIR")
+    try:
+        return user_path(named or "~/tensorflow_datasets")
+    except InputError as error:
+        raise (
+            error
+            if named
+            else InputError(
+                "there is no home folder for data sets: set TFDS_DATA_DIR to the folder that has them"
+            )
+        ) from error
 
 
 def parse_name(name: str) -> tuple[str, str | None, str | None]:
@@ -61,7 +75,7 @@ def find_prepared(name: str, data_dir: str | os.PathLike[str] | None = None) -> 
 def version_folders(name: str, data_dir: str | os.PathLike[str] | None = None) -> list[Path]:
     """Return all complete folders of data set ``name``, in any file format, newest version first."""
     base, config, version = parse_name(name)
-    root = Path(data_dir).expanduser().absolute() if data_dir is not None else default_data_dir()
+    root = user_path(data_dir) if data_dir is not None else default_data_dir()
     parent = root / base
     config = config or _default_config(parent)
     parent = parent / config if config else parent

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.files import user_path
 from jaxtrain.data.data_dir import default_data_dir
 from jaxtrain.data.order import permutation
 from jaxtrain.data.tfds import TFDS
@@ -96,7 +97,7 @@ class Ratings:
 
     def _all(self) -> dict[str, np.ndarray]:
         if self.file is not None:
-            return _read_file(Path(self.file).expanduser().absolute())
+            return _read_file(user_path(self.file))
         return _read_tfds(self._tfds())
 
     def _ids(self) -> np.ndarray:

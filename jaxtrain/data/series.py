@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.files import user_path
 from jaxtrain.data.data_dir import not_prepared_message, parse_name
 from jaxtrain.data.prepare.tables import table_file
 
@@ -133,7 +134,7 @@ class Series:
 
     def _path(self) -> Path:
         if self.file is not None:
-            return Path(self.file).expanduser().absolute()
+            return user_path(self.file)
         path = table_file(self.name, self.data_dir)
         if path is None:
             raise InputError(not_prepared_message(self.name, self.data_dir))

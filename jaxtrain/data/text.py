@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.files import user_path
 from jaxtrain.data.data_dir import default_data_dir
 from jaxtrain.data.order import permutation
 from jaxtrain.data.tfds import TFDS
@@ -240,7 +241,7 @@ def _tfds(source: TextWindows | LabelledText) -> TFDS:
 
 
 def _absolute(file: str) -> str:
-    return str(Path(file).expanduser().absolute())
+    return str(user_path(file))
 
 
 def _read(path: str) -> bytes:
