@@ -92,6 +92,7 @@ def assemble(
         choices={"steps": steps, "resident": resident},
         notes=(
             *data_notes,
+            *check_values.series_notes(exp.train),
             *check_values.image_notes(exp, sources["train"]),
             *check_fields.mesh_notes(exp, mesh, abstract, undivided),
         ),

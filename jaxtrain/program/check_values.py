@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Batch, Model
-from jaxtrain.data import Arrays, Normalise, Source, compose
+from jaxtrain.data import Arrays, Normalise, Series, Source, compose
 from jaxtrain.experiment import Experiment
 from jaxtrain.program.loader import Check
 
@@ -117,6 +117,11 @@ def value_check(model: Model, loss: Any, outputs: Any) -> Check:
             loss.check(outputs, batch, ids)
 
     return check
+
+
+def series_notes(source: Source) -> tuple[str, ...]:
+    """Warnings about gaps in the times of a ``Series``, one per line."""
+    return source.notes() if isinstance(source, Series) else ()
 
 
 def image_notes(exp: Experiment, source: Source) -> tuple[str, ...]:
