@@ -48,7 +48,7 @@ def _are_digits_of_times(values: np.ndarray) -> bool:
     date = values // 10 ** max(0, len(str(low)) - 8)
     month, day = date // 100 % 100, date % 100
     on_calendar = ((month >= 1) & (month <= 12) & (day >= 1) & (day <= 31)).all()
-    return bool(19000101 <= int(date.min()) and int(date.max()) <= 21001231 and on_calendar)
+    return bool(int(date.min()) >= 19000101 and int(date.max()) <= 21001231 and on_calendar)
 
 
 def check_order(where: str, column: str, texts: Sequence[str], lines: Sequence[int]) -> str | None:
