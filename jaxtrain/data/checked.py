@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.core.errors import InputError
+from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.text import first_line
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ class CheckedSource:
         """
         try:
             return len(self.source)
-        except (TypeError, ValueError, OverflowError) as error:
+        except (InputError, RunError):
+            raise
+        except Exception as error:  # a user's own source: anything may come out of it
             raise InputError(
                 f"{self.split}: len({self.class_name}) fails ({first_line(error)}): its __len__ must return "
                 "the number of examples, an int"
@@ -83,7 +85,7 @@ class CheckedSource:
                     "as np.stack(examples)"
                 )
             check_dtype(f"{self.split}: field {name!r}", array)
-        first = self._first.setdefault(method, {name: array[:0] for name, array in arrays.items()})
+        first = self._first.setdefault(method, _no_rows(arrays))
         if first.keys() != arrays.keys():
             raise InputError(f"{what} returns {sorted(arrays)} for {_ids(ids)}, and {sorted(first)} before")
         for name, array in arrays.items():
@@ -159,6 +161,10 @@ def _like_first(what: str, name: str, array: np.ndarray, first: np.ndarray, ids:
             "dtype and one shape, such as np.asarray(values, np.float32)"
         )
     return array.astype(first.dtype)
+
+
+def _no_rows(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: np.empty((0, *array.shape[1:]), array.dtype) for name, array in arrays.items()}
 
 
 def _ids(ids: np.ndarray) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from jaxtrain import losses, optim
 from jaxtrain.core.errors import InputError, RunError
-from jaxtrain.data import Arrays, Order
+from jaxtrain.data import Arrays, Order, Series
 from jaxtrain.data.checked import CheckedSource, check_dtype, to_arrays
 from jaxtrain.experiment import Experiment
 from jaxtrain.models import MLP
@@ -188,6 +188,12 @@ def test_a_length_that_is_no_number_of_examples_is_refused(n: Any, mesh8: Any) -
         InputError, match=r"^train: len\(Given\) fails \(.*\): its __len__ must return the number"
     ):
         open_sources(experiment(Given(lambda ids: {"x": X[ids]}, n)), mesh8)
+
+
+def test_an_error_of_a_length_is_raised_unchanged(mesh8: Any) -> None:
+    source = Series(file="/none.csv")
+    with pytest.raises(InputError, match=r"^/none\.csv cannot be read"):
+        open_sources(experiment(source), mesh8)
 
 
 def test_a_length_above_what_gather_gives_is_named(mesh8: Any) -> None:
