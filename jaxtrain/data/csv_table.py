@@ -219,8 +219,8 @@ class _Reader:
         if selected[0] != 0 or len(selected) == 1:
             return
         what = None
-        if name.lower() == "index":
-            what = "is an index"
+        if name.lower() == "index" and (np.diff(column) == 1).all():  # and not that of a stock exchange
+            what = "numbers the rows"
         elif name.lower().replace(" ", "_") in _TIME_NAMES or timestamps.are_times(column):
             what = f"holds times as numbers, such as {column[0]:.15g}"
         if what is not None:

@@ -167,8 +167,8 @@ def _columns(path: Path, number: int, cells: list[bytes]) -> tuple[int, ...]:
     found = tuple(n for known in _NAMES for n, name in enumerate(names) if name.lower() in known)
     if len(found) != len(_NAMES):
         raise InputError(
-            f"{path}, line {number}: the columns are {', '.join(names)}: name those of users, items and "
-            "ratings userId, itemId (or movieId) and rating"
+            f"{path}, line {number}: 1 cells where user, item, rating and time, separated by tabs, are expected; "
+            f"or name the columns userId, itemId (or movieId) and rating, which are {', '.join(names)}"
         )
     return found
 

@@ -149,14 +149,16 @@ def test_modules_beside_a_file_hide_nothing_but_those_of_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "experiments"
-    for name in ("colorsys", "toolz", "helper"):  # of the standard library, installed, and neither
+    for name in ("colorsys", "iniconfig", "helper"):  # of the standard library, installed, and neither
         write(folder / f"{name}.py", "MINE = True")
         monkeypatch.delitem(sys.modules, name, raising=False)
     write(tmp_path / "helper.py", "MINE = False")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    module = load(write(folder / "mine.py", "import colorsys, toolz, helper"))
-    assert not hasattr(module.colorsys, "MINE") and not hasattr(module.toolz, "MINE") and module.helper.MINE
+    module = load(write(folder / "mine.py", "import colorsys, iniconfig, helper"))
+    assert (
+        not hasattr(module.colorsys, "MINE") and not hasattr(module.iniconfig, "MINE") and module.helper.MINE
+    )
 
 
 def test_worker_process_restores_a_class_from_a_module_beside_a_file(tmp_path: Path, python: Any) -> None:

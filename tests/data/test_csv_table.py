@@ -117,7 +117,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no names": (lines()[1:], {}, "row 1 looks like a row of numbers: add a line of column names above it"),
     "index of pandas": ([",0,1", "0,5,6", "1,6,5"], {}, r"row 1: column 1 has no name, .*\(index=False\)$"),
     "index of pandas, read again": (["Unnamed: 0,a", "0,5", "1,6"], {}, "column 1 has no name"),
-    "named index": (["index,a", "0,5", "1,6"], {}, "column 'index' is an index: it is no variable"),
+    "named index": (["index,a", "0,5", "1,6"], {}, "column 'index' numbers the rows: it is no variable"),
     "separator at the end": (["a,b,", "1,2,", "2,3,"], {}, "column 3 has no name"),
     "dates as digits": (lines(time="%Y%m%d%H")[:3], {}, "'Date' holds times as numbers, such as 20191231"),
     "dates as numbers": (["day,T", "20190131,5", "20190201,6"], {}, "column 'day' holds times as numbers"),
