@@ -71,8 +71,12 @@ class CrossEntropy:
         Args:
           outputs: logits, float ``[batch, ..., classes]``.
           batch: has the label field, and optionally ``mask``, ``label_mixed`` and ``mix``.
+
+        Raises:
+          InputError: the label's shape is not that of the outputs without the last axis.
         """
         label, mask = batch[self.label], batch.get("mask")
+        _check_label_shape(self.label, label.shape, outputs.shape)
         targets = [label]
         if "label_mixed" in batch:
             targets += [batch["label_mixed"], batch["mix"].reshape(-1, *(1,) * (label.ndim - 1))]
@@ -278,3 +282,18 @@ def _error(outputs: jax.Array, target: jax.Array) -> jax.Array:
         )
     dtype = jnp.promote_types(outputs.dtype, jnp.float32)
     return outputs.astype(dtype) - target.astype(dtype)
+
+
+def _check_label_shape(field: str, label: tuple[int, ...], outputs: tuple[int, ...]) -> None:
+    """Raise InputError unless there is one class index for each row of logits: JAX may broadcast others."""
+    if label == outputs[:-1]:
+        return
+    fix = "give one class index for each row of logits"
+    if label == (*outputs[:-1], 1):
+        fix = "remove the last axis: label.squeeze(-1)"
+    elif label == outputs:
+        fix = "it looks one-hot: use class indices, label.argmax(-1)"
+    raise InputError(
+        f"field {field!r} has shape {list(label)} for logits {list(outputs)}: CrossEntropy needs integers "
+        f"{list(outputs[:-1])}; {fix}, in the source or in preprocess"
+    )

@@ -29,7 +29,7 @@ from benchmarks.gpu import parts, runs
 from benchmarks.gpu.session import Failed, Session, Skipped, TimedOut, missing
 
 ROOT = Path(__file__).resolve().parent.parent
-REQUIRED = ("jax", "flax", "optax", "orbax", "pydantic", "rich")  # jaxtrain does not start without them
+REQUIRED = ("jax", "flax", "optax", "orbax", "rich")  # jaxtrain does not start without them
 MIN_SECONDS = 10  # a part is not started with less time left
 
 Part = Callable[[Session], dict[str, Any]]

@@ -42,13 +42,22 @@ An error is one line on stderr that says what is wrong, where, and what to do. `
 `PATH` is the path of a field in the experiment, such as `optimizer.lr`. Items of a tuple are numbered from 0:
 `augment.1.pad`. `--set` may be repeated; the last value counts. `VALUE` is parsed by the type of the field:
 
-| type | example |
+| type | how it is written |
 |---|---|
-| number | `--set epochs=0.5` |
-| boolean | `--set optimizer.nesterov=true` (or `false`) |
-| None | `--set eval_every=none` |
-| tuple | `--set model.widths=8,16`; `--set 'augment=()'` is an empty one |
-| string | `--set train.name=mnist` |
+| int | digits, with a sign or underscores: `batch=1_000`; no `1e3` |
+| float | as in Python: `epochs=0.5`, `optimizer.lr=1e-3`, `inf`; no `nan`, and nothing that overflows |
+| boolean | `optimizer.nesterov=true` or `false`, in any case; no `yes` or `1` |
+| None | `eval_every=none` or `null`, in any case |
+| string | as it is: `train.name=mnist`, `train.file=data (1).csv`, `train.file=007`; in quotes, a Python string: `"train.file='none'"` |
+| one of several values | like a string, a number, a boolean or None: `precision=bfloat16` |
+| tuple | items between commas: `model.widths=8,16`, `model.widths=8` |
+
+Items of a tuple are written as their type says, so `train.columns=T (degC),2019` are two names. Spaces around an item do not
+count, a comma may follow the last one, and one pair of brackets may enclose them all: `(8, 16)`, `[8, 16]`. `()` is the
+empty tuple. An item with a comma, with a bracket at both ends or without a character needs quotes: `'Temp, °C'`, `'(T)'`,
+`''`. A tuple within a tuple needs brackets: `(1,2),(3,4)`. Where a field has several types, text is what is neither None,
+boolean nor number, and a tuple beside text or numbers needs brackets or a comma. `config.json` shows every setting in this
+form.
 
 Anything else, such as a model or a data source, cannot be set from text: set its fields, or write a file. An
 unknown path, or a value of another type, is an error that names the nearest path or the expected type. All

@@ -56,8 +56,13 @@ def main(
       argv: the arguments; None takes those of the process.
       needs_jax: whether ``run`` compiles anything. If not, JAX is not imported here.
     """
+    _reopen_closed_files()
     with redact.redact_output():
-        args = parser.parse_args(argv)
+        try:
+            args = parser.parse_args(argv)
+        except RunError as error:  # stdout cannot be written
+            print(f"{parser.prog}: {error}", file=sys.stderr)
+            return error.exit_code
         with contextlib.nullcontext() if args.debug else _quiet_orbax():
             return _exit_code(run, parser, args, needs_jax(args))
 
@@ -76,7 +81,9 @@ def _exit_code(
             with _interrupts_blocked():
                 import jax  # noqa: F401
             cache.enable_compilation_cache(warn)
-        return run(args)
+        code = run(args)
+        sys.stdout.flush()
+        return code
     except (InputError, RunError, Stopped) as error:
         if args.debug:
             traceback.print_exc()
@@ -111,6 +118,15 @@ def _report(error: Exception, prog: str, debug: bool) -> int:
     print(f"{prog}: {lost}", file=sys.stderr)
     code: int = lost.exit_code
     return code
+
+
+def _reopen_closed_files() -> None:
+    """Open /dev/null where stdin, stdout or stderr is closed: the next file would take its place."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
 
 
 def _output_pipe_closed() -> bool:
@@ -157,12 +173,15 @@ def exit_process(code: int) -> NoReturn:
     The threads of a failed save print tracebacks while Python shuts down. Orbax's threads wait forever for
     a save that an interrupt has cut off, and JAX waits for other processes.
     """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:  # reported already; Python would try again, and exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if "jaxtrain.sharding.multihost" not in sys.modules:  # no thread or process was started
         sys.exit(code)
     multihost = _multihost()
     if code > 128 or (code == RunError.exit_code and multihost.process_count() == 1):
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(multihost.exit_process(code))
 

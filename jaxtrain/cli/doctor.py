@@ -14,6 +14,8 @@ from pathlib import Path
 
 from jaxtrain.cli import SUMMARIES, command_line
 from jaxtrain.core import cache
+from jaxtrain.core.errors import InputError
+from jaxtrain.core.files import user_path
 from jaxtrain.core.process import cores
 
 PACKAGES = (
@@ -135,8 +137,13 @@ def _storage(problems: list[str]) -> dict[str, str]:
 
     from jaxtrain.data.data_dir import default_data_dir
 
-    rows = {}
-    folders = {"working folder": Path.cwd(), "data folder": Path(default_data_dir())}
+    rows: dict[str, str] = {}
+    folders = {}
+    for name, find in (("working folder", lambda: user_path(".")), ("data folder", default_data_dir)):
+        try:
+            folders[name] = find()
+        except InputError as error:
+            problems.append(f"{name}: {error}")
     for name, folder in folders.items():
         base = folder
         while not base.exists():
@@ -149,8 +156,8 @@ def _storage(problems: list[str]) -> dict[str, str]:
             problems.append(
                 f"{base} has {free:.2f} GiB free, too little for checkpoints and data: free some space"
             )
-    data = folders["data folder"]
-    prepared = sorted(p.name for p in data.iterdir() if p.is_dir()) if data.is_dir() else []
+    data = folders.get("data folder")
+    prepared = sorted(p.name for p in data.iterdir() if p.is_dir()) if data and data.is_dir() else []
     rows["data sets"] = ", ".join(prepared) or "none (python -m jaxtrain prepare cifar10)"
     cache.enable_compilation_cache(problems.append)
     rows["compile cache"] = getattr(jax.config, "jax_compilation_cache_dir", None) or (
@@ -201,7 +208,7 @@ def _driver() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
     return done.stdout.strip().partition("\n")[0] or None
 

@@ -32,7 +32,8 @@ def show(long: bool = False) -> int:
     for entry in discover():
         row = describe(entry) if long else [summary(entry)]
         table.add_row(entry.name, *(redact.redact(cell) for cell in row))  # before a cell is cut
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    width = None if sys.stdout.isatty() else 160
+    Console(highlight=False, markup=False, emoji=False, width=width).print(table)
     return 0
 
 

@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 from jaxtrain.cli import SUMMARIES, command_line, devices, experiments, flags
 from jaxtrain.cli.verify_compare import compare
 from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.files import temporary_folder
 from jaxtrain.sharding import multihost
 
 TOLERANCE = 1e-5
@@ -91,7 +91,7 @@ def _verify(args: argparse.Namespace, processes: int) -> int:
 
     console = make_console()
     experiments.ensure_prepared(experiment, console)
-    with tempfile.TemporaryDirectory(prefix="jaxtrain-verify-") as folder:
+    with temporary_folder("jaxtrain-verify-") as folder:
         one, other = Path(folder, "one"), Path(folder, "other")
         count = _fix_steps_per_execution(args, experiment, one)
         args.steps = args.steps or max(STEPS, 4 * count)

@@ -10,12 +10,16 @@ import hashlib
 import os
 import platform
 import shlex
+import tempfile
+import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from jaxtrain.core.errors import InputError
 
 CAP = 4 * 2**30  # bytes of compiled programs; the least recently used are removed first
+CHECKED = 64 * 2**20  # bytes of compiled programs that a start checks at most
 LEFT = 0.8  # fraction of the cap that is used after a removal
 
 
@@ -98,7 +102,7 @@ def enable_compilation_cache(warn: Callable[[str], None]) -> None:
             if not named:
                 return
     except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = error.strerror if isinstance(error, OSError) else "no home folder"
         if named:
             raise InputError(
                 f"JAX_COMPILATION_CACHE_DIR is {named}, which cannot be created ({reason}): set another"
@@ -107,11 +111,56 @@ def enable_compilation_cache(warn: Callable[[str], None]) -> None:
             f"compiled programs are not cached ({reason}): set JAX_COMPILATION_CACHE_DIR to a folder of yours"
         )
         return
+    if not _can_write(folder):
+        warn(f"{folder} cannot be written: compiled programs are read there and not stored")
+        warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
+    else:
+        remove_torn(folder)
     if not named:
         trim(folder)
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def remove_torn(folder: Path) -> None:
+    """Remove the programs that a killed process has written in part.
+
+    JAX warns about them at every start, compiles again and does not replace them. Only what was written since
+    the last call is read, the newest first and ``CHECKED`` bytes at most: milliseconds after a first run.
+    """
+    from jax._src import compilation_cache  # not public: the format is JAX's own
+
+    decompress = getattr(compilation_cache, "decompress_executable", None)
+    marker = folder / ".checked"
+    since, now, size = 0.0, time.time(), 0
+    with contextlib.suppress(OSError):
+        since = marker.stat().st_mtime - 60  # clocks of network disks differ
+    found = []
+    for path in folder.glob("*-cache") if decompress else ():
+        with contextlib.suppress(OSError):  # another process removes files too
+            found.append((path.stat().st_mtime, path))
+    for modified, path in sorted(found, reverse=True):
+        if modified < since or size > CHECKED:
+            break
+        with contextlib.suppress(OSError):
+            data = path.read_bytes()
+            size += len(data)
+            try:
+                decompress(data)  # type: ignore[misc]
+            except Exception:  # of zlib or zstandard
+                path.unlink()
+    with contextlib.suppress(OSError):
+        marker.touch()
+        os.utime(marker, (now, now))
+
+
+def _can_write(folder: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def trim(folder: Path, cap: int = CAP) -> None:
@@ -136,7 +185,7 @@ def cpu_kind() -> str:
     """Return eight hex digits for this kind of CPU; another may lack instructions that programs use."""
     text = platform.machine()
     with contextlib.suppress(OSError):
-        lines = set(Path("/proc/cpuinfo").read_text().splitlines())
+        lines = set(Path("/proc/cpuinfo").read_text(errors="replace").splitlines())
         text += "".join(
             sorted(line for line in lines if line.startswith(("model name", "flags", "Features")))
         )

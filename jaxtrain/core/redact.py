@@ -10,13 +10,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import io
 import os
 import re
 import sys
 import threading
 import urllib.parse
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, TextIO
+
+from jaxtrain.core.errors import RunError
 
 MARK = "<redacted>"
 SHORTEST = 6  # characters; masking shorter texts would remove "true" and "image" from every line
@@ -109,21 +113,44 @@ def redact_output() -> Iterator[None]:
     for name, value in os.environ.items():
         if is_secret(name) and not os.path.exists(value):  # noqa: PTH110 - Path raises for long ones
             register(value)
-    out, err = _RedactedStream(sys.stdout), _RedactedStream(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        yield
+    with Path(os.devnull).open("w") as null:  # sys.stdout is None where it is closed
+        out = _RedactedStream(sys.stdout or null, "stdout")
+        err = _RedactedStream(sys.stderr or null, "stderr")
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
 
 
 class _RedactedStream:
-    """A stream that writes everything through ``redact``."""
+    """A stream that writes everything through ``redact``, and escapes what its encoding lacks."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self._stream, self._name = stream, name
+        # In a C locale ``errors`` is "surrogateescape", which still fails for what ASCII lacks.
+        strict = ("strict",) if stream.encoding == "utf-8" else ("strict", "surrogateescape")
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in strict:
+            stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
-        with _LOCK:
+        with _LOCK, self._errors():
             self._stream.write(redact(text))
         return len(text)
+
+    def flush(self) -> None:
+        with self._errors():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Raise RunError where stdout cannot be written; where stderr cannot, nobody can be told."""
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if self._name == "stdout":
+                raise RunError(
+                    f"stdout cannot be written ({error.strerror}): redirect it elsewhere"
+                ) from error
 
     def writelines(self, lines: Sequence[str]) -> None:
         for line in lines:

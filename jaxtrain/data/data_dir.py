@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxtrain.core import safe_names
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.files import user_path
 from jaxtrain.data import paths
 
 _NAME = re.compile(r"(?P<base>[^/:]+)(/(?P<config>[^/:]+))?(:(?P<version>[0-9*]+(\.[0-9*]+){2}))?")
@@ -23,10 +24,23 @@ _CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
 def default_data_dir() -> Path:
     """Return the default folder of all data sets: ``$TFDS_DATA_DIR``, else the TFDS default.
 
+    Raises:
+      InputError: it is not set, and this user has no home folder.
+
     >>> default_data_dir().is_absolute()
     True
     """
-    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()
+    named = os.environ.get("TFDS_DATA_DIR")
+    try:
+        return user_path(named or "~/tensorflow_datasets")
+    except InputError as error:
+        raise (
+            error
+            if named
+            else InputError(
+                "there is no home folder for data sets: set TFDS_DATA_DIR to the folder that has them"
+            )
+        ) from error
 
 
 def parse_name(name: str) -> tuple[str, str | None, str | None]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jaxtrain.core.files import user_path
+
 _folders: tuple[Path, ...] = ()
 _found: dict[str, Path] = {}
 _stamps: dict[str, tuple[int, ...]] = {}
@@ -31,17 +33,16 @@ def resolve(path: str | Path) -> Path:
     >>> resolve("/data/table.csv")
     PosixPath('/data/table.csv')
     """
-    name, expanded = str(path), Path(path).expanduser()
-    if expanded.is_absolute():
-        return expanded
+    name = str(path)
+    if Path(path).is_absolute() or name.startswith("~"):
+        return user_path(path)
     if name in _found:
         return _found[name]
-    here = expanded.absolute()
-    for place in (*(folder / expanded for folder in _folders), here):
+    for place in (*(folder / path for folder in _folders), Path(path)):
         if place.exists():
-            _found[name] = place
-            return place
-    return _folders[-1] / expanded if _folders else here
+            _found[name] = user_path(place)
+            return _found[name]
+    return user_path(_folders[-1] / path if _folders else path)
 
 
 def stamp(path: str | Path) -> tuple[int, ...]:
@@ -69,9 +70,11 @@ def notes() -> list[str]:
     """Return a line for each relative path that names another file in the working directory."""
     lines = []
     for name, path in sorted(_found.items()):
-        here = Path(name).expanduser().absolute()
+        here = Path(name)
         if here.exists() and not here.samefile(path):
-            lines.append(f"{name} is {path}, and not {here}: give the full path if that is not intended")
+            lines.append(
+                f"{name} is {path}, and not {here.absolute()}: give the full path if that is not intended"
+            )
     return lines
 
 

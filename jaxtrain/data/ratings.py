@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import functools
+import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from jaxtrain.core.errors import InputError
 from jaxtrain.data import paths
 from jaxtrain.data.data_dir import default_data_dir
 from jaxtrain.data.order import permutation
+from jaxtrain.data.text_file import read_text_file
 from jaxtrain.data.tfds import TFDS
 
 SPLITS = ("train", "test")
@@ -24,6 +27,13 @@ _SPLIT_SEED = 1998
 # Records read at a time, so a large data set is never in memory as records.
 _CHUNK = 65536
 _FEATURES = ("user_id", "movie_id", "user_rating")
+# Of the files of MovieLens 100K, 1M and 10M, and of the later ones.
+_SEPARATORS = {b"::": "'::'", b"\t": "tabs", b",": "commas"}
+_NAMES = (
+    {"userid", "user_id", "user"},
+    {"movieid", "movie_id", "itemid", "item_id", "item", "movie"},
+    {"rating", "user_rating"},
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +46,9 @@ class Ratings:
     Attributes:
       split: ``train`` or ``test``.
       name: the TFDS data set whose features ``user_id``, ``movie_id`` and ``user_rating`` are read.
-      file: a file like MovieLens 100K's ``u.data``, read instead of the data set: user, item, rating and
-        time, separated by tabs, ids from 1.
+      file: a MovieLens file, read instead of the data set: user, item, rating and time, separated by tabs
+        (``u.data``), ``::`` (``ratings.dat``) or commas below a line of column names (``ratings.csv``); ids
+        from 1.
       part: share of the ratings in the test split, in (0, 1).
       data_dir: as for ``TFDS``.
 
@@ -127,29 +138,49 @@ def _split(n: int, part: float, split: str) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _read_file(path: Path, _: Any) -> dict[str, np.ndarray]:
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be read ({error.strerror}): correct the path, or omit it to read a data set"
-        ) from error
-    rows = []
-    for number, line in enumerate(lines, 1):
+    data = read_text_file(path).removeprefix(codecs.BOM_UTF8)
+    if b"\n" not in data:
+        data = data.replace(b"\r", b"\n")
+    return _to_arrays(str(path), _file_rows(path, data))
+
+
+def _file_rows(path: Path, data: bytes) -> Iterator[tuple[int, int, float]]:
+    """Yield the ratings of a file. Its first line has the separator and perhaps the names of the columns."""
+    columns: tuple[int, ...] = ()
+    separator, width = b"", 4
+    for number, line in enumerate(io.BytesIO(data), 1):
         if not line.strip():
             continue
-        cells = line.split(b"\t")
-        if len(cells) != 4:
+        if not columns:
+            separator = next((one for one in _SEPARATORS if one in line), b"\t")
+            columns, cells = (0, 1, 2), line.strip().split(separator)
+            if len(cells) > 2 and not any(cell.strip(b' "').isdigit() for cell in cells[:2]):
+                columns, width = _columns(path, number, cells), len(cells)
+                continue
+        cells = line.split(separator)
+        if len(cells) != width:
             raise InputError(
                 f"{path}, line {number}: {len(cells)} cells where user, item, rating and time, separated by "
-                "tabs, are expected"
+                f"{_SEPARATORS[separator]}, are expected"
             )
-        rows.append(_parse_rating(f"{path}, line {number}", *cells[:3]))
-    return _to_arrays(str(path), rows)
+        yield _parse_rating(f"{path}, line {number}", *(cells[column].strip() for column in columns))
+
+
+def _columns(path: Path, number: int, cells: list[bytes]) -> tuple[int, ...]:
+    """Return where user, item and rating are, from a line of column names."""
+    names = [cell.decode(errors="replace").strip(' "') for cell in cells]
+    found = tuple(n for known in _NAMES for n, name in enumerate(names) if name.lower() in known)
+    if len(found) != len(_NAMES):
+        raise InputError(
+            f"{path}, line {number}: 1 cells where user, item, rating and time, separated by tabs, are expected; "
+            f"or name the columns userId, itemId (or movieId) and rating, which are {', '.join(names)}"
+        )
+    return found
 
 
 @functools.lru_cache(maxsize=4)
 def _read_tfds(source: TFDS) -> dict[str, np.ndarray]:
-    return _to_arrays(f"data set {source.name}", list(_tfds_rows(source)))
+    return _to_arrays(f"data set {source.name}", _tfds_rows(source))
 
 
 def _tfds_rows(source: TFDS) -> Iterator[tuple[int, int, float]]:
@@ -162,6 +193,8 @@ def _tfds_rows(source: TFDS) -> Iterator[tuple[int, int, float]]:
 def _parse_rating(where: str, user: Any, item: Any, rating: Any) -> tuple[int, int, float]:
     """Return one rating with ids from 0, from numbers or their text in bytes."""
     try:
+        if any(isinstance(x, bytes) and b"_" in x for x in (user, item, rating)):
+            raise ValueError("Python reads 1_2 as 12")
         ids, value = (int(user), int(item)), float(rating)
     except ValueError as error:
         values = (x.decode(errors="replace") if isinstance(x, bytes) else x for x in (user, item, rating))
@@ -177,12 +210,8 @@ def _parse_rating(where: str, user: Any, item: Any, rating: Any) -> tuple[int, i
     return ids[0] - 1, ids[1] - 1, value
 
 
-def _to_arrays(where: str, rows: list[tuple[int, int, float]]) -> dict[str, np.ndarray]:
-    if not rows:
+def _to_arrays(where: str, rows: Iterator[tuple[int, int, float]]) -> dict[str, np.ndarray]:
+    table = np.fromiter(rows, [("user", np.int32), ("item", np.int32), ("target", np.float32)])
+    if not len(table):
         raise InputError(f"{where} holds no ratings")
-    user, item, rating = zip(*rows, strict=True)
-    return {
-        "user": np.array(user, np.int32),
-        "item": np.array(item, np.int32),
-        "target": np.array(rating, np.float32),
-    }
+    return {name: table[name].copy() for name in ("user", "item", "target")}

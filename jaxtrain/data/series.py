@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
-import math
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from jaxtrain.core.errors import InputError
-from jaxtrain.data import paths
+from jaxtrain.data import csv_table, paths
+from jaxtrain.data.csv_table import CsvFormat
 from jaxtrain.data.data_dir import not_prepared_message, parse_name
 from jaxtrain.data.prepare.tables import table_file
 
@@ -38,10 +36,15 @@ class Series:
       horizon: target rows, at least 1.
       split: ``train``, ``validation`` or ``test``.
       name: a data set that ``python -m jaxtrain prepare`` downloads.
-      file: a UTF-8 csv file with a header line, read instead of the data set.
+      file: a csv file with a line of column names and a row for each time, the oldest first, read instead of
+        the data set. A column of times that is no variable is checked: every row must be later than the one
+        before.
       columns: names of the variables, in this order. Empty: all columns, without the first if it is not
         numeric (dates).
       rows: use only the first ``rows`` rows; None: all.
+      separator: of the cells of ``file``: ``","``, ``";"``, ``"\\t"`` or another character.
+      decimal: the decimal sign of the numbers of ``file``: ``"."`` or ``","``.
+      encoding: of the text of ``file``, such as ``utf-8``, ``utf-16`` or ``latin-1``.
       data_dir: as for ``TFDS``.
 
     >>> source = Series(window=48, horizon=12, columns=("OT",))
@@ -56,9 +59,20 @@ class Series:
     file: str | None = None
     columns: tuple[str, ...] = ()
     rows: int | None = None
+    separator: str = ","
+    decimal: str = "."
+    encoding: str = "utf-8"
     data_dir: str | None = dataclasses.field(default=None, metadata={"operational": True})
 
-    shared: ClassVar[tuple[str, ...]] = ("name", "file", "columns", "rows")
+    shared: ClassVar[tuple[str, ...]] = (
+        "name",
+        "file",
+        "columns",
+        "rows",
+        "separator",
+        "decimal",
+        "encoding",
+    )
 
     def __post_init__(self) -> None:
         for name, value in (("window", self.window), ("horizon", self.horizon), ("rows", self.rows)):
@@ -69,6 +83,7 @@ class Series:
         if isinstance(self.columns, str):
             raise InputError(f"Series: columns is {self.columns!r}: give a tuple of names")
         object.__setattr__(self, "columns", tuple(self.columns))
+        self._form()
 
     @property
     def variables(self) -> tuple[str, ...]:
@@ -84,6 +99,11 @@ class Series:
     def std(self) -> np.ndarray:
         """Population standard deviation of the training rows: float64 ``[variables]``."""
         return self._table().std
+
+    def notes(self) -> tuple[str, ...]:
+        """Return warnings about the data, one per line: gaps in time."""
+        gaps = self._table().gaps
+        return () if gaps is None else (gaps,)
 
     def prepared(self) -> bool:
         """Return whether nothing has to be downloaded: ``file`` is set, or the data set is on disk."""
@@ -104,8 +124,9 @@ class Series:
         """Return the number of windows.
 
         Raises:
-          InputError: the file cannot be read, the data set is not prepared, a column is missing or constant,
-            a cell is not a finite number, or the rows are too few for one window.
+          InputError: the file cannot be read or is written in another form, the data set is not prepared, a
+            column is missing or constant, a cell is not a finite number, the rows are not in the order of
+            time, or too few for one window.
         """
         return len(self._windows())
 
@@ -144,18 +165,25 @@ class Series:
             raise InputError(not_prepared_message(self.name, self.data_dir))
         return path
 
+    def _form(self) -> CsvFormat:
+        return CsvFormat(self.separator, self.decimal, self.encoding)
+
     def _table(self) -> _Table:
-        path = self._path()
-        return _read_table(path, paths.stamp(path), self.columns, self.rows)
+        path, form = self._path(), CsvFormat() if self.file is None else self._form()
+        return _read_table(path, paths.stamp(path), form, self.columns, self.rows)
 
 
 class _Table(NamedTuple):
-    """``values: float32 [rows, variables]``, standardised; ``mean`` and ``std``: float64 ``[variables]``."""
+    """``values: float32 [rows, variables]``, standardised; ``mean`` and ``std``: float64 ``[variables]``.
+
+    ``gaps`` is a line about gaps in time, or None.
+    """
 
     names: tuple[str, ...]
     values: np.ndarray
     mean: np.ndarray
     std: np.ndarray
+    gaps: str | None
 
 
 def _split_points(rows: int) -> tuple[int, int]:
@@ -164,16 +192,10 @@ def _split_points(rows: int) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=8)
-def _read_table(path: Path, _: Any, columns: tuple[str, ...], limit: int | None) -> _Table:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            names, raw = _parse_table(path, csv.reader(file, strict=True), columns, limit)
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be read ({error.strerror}): correct the path, or omit it to read a data set"
-        ) from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is not a csv file in UTF-8 ({error}): convert it") from error
+def _read_table(
+    path: Path, _: tuple[int, ...], form: CsvFormat, columns: tuple[str, ...], limit: int | None
+) -> _Table:
+    names, raw, gaps = csv_table.read(path, form, columns, limit)
     if limit is not None and len(raw) < limit:
         raise InputError(
             f"{path} has {len(raw)} rows, fewer than rows={limit}: lower rows, or set none for all"
@@ -188,84 +210,7 @@ def _read_table(path: Path, _: Any, columns: tuple[str, ...], limit: int | None)
                 "standardised: remove it from columns"
             )
     mean, std = train.mean(axis=0), train.std(axis=0)
-    table = _Table(names, ((raw - mean) / std).astype(np.float32), mean, std)
-    for array in table[1:]:
+    table = _Table(names, ((raw - mean) / std).astype(np.float32), mean, std, gaps)
+    for array in table[1:4]:
         array.flags.writeable = False
     return table
-
-
-def _parse_table(
-    path: Path, lines: Any, columns: tuple[str, ...], limit: int | None
-) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return names and values, float64 ``[rows, variables]``, of the selected columns."""
-    header = [name.strip() for name in next(lines, [])]
-    if header and all(_parse_number(name) is not None for name in header):
-        raise InputError(f"{path}, row 1 holds numbers only: add a line of column names above it")
-    rows = _rows(path, lines, header)
-    first = next(rows, None)
-    if first is None:
-        raise InputError(f"{path} has no rows: it needs a line of column names and a row for each time")
-    selected = _select_columns(path, header, columns, first[1])
-    values = [_parse_row(path, first, header, selected)]
-    for row in rows:
-        if len(values) == limit:
-            break
-        values.append(_parse_row(path, row, header, selected))
-    return tuple(header[column] for column in selected), np.array(values)
-
-
-def _rows(path: Path, lines: Any, header: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """Yield the line number and the cells of each row; empty lines are skipped."""
-    for cells in lines:
-        if not cells:
-            continue
-        if len(cells) != len(header):
-            short = header[len(cells)] if len(cells) < len(header) else header[-1]
-            relation = "ends before" if len(cells) < len(header) else "continues after"
-            raise InputError(
-                f"{path}, row {lines.line_num}: {len(cells)} cells for {len(header)} columns: "
-                f"it {relation} column {short!r}"
-            )
-        yield lines.line_num, cells
-
-
-def _select_columns(path: Path, header: list[str], columns: tuple[str, ...], first: list[str]) -> list[int]:
-    for name in columns:
-        if header.count(name) != 1:
-            problem = "appears twice" if name in header else "is missing"
-            raise InputError(f"{path}, row 1: column {name!r} {problem}; there are {', '.join(header)}")
-    if columns:
-        return [header.index(name) for name in columns]
-    # An empty first cell is a missing number, not a date.
-    skip = bool(first[0].strip()) and _parse_number(first[0]) is None
-    selected = list(range(int(skip), len(header)))
-    twice = next((name for name in header if header.count(name) > 1), None)
-    if twice is not None:
-        raise InputError(f"{path}, row 1: column {twice!r} appears twice: rename one of them")
-    if not selected:
-        raise InputError(
-            f"{path}, row 1: its only column {header[0]!r} is not numeric: separate columns by commas"
-        )
-    return selected
-
-
-def _parse_row(path: Path, row: tuple[int, list[str]], header: list[str], selected: list[int]) -> list[float]:
-    line, cells = row
-    values = []
-    for column in selected:
-        value = _parse_number(cells[column])
-        if value is None or not math.isfinite(value):
-            what = repr(cells[column]) if cells[column].strip() else "an empty cell"
-            raise InputError(
-                f"{path}, row {line}, column {header[column]!r}: {what} is not a finite number: "
-                "fill it in, or remove the column from columns"
-            )
-        values.append(value)
-    return values
-
-
-def _parse_number(cell: str) -> float | None:
-    try:
-        return float(cell) if "_" not in cell else None  # Python reads 1_5 as 15
-    except ValueError:
-        return None

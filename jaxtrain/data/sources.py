@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.data import decoded_cache
+from jaxtrain.data.checked import to_arrays
 
 
 @runtime_checkable
@@ -18,8 +19,9 @@ class Source(Protocol):
     """Random-access examples. Any object with these two methods is a source.
 
     ``gather`` takes int64 ``[k]`` ids in ``[0, len)`` and returns named raw arrays with leading axis k:
-    pixels stay uint8, tokens stay integers; casting and normalising happen on the device. It must be a pure
-    function of the ids and may be called from several threads.
+    pixels stay uint8, tokens stay integers; casting and normalising happen on the device. Lists and other
+    libraries' arrays are converted by ``np.asarray``. It must be a pure function of the ids, with the same
+    dtypes and shapes in every call, and may be called from several threads.
 
     A source that augments its training examples on the host, such as random crops of JPEG files, also has
     ``draw(indices, epochs, seed)``: the same fields, a pure function of its arguments (``epochs: int64 [k]``
@@ -43,7 +45,8 @@ class Arrays:
     """Examples in memory.
 
     Attributes:
-      fields: named arrays with a common leading axis of at least 1.
+      fields: named arrays with a common leading axis of at least 1; lists and arrays in another byte order
+        are converted (``to_arrays``).
 
     >>> source = Arrays({"image": np.zeros((10, 8, 8, 1), np.uint8), "label": np.arange(10)})
     >>> source.gather(np.array([3]))["label"]
@@ -53,7 +56,7 @@ class Arrays:
     fields: Mapping[str, np.ndarray]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fields", {k: np.asarray(v) for k, v in self.fields.items()})
+        object.__setattr__(self, "fields", to_arrays("Arrays: ", self.fields))
         lengths = {name: len(array) if array.ndim else 0 for name, array in self.fields.items()}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise InputError(f"Arrays need one common length of at least 1, not {lengths}")

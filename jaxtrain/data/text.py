@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from jaxtrain.core.errors import InputError
 from jaxtrain.data import paths
 from jaxtrain.data.data_dir import default_data_dir
 from jaxtrain.data.order import permutation
+from jaxtrain.data.text_file import read_text_file
 from jaxtrain.data.tfds import TFDS
 from jaxtrain.data.word_tokenizer import build_vocabulary, encode
 
@@ -40,7 +42,7 @@ class TextWindows:
       split: ``train``, ``validation`` or ``test``: the first 90 %, the next 5 % and the last 5 % of ``file``,
         as TFDS splits tiny_shakespeare. Without ``file``, any TFDS split expression.
       name: the TFDS data set whose feature ``text`` is read; several examples are joined by newlines.
-      file: a text file in any encoding, read instead of the data set.
+      file: a text file, read instead of the data set; in UTF-8 or an encoding with ASCII as single bytes.
       stride: bytes from one window to the next, at least 1; None: ``context``, no overlap.
       data_dir: as for ``TFDS``.
 
@@ -126,8 +128,8 @@ class LabelledText:
       split: ``train``, ``validation`` or ``test``: 80, 10 and 10 % of the lines of each of ``files``, a
         fixed random split. Without ``files``, any TFDS split expression.
       name: the TFDS data set whose features ``text`` and ``label`` are read.
-      files: one file per class in label order, read instead of the data set: one text per line, in any
-        encoding; lines of only white space are skipped.
+      files: one file per class in label order, read instead of the data set: one text per line, in UTF-8 or
+        an encoding with ASCII as single bytes; lines of only white space are skipped.
       words: number of words in the vocabulary, at least 0. It always comes from the full ``train`` split.
       data_dir: as for ``TFDS``.
 
@@ -258,15 +260,6 @@ def _with_stamp(file: str) -> _File:
     return path, paths.stamp(path)
 
 
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be read ({error.strerror}): correct the path, or omit it to read a data set"
-        ) from error
-
-
 @functools.lru_cache(maxsize=8)
 def _read_tfds_text(source: TFDS) -> np.ndarray:
     """Return the text of a TFDS split: uint8 ``[bytes]``, read-only."""
@@ -276,7 +269,7 @@ def _read_tfds_text(source: TFDS) -> np.ndarray:
 @functools.lru_cache(maxsize=8)
 def _read_split(path: str, _: tuple[int, ...], split: str) -> np.ndarray:
     """Return one split of a file: uint8 ``[bytes]``, read-only."""
-    text = np.frombuffer(_read(path), np.uint8)
+    text = np.frombuffer(read_text_file(path), np.uint8)
     first = int(len(text) * 0.9)  # rounded down as TFDS does
     second = first + int((len(text) - first) * 0.5)
     return dict(zip(SPLITS, (text[:first], text[first:second], text[second:]), strict=True))[split]
@@ -293,7 +286,10 @@ def _read_lines(files: tuple[_File, ...], split: str) -> tuple[tuple[bytes, ...]
     texts: list[bytes] = []
     labels: list[int] = []
     for label, (path, _) in enumerate(files):
-        lines = [line.rstrip(b"\r") for line in _read(path).split(b"\n") if line.strip()]
+        data = read_text_file(path).removeprefix(codecs.BOM_UTF8)
+        if b"\0" in data:
+            raise InputError(f"{path} holds NUL bytes, and 0 is the token of the padding: remove them")
+        lines = [line.rstrip(b"\r") for line in data.split(b"\n") if line.strip()]
         if not lines:
             raise InputError(f"{path} holds no text: give one text per line")
         tenth = round(len(lines) / 10)

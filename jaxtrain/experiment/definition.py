@@ -166,6 +166,9 @@ class Experiment:
                 raise InputError(f"{name} is {getattr(self, name)}: it must not be negative")
         if self.eval_batch is not None and self.eval_batch < 1:
             raise InputError(f"eval_batch is {self.eval_batch}: it must be at least 1")
+        for name in ("batch", "eval_batch"):
+            if (getattr(self, name) or 1) >= 2**31:
+                raise InputError(f"{name} is {getattr(self, name)}: it must be below 2**31")
         if self.valid is not None and self.holdout:
             raise InputError("valid and holdout are both given: a run has one validation set")
         if not 0 <= self.seed < 2**31:

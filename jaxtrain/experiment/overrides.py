@@ -5,26 +5,23 @@ The frozen dataclasses and Linen modules are the config; every function here wal
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import enum
 import functools
 import hashlib
-import json
 import operator
 import os
-import types
 import typing
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
-import pydantic
 
 from jaxtrain.core import redact
 from jaxtrain.core.errors import InputError
-from jaxtrain.core.text import did_you_mean
+from jaxtrain.core.text import did_you_mean, first_line
+from jaxtrain.experiment.setting_values import is_parsable, parse, union_members
 
 T = TypeVar("T")
 LINEN_FIELDS = frozenset({"parent", "name"})
@@ -76,7 +73,7 @@ def override(experiment: T, settings: list[str]) -> T:
     for setting in settings:
         path, separator, text = setting.partition("=")
         if not separator or not path:
-            raise InputError(f"--set {setting}: write path=value, such as optimizer.lr=0.1")
+            raise InputError(f"--set {_shorten(setting)}: write path=value, such as optimizer.lr=0.1")
         experiment = _replace_at(experiment, path.split("."), [], text)
     return experiment
 
@@ -164,9 +161,9 @@ def _replace_at(value: Any, path: list[str], parents: list[str], text: str) -> A
     """
     name, rest = path[0], path[1:]
     full_path = ".".join([*parents, name])
-    if isinstance(value, tuple | list) and name.isdigit() and int(name) < len(value):
-        return _replace_item(value, int(name), rest, parents, text)
     names = _child_names(value)
+    if isinstance(value, tuple | list) and name in names:
+        return _replace_item(value, int(name), rest, parents, text)
     if name not in names:
         raise InputError(_unknown_path(full_path, name, names, value))
     current = getattr(value, name)
@@ -174,7 +171,13 @@ def _replace_at(value: Any, path: list[str], parents: list[str], text: str) -> A
         changed = _replace_at(current, rest, [*parents, name], text)
     else:
         changed = _parse(full_path, text, _type_hint(type(value), name), current)
-    return dataclasses.replace(value, **{name: changed})
+    try:
+        return dataclasses.replace(value, **{name: changed})
+    except InputError:
+        raise
+    except Exception as error:  # a class of the user's that checks its fields
+        setting = _shorten(redact.redact_setting(f"{full_path}={text}"))
+        raise InputError(f"{setting}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _replace_item(
@@ -204,9 +207,9 @@ def _unknown_path(full_path: str, name: str, names: list[str], value: Any) -> st
     """Return the error message for a path that does not exist, with a suggestion."""
     if not names:
         parent = full_path.rpartition(".")[0]
-        return f"{full_path} is unknown: {parent} is {_text(value)}, which has no fields"
+        return f"{_shorten(full_path)} is unknown: {parent} is {_text(value)}, which has no fields"
     hint = did_you_mean(name, names, prefix=full_path[: len(full_path) - len(name)])
-    return f"{full_path} is unknown: {hint}"
+    return f"{_shorten(full_path)} is unknown: {hint}"
 
 
 def _type_hint(cls: type, name: str) -> Any:
@@ -220,56 +223,37 @@ def _type_hint(cls: type, name: str) -> Any:
 def _parse(path: str, text: str, hint: Any, current: Any) -> Any:
     """Return ``text`` as a value of type ``hint``; without a usable hint, of the current value's type."""
     if hint is Any and current is not None and not _is_config(current) and not callable(current):
-        hint = type(current)
-    if text == "()" and any(typing.get_origin(t) is tuple for t in _union_members(hint)):
+        hint = _type_of(current)
+    members = union_members(hint)
+    if text == "()" and any(typing.get_origin(t) is tuple for t in members):
         return ()  # also for a tuple of stages, which text cannot make: augment=() switches them off
-    types_from_text = [t for t in _union_members(hint) if _parses_from_text(t)]
-    if types_from_text == [type(None)] and text.lower() not in ("none", "null"):
-        types_from_text = []
-    if not types_from_text:
+    parsable = [t for t in members if is_parsable(t)]
+    if parsable == [type(None)] and text.lower() not in ("none", "null"):
+        parsable = []
+    if not parsable:
         names = _child_names(current)
         advice = f": set one of its fields ({', '.join(names)})" if names else ""
         raise InputError(f"{path} is {_text(current)} and cannot be set from text{advice}")
-    union = functools.reduce(operator.or_, types_from_text)
-    adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(union)
-    for reading in _readings(text):
-        try:
-            # Strict, so that 0.5 is no int and "1" no bool; through JSON, so that a list becomes a tuple.
-            return adapter.validate_json(json.dumps(reading), strict=True)
-        except (pydantic.ValidationError, TypeError):
-            continue
-    expected = " or ".join(_type_name(t) for t in types_from_text)
-    setting, field = redact.redact_setting(f"{path}={text}"), path.rpartition(".")[2]
-    raise InputError(f"{setting}: expected {expected}, such as {_redacted_text(field, current)}")
-
-
-def _union_members(hint: Any) -> list[Any]:
-    """Return the types of a union, nested ones too; ``[hint]`` for anything else."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return [inner for member in typing.get_args(hint) for inner in _union_members(member)]
-    return [hint]
-
-
-def _parses_from_text(hint: Any) -> bool:
-    """Return whether text can make this type: numbers, strings, booleans, None, literals, tuples of these."""
-    if typing.get_origin(hint) is typing.Literal:
-        return True
-    if typing.get_origin(hint) in (tuple, list):
-        return all(a is Ellipsis or _parses_from_text(a) for a in typing.get_args(hint))
-    return hint in (bool, int, float, str, type(None), tuple, list)
-
-
-def _readings(text: str) -> list[Any]:
-    """Return what ``text`` may mean, most likely first: a literal, a list of one item, a string."""
-    words: dict[str, Any] = {"true": True, "false": False, "none": None, "null": None}
-    if text.lower() in words:
-        return [words[text.lower()], text]
     try:
-        literal = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        split = [part.strip() for part in text.strip("()[]").split(",")]
-        return [text, split]
-    return [literal, [literal], text]
+        return parse(text, functools.reduce(operator.or_, parsable))
+    except ValueError as error:
+        expected = " or ".join(_type_name(t) for t in parsable)
+        setting, field = redact.redact_setting(f"{path}={text}"), path.rpartition(".")[2]
+        raise InputError(
+            f"{_shorten(setting)}: expected {expected}, such as {_redacted_text(field, current)}"
+        ) from error
+
+
+def _type_of(value: Any) -> Any:
+    """Return the type that a field without annotation has: that of its value."""
+    texts = isinstance(value, tuple) and value and all(isinstance(item, str) for item in value)
+    return tuple[str, ...] if texts else type(value)
+
+
+def _shorten(setting: str) -> str:
+    """Return a setting as one line of a message."""
+    line = " ".join(setting.split())
+    return line if len(line) <= 100 else f"{line[:80]}... ({len(line)} characters)"
 
 
 def _type_name(hint: Any) -> str:

@@ -63,12 +63,8 @@ class Entry:
         """Return the module of a file, or what an entry point names."""
         if self.point is None:
             return user_modules.load(self.origin)
-        try:
+        with user_modules.import_errors(f"entry point {self.origin}"):
             return self.point.load()
-        except Exception as error:
-            raise InputError(
-                f"entry point {self.origin} cannot be loaded: {type(error).__name__}: {error}"
-            ) from error
 
 
 def find(name: str) -> Entry:
@@ -81,10 +77,9 @@ def find(name: str) -> Entry:
     'digits_cnn'
     """
     if name.endswith(".py") or os.sep in name:
-        path = Path(name)
-        if not path.is_file():
+        if not os.path.isfile(name):  # noqa: PTH113 - Path raises for a name that is too long
             raise InputError(f"experiment file {name} does not exist")
-        return Entry(path.stem, str(path.resolve()))
+        return Entry(Path(name).stem, os.path.realpath(name))
     entries = discover()
     named = [entry for entry in entries if entry.name == name]
     if not named:
@@ -123,11 +118,16 @@ def _shipped_folder() -> Path:
 def _in_folder(folder: Path) -> list[Entry]:
     """Return an entry for each ``.py`` file whose name does not start with an underscore."""
     files = [p for p in sorted(folder.glob("*.py")) if not p.name.startswith("_")]
-    return [Entry(path.stem, str(path.resolve())) for path in files]
+    return [Entry(path.stem, os.path.realpath(path)) for path in files]  # resolve() fails on a loop of links
 
 
 def _same(a: Entry, b: Entry) -> bool:
     """Return whether both are one entry point, one file, or two files of the same bytes."""
     if a.point is not None or b.point is not None:
         return a.origin == b.origin
-    return a.origin == b.origin or Path(a.origin).read_bytes() == Path(b.origin).read_bytes()
+    if a.origin == b.origin:
+        return True
+    try:
+        return Path(a.origin).read_bytes() == Path(b.origin).read_bytes()
+    except OSError:  # a link to nothing
+        return False

@@ -75,22 +75,36 @@ def format_metrics(values: Mapping[str, float], speed: float | None) -> str:
     return "  ".join([*parts, *([f"{speed:,.0f} examples/s"] if speed else [])])
 
 
+def format_seconds(seconds: float) -> str:
+    """Format a duration as hours, minutes and seconds.
+
+    >>> format_seconds(59.6), format_seconds(100_000)
+    ('00:01:00', '27:46:40')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest:02d}"
+
+
 class Plain:
     """Prints lines without control characters, for logs and pipes."""
 
     def __init__(self) -> None:
         self._steps, self._start, self._began = 0, 0, 0.0
+        self._compiling = True
 
     def note(self, text: str) -> None:
         print(text, flush=True)
 
     def begin(self, start: int, steps: int) -> None:
         self._start, self._steps, self._began = start, steps, time.perf_counter()
+        self._compiling = True
 
     def train(self, step: int, values: Mapping[str, float], speed: float | None) -> None:
-        seconds_per_step = (time.perf_counter() - self._began) / max(1, step - self._start)
-        left = time.strftime("%H:%M:%S", time.gmtime(seconds_per_step * (self._steps - step)))
-        self.note(f"step {step}/{self._steps}  {format_metrics(values, speed)}  eta {left}")
+        now = time.perf_counter()
+        left = (now - self._began) / max(1, step - self._start) * (self._steps - step)
+        self.note(f"step {step}/{self._steps}  {format_metrics(values, speed)}  eta {format_seconds(left)}")
+        if self._compiling:  # the time to the first record includes compilation: count from here
+            self._start, self._began, self._compiling = step, now, False
 
     def advance(self, step: int) -> None:
         pass
@@ -157,12 +171,12 @@ class Rich:
     """Shows a live progress bar, and a table at the end."""
 
     def __init__(self, console: RichConsole | None = None) -> None:
-        self._console = console or RichConsole(file=sys.stdout, highlight=False)
+        self._console = console or RichConsole(file=sys.stdout, highlight=False, markup=False, emoji=False)
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[values]}"),
+            TextColumn("{task.fields[values]}", markup=False),
             TimeRemainingColumn(compact=True),
             console=self._console,
             refresh_per_second=5,

@@ -170,7 +170,7 @@ def read_measured() -> dict[str, Any]:
     """Return all measured peaks; empty where the file is missing or damaged."""
     try:
         found = json.loads(measured_file().read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home folder
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -182,7 +182,7 @@ def device_name(device: jax.Device) -> str:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

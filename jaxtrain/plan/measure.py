@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtrain.core.errors import RunError
 from jaxtrain.core.text import first_line
 from jaxtrain.data import Arrays, Source, Subset, holdout
+from jaxtrain.data.checked import CheckedSource
 from jaxtrain.experiment import Experiment
 from jaxtrain.plan.collectives import Collective, collectives
 from jaxtrain.program import Program, splits
@@ -143,7 +144,8 @@ def for_device_memory(
 
 def with_open_data(experiment: Experiment, mesh: Mesh) -> Experiment:
     """Open the data of ``experiment`` once, for several plans of it."""
-    sources = splits.open_sources(experiment, mesh)
+    opened = splits.open_sources(experiment, mesh)
+    sources = {n: s.source if isinstance(s, CheckedSource) else s for n, s in opened.items()}
     return dataclasses.replace(
         experiment, train=sources["train"], test=sources["test"], valid=sources.get("valid"), holdout=0
     )

@@ -100,6 +100,7 @@ def assemble(
         notes=(
             *data_notes,
             *check_contract.sown_notes(traced),
+            *check_values.series_notes(exp.train),
             *check_values.image_notes(exp, sources["train"]),
             *check_fields.mesh_notes(exp, mesh, abstract, undivided),
         ),

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -14,6 +13,7 @@ from jaxtrain.core.errors import InputError
 from jaxtrain.core.text import first_line
 from jaxtrain.core.types import Batch, State
 from jaxtrain.data import Arrays, Source, compose
+from jaxtrain.data.checked import check_dtype, to_arrays
 from jaxtrain.experiment import Experiment
 from jaxtrain.models import as_model
 from jaxtrain.program.loader import EPOCH, EXAMPLE_ID
@@ -100,25 +100,8 @@ def _specs(split: str, source: Source) -> dict[str, str]:
     """Dtype and shape of an example's fields, such as ``uint8[28, 28, 1]``."""
     two = source.gather(np.zeros(2, np.int64))
     for name, array in two.items():
-        _check_dtype(f"{split}: field {name!r}", source.fields[name] if isinstance(source, Arrays) else array)
+        check_dtype(f"{split}: field {name!r}", source.fields[name] if isinstance(source, Arrays) else array)
     return {name: f"{array.dtype}{list(array.shape[1:])}" for name, array in two.items()}
-
-
-def _check_dtype(what: str, array: np.ndarray) -> None:
-    """Raise InputError for values that no device array has: text, objects, and integers that would wrap."""
-    if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
-        raise InputError(
-            f"{what} has dtype {array.dtype}, which is not numeric: encode it as numbers in the source, or "
-            "leave the field out"
-        )
-    dtype = jax.dtypes.canonicalize_dtype(array.dtype)  # JAX turns 64 bits into 32 without a warning
-    if dtype != array.dtype and np.issubdtype(dtype, np.integer) and array.size:
-        low, high = int(array.min()), int(array.max())
-        if low < np.iinfo(dtype).min or high > np.iinfo(dtype).max:
-            raise InputError(
-                f"{what} contains {low if low < np.iinfo(dtype).min else high}, and JAX stores {array.dtype} "
-                f"as {dtype}: use smaller numbers, or leave the field out"
-            )
 
 
 def describe_experiment(experiment: Experiment) -> tuple[str, str, str]:
@@ -126,7 +109,7 @@ def describe_experiment(experiment: Experiment) -> tuple[str, str, str]:
     source, model = experiment.train, experiment.model
     data = getattr(source, "name", type(source).__name__.lower())
     example = getattr(source, "example", None)
-    shapes = example() if example else source.gather(np.zeros(1, np.int64))
+    shapes = example() if example else to_arrays("train: ", source.gather(np.zeros(1, np.int64)))
     if shapes is None:  # its shapes are unknown until the data set is prepared
         return data, type(model).__name__, "–"
     batch = {k: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype) for k, v in shapes.items()}

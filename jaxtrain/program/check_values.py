@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Batch, Model
-from jaxtrain.data import Arrays, Normalise, Source, compose
+from jaxtrain.data import Arrays, Normalise, Series, Source, compose
 from jaxtrain.experiment import Experiment
 from jaxtrain.program.loader import EPOCH, EXAMPLE_ID, Check
 from jaxtrain.program.prepared import NotComputed, Preprocess
@@ -161,6 +161,11 @@ def format_ids(ids: np.ndarray) -> str:
         return f"example {ids[0]}"
     shown = ", ".join(map(str, ids[:SHOWN])) + (", ..." if len(ids) > SHOWN else "")
     return f"{len(ids):,} examples ({shown})"
+
+
+def series_notes(source: Source) -> tuple[str, ...]:
+    """Warnings about gaps in the times of a ``Series``, one per line."""
+    return source.notes() if isinstance(source, Series) else ()
 
 
 def image_notes(exp: Experiment, source: Source) -> tuple[str, ...]:

@@ -195,11 +195,17 @@ class Streamed:
         try:
             batch: dict[str, np.ndarray] = next(self._stream)
             return batch
-        except (InputError, RunError):
+        except InputError as error:
+            if self._started:
+                raise RunError(f"{error}; earlier checkpoints are kept") from error
+            raise
+        except RunError:
             raise
         except Exception as error:  # a user's own source, or a disk that is gone: anything may come out
+            source = self._batches.source
+            name = getattr(source, "class_name", type(source).__name__)
             raise RunError(
-                f"{type(self._batches.source).__name__}.gather failed at batch {step + 1}: "
+                f"{name}.gather failed at batch {step + 1}: "
                 f"{type(error).__name__}: {first_line(error)}; earlier checkpoints are kept: fix the "
                 "data, then run the same command again (--debug shows where)"
             ) from error

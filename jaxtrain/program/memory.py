@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtrain import sharding
 from jaxtrain.core.types import leaf_paths
 from jaxtrain.data import Source
+from jaxtrain.data.checked import to_arrays
 from jaxtrain.program import Program
 from jaxtrain.program.loader import EPOCH, EXAMPLE_ID, Resident
 from jaxtrain.sharding import rules
@@ -135,7 +136,9 @@ def _is_data(program: Program, name: str) -> bool:
 
 def _example(source: Source) -> dict[str, Any]:
     """Shapes and dtypes of one example on a device."""
-    example: dict[str, Any] = jax.eval_shape(lambda batch: batch, source.gather(np.zeros(1, np.int64)))
+    example: dict[str, Any] = jax.eval_shape(
+        lambda batch: batch, to_arrays("", source.gather(np.zeros(1, np.int64)))
+    )
     return example
 
 

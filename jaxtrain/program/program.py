@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxtrain.core.types import State
 from jaxtrain.data import Order, holdout
+from jaxtrain.data.checked import CheckedSource
 from jaxtrain.experiment import Experiment
 from jaxtrain.program.cadence import Cadence
 from jaxtrain.program.loader import EPOCH, EXAMPLE_ID, Loader
@@ -82,8 +83,9 @@ class Program:
         return ids
 
     def raw_batch(self, step: int) -> dict[str, Any]:
-        """The examples of update ``step`` as the source returns them, with the fields that a loader adds."""
-        (ids, epochs), source = self.order.ids_and_epochs(step - 1), self.experiment.train
+        """The examples of update ``step`` of the source, with the fields that a loader adds."""
+        ids, epochs = self.order.ids_and_epochs(step - 1)
+        source = CheckedSource("train", self.experiment.train)
         draw, rows = getattr(source, "draw", None), self.example_ids(step)
         fields = source.gather(rows) if draw is None else draw(rows, epochs, self.order.seed)
         return {**fields, EXAMPLE_ID: ids.astype(np.int32), EPOCH: epochs.astype(np.int32)}

@@ -13,6 +13,7 @@ from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.text import first_line
 from jaxtrain.core.types import Batch
 from jaxtrain.data import Arrays, Order, Sequential, Source, Subset, holdout, in_memory, paths
+from jaxtrain.data.checked import CheckedSource
 from jaxtrain.experiment import Experiment
 from jaxtrain.program.loader import Check, Loader, Resident, Streamed
 from jaxtrain.sharding import multihost
@@ -39,17 +40,20 @@ def open_sources(exp: Experiment, mesh: Mesh, inspect: Inspect | None = None) ->
     }[exp.placement]
 
     def load(name: str, source: Source) -> Source:
-        if len(source) < 1:
-            raise InputError(f"{name}: the data set {type(source).__name__} is empty")
+        checked = CheckedSource(name, source)
+        if len(checked) < 1:
+            raise InputError(f"{name}: the data set {checked.class_name} is empty")
+        if isinstance(source, Arrays):
+            return source
         try:
-            _check_rows(name, source)
-            return in_memory(source, limit) or source
+            checked.gather(np.zeros(2, np.int64))
+            return in_memory(checked, limit) or checked
         except (InputError, RunError):
             raise
         except Exception as error:  # a user's own source: anything may come out of it
             raise RunError(
-                f"{name}: {type(source).__name__}.gather failed: {type(error).__name__}: {first_line(error)} "
-                "(--debug shows where)"
+                f"{name}: {checked.class_name}.gather failed: {type(error).__name__}: {first_line(error)}"
+                f"{_length(error, checked)} (--debug shows where)"
             ) from error
 
     sources = {"train": load("train", exp.train), "test": load("test", exp.test)}
@@ -97,15 +101,8 @@ def make_loader(
     return Streamed(source, order, mesh, exp.workers, check, first)
 
 
-def _check_rows(split: str, source: Source) -> None:
-    """Raise InputError unless ``gather`` returns batches: a single image could pass for one."""
-    for name, array in source.gather(np.zeros(2, np.int64)).items():
-        if np.shape(array)[:1] != (2,):
-            raise InputError(
-                f"{split}: field {name!r} has shape {list(np.shape(array))} for 2 examples: "
-                f"{type(source).__name__}.gather must return arrays with a leading axis of that length, such "
-                "as np.stack(examples)"
-            )
+def _length(error: Exception, source: Source) -> str:
+    return f"; its __len__ says that it has {len(source)} examples" if isinstance(error, IndexError) else ""
 
 
 def first_examples(exp: Experiment, source: Source) -> Batch:

@@ -98,6 +98,8 @@ def check_folder(folder: Path) -> None:
     >>> check_folder(Path("runs"))
     """
     where = ""
+    if not str(folder).isascii():
+        _check_name(folder)
     try:
         if folder.is_file():
             raise InputError(f"{folder} is a file: give a folder")
@@ -110,6 +112,16 @@ def check_folder(folder: Path) -> None:
     except OSError as error:  # also a folder without read permission
         raise InputError(
             f"{folder} cannot be written ({error.strerror}){where}: choose another --workdir"
+        ) from error
+
+
+def _check_name(folder: Path) -> None:
+    """Raise InputError for a name that Orbax cannot write, because it is not UTF-8 in this locale."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{folder}: the name is not UTF-8: choose another --workdir, or set LC_ALL=C.UTF-8"
         ) from error
 
 

@@ -11,7 +11,7 @@ import platform
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 
 from jaxtrain.core import safe_names
 from jaxtrain.core.errors import InputError, RunError
@@ -192,17 +192,19 @@ class RunFolder:
         return max((int(name) for name in names if name.isdigit()), default=0)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, note: Callable[[str], None] = print) -> Iterator[None]:
         """Keep every other run out of the folder while in this block; process 0 holds the lock.
 
-        The kernel releases the lock when the process ends, however it ends. (Some network disks have no
-        locks.)
+        The kernel releases the lock when the process ends, however it ends.
+
+        Args:
+          note: called with a line for the user where the disk has no locks, as some network disks.
 
         Raises:
-          InputError: another process has the folder.
+          InputError: another process has the folder, or it cannot be written.
         """
         with contextlib.ExitStack() as stack:
-            multihost.on_process_0(lambda: stack.enter_context(_lock(self.path)), "lock")
+            multihost.on_process_0(lambda: stack.enter_context(_lock(self.path, note)), "lock")
             yield
 
     @_on_process_0
@@ -299,19 +301,18 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("a+") as file:
+def _lock(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
+            file = stack.enter_context((folder / ".lock").open("a+", errors="replace"))
+            _lock_file(folder, file, note)
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {platform.node()}")
+            file.flush()
+        except OSError as error:
             raise InputError(
-                f"{folder} is in use by another run ({file.read().strip() or 'unknown process'}): "
-                "wait for it, stop it, or use --new"
+                f"{folder} cannot be written ({error.strerror}): choose another --workdir"
             ) from error
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {platform.node()}")
-        file.flush()
         yield
 
 
@@ -347,6 +348,20 @@ def changed_conditions(known: dict[str, Any], now: dict[str, Any]) -> dict[str, 
 def with_entry(record: dict[str, Any], name: str, entry: dict[str, Any]) -> dict[str, Any]:
     """Return the list ``name`` of a record with another entry, as ``{name: list}``."""
     return {name: [*record.get(name, ()), entry]}
+
+
+def _lock_file(folder: Path, file: IO[str], note: Callable[[str], None]) -> None:
+    """Lock ``file``; where the disk has no locks, say so and continue."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        raise InputError(
+            f"{folder} is in use by another run ({file.read().strip() or 'unknown process'}): "
+            "wait for it, stop it, or use --new"
+        ) from error
+    except OSError as error:
+        note(f"{folder} is on a disk without locks ({error.strerror}): let no other run use it")
 
 
 def _check_same(folder: Path, old: dict[str, str], experiment: Experiment) -> None:

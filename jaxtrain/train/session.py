@@ -260,7 +260,7 @@ def _train(
 ) -> dict[str, Any]:
     """Run ``loop.fit`` with the folder locked."""
     try:
-        with session.folder.locked():
+        with session.folder.locked(session.console.note):
             return loop.fit(
                 program,
                 session.folder.path,

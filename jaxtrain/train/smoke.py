@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.files import temporary_folder
 from jaxtrain.data import Order, Subset, holdout
 from jaxtrain.experiment import Experiment
 from jaxtrain.monitor import Console
@@ -28,7 +28,7 @@ def smoke_test(name: str, experiment: Experiment, mesh: Mesh, console: Console) 
     if multihost.process_count() > 1:
         raise InputError("--smoke is for one process: leave --processes out, or use --simulate-devices")
     short = _shortened(experiment)
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder("jaxtrain-smoke-") as folder:
         programs = [assemble(short, mesh) for _ in range(2)]
         for note in programs[0].notes:
             console.note(note)

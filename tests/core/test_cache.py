@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
+import zlib
 from pathlib import Path
 
 import jax
@@ -99,3 +101,35 @@ def test_an_unknown_cache_setting_is_refused(monkeypatch):
     monkeypatch.setenv("JAXTRAIN_CACHE", "/somewhere")
     with pytest.raises(InputError, match="JAXTRAIN_CACHE is /somewhere: set it to off, or unset it"):
         cache.is_disabled()
+
+
+def test_programs_that_were_written_in_part_are_removed(tmp_path):
+    whole = zlib.compress(os.urandom(1000))
+    for name, data in {"whole": whole, "torn": whole[:-5], "empty": b"", "old": whole[:-5]}.items():
+        (tmp_path / f"{name}-cache").write_bytes(data)
+    (tmp_path / "other").write_bytes(b"")
+    os.utime(tmp_path / "old-cache", (1, 1))
+    (tmp_path / ".checked").touch()
+    cache.remove_torn(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*")) == [
+        ".checked",
+        "old-cache",
+        "other",
+        "whole-cache",
+    ]
+    (tmp_path / ".checked").unlink()
+    cache.remove_torn(tmp_path)
+    assert not (tmp_path / "old-cache").exists() and (tmp_path / ".checked").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_one_warning(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine"))
+    monkeypatch.setattr(cache, "_can_write", lambda folder: False)
+    lines = []
+    cache.enable_compilation_cache(lines.append)
+    assert lines == [
+        f"{tmp_path / 'mine'} cannot be written: compiled programs are read there and not stored"
+    ]
+    warnings.warn(
+        "Error writing persistent compilation cache entry for 'jit_f': PermissionError", stacklevel=1
+    )

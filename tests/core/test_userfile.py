@@ -6,9 +6,11 @@ import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from jaxtrain.core import user_modules
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.user_modules import PREFIX, UserModule, load
 
@@ -25,9 +27,10 @@ class Thing:
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
-    """No file stays loaded."""
+    """No file stays loaded, and no module beside it."""
     before = set(sys.modules)
     yield
+    user_modules._siblings.use("")
     for name in set(sys.modules) - before:
         if name.startswith(PREFIX):
             del sys.modules[name]
@@ -92,6 +95,82 @@ def test_input_error_of_a_file_is_raised_unchanged(tmp_path: Path) -> None:
     text = "from jaxtrain.losses import CrossEntropy\nCrossEntropy(smoothing=2)"
     with pytest.raises(InputError, match=r"^loss.smoothing is 2"):
         load(write(tmp_path / "bad.py", text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import sys; sys.exit()", "SystemExit: 0: move what ends the process"),
+        ("raise SystemExit('first\\nsecond')", "SystemExit: first: move"),
+        (
+            "import argparse; p = argparse.ArgumentParser(); p.add_argument('x'); p.parse_args([])",
+            r"SystemExit: argparse: the following arguments are required: x: move",
+        ),
+        ("class Odd(BaseException): pass\nraise Odd('odd')", "Odd: odd"),
+    ],
+    ids=["exit", "text", "argparse", "base exception"],
+)
+def test_file_that_ends_the_process_is_a_one_line_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=f"exits.py cannot be imported: {message}") as raised:
+        load(write(tmp_path / "exits.py", text))
+    assert "\n" not in str(raised.value)
+    assert capsys.readouterr() == ("", ""), "no usage"
+
+
+def test_what_a_file_prints_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load(write(tmp_path / "prints.py", "print('loaded')"))
+    assert capsys.readouterr() == ("", "loaded\n")
+
+
+def test_file_imports_modules_and_packages_beside_it(tmp_path: Path) -> None:
+    write(tmp_path / "helper.py", "from pack.inner import NUMBER")
+    write(tmp_path / "pack" / "__init__.py", "")
+    write(tmp_path / "pack" / "inner.py", "from . import base\nNUMBER = base.NUMBER")
+    write(tmp_path / "pack" / "base.py", "NUMBER = 7")
+    lazily = "def later():\n    import late\n    return late.NUMBER"
+    module = load(write(tmp_path / "mine.py", f"import helper\n{lazily}"))
+    write(tmp_path / "late.py", "NUMBER = 8")
+    assert (module.helper.NUMBER, module.later()) == (7, 8)
+
+
+def test_files_in_two_folders_import_their_own_modules(tmp_path: Path) -> None:
+    text = "import helper\n\ndef later():\n    import helper\n    return helper.NUMBER"
+    for number in (1, 2):
+        write(tmp_path / str(number) / "helper.py", f"NUMBER = {number}")
+        write(tmp_path / str(number) / "mine.py", text)
+    one, two = (load(tmp_path / str(number) / "mine.py") for number in (1, 2))
+    assert (one.helper.NUMBER, two.helper.NUMBER, two.later()) == (1, 2, 2)
+    assert load(tmp_path / "1" / "mine.py").later() == 1 and sys.modules["helper"] is one.helper
+
+
+def test_modules_beside_a_file_hide_nothing_but_those_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "experiments"
+    for name in ("colorsys", "iniconfig", "helper"):  # of the standard library, installed, and neither
+        write(folder / f"{name}.py", "MINE = True")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    write(tmp_path / "helper.py", "MINE = False")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = load(write(folder / "mine.py", "import colorsys, iniconfig, helper"))
+    assert (
+        not hasattr(module.colorsys, "MINE") and not hasattr(module.iniconfig, "MINE") and module.helper.MINE
+    )
+
+
+def test_worker_process_restores_a_class_from_a_module_beside_a_file(tmp_path: Path, python: Any) -> None:
+    write(tmp_path / "helper.py", CLASS.format(size=3))
+    write(tmp_path / "other" / "helper.py", "")
+    load(write(tmp_path / "mine.py", "import helper"))
+    load(write(tmp_path / "other" / "mine.py", "import helper"))
+    module = load(tmp_path / "mine.py")
+    (tmp_path / "sent").write_bytes(pickle.dumps((UserModule(), module.helper.Thing(size=7))))
+    program = "import pickle, sys\nprint(pickle.load(open(sys.argv[1], 'rb'))[1].size)"
+    done = python(write(tmp_path / "worker.py", program), tmp_path / "sent")
+    assert done.stdout == "7\n", done.stderr
 
 
 @pytest.mark.parametrize("error", ["ValueError()", "SystemExit(3)", "KeyboardInterrupt()"])

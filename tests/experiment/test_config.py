@@ -140,6 +140,8 @@ def test_overrides_apply_in_order_and_leave_the_original_alone() -> None:
         ("precision=float8", "expected 'float32' or 'bfloat16' or 'float16', such as"),
         ("remat=all", "expected 'none' or 'nothing_saveable' or .* such as 'none'"),
         ("epochs=1e999", "epochs"),
+        ("batch=10000000000", r"batch is 10000000000: it must be below 2\*\*31"),
+        ("eval_batch=1" + "0" * 30, r"eval_batch is 10{30}: it must be below 2\*\*31"),
         ("seed=" + "(" * 300, "seed="),
     ],
 )

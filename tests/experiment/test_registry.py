@@ -117,7 +117,7 @@ def test_name_is_found_among_the_entry_points(
 
 def test_entry_point_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, gone="no_such_package_here:EXPERIMENT")
-    with pytest.raises(InputError, match="gone = no_such_package_here:EXPERIMENT cannot be loaded: Module"):
+    with pytest.raises(InputError, match="gone = no_such_package_here:EXPERIMENT cannot be imported: Module"):
         find("gone").load()
 
 

@@ -159,3 +159,14 @@ def test_a_notebook_gets_one_bar_that_moves(capsys):
     assert texts == ["step 0/10  ", "step 5/10  ", "step 10/10  loss 0.5000  100 examples/s"]
     assert all(raw and '<progress value="' in bundle["text/html"] for bundle, raw in shown)
     assert capsys.readouterr().out == "a line\n"
+
+
+def test_the_time_left_excludes_compilation_and_does_not_wrap_after_a_day(capsys, monkeypatch):
+    clock = iter([0.0, 60.0, 62.0, 64.0])
+    monkeypatch.setattr("jaxtrain.monitor.console.time.perf_counter", lambda: next(clock))
+    console = Plain()
+    console.begin(0, 100_001)
+    for step in (1, 3, 5):  # compiled in a minute, then a second a step
+        console.train(step, {"loss": 1.0}, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition("eta ")[2] for line in lines] == ["1666:40:00", "27:46:38", "27:46:36"]

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.files import user_path
 from jaxtrain.core.text import did_you_mean
 from jaxtrain.data.data_dir import (
     data_dir_option,
@@ -96,9 +97,9 @@ def _prepare(
     folder = table.parent if table is not None else find_prepared(name, data_dir)
     if folder is not None:
         return folder
-    root = Path(data_dir).expanduser().absolute() if data_dir is not None else default_data_dir()
+    root = user_path(data_dir) if data_dir is not None else default_data_dir()
     report = progress or (lambda label, done, total: None)
-    files = Path(source).expanduser() if source is not None else None
+    files = user_path(source) if source is not None else None
     base, config, version = parse_name(name)
     own = TABLES.get(base) or ORIGINALS.get(base) or find_collection(base, config)
     if own is None:

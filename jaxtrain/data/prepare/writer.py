@@ -8,7 +8,6 @@ import os
 import resource
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.files import temporary_folder
 from jaxtrain.data.data_dir import find_prepared
 from jaxtrain.data.prepare.download import Progress
 from jaxtrain.data.prepare.originals import DataSetInfo, Examples
@@ -65,7 +65,7 @@ def write_data_set(
         config = tfds.download.DownloadConfig(try_download_gcs=False)
         try:
             # TFDS makes empty download folders even for builders that download nothing.
-            with tempfile.TemporaryDirectory(prefix="jaxtrain-") as scratch:
+            with temporary_folder("jaxtrain-") as scratch:
                 builder.download_and_prepare(download_dir=scratch, download_config=config)
         except OSError as error:
             # Another process may have finished first: its folder is the same. TFDS removed ours.
