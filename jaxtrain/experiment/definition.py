@@ -90,6 +90,9 @@ class Experiment:
         device; at least 1.
       max_loss_spike: end the run when the loss exceeds this many times its running average over about 50
         steps; above 1, and needs ``guard``. None: no limit.
+      report: what ``python -m jaxtrain evaluate`` reports besides the loss's own metrics: a task report
+        such as ``metrics.Binary()``, or a function ``(outputs, batch) -> metrics``. None: the report that
+        the loss names (its attribute ``report``), and none for a loss without one.
       rules: how to shard parameters over the mesh, as a tuple of ``sharding.Rule``, where the built-in rules
         do not fit.
 
@@ -141,6 +144,7 @@ class Experiment:
     max_to_keep: int = _operational(2)
     max_in_flight: int = _operational(2)
     max_loss_spike: float | None = _operational(None)
+    report: Callable[..., Any] | None = _operational(None)  # noqa: RUF009 - a frozen default
     rules: tuple[Rule, ...] = _operational(())
 
     def __post_init__(self) -> None:
@@ -199,6 +203,10 @@ def _check_types(experiment: Experiment) -> None:
     if not callable(experiment.loss):
         raise InputError(
             f"loss is {experiment.loss!r}: it must be a function (outputs, batch) -> (loss, metrics)"
+        )
+    if experiment.report is not None and not callable(experiment.report):
+        raise InputError(
+            f"report is {experiment.report!r}: it must be a task report, such as metrics.Classification()"
         )
     if not isinstance(experiment.post_update, tuple) or not all(
         callable(stage) or hasattr(stage, "build") for stage in experiment.post_update

@@ -189,7 +189,7 @@ class CrossEntropy:
         return count
 
     def check(self, outputs: Any, batch: Batch, ids: np.ndarray) -> None:
-        """Raise InputError for a raw label that is neither ``ignore`` nor in ``0..classes - 1``, naming the example.
+        """Raise InputError for a raw label that is no class and not ``ignore``, naming the example.
 
         XLA raises no error: an index out of range gives NaN, clamps or wraps, depending on the operation.
 

@@ -9,6 +9,7 @@ array or a dict. Task reports (``Classification``, ``Binary``, ``MultiLabel``, `
 """
 
 from jaxtrain.metrics.counts import BinaryCounts, ClassCounts, ConfusionMatrix, MeanIoU, PairCounts
+from jaxtrain.metrics.figures import report_figures
 from jaxtrain.metrics.mean import Bits, Mean, Perplexity, RootMean, Total, merge
 from jaxtrain.metrics.r2 import R2
 from jaxtrain.metrics.reports import (
@@ -19,7 +20,6 @@ from jaxtrain.metrics.reports import (
     MultiLabel,
     Regression,
     Segmentation,
-    report_figures,
 )
 
 __all__ = [

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtrain.core.errors import InputError
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +115,18 @@ class Total:
 def merge(left: Mapping[str, Any] | None, right: Mapping[str, Any]) -> dict[str, Any]:
     """Merge two dicts of metrics by name; ``left=None`` stands for no metrics yet."""
     return dict(right) if left is None else {name: left[name].merge(right[name]) for name in right}
+
+
+def check_mergeable(owner: str, metrics: Any) -> None:
+    """Raise InputError unless ``metrics`` is a dict of metrics; ``owner`` returned it."""
+    if not isinstance(metrics, Mapping):
+        raise InputError(f"{owner} must return a dict of mergeable metrics, not a {type(metrics).__name__}")
+    for name, metric in metrics.items():
+        if not (hasattr(metric, "merge") and hasattr(metric, "compute")):
+            raise InputError(
+                f"{owner} returns the metric {name!r} as a bare {type(metric).__name__}, which cannot be "
+                "merged over batches: return jaxtrain.metrics.Mean.of(values, batch.get('mask'))"
+            )
 
 
 def expand_mask(mask: jax.Array, ndim: int) -> jax.Array:

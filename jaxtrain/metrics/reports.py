@@ -10,7 +10,6 @@ A report's attribute ``columns`` names the figures by class that are shown as a 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import jax
@@ -22,6 +21,7 @@ from jaxtrain.core.errors import InputError
 from jaxtrain.core.outputs import select_output
 from jaxtrain.core.types import Batch, Metrics
 from jaxtrain.metrics.counts import BinaryCounts, ClassCounts, PairCounts, count_labels, ratio
+from jaxtrain.metrics.figures import LEFT_OUT, report_figures  # noqa: F401 - the doctests
 from jaxtrain.metrics.mean import Bits, Mean, Perplexity, RootMean, Total, expand_mask
 from jaxtrain.metrics.r2 import R2
 from jaxtrain.metrics.task_inputs import (
@@ -36,7 +36,6 @@ from jaxtrain.metrics.task_inputs import (
 MATRIX_CLASSES = 1000
 """Most classes for which ``Classification`` also counts the confusion matrix."""
 
-LEFT_OUT = "labels_left_out"
 Unit = Literal["token", "byte"]
 
 
@@ -270,33 +269,6 @@ class LanguageModel:
             f"bits_per_{self.unit}": Bits.of(nll, included),
             LEFT_OUT: Total(left_out),
         }
-
-
-def report_figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a report's metrics as figures: numbers and arrays by name.
-
-    Args:
-      metrics: those that a report returned, or what their ``compute`` returned. A metric that computes a dict
-        stands for its entries.
-
-    Raises:
-      InputError: a model with one class has labels of others.
-
-    >>> report_figures({"error": Mean(3.0, 2.0), "labels_left_out": Total(0)})
-    {'error': 1.5}
-    """
-    figures: dict[str, Any] = {}
-    for name, metric in metrics.items():
-        value = metric.compute() if hasattr(metric, "compute") else metric
-        figures |= value if isinstance(value, Mapping) else {name: value}
-    if not figures.get(LEFT_OUT, True):
-        del figures[LEFT_OUT]
-    if LEFT_OUT in figures and np.shape(figures.get("precision", 0)) == (1,):
-        raise InputError(
-            "the model has one class and the labels have more: one logit for two classes is reported by "
-            "metrics.Binary"
-        )
-    return {name: x.item() if np.ndim(x) == 0 and hasattr(x, "item") else x for name, x in figures.items()}
 
 
 def _class_scores(

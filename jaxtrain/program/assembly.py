@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain import sharding
-from jaxtrain.core.errors import InputError
+from jaxtrain.core.chunked_logits import full_logits
 from jaxtrain.core.types import Batch, Metrics, Model, Names, State
 from jaxtrain.data import Order, Sequential, Source, compose
 from jaxtrain.experiment import Experiment
@@ -48,7 +48,9 @@ def assemble(
     sharding.check_batch(eval_batch, mesh, "eval_batch" if exp.eval_batch else "batch")
     sources, replicated = splits.open_sources(exp, mesh), sharding.replicated(mesh)
     check_fields.check_fields(sources)
-    outputs = _abstract_outputs(exp, model, sources["train"])
+    outputs, prepared = _abstract_outputs(exp, model, sources["train"])
+    if exp.report is not None:  # an error now is better than one after the training
+        check_fields.trace(exp.report, full_logits(outputs), prepared, what="the report")
     check = check_values.value_check(model, exp.loss, outputs)
     data_notes = check_values.check_values(check, exp, sources)
 
@@ -128,15 +130,15 @@ def _loader(
     return splits.make_loader(source, order, exp, mesh, check_values.with_split_name(name, check), first)
 
 
-def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> Any:
-    """Shapes of the model's outputs for a batch of ``source``."""
+def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> tuple[Any, Batch]:
+    """Shapes of the model's outputs for a batch of ``source``, and of this batch as the model takes it."""
     one = source.gather(np.zeros(1, np.int64))
     batch = {k: jax.ShapeDtypeStruct((exp.batch, *v.shape[1:]), v.dtype) for k, v in one.items()}
 
     def forward(key: jax.Array, batch: Batch) -> Any:
         batch = compose(*exp.preprocess)(batch, None)
         params, extra = model.init(key, batch)
-        return model.apply(params, extra, batch, train=False, key=None)[0]
+        return model.apply(params, extra, batch, train=False, key=None)[0], batch
 
     return check_fields.trace(forward, jax.random.key(0), batch, what="the model")
 
@@ -221,9 +223,7 @@ def _compile_eval_step(
         args=(_shardings(abstract), loader.shardings),
         out=sharding.replicated(mesh),
     )
-    names = list(check_fields.trace(step, abstract, loader.batch(0), what="the evaluation"))
-    if exp.select.removeprefix("-") not in names and (exp.valid is not None or exp.holdout):
-        raise InputError(
-            f"select={exp.select} is not a metric of this loss, which reports {', '.join(names)}"
-        )
+    metrics = check_fields.trace(step, abstract, loader.batch(0), what="the evaluation")
+    if exp.valid is not None or exp.holdout:
+        check_fields.check_select(exp.select, metrics)
     return step
