@@ -8,7 +8,14 @@ array or a dict. Task reports (``Classification``, ``Binary``, ``MultiLabel``, `
 ``Regression``, ``LanguageModel``) say what an evaluation reports in addition to the loss's own metrics.
 """
 
-from jaxtrain.metrics.counts import BinaryCounts, ClassCounts, ConfusionMatrix, MeanIoU, PairCounts
+from jaxtrain.metrics.counts import (
+    BinaryCounts,
+    ClassCounts,
+    ConfusionMatrix,
+    MeanIoU,
+    PairCounts,
+    RegionCounts,
+)
 from jaxtrain.metrics.figures import report_figures
 from jaxtrain.metrics.mean import Bits, Mean, Perplexity, RootMean, Total, merge
 from jaxtrain.metrics.r2 import R2
@@ -37,6 +44,7 @@ __all__ = [
     "MultiLabel",
     "PairCounts",
     "Perplexity",
+    "RegionCounts",
     "Regression",
     "RootMean",
     "Segmentation",

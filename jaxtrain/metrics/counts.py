@@ -113,20 +113,44 @@ class ClassCounts:
     def compute(self) -> Any:
         """Return figures by class and over all classes.
 
-        By class, ``[classes]``: ``precision``, ``recall``, ``f1``, ``iou`` (intersection over union), 0 where
-        undefined, and ``support``, the number of labels. Over all: ``accuracy``; ``macro_precision``,
-        ``macro_recall``, ``macro_f1`` and ``mean_iou``, means over the classes that occur as label or as
-        prediction. All are 0 if nothing was counted.
+        By class, ``[classes]``: ``precision``, ``recall`` and ``f1``, 0 where undefined, and ``support``, the
+        number of labels. Over all: ``accuracy``, and ``macro_precision``, ``macro_recall`` and ``macro_f1``,
+        means over the classes that occur as label or as prediction. All are 0 if nothing was counted.
         """
         figures = class_figures(self.hits, self.predicted, self.actual)
+        by_class = {name: figures[name] for name in ("precision", "recall", "f1")}
         occurs = np.asarray(self.predicted) + np.asarray(self.actual) > 0
-        macro = {f"macro_{name}": _mean(figures[name][occurs]) for name in ("precision", "recall", "f1")}
-        return {**figures, **macro, "support": np.asarray(self.actual)}
+        macro = {f"macro_{name}": _mean(values[occurs]) for name, values in by_class.items()}
+        return {
+            "accuracy": figures["accuracy"],
+            **macro,
+            **by_class,
+            "support": np.asarray(self.actual, np.int64),
+        }
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class MeanIoU(ClassCounts):
+class RegionCounts(ClassCounts):
+    """``ClassCounts`` of the pixels of a segmentation, which also compute intersection over union.
+
+    >>> counts = RegionCounts.of(jnp.array([[2.0, 1.0], [0.0, 3.0]]), jnp.array([0, 0]))
+    >>> counts.compute()["iou"].tolist()
+    [0.5, 0.0]
+    """
+
+    def compute(self) -> Any:
+        """Return the figures of ``ClassCounts``, ``iou`` by class and ``mean_iou``.
+
+        ``iou`` is 0 for a class that does not occur; ``mean_iou`` is the mean over those that do.
+        """
+        figures = class_figures(self.hits, self.predicted, self.actual)
+        return {"mean_iou": figures["mean_iou"], **super().compute(), "iou": figures["iou"]}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MeanIoU(RegionCounts):
     """The mean intersection over union as one number, to report during training.
 
     It is computed from the counts of all batches together; it is not a mean of batch results.
@@ -136,7 +160,7 @@ class MeanIoU(ClassCounts):
     """
 
     def compute(self) -> float:
-        """Return the ``mean_iou`` of ``ClassCounts``."""
+        """Return the ``mean_iou`` of ``RegionCounts``."""
         mean_iou: float = super().compute()["mean_iou"]
         return mean_iou
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp  # noqa: F401 - the doctests
 import numpy as np
 
 from jaxtrain.core.errors import InputError
@@ -42,7 +43,7 @@ class MetricGroup:
 class GroupedReport:
     """A report whose metrics are one metric, ``REPORT``, so that no name collides with one of the loss.
 
-    >>> GroupedReport(lambda outputs, batch: {"loss": Mean.of(outputs)})(np.ones(2), {})[REPORT].compute()
+    >>> GroupedReport(lambda outputs, batch: {"loss": Mean.of(outputs)})(jnp.ones(2), {})[REPORT].compute()
     {'loss': 1.0}
     """
 

@@ -20,7 +20,7 @@ from jaxtrain.core.chunked_logits import ChunkedLogits, full_logits
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.outputs import select_output
 from jaxtrain.core.types import Batch, Metrics
-from jaxtrain.metrics.counts import BinaryCounts, ClassCounts, PairCounts, count_labels, ratio
+from jaxtrain.metrics.counts import BinaryCounts, ClassCounts, PairCounts, RegionCounts, count_labels, ratio
 from jaxtrain.metrics.figures import LEFT_OUT, report_figures  # noqa: F401 - the doctests
 from jaxtrain.metrics.mean import Bits, Mean, Perplexity, RootMean, Total, expand_mask
 from jaxtrain.metrics.r2 import R2
@@ -64,11 +64,12 @@ class Classification:
     output: str | int | None = None
 
     columns: ClassVar[tuple[str, ...]] = ("precision", "recall", "f1", "support")
+    counts: ClassVar[type[ClassCounts]] = ClassCounts
 
     def __call__(self, outputs: Any, batch: Batch) -> Metrics:
         """Return the metrics of one batch."""
         logits, label, mask = _class_scores(self, outputs, batch)
-        metrics: Metrics = {"classes": ClassCounts.of(logits, label, mask, self.ignore)}
+        metrics: Metrics = {"classes": self.counts.of(logits, label, mask, self.ignore)}
         if logits.shape[-1] <= MATRIX_CLASSES:
             metrics["confusion"] = PairCounts.of(logits, label, mask, self.ignore)
         left_out = count_labels(label, logits.shape[-1], mask, self.ignore).left_out
@@ -92,6 +93,7 @@ class Segmentation(Classification):
     """
 
     columns: ClassVar[tuple[str, ...]] = ("precision", "recall", "f1", "iou", "support")
+    counts: ClassVar[type[ClassCounts]] = RegionCounts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from jaxtrain.core import safe_names
 from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.files import write_json
-from jaxtrain.experiment import Experiment, config_hash, config_text, first_difference
+from jaxtrain.experiment import Experiment, config_hash, config_text, deciding, first_difference
 from jaxtrain.optim import Constant, Schedule
 from jaxtrain.sharding import multihost
 from jaxtrain.train import environment
@@ -237,9 +237,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 def _check_same(folder: Path, old: dict[str, str], experiment: Experiment, extend: bool) -> None:
     """Raise InputError unless a run differs only in operational settings, epochs or guard=skip for stop."""
-    decides = config_text(experiment, operational=False)
-    operational = config_text(experiment).keys() - decides.keys()
-    before = {path: value for path, value in old.items() if path not in operational}
+    before, decides = deciding(old, experiment)
     longer = float(decides["epochs"]) > float(before.get("epochs", "inf"))
     if longer and (extend or not _depends_on_length(experiment)):
         before["epochs"] = decides["epochs"]
