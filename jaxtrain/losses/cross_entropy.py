@@ -215,7 +215,7 @@ class CrossEntropy:
             rows = np.unique(np.argwhere(bad)[:, 0])
             more = ", ".join(f"{ids[row]}" for row in rows[1:6]) + (", ..." if len(rows) > 6 else "")
             count = f"{int(bad.sum())} such" + (f", also in example {more}" if more else "")
-            fix = "fix the labels, set the model's classes, or loss.ignore for a label that does not count"
+            fix = "fix the labels or set the model's classes; loss.ignore leaves a label out"
             if classes == 1:
                 fix = "one logit for two classes takes BinaryCrossEntropy"
             raise InputError(

@@ -90,7 +90,7 @@ def test_checks_of_raw_labels_and_of_the_guard_accept_the_ignored_label_only() -
         with pytest.raises(InputError, match="label 9 of example 72"):
             loss.check(spec, {"label": label}, IDS)
         assert int(loss.outside(logits, {"label": jnp.asarray(label)})) == 1
-    with pytest.raises(InputError, match=r"label -1 .* or loss.ignore for a label that does not count"):
+    with pytest.raises(InputError, match=r"label -1 .* loss.ignore leaves a label out"):
         CrossEntropy().check(spec, {"label": case(-1)[1]}, IDS)
     with pytest.raises(InputError, match=r"label 1 .* one logit for two classes takes BinaryCrossEntropy"):
         CrossEntropy().check(jax.ShapeDtypeStruct((2, 1), np.float32), {"label": np.array([0, 1])}, IDS)
