@@ -118,7 +118,12 @@ def _print_numbers(title: str, values: dict[str, Any], console: Console) -> None
     from jaxtrain.monitor import format_metrics, split_tables
 
     numbers, _ = split_tables(values)
-    rows = {key: format_metrics({key: value}, None).removeprefix(f"{key} ") for key, value in numbers.items()}
+    rows = {
+        key: f"{value:,}"
+        if isinstance(value, int)
+        else format_metrics({key: value}, None).removeprefix(f"{key} ")
+        for key, value in numbers.items()
+    }
     if rows:
         console.summary(title, rows)
     else:

@@ -204,7 +204,9 @@ def _check_types(experiment: Experiment) -> None:
         raise InputError(
             f"loss is {experiment.loss!r}: it must be a function (outputs, batch) -> (loss, metrics)"
         )
-    if experiment.report is not None and not callable(experiment.report):
+    if experiment.report is not None and (
+        not callable(experiment.report) or isinstance(experiment.report, type)
+    ):
         raise InputError(
             f"report is {experiment.report!r}: it must be a task report, such as metrics.Classification()"
         )

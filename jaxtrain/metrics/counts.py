@@ -115,18 +115,18 @@ class ClassCounts:
 
         By class, ``[classes]``: ``precision``, ``recall`` and ``f1``, 0 where undefined, and ``support``, the
         number of labels. Over all: ``accuracy``, and ``macro_precision``, ``macro_recall`` and ``macro_f1``,
-        means over the classes that occur as label or as prediction. All are 0 if nothing was counted.
+        means over the classes that occur as label or as prediction. These four are NaN if nothing counts.
         """
-        figures = class_figures(self.hits, self.predicted, self.actual)
-        by_class = {name: figures[name] for name in ("precision", "recall", "f1")}
+        by_class = class_figures(self.hits, self.predicted, self.actual)
+        del by_class["iou"]
+        macro = {f"macro_{name}": self._mean(values) for name, values in by_class.items()}
+        accuracy = float(ratio(self.hits.sum(), self.actual.sum())) if self.actual.sum() else float("nan")
+        return {"accuracy": accuracy, **macro, **by_class, "support": np.asarray(self.actual, np.int64)}
+
+    def _mean(self, by_class: np.ndarray) -> float:
+        """Return the mean over the classes that occur; NaN if none does."""
         occurs = np.asarray(self.predicted) + np.asarray(self.actual) > 0
-        macro = {f"macro_{name}": _mean(values[occurs]) for name, values in by_class.items()}
-        return {
-            "accuracy": figures["accuracy"],
-            **macro,
-            **by_class,
-            "support": np.asarray(self.actual, np.int64),
-        }
+        return float(np.mean(by_class[occurs])) if occurs.any() else float("nan")
 
 
 @jax.tree_util.register_dataclass
@@ -142,10 +142,11 @@ class RegionCounts(ClassCounts):
     def compute(self) -> Any:
         """Return the figures of ``ClassCounts``, ``iou`` by class and ``mean_iou``.
 
-        ``iou`` is 0 for a class that does not occur; ``mean_iou`` is the mean over those that do.
+        ``iou`` is 0 for a class that does not occur; ``mean_iou`` is the mean over those that do, NaN if none
+        does.
         """
-        figures = class_figures(self.hits, self.predicted, self.actual)
-        return {"mean_iou": figures["mean_iou"], **super().compute(), "iou": figures["iou"]}
+        iou = class_figures(self.hits, self.predicted, self.actual)["iou"]
+        return {"mean_iou": self._mean(iou), **super().compute(), "iou": iou}
 
 
 @jax.tree_util.register_dataclass
@@ -226,7 +227,13 @@ class ConfusionMatrix(PairCounts):
         ``mean_iou`` is the mean over the classes that occur as label or prediction, 0 if none does.
         """
         counts = np.asarray(self.counts, np.int64)
-        return class_figures(np.diag(counts), counts.sum(0), counts.sum(1))
+        by_class = class_figures(np.diag(counts), counts.sum(0), counts.sum(1))
+        occurs = counts.sum(0) + counts.sum(1) > 0
+        return {
+            "accuracy": float(ratio(np.trace(counts), counts.sum())),
+            **by_class,
+            "mean_iou": float(ratio(by_class["iou"][occurs].sum(), occurs.sum())),
+        }
 
 
 @jax.tree_util.register_dataclass
@@ -266,15 +273,17 @@ class BinaryCounts:
         return type(self)(*map(add_counts, mine, theirs))
 
     def compute(self) -> Any:
-        """Return ``accuracy``, ``precision``, ``recall`` and ``f1`` of the positive class, 0 where undefined.
+        """Return figures of the counts' shape: of the positive class and over both classes.
 
-        And the four counts, and ``support``, the number of positive labels; each of the counts' shape.
+        ``precision``, ``recall`` and ``f1`` of the positive class, 0 where undefined; ``support``, the number of
+        positive labels; ``accuracy``, NaN where nothing counts; and the four counts.
         """
         names = [field.name for field in dataclasses.fields(self)]
         counts = {name: np.asarray(getattr(self, name), np.int64) for name in names}
         hits, wrong, missed, rejected = counts.values()
+        total = hits + wrong + missed + rejected
         return {
-            "accuracy": ratio(hits + rejected, hits + wrong + missed + rejected),
+            "accuracy": np.where(total > 0, ratio(hits + rejected, total), np.nan),
             "precision": ratio(hits, hits + wrong),
             "recall": ratio(hits, hits + missed),
             "f1": ratio(2 * hits, 2 * hits + wrong + missed),
@@ -284,17 +293,13 @@ class BinaryCounts:
 
 
 def class_figures(hits: Any, predicted: Any, actual: Any) -> dict[str, Any]:
-    """Return the figures of ``ConfusionMatrix.compute`` from three counts for each class, ``[classes]``."""
+    """Return ``precision``, ``recall``, ``f1`` and ``iou`` by class from counts ``[classes]``."""
     hits, predicted, actual = (np.asarray(x, np.int64) for x in (hits, predicted, actual))
-    union = predicted + actual - hits
-    iou = ratio(hits, union)
     return {
-        "accuracy": float(ratio(hits.sum(), actual.sum())),
         "precision": ratio(hits, predicted),
         "recall": ratio(hits, actual),
         "f1": ratio(2 * hits, predicted + actual),
-        "iou": iou,
-        "mean_iou": _mean(iou[union > 0]),
+        "iou": ratio(hits, predicted + actual - hits),
     }
 
 
@@ -309,7 +314,3 @@ def ratio(top: Any, bottom: Any) -> Any:
     """Return ``top / bottom`` in float64, and 0 where ``bottom`` is 0."""
     top, bottom = np.asarray(top, np.float64), np.asarray(bottom, np.float64)
     return np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(ratio(values.sum(), values.size))

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain import metrics as metric_states
-from jaxtrain.core.errors import RunError
+from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.files import not_finite, null_line
+from jaxtrain.core.text import first_line
 from jaxtrain.core.types import Metrics
 from jaxtrain.monitor.console import Console
 from jaxtrain.monitor.files import Files
@@ -25,8 +26,11 @@ def merge_all(rows: Iterable[Metrics]) -> dict[str, Any]:
     """Merge metrics of several updates or batches on the host and compute them: ``{"loss": 1.2, ...}``.
 
     A metric is a number, or a table: an array, a list or a dict.
+
+    Raises:
+      RunError: ``compute`` of a metric raises.
     """
-    return {name: _number_or_table(metric.compute()) for name, metric in _merge(rows).items()}
+    return {name: _compute(name, metric) for name, metric in _merge(rows).items()}
 
 
 def split_tables(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -46,8 +50,17 @@ def _merge(rows: Iterable[Metrics]) -> Metrics:
     return total or {}
 
 
-def _number_or_table(value: Any) -> Any:
-    """Return a computed metric with the numbers of NumPy and JAX as Python numbers."""
+def _compute(name: str, metric: Any) -> Any:
+    """Return a computed metric, with the numbers of NumPy and JAX as Python numbers."""
+    try:
+        value = metric.compute()
+    except (InputError, RunError):
+        raise
+    except Exception as error:  # user code: anything may come out of it
+        raise RunError(
+            f"the metric {name!r} cannot be computed: {type(error).__name__}: {first_line(error)}; let its "
+            "compute() return NaN where it is undefined"
+        ) from error
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
 
 

@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain import sharding
-from jaxtrain.core.chunked_logits import full_logits
 from jaxtrain.core.types import Batch, Metrics, Model, Names, State
 from jaxtrain.data import Order, Sequential, Source, compose
 from jaxtrain.experiment import Experiment
@@ -50,7 +49,7 @@ def assemble(
     check_fields.check_fields(sources)
     outputs, prepared = _abstract_outputs(exp, model, sources["train"])
     if exp.report is not None:  # an error now is better than one after the training
-        check_fields.trace(exp.report, full_logits(outputs), prepared, what="the report")
+        check_fields.check_report(exp.report, outputs, prepared)
     check = check_values.value_check(model, exp.loss, outputs)
     data_notes = check_values.check_values(check, exp, sources)
 

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxtrain.core.chunked_logits import full_logits
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.text import first_line
 from jaxtrain.core.types import Batch, State
 from jaxtrain.data import Arrays, Source, compose
 from jaxtrain.experiment import Experiment
+from jaxtrain.metrics.figures import GroupedReport
 from jaxtrain.models import as_model
 from jaxtrain.program.loader import EPOCH, EXAMPLE_ID
 from jaxtrain.step.packing import PackedMetrics
@@ -72,6 +74,18 @@ def trace(fn: Callable[..., Any], *args: Any, what: str) -> Any:
         raise InputError(
             f"{what} cannot be built: {type(error).__name__}: {first_line(error)[:300]} (--debug shows where)"
         ) from error
+
+
+def check_report(report: Callable[..., Any], outputs: Any, batch: Batch) -> None:
+    """Raise InputError unless ``report`` takes these outputs and this batch, given as shapes."""
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    added = {"mask": jax.ShapeDtypeStruct((rows,), bool), EXAMPLE_ID: jax.ShapeDtypeStruct((rows,), np.int32)}
+    grouped = GroupedReport(report)
+
+    def metrics(outputs: Any, batch: Batch) -> Any:
+        return grouped(outputs if grouped.chunked else full_logits(outputs), batch)
+
+    trace(metrics, outputs, {**batch, **added}, what="the report")
 
 
 def check_select(select: str, metrics: PackedMetrics) -> None:

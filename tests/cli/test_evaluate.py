@@ -111,6 +111,8 @@ def test_a_report_that_does_not_fit_is_refused_before_the_training(capsys: Any) 
     assert not Path("r").exists()
     error = one_line(capsys, train(SEVERAL.replace("Classification()", "Classification(output='logits')")))
     assert "report.output is 'logits': the model's outputs are aux, main" in error
+    error = one_line(capsys, train(SEVERAL.replace("Classification()", "Classification")))
+    assert "it must be a task report, such as metrics.Classification()" in error
     named = SEVERAL.replace("Classification()", "Classification(output='main')")
     assert train(named) == 0
     out = evaluate(capsys, named)

@@ -290,6 +290,17 @@ def test_a_report_that_does_not_fit_is_one_line(report: Any, outputs: Any, messa
     assert "\n" not in str(raised.value)
 
 
+def test_means_over_nothing_are_nan_and_not_zero() -> None:
+    logits, label = np.zeros((5, 3), np.float32), np.full(5, 255, np.int32)
+    for report, outputs in ((Segmentation(ignore=255), logits), (Binary(ignore=255), logits[:, 0])):
+        found = figures(report, outputs, label=label)
+        means = {
+            name: value for name, value in found.items() if name.startswith(("accuracy", "macro", "mean_iou"))
+        }
+        assert means and all(math.isnan(value) for value in means.values()), means
+        assert "labels_left_out" not in found
+
+
 def test_one_logit_is_no_classification() -> None:
     logits, label = np.zeros((4, 1), np.float32), np.array([0, 1, 1, 0], np.int32)
     with pytest.raises(InputError, match=r"one logit for two classes is reported by metrics.Binary"):

@@ -67,6 +67,20 @@ def test_metrics_of_numpy_and_jax_are_numbers_and_tables_are_left_out(tmp_path):
     assert not {"train/table", "train/dict"} & row.keys()
 
 
+def test_a_metric_that_raises_is_one_line(tmp_path):
+    class Undefined(Mean):
+        def compute(self):
+            return 1 / 0
+
+    with (
+        pytest.raises(
+            RunError, match=r"the metric 'own' cannot be computed: ZeroDivisionError: .* return NaN"
+        ),
+        monitor.open(tmp_path, Plain(), start=0, log_every=1, examples=8) as record,
+    ):
+        record.step(1, [{"own": Undefined(np.float64(0), np.float64(0))}])
+
+
 def test_tensorboard_files_hold_the_scalars(tmp_path):
     with monitor.open(tmp_path, Plain(), start=0, log_every=1, examples=8) as record:
         record.scalars(1, {"test/accuracy": 0.5, "note": "text"})
