@@ -76,7 +76,8 @@ def _run(args: argparse.Namespace) -> int:
         "examples": program.evals[args.split].examples,
     }
     if args.json:
-        body = {"name": name, **about, **values, **figures}
+        body = {"name": name, **about}
+        body |= {f"metric_{key}" if key in body else key: value for key, value in (values | figures).items()}
         names = not_finite(body)
         if names and multihost.is_process_0():
             command_line.warn(null_line("this JSON", names))

@@ -62,8 +62,8 @@ class Experiment:
       eval_batch: global batch size of evaluation, at least 1. None: the same as ``batch``.
       eval_every: epochs between evaluations during training, above 0; on the validation set if there is one,
         else on the test set (reported only). None: evaluate once, at the end.
-      select: the validation metric that selects the best checkpoint; higher is better. A leading minus
-        means lower is better: ``"-loss"``.
+      select: the validation metric that selects the best checkpoint, a number; higher is better. A leading
+        minus means lower is better: ``"-loss"``.
       data_init: function ``(params, batch) -> params`` that initialises parameters from data, such as
         ``models.Whiten()``. It runs once, at step 0. ``batch`` is the first examples of ``train``, after
         ``preprocess`` and without ``augment``: as many as the function's attribute ``examples`` says, or

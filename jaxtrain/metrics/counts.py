@@ -275,8 +275,8 @@ class BinaryCounts:
     def compute(self) -> Any:
         """Return figures of the counts' shape: of the positive class and over both classes.
 
-        ``precision``, ``recall`` and ``f1`` of the positive class, 0 where undefined; ``support``, the number of
-        positive labels; ``accuracy``, NaN where nothing counts; and the four counts.
+        ``precision``, ``recall`` and ``f1`` of the positive class, 0 where undefined; ``support``, the number
+        of positive labels; ``accuracy``, NaN where nothing counts; and the four counts.
         """
         names = [field.name for field in dataclasses.fields(self)]
         counts = {name: np.asarray(getattr(self, name), np.int64) for name in names}
