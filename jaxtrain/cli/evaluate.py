@@ -57,6 +57,7 @@ def _run(args: argparse.Namespace) -> int:
     console = make_console(quiet=not multihost.is_process_0())
     experiments.ensure_prepared(experiment, console)
     report = experiment.report if experiment.report is not None else getattr(experiment.loss, "report", None)
+    report = report if callable(report) else None  # a loss may use the name for something else
     program = assemble(experiment, mesh, None if report is None else GroupedReport(report))
     if args.split not in program.evals:
         raise InputError(f"{name} has no {args.split} split: it has {', '.join(program.evals)}")

@@ -18,7 +18,8 @@ def select_output(outputs: Any, name: str | int | None, setting: str) -> Any:
       setting: what the user sets, such as ``"loss.output"``, for messages.
 
     Raises:
-      InputError: there is no such output, or there are several and ``name`` is None.
+      InputError: there is no such output, it is several outputs itself, or there are several and ``name`` is
+        None.
 
     >>> select_output({"logits": 1, "features": 2}, "logits", "loss.output")
     1
@@ -35,13 +36,17 @@ def select_output(outputs: Any, name: str | int | None, setting: str) -> Any:
         )
     if names is None:
         raise InputError(f"{setting} is {name!r}, and the model returns one array: leave it out")
-    if isinstance(name, int):
-        if not isinstance(outputs, tuple | list) or not -len(outputs) <= name < len(outputs):
-            raise InputError(f"{setting} is {name}: the model's outputs are {_listed(names)}")
-        return outputs[name]
-    if name not in names:
+    by_position = isinstance(name, int) and isinstance(outputs, tuple | list)
+    if name not in (range(-len(names), len(names)) if by_position else names):
         raise InputError(f"{setting} is {name!r}: the model's outputs are {_listed(names)}")
-    return outputs[name] if isinstance(outputs, Mapping) else getattr(outputs, name)
+    found = outputs[name] if by_position or isinstance(outputs, Mapping) else getattr(outputs, str(name))
+    inner = output_names(found)
+    if inner is not None:
+        raise InputError(
+            f"{setting} is {name!r}, which is {len(inner)} outputs itself ({_listed(inner)}): let the model "
+            "return them side by side"
+        )
+    return found
 
 
 def output_names(outputs: Any) -> list[Any] | None:

@@ -78,6 +78,8 @@ def report_figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
     for name, metric in metrics.items():
         value = metric.compute() if hasattr(metric, "compute") else metric
         figures |= value if isinstance(value, Mapping) else {name: value}
+    if LEFT_OUT in figures:
+        figures[LEFT_OUT] = int(figures[LEFT_OUT])
     if not figures.get(LEFT_OUT, True):
         del figures[LEFT_OUT]
     if LEFT_OUT in figures and np.shape(figures.get("precision", 0)) == (1,):

@@ -207,7 +207,8 @@ def make_eval_step(
       loss_fn: as for the train step; must ignore rows where ``batch["mask"]`` is false. Where it has a method
         ``eval_metrics(outputs, batch) -> metrics``, these are reported instead of its own.
       prepare: ``(batch, None) -> batch``, that of the train step without random stages.
-      metrics_fn: ``(outputs, batch) -> metrics``, reported in addition to the loss's own.
+      metrics_fn: ``(outputs, batch) -> metrics``, reported in addition to the loss's own. It gets logits in
+        full, or as ``ChunkedLogits`` where its attribute ``chunked`` is true.
     """
     pair = as_model(model)
 

@@ -273,6 +273,12 @@ def test_one_of_several_outputs_is_named(kind: str) -> None:
             r"returns 2 outputs \(a, b\): name one of them, report.output='a'",
         ),
         (Classification(output="c"), {"a": 1}, "report.output is 'c': the model's outputs are a"),
+        (
+            Classification(output="a"),
+            {"a": (1, 2)},
+            r"report.output is 'a', which is 2 outputs itself \(0, 1\)",
+        ),
+        (Binary(output="1"), [1, 2], "report.output is '1': the model's outputs are 0, 1"),
         (Binary(output=2), (1, 2), "report.output is 2: the model's outputs are 0, 1"),
         (Regression(output="x"), np.zeros(3), "report.output is 'x', and the model returns one array"),
         (Classification(), np.zeros((3, 1, 2)), r"outputs \[3, 1, 2\] and labels \[3\] in field 'label'"),
