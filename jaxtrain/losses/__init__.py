@@ -7,7 +7,7 @@ A loss may also have:
 
 - ``report``: the task report of its evaluations (``jaxtrain.metrics``);
 - ``eval_metrics(outputs, batch) -> metrics``: the metrics of evaluations, where they differ from training's;
-- ``check(outputs, batch, ids)``: checks raw host data before anything is compiled;
+- ``check(outputs, batch, ids)``: checks host data, after ``preprocess``, before anything is compiled;
 - ``outside(outputs, batch)``: counts bad labels inside the compiled step, after augmentation
   (``step.guard``).
 """

@@ -143,7 +143,7 @@ class BinaryCrossEntropy:
         """
         if self.label not in batch:
             raise InputError(
-                f"BinaryCrossEntropy needs the batch field {self.label!r}; the source returns {sorted(batch)}"
+                f"BinaryCrossEntropy needs the batch field {self.label!r}; the batch has {sorted(batch)}"
             )
         label = np.asarray(batch[self.label])
         bad = (label != 0) & (label != 1)

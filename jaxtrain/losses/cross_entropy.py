@@ -17,7 +17,6 @@ from jaxtrain.core.outputs import select_output
 from jaxtrain.core.types import Batch, Metrics
 from jaxtrain.metrics import Classification, LanguageModel, Mean, MeanIoU, Segmentation
 from jaxtrain.metrics.mean import expand_mask
-from jaxtrain.metrics.task_inputs import check_class_shapes
 
 Task = Literal["classification", "segmentation", "language_model"]
 
@@ -91,6 +90,9 @@ class CrossEntropy:
         Args:
           outputs: logits, float ``[batch, ..., classes]``, or several outputs with these as ``output``.
           batch: has the label field, and optionally ``mask``, ``label_mixed`` and ``mix``.
+
+        Raises:
+          InputError: the label's shape is not that of the outputs without the last axis.
         """
         metrics = self._metrics(outputs, batch)
         loss = metrics["loss"]
@@ -104,15 +106,14 @@ class CrossEntropy:
     def _metrics(self, outputs: Any, batch: Batch, evaluates: bool = False) -> Metrics:
         outputs = select_output(outputs, self.output, "loss.output")
         label, mask = batch[self.label], batch.get("mask")
-        if label.ndim != outputs.ndim - 1:
-            check_class_shapes(outputs.shape, label.shape, self.label)
+        _check_label_shape(self.label, label.shape, outputs.shape)
         targets = [label]
         if "label_mixed" in batch:
             targets += [batch["label_mixed"], batch["mix"].reshape(-1, *(1,) * (label.ndim - 1))]
         if self.ignore is not None:
             targets[:2], mask = self._drop_ignored(targets[:2], mask)
             label = targets[0]
-        if isinstance(outputs, ChunkedLogits) and (self.iou or label.shape != outputs.shape[:-1]):
+        if isinstance(outputs, ChunkedLogits) and self.iou:
             outputs = outputs.full()
         per_label = functools.partial(self._per_label, evaluates=evaluates)
         if isinstance(outputs, ChunkedLogits):
@@ -200,7 +201,7 @@ class CrossEntropy:
         """
         if self.label not in batch:
             raise InputError(
-                f"CrossEntropy needs the batch field {self.label!r}; the source returns {sorted(batch)}"
+                f"CrossEntropy needs the batch field {self.label!r}; the batch has {sorted(batch)}"
             )
         classes = select_output(outputs, self.output, "loss.output").shape[-1]
         label = np.asarray(batch[self.label])
@@ -263,3 +264,18 @@ def _main_label(label: jax.Array, *mixed: jax.Array) -> jax.Array:
         return label
     other, mix = mixed
     return jnp.where(mix >= 0.5, label, other)
+
+
+def _check_label_shape(field: str, label: tuple[int, ...], outputs: tuple[int, ...]) -> None:
+    """Raise InputError unless there is one class index for each row of logits: JAX may broadcast others."""
+    if label == outputs[:-1]:
+        return
+    fix = "give one class index for each row of logits"
+    if label == (*outputs[:-1], 1):
+        fix = "remove the last axis: label.squeeze(-1)"
+    elif label == outputs:
+        fix = "it looks one-hot: use class indices, label.argmax(-1)"
+    raise InputError(
+        f"field {field!r} has shape {list(label)} for logits {list(outputs)}: CrossEntropy needs integers "
+        f"{list(outputs[:-1])}; {fix}, in the source or in preprocess"
+    )

@@ -146,9 +146,7 @@ class Forecast:
         """Raise InputError if a field is missing or a raw target is not finite, naming the example."""
         for name in (self.target, self.history):
             if name not in batch:
-                raise InputError(
-                    f"Forecast needs the batch field {name!r}; the source returns {sorted(batch)}"
-                )
+                raise InputError(f"Forecast needs the batch field {name!r}; the batch has {sorted(batch)}")
         bad = ~np.isfinite(np.asarray(batch[self.target]))
         if bad.any():
             row = int(np.argwhere(bad)[0][0])

@@ -127,6 +127,12 @@ def check_mergeable(owner: str, metrics: Any) -> None:
                 f"{owner} returns the metric {name!r} as a bare {type(metric).__name__}, which cannot be "
                 "merged over batches: return jaxtrain.metrics.Mean.of(values, batch.get('mask'))"
             )
+        for leaf in jax.tree.leaves(metric):
+            if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
+                raise InputError(
+                    f"{owner} returns the metric {name!r} with a {type(leaf).__name__} in it: a metric is "
+                    "a pytree of arrays, such as a class with @jax.tree_util.register_dataclass"
+                )
 
 
 def expand_mask(mask: jax.Array, ndim: int) -> jax.Array:

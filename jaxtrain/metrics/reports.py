@@ -283,8 +283,6 @@ def _class_scores(
         has_class = label.astype(bool).any(-1)
         mask = has_class if mask is None else has_class & (expand_mask(mask, has_class.ndim) > 0)
         label = label.argmax(-1)
-    if label.ndim == logits.ndim - 1:  # a label for all positions of a sequence, as in CrossEntropy
-        label = jnp.broadcast_to(label, jnp.broadcast_shapes(label.shape, logits.shape[:-1]))
     check_class_shapes(logits.shape, label.shape, report.label)
     return logits, label, mask
 

@@ -133,5 +133,5 @@ def test_the_task_of_a_loss_is_its_report() -> None:
 
 
 def test_labels_of_another_rank_are_one_line() -> None:
-    with pytest.raises(InputError, match=r"outputs \[4, 3\] and labels \[4, 1\] in field 'label'"):
+    with pytest.raises(InputError, match=r"field 'label' has shape \[4, 1\] for logits \[4, 3\]"):
         CrossEntropy()(jnp.zeros((4, 3)), {"label": jnp.zeros((4, 1), int)})
