@@ -80,7 +80,9 @@ def row(record: dict[str, Any]) -> str:
     validation set chose one, else the last step's."""
     runs = record["runs"]
     tests = [run["best"]["test"] if "best" in run else run["test"] for run in runs]
-    figures = [describe(name, [test[name] for test in tests]) for name in SHOWN if name in tests[0]]
+    figures = [
+        describe(name, [test[name] for test in tests]) for name in SHOWN if tests[0].get(name) is not None
+    ]
     seconds = [run["seconds"] for run in runs]
     where = f"{record['device']}, {record['cores']} cores, jax {record['versions']['jax']}, {record['date']}"
     command = record["command"].removeprefix("--experiment ")

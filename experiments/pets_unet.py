@@ -21,7 +21,7 @@ EXPERIMENT = Experiment(
         data.TFDS("oxford_iiit_pet", "train[90%:]"), crop=1.0, size=128, mask="segmentation_mask"
     ),
     test=data.Images(data.TFDS("oxford_iiit_pet", "test"), crop=1.0, size=128, mask="segmentation_mask"),
-    loss=losses.CrossEntropy(iou=True),
+    loss=losses.CrossEntropy(iou=True, task="segmentation"),
     optimizer=optim.AdamW(lr=optim.OneCycle(peak=2e-3), weight_decay=0.01),
     preprocess=(data.Normalise(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),),
     batch=32,

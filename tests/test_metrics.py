@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxtrain import monitor
-from jaxtrain.metrics import ConfusionMatrix, Mean, MeanIoU, RootMean, merge
+from jaxtrain.metrics import ClassCounts, ConfusionMatrix, Mean, MeanIoU, PairCounts, RootMean, merge
 from jaxtrain.step.packing import PackedMetrics
 
 RNG = np.random.default_rng(0)
@@ -135,7 +135,7 @@ def test_mean_iou_is_over_the_classes_that_occur_on_either_side(extra: str) -> N
         each = [6 / 9, 4 / 6, 0]
     found = ConfusionMatrix(counts).compute()["mean_iou"]
     assert type(found) is float and found == pytest.approx(np.mean(each), rel=1e-15)
-    assert MeanIoU(counts).compute() == found
+    assert MeanIoU(np.diag(counts), counts.sum(0), counts.sum(1)).compute() == found
 
 
 def test_counts_take_class_maps_of_uint8() -> None:
@@ -173,7 +173,9 @@ def test_every_metric_merges_on_the_host() -> None:
 
 def test_counts_of_an_epoch_may_exceed_int32() -> None:
     half = np.array([[2**30, 0], [0, 2**30]], np.int32)
-    assert merged([MeanIoU(half)] * 5).counts.tolist() == [[5 * 2**30, 0], [0, 5 * 2**30]]
+    assert merged([PairCounts(half)] * 5).counts.tolist() == [[5 * 2**30, 0], [0, 5 * 2**30]]
+    by_class = merged([ClassCounts(half[0], half[0], half[0])] * 5)
+    assert by_class.hits.tolist() == by_class.actual.tolist() == [5 * 2**30, 0]
 
 
 def test_empty_confusion_matrix_is_zero_and_not_nan() -> None:

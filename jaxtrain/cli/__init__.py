@@ -5,7 +5,7 @@ SUMMARIES = {
     "plan": "memory, FLOPs and communication of a run, and which meshes fit, without running it",
     "verify": "check that a killed run resumes bit-for-bit, or that two meshes train the same",
     "prepare": "download a data set, or import its files with --from",
-    "evaluate": "test accuracy, precision, recall and F1 of a run's checkpoint",
+    "evaluate": "exact metrics of a run's checkpoint, and the figures of its task",
     "sample": "generate text with a run's language model",
     "bench": "throughput of a training step by number of devices",
     "doctor": "versions, devices, disk, data folder, and a one-step smoke test",

@@ -188,7 +188,7 @@ def _rows(record: dict[str, Any]) -> dict[str, str]:
 
 
 def _write(args: argparse.Namespace, record: dict[str, Any]) -> None:
-    from jaxtrain.core.files import write_json
+    from jaxtrain.core.files import not_finite, null_line, write_json
 
     image = io.BytesIO()
     if args.plot is not None:  # drawn before anything is written
@@ -196,6 +196,8 @@ def _write(args: argparse.Namespace, record: dict[str, Any]) -> None:
     try:
         if args.json is not None:
             write_json(args.json, record)
+            if names := not_finite(record):
+                command_line.warn(null_line(str(args.json), names))
         if args.plot is not None:
             args.plot.write_bytes(image.getvalue())
     except OSError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +11,17 @@ import numpy as np
 
 from jaxtrain.cli import SUMMARIES, command_line, devices, experiments, flags
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.files import not_finite, null_line, to_json
+from jaxtrain.monitor import Console
 from jaxtrain.sharding import multihost
+
+SHOWN_CLASSES = 1000
+"""Most classes of a table that is printed; JSON has the figures of any number."""
+
+NO_REPORT = (
+    "the loss names no task, so only its own metrics are shown; for more, add report=metrics.Classification()"
+    ", Binary(), MultiLabel(), Segmentation(), Regression() or LanguageModel() to the experiment"
+)
 
 
 def make_parser() -> command_line.Parser:
@@ -41,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from jaxtrain.metrics.figures import REPORT, GroupedReport
     from jaxtrain.monitor import make_console
     from jaxtrain.program import assemble
     from jaxtrain.train.loop import evaluate
@@ -51,10 +62,12 @@ def _run(args: argparse.Namespace) -> int:
     console = make_console(quiet=not multihost.is_process_0())
     experiments.ensure_prepared(experiment, console)
     run.check_code(args.strict)
+    report = experiment.report if experiment.report is not None else getattr(experiment.loss, "report", None)
+    report = report if callable(report) else None  # a loss may use the name for something else
     program = assemble(
         experiment,
         mesh,
-        _confusion,
+        None if report is None else GroupedReport(report),
         lambda sources: run.check_data(sources, args.split, args.accept_changed_data),
     )
     if args.split not in program.evals:
@@ -64,43 +77,86 @@ def _run(args: argparse.Namespace) -> int:
         values = evaluate(program, state, args.split, console)
     finally:
         program.close()
-    confusion = values.pop("confusion", None)
+    figures = _without_repeats(values.pop(REPORT, {}), values)
     about = {
         "step": selected.step,
         "split": args.split,
         "examples": program.evals[args.split].examples,
     }
     if args.json:
-        tables = {k: np.asarray(v).tolist() for k, v in (confusion or {}).items() if k != "accuracy"}
-        console.note(json.dumps({"name": name, **about, **values, **tables}))
-    else:
-        _print_tables(name, about, values, confusion, experiments.class_names(experiment), console)
+        body = {"name": name, **about}
+        body |= {f"metric_{key}" if key in body else key: value for key, value in (values | figures).items()}
+        names = not_finite(body)
+        if names and multihost.is_process_0():
+            command_line.warn(null_line("this JSON", names))
+        console.note(to_json(body))
+        return 0
+    title = f"{name}, step {about['step']}, {about['split']}, {about['examples']:,} examples"
+    _print_numbers(title, values, console)
+    if report is None:
+        console.note(NO_REPORT)
+        return 0
+    _print_numbers(getattr(report, "__name__", type(report).__name__), figures, console)
+    _print_by_class(figures, getattr(report, "columns", ()), experiments.class_names(experiment), console)
     return 0
 
 
-def _confusion(outputs: Any, batch: Any) -> dict[str, Any]:
-    """Return a confusion matrix if the outputs are class scores for a label, or for a map of labels."""
-    from jaxtrain.metrics import ConfusionMatrix
+def _without_repeats(figures: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return a report's figures without those that the loss reports too.
 
-    if "label" not in batch or batch["label"].ndim not in (1, 3) or outputs.ndim != batch["label"].ndim + 1:
-        return {}
-    return {"confusion": ConfusionMatrix.of(outputs, batch["label"], batch.get("mask"))}
+    One that differs from the loss's metric of the same name is called ``report_NAME``.
+    """
+    kept = {}
+    for name, figure in figures.items():
+        if name not in values:
+            kept[name] = figure
+        elif not _same(figure, values[name]):
+            kept[f"report_{name}"] = figure
+    return kept
 
 
-def _print_tables(
-    name: str, about: dict[str, Any], values: Any, confusion: Any, names: Any, console: Any
+def _same(a: Any, b: Any) -> bool:
+    """Return whether both are the same number, NaN included."""
+    if not (isinstance(a, int | float) and isinstance(b, int | float)):
+        return False
+    return math.isclose(a, b, rel_tol=1e-6) or (math.isnan(a) and math.isnan(b))
+
+
+def _print_numbers(title: str, values: dict[str, Any], console: Console) -> None:
+    """Print the numbers among ``values``."""
+    from jaxtrain.monitor import format_metrics, split_tables
+
+    numbers, _ = split_tables(values)
+    rows = {
+        key: f"{value:,}"
+        if isinstance(value, int)
+        else format_metrics({key: value}, None).removeprefix(f"{key} ")
+        for key, value in numbers.items()
+    }
+    if rows:
+        console.summary(title, rows)
+    else:
+        console.note(f"{title}: no metric is a number")
+
+
+def _print_by_class(
+    figures: dict[str, Any], columns: Sequence[str], names: Sequence[str] | None, console: Console
 ) -> None:
-    from jaxtrain.monitor import format_metrics
-
-    title = f"{name}, step {about['step']}, {about['split']}, {about['examples']:,} examples"
-    rows = {key: format_metrics({key: value}, None).removeprefix(f"{key} ") for key, value in values.items()}
-    console.summary(title, rows)
-    if confusion is None:
+    """Print a row for each class, with the figures that ``columns`` names."""
+    table = {name: np.asarray(figures[name]) for name in columns if name in figures}
+    if not table:
         return
-    rows = {"class": "precision  recall      F1"}
-    for number, figures in enumerate(
-        zip(confusion["precision"], confusion["recall"], confusion["f1"], strict=True)
-    ):
-        label = names[number] if names else str(number)
-        rows[label] = "  ".join(f"{100 * x:7.2f} %" for x in figures)
+    classes = len(next(iter(table.values())))
+    if classes > SHOWN_CLASSES:
+        console.note(f"figures by class of {classes:,} classes: --json prints them")
+        return
+    rows = {"class": "  ".join(f"{name:>9}" for name in table)}
+    for number in range(classes):
+        name = names[number] if names and number < len(names) else str(number)
+        label = name if name not in rows else f"{number} {name}"
+        rows[label] = "  ".join(_cell(column[number]) for column in table.values())
     console.summary("by class", rows)
+
+
+def _cell(figure: Any) -> str:
+    return f"{figure:9,}" if np.issubdtype(type(figure), np.integer) else f"{100 * figure:7.2f} %"

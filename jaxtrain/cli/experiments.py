@@ -17,7 +17,16 @@ from jaxtrain.core import redact, safe_names
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import State
 from jaxtrain.data import Source, Subset, paths
-from jaxtrain.experiment import Experiment, code, config_text, discover, find, first_difference, override
+from jaxtrain.experiment import (
+    Experiment,
+    code,
+    config_text,
+    deciding,
+    discover,
+    find,
+    first_difference,
+    override,
+)
 from jaxtrain.monitor import Console
 from jaxtrain.sharding import multihost
 from jaxtrain.train import identity, run_folder
@@ -149,7 +158,7 @@ def load_recorded(
         raise InputError(f"the experiment of {folder}, {origin}, cannot be loaded: {error}") from error
     if record.get("overfit") is not None:
         experiment = overfit(experiment, record["overfit"])
-    difference = first_difference(record["config"], config_text(experiment))
+    difference = first_difference(*deciding(record["config"], experiment))
     if difference is not None:
         path, before, now = difference
         if len(settings) < len(record["overrides"]):

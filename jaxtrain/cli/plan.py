@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import re
 import sys
@@ -16,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtrain import sharding
 from jaxtrain.cli import SUMMARIES, command_line, devices, experiments, flags
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.files import not_finite, null_line, to_json
 
 
 def make_parser() -> command_line.Parser:
@@ -89,7 +89,9 @@ def _plan(args: argparse.Namespace, out: TextIO) -> int:
         kind = {"count": mesh.size, "kind": mesh.devices.flat[0].device_kind, "simulated": simulated}
         about = {"experiment": name, "devices": kind, "steps": steps}
         body = about | report.as_json(found, limit) | {"notes": notes} | more
-        print(json.dumps(body), file=out)
+        if names := not_finite(body):
+            command_line.warn(null_line("this JSON", names))
+        print(to_json(body), file=out)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Files: paths that users write, temporary folders, and atomic writes.
+"""Files: paths that users write, temporary folders, JSON that every parser reads, and atomic writes.
 
 After an atomic write a file has its old content or its new content, also after a kill or a power cut.
 """
@@ -6,6 +6,7 @@ After an atomic write a file has its old content or its new content, also after 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -47,9 +48,63 @@ def temporary_folder(prefix: str) -> tempfile.TemporaryDirectory[str]:
         ) from error
 
 
+def to_json(data: Any, indent: int | None = None) -> str:
+    """Return ``data`` as JSON. NaN and infinity, which JSON lacks, become null, and arrays lists.
+
+    >>> to_json({"loss": float("nan"), "accuracy": 0.5})
+    '{"loss": null, "accuracy": 0.5}'
+    """
+    return json.dumps(as_json(data), indent=indent, allow_nan=False, default=str)
+
+
+def not_finite(data: Any, path: str = "") -> list[str]:
+    """Return the paths of the numbers that ``to_json`` writes as null.
+
+    >>> not_finite({"test": {"loss": float("nan"), "accuracy": 0.5}})
+    ['test.loss']
+    """
+    data = _as_python(data)
+    if isinstance(data, Mapping):
+        items = [(f"{path}.{name}" if path else str(name), value) for name, value in data.items()]
+        return [found for where, value in items for found in not_finite(value, where)]
+    if isinstance(data, list | tuple):
+        return [path] if any(not_finite(value, path) for value in data) else []
+    return [path] if isinstance(data, float) and not math.isfinite(data) else []
+
+
+def null_line(what: str, names: list[str]) -> str:
+    """Return the line that says which numbers ``to_json`` wrote as null.
+
+    >>> null_line("result.json", ["test.loss"])
+    'test.loss is not finite: written as null in result.json, since JSON has no NaN'
+    """
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    verb = "is" if len(names) == 1 else "are"
+    return f"{shown} {verb} not finite: written as null in {what}, since JSON has no NaN"
+
+
+def as_json(data: Any) -> Any:
+    """Return ``data`` with null (None) for NaN and infinity, and lists for arrays and tuples.
+
+    >>> as_json({"loss": float("nan"), "steps": (1, 2)})
+    {'loss': None, 'steps': [1, 2]}
+    """
+    data = _as_python(data)
+    if isinstance(data, Mapping):
+        return {str(name): as_json(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [as_json(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def _as_python(data: Any) -> Any:
+    """Return an array or a NumPy number as Python lists and numbers."""
+    return data.tolist() if hasattr(data, "tolist") else data
+
+
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write ``data`` as JSON, atomically."""
-    write_text(path, json.dumps(data, indent=1) + "\n")
+    """Write ``data`` as JSON, atomically; numbers that are not finite become null."""
+    write_text(path, to_json(data, indent=1) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxtrain.experiment.definition import Experiment
-    from jaxtrain.experiment.overrides import config_hash, config_text, first_difference, override
+    from jaxtrain.experiment.overrides import config_hash, config_text, deciding, first_difference, override
     from jaxtrain.experiment.registry import Entry, discover, find
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Experiment",
     "config_hash",
     "config_text",
+    "deciding",
     "discover",
     "find",
     "first_difference",

@@ -63,8 +63,8 @@ class Experiment:
       eval_batch: global batch size of evaluation, at least 1. None: the same as ``batch``.
       eval_every: epochs between evaluations during training, above 0; on the validation set if there is one,
         else on the test set (reported only). None: evaluate once, at the end.
-      select: the validation metric that selects the best checkpoint; higher is better. A leading minus
-        means lower is better: ``"-loss"``.
+      select: the validation metric that selects the best checkpoint, a number; higher is better. A leading
+        minus means lower is better: ``"-loss"``.
       data_init: function ``(params, batch) -> params`` that initialises parameters from data, such as
         ``models.Whiten()``. It runs once, at step 0. ``batch`` is the first examples of ``train``, after
         ``preprocess`` and without ``augment``: as many as the function's attribute ``examples`` says, or
@@ -92,6 +92,9 @@ class Experiment:
         device; at least 1.
       max_loss_spike: end the run when the loss exceeds this many times its running average over about 50
         steps; above 1, and needs ``guard``. None: no limit.
+      report: what ``python -m jaxtrain evaluate`` reports besides the loss's own metrics: a task report
+        such as ``metrics.Binary()``, or a function ``(outputs, batch) -> metrics``. None: the report that
+        the loss names (its attribute ``report``), and none for a loss without one.
       rules: how to shard parameters over the mesh, as a tuple of ``sharding.Rule``, where the built-in rules
         do not fit.
 
@@ -143,6 +146,7 @@ class Experiment:
     max_to_keep: int = _operational(2)
     max_in_flight: int = _operational(2)
     max_loss_spike: float | None = _operational(None)
+    report: Callable[..., Any] | None = _operational(None)  # noqa: RUF009 - a frozen default
     rules: tuple[Rule, ...] = _operational(())
 
     def __post_init__(self) -> None:
@@ -227,6 +231,9 @@ def _check_functions(experiment: Experiment) -> None:
         raise InputError(
             f"loss is {experiment.loss!r}: it must be a function (outputs, batch) -> (loss, metrics)"
         )
+    report = experiment.report
+    if report is not None and (not callable(report) or isinstance(report, type)):
+        raise InputError(f"report is {report!r}: it must be a task report, such as metrics.Classification()")
     for name in ("augment", "preprocess"):
         stages = getattr(experiment, name)
         if not isinstance(stages, tuple) or not all(callable(s) and not isinstance(s, type) for s in stages):

@@ -54,6 +54,18 @@ def first_difference(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[st
     return None
 
 
+def deciding(recorded: Mapping[str, str], experiment: Any) -> tuple[dict[str, str], dict[str, str]]:
+    """Return a recorded ``config_text`` and the one of ``experiment``, both without operational settings."""
+    now = config_text(experiment, operational=False)
+    operational = config_text(experiment).keys() - now.keys()
+
+    def decides(path: str) -> bool:
+        parts = path.split(".")
+        return not any(".".join(parts[:n]) in operational for n in range(1, len(parts) + 1))
+
+    return {path: text for path, text in recorded.items() if decides(path)}, now
+
+
 def override(experiment: T, settings: list[str]) -> T:
     """Return ``experiment`` with ``path=value`` settings applied in order.
 

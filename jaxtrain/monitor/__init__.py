@@ -1,7 +1,7 @@
 """Observe a run: console, metrics files, step times, device telemetry and traces."""
 
 from jaxtrain.monitor.console import Console, format_metrics, make_console
-from jaxtrain.monitor.recorder import Recorder, merge_all, open
+from jaxtrain.monitor.recorder import Recorder, merge_all, open, split_tables
 from jaxtrain.monitor.telemetry import Meter, measure_devices, memory
 from jaxtrain.monitor.trace import OFF, Trace, idle, mark, parse_window, trace_updates
 
@@ -20,5 +20,6 @@ __all__ = [
     "merge_all",
     "open",
     "parse_window",
+    "split_tables",
     "trace_updates",
 ]

@@ -60,18 +60,19 @@ def make_console(quiet: bool = False) -> Console:
     return Rich() if sys.stdout.isatty() else Plain()
 
 
-def format_metrics(values: Mapping[str, float], speed: float | None) -> str:
-    """Format metrics and speed on one line, the loss first.
+def format_metrics(values: Mapping[str, float | None], speed: float | None) -> str:
+    """Format metrics and speed on one line, the loss first; tables are left out.
 
     >>> format_metrics({"loss": 0.5, "accuracy": 0.25, "grad_norm": 1.0}, 1234.5)
     'loss 0.5000  accuracy 25.00 %  1,234 examples/s'
     """
     parts = []
     for name, value in sorted(values.items(), key=lambda item: item[0] != "loss"):
-        if not isinstance(value, int | float) or name == "grad_norm":
+        if not isinstance(value, int | float | None) or name == "grad_norm":
             continue
+        number = float("nan") if value is None else value  # null in a result that was read
         share = name == "accuracy" or (name.startswith("top") and name[3:].isdigit())
-        parts.append(f"{name} {100 * value:.2f} %" if share else f"{name} {value:.4f}")
+        parts.append(f"{name} {100 * number:.2f} %" if share else f"{name} {number:.4f}")
     return "  ".join([*parts, *([f"{speed:,.0f} examples/s"] if speed else [])])
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from jaxtrain.core.errors import RunError
+from jaxtrain.core.files import to_json
 
 
 class Files:
@@ -45,7 +46,7 @@ class Files:
             _event(self._events, step=start + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Write one line and one event with all numbers.
+        """Write one line and one event with all numbers; in the line null stands for NaN and infinity.
 
         Raises:
           RunError: the disk is full, or the folder is gone.
@@ -54,7 +55,7 @@ class Files:
 
         values = [Summary.Value(tag=_tag(name), simple_value=value) for name, value in numbers.items()]
         with self._explain_errors():
-            self._jsonl.write(json.dumps({"step": step, **numbers}) + "\n")
+            self._jsonl.write(to_json({"step": step, **numbers}) + "\n")
             self._jsonl.flush()
             _event(self._events, step=step, summary=Summary(value=values))
             self._events.flush()

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain import metrics as metric_states
-from jaxtrain.core.errors import RunError
+from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.files import not_finite, null_line
+from jaxtrain.core.text import first_line
 from jaxtrain.core.types import Metrics
 from jaxtrain.monitor.console import Console
 from jaxtrain.monitor.files import Files
@@ -21,11 +23,45 @@ Rates = Callable[[float], Mapping[str, float]]
 
 
 def merge_all(rows: Iterable[Metrics]) -> dict[str, Any]:
-    """Merge metrics of several updates or batches on the host and compute them: ``{"loss": 1.2, ...}``."""
+    """Merge metrics of several updates or batches on the host and compute them: ``{"loss": 1.2, ...}``.
+
+    A metric is a number, or a table: an array, a list or a dict.
+
+    Raises:
+      RunError: ``compute`` of a metric raises.
+    """
+    return {name: _compute(name, metric) for name, metric in _merge(rows).items()}
+
+
+def split_tables(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split computed metrics into numbers and tables.
+
+    >>> split_tables({"loss": 0.5, "recall": [0.25, 1.0]})
+    ({'loss': 0.5}, {'recall': [0.25, 1.0]})
+    """
+    numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    return numbers, {name: value for name, value in values.items() if name not in numbers}
+
+
+def _merge(rows: Iterable[Metrics]) -> Metrics:
     total: dict[str, Any] | None = None
     for row in rows:
         total = metric_states.merge(total, row)
-    return {name: metric.compute() for name, metric in (total or {}).items()}
+    return total or {}
+
+
+def _compute(name: str, metric: Any) -> Any:
+    """Return a computed metric, with the numbers of NumPy and JAX as Python numbers."""
+    try:
+        value = metric.compute()
+    except (InputError, RunError):
+        raise
+    except Exception as error:  # user code: anything may come out of it
+        raise RunError(
+            f"the metric {name!r} cannot be computed: {type(error).__name__}: {first_line(error)}; let its "
+            "compute() return NaN where it is undefined"
+        ) from error
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
 
 
 @contextlib.contextmanager
@@ -82,6 +118,7 @@ class Recorder:
         self._clock: float | None = None
         self._ticked = 0  # updates since the clock started
         self._steps, self._seconds = 0, 0.0
+        self._null_shown = False
         self.pace = StepTimes()
 
     def speed(self) -> dict[str, float | None]:
@@ -122,12 +159,15 @@ class Recorder:
             self._write(self._speed_since_last())
 
     def _write(self, speed: Mapping[str, float]) -> None:
-        values, step = merge_all(self._window), self._last
-        self._window = []
+        merged, step = _merge(self._window), self._last
+        values, self._window = merge_all([merged]), []
         if self._guarded:
             values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         for name in ("loss", "grad_norm"):
-            if not math.isfinite(values.get(name, 0.0)):
+            metric, value = merged.get(name), values.get(name)
+            if isinstance(metric, metric_states.Mean) and not metric.count:
+                continue  # every label of these updates was ignored
+            if isinstance(value, float) and not math.isfinite(value):
                 raise RunError(
                     f"{name} is {values[name]} by step {step}: lower the learning rate, clip gradients "
                     "(--set optimizer.clip=1), or check the data; earlier checkpoints are kept"
@@ -137,9 +177,15 @@ class Recorder:
         self._console.train(step, values, speed.get("examples_per_second"))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write computed numbers of ``step`` to the files; anything but numbers is left out."""
-        if self._files is not None:
-            self._files.write(step, {k: float(v) for k, v in values.items() if isinstance(v, int | float)})
+        """Write computed numbers of ``step`` to the files; tables are left out."""
+        if self._files is None:
+            return
+        numbers = {name: float(value) for name, value in split_tables(values)[0].items()}
+        self._files.write(step, numbers)
+        names = [] if self._null_shown else not_finite(numbers)
+        if names:
+            self._null_shown = True
+            self._console.note(f"step {step}: {null_line('metrics.jsonl', names)} (shown once)")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -54,7 +54,9 @@ def assemble(
     sharding.check_batch(eval_batch, mesh, "eval_batch" if exp.eval_batch else "batch")
     sources, replicated = splits.open_sources(exp, mesh, inspect), sharding.replicated(mesh)
     check_fields.check_fields(sources)
-    outputs = _abstract_outputs(exp, model, sources["train"])
+    outputs, prepared = _abstract_outputs(exp, model, sources["train"])
+    if exp.report is not None:  # an error now is better than one after the training
+        check_fields.check_report(exp.report, outputs, prepared)
     checks = check_values.value_checks(exp, model, outputs, sources)
     data_notes = check_values.check_values(checks, exp, sources)
 
@@ -140,8 +142,8 @@ def _loader(
     return splits.make_loader(source, order, exp, mesh, every, first)
 
 
-def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> Any:
-    """Shapes of the model's outputs for a batch of ``source``."""
+def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> tuple[Any, Batch]:
+    """Shapes of the model's outputs for a batch of ``source``, and of this batch as the model takes it."""
     one = source.gather(np.zeros(1, np.int64))
     batch = {k: jax.ShapeDtypeStruct((exp.batch, *v.shape[1:]), v.dtype) for k, v in one.items()}
 
@@ -150,12 +152,12 @@ def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> Any:
         params, extra = check_pair(model.init(key, batch), "init", "(params, extra)")
         result = model.apply(params, extra, batch, train=False, key=None)
         outputs, _ = check_pair(result, "apply", "(outputs, extra)")
-        return outputs
+        return outputs, batch
 
-    outputs = check_fields.trace(forward, jax.random.key(0), batch, what="the model")
+    outputs, prepared = check_fields.trace(forward, jax.random.key(0), batch, what="the model")
     if not jax.tree.leaves(outputs):
         raise InputError("the model returns nothing (None, or no array): return its outputs for the loss")
-    return outputs
+    return outputs, prepared
 
 
 def _compute_model(exp: Experiment, abstract: State | None = None) -> Model:
@@ -239,9 +241,7 @@ def _compile_eval_step(
         args=(_shardings(abstract), loader.shardings),
         out=sharding.replicated(mesh),
     )
-    names = list(check_fields.trace(step, abstract, loader.batch(0), what="the evaluation"))
-    if exp.select.removeprefix("-") not in names and (exp.valid is not None or exp.holdout):
-        raise InputError(
-            f"select={exp.select} is not a metric of this loss, which reports {', '.join(names)}"
-        )
+    metrics = check_fields.trace(step, abstract, loader.batch(0), what="the evaluation")
+    if exp.valid is not None or exp.holdout:
+        check_fields.check_select(exp.select, metrics)
     return step

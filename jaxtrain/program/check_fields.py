@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,14 +10,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxtrain.core.chunked_logits import full_logits
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.text import first_line
 from jaxtrain.core.types import Batch, State
 from jaxtrain.data import Arrays, Source, compose
 from jaxtrain.data.checked import check_dtype, to_arrays
 from jaxtrain.experiment import Experiment
+from jaxtrain.metrics.figures import GroupedReport
 from jaxtrain.models import as_model
 from jaxtrain.program.loader import EPOCH, EXAMPLE_ID
+from jaxtrain.step.packing import PackedMetrics
 
 
 def check_splits(experiment: Experiment) -> None:
@@ -70,6 +74,37 @@ def trace(fn: Callable[..., Any], *args: Any, what: str) -> Any:
         raise InputError(
             f"{what} cannot be built: {type(error).__name__}: {first_line(error)[:300]} (--debug shows where)"
         ) from error
+
+
+def check_report(report: Callable[..., Any], outputs: Any, batch: Batch) -> None:
+    """Raise InputError unless ``report`` takes these outputs and this batch, given as shapes."""
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    added = {"mask": jax.ShapeDtypeStruct((rows,), bool), EXAMPLE_ID: jax.ShapeDtypeStruct((rows,), np.int32)}
+    grouped = GroupedReport(report)
+
+    def metrics(outputs: Any, batch: Batch) -> Any:
+        return grouped(outputs if grouped.chunked else full_logits(outputs), batch)
+
+    trace(metrics, outputs, {**batch, **added}, what="the report")
+
+
+def check_select(select: str, metrics: PackedMetrics) -> None:
+    """Raise InputError unless ``select`` names a metric of the evaluation that is a number.
+
+    Args:
+      select: ``Experiment.select``.
+      metrics: the shapes of what the evaluation reports.
+    """
+    name, names = select.removeprefix("-"), list(metrics)
+    if name not in names:
+        raise InputError(f"select={select} is not a metric of this loss, which reports {', '.join(names)}")
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), metrics)
+    value: Any = 0.0
+    with contextlib.suppress(Exception):  # of a metric that cannot compute zeros
+        value = zeros[name].compute()
+    if not isinstance(value, int | float) and np.ndim(value) + isinstance(value, Mapping):
+        others = ", ".join(other for other in names if other != name)
+        raise InputError(f"select={select} is a table, not a number: select one of {others}")
 
 
 def mesh_notes(experiment: Experiment, mesh: Mesh, state: State, undivided: Sequence[str]) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ from jaxtrain.metrics import Mean
 from jaxtrain.models import as_model
 from jaxtrain.optim import LossScale
 from jaxtrain.step.contract import check_state_unchanged, check_trainable, without_weak_types
-from jaxtrain.step.gradients import LossFn, accumulate_gradients, evaluate_loss, gradient_of
+from jaxtrain.step.gradients import LossFn, accumulate_gradients, evaluation_metrics, gradient_of
 from jaxtrain.step.guard import Policy, count_bad_labels, guard_step
 
 PostUpdate = Callable[[State], State]
@@ -210,9 +210,11 @@ def make_eval_step(
 
     Args:
       model: a Linen module or an ``(init, apply)`` pair.
-      loss_fn: as for the train step; must ignore rows where ``batch["mask"]`` is false.
+      loss_fn: as for the train step; must ignore rows where ``batch["mask"]`` is false. Where it has a method
+        ``eval_metrics(outputs, batch) -> metrics``, these are reported instead of its own.
       prepare: ``(batch, None) -> batch``, that of the train step without random stages.
-      metrics_fn: ``(outputs, batch) -> metrics``, reported in addition to the loss's own.
+      metrics_fn: ``(outputs, batch) -> metrics``, reported in addition to the loss's own. It gets logits in
+        full, or as ``ChunkedLogits`` where its attribute ``chunked`` is true.
     """
     pair = as_model(model)
 
@@ -220,8 +222,11 @@ def make_eval_step(
         batch = prepare(batch, None)
         params, extra = eval_state(state)
         outputs, _ = pair.apply(params, split_extra(extra)[0], batch, train=False, key=None)
-        _, metrics = evaluate_loss(loss_fn, outputs, batch)
-        return {**metrics, **(metrics_fn(full_logits(outputs), batch) if metrics_fn else {})}
+        metrics = evaluation_metrics(loss_fn, outputs, batch)
+        if metrics_fn is None:
+            return metrics
+        chunked = getattr(metrics_fn, "chunked", False)
+        return {**metrics, **metrics_fn(outputs if chunked else full_logits(outputs), batch)}
 
     return eval_step
 

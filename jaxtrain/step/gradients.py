@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxtrain.core.chunked_logits import full_logits
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Batch, Metrics, Model, leaf_paths, split_extra
 from jaxtrain.metrics import Mean, merge
+from jaxtrain.metrics.mean import check_mergeable
 from jaxtrain.step.contract import check_pair
 
 LossFn = Callable[[Any, Batch], tuple[jax.Array, Metrics]]
@@ -161,20 +161,23 @@ def evaluate_loss(loss_fn: LossFn, outputs: Any, batch: Batch) -> tuple[jax.Arra
         raise InputError(f"{name} returns a loss of shape {jnp.shape(loss)}: average it to a scalar")
     if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
         raise InputError(f"{name} returns a loss of {jnp.result_type(loss)}: it must be a real float")
-    loss = jnp.asarray(loss)
-    for key, metric in metrics.items():
-        if not (hasattr(metric, "merge") and hasattr(metric, "compute")):
-            raise InputError(
-                f"{name} returns the metric {key!r} as a bare {type(metric).__name__}, which cannot be "
-                "merged over batches: return jaxtrain.metrics.Mean.of(values, batch.get('mask'))"
-            )
-        for leaf in jax.tree.leaves(metric):
-            if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
-                raise InputError(
-                    f"{name} returns the metric {key!r} with a {type(leaf).__name__} in it: a metric is "
-                    "a pytree of arrays, such as a class with @jax.tree_util.register_dataclass"
-                )
-    return loss, dict(metrics)
+    check_mergeable(name, metrics)
+    return jnp.asarray(loss), dict(metrics)
+
+
+def evaluation_metrics(loss_fn: LossFn, outputs: Any, batch: Batch) -> Metrics:
+    """Return the metrics that ``loss_fn`` reports in evaluations.
+
+    They are those of its method ``eval_metrics(outputs, batch)``, if it has one. A subclass that overrides
+    ``__call__`` and not ``eval_metrics`` reports the metrics of its own ``__call__``.
+    """
+    defining = [cls for cls in type(loss_fn).__mro__ if {"__call__", "eval_metrics"} & vars(cls).keys()]
+    if not defining or "eval_metrics" not in vars(defining[0]):
+        return evaluate_loss(loss_fn, outputs, batch)[1]
+    loss: Any = loss_fn
+    metrics = loss.eval_metrics(outputs if getattr(loss, "chunked", False) else full_logits(outputs), batch)
+    check_mergeable(f"{type(loss).__name__}.eval_metrics", metrics)
+    return dict(metrics)
 
 
 def _steepest_ascent(grad: jax.Array) -> jax.Array:

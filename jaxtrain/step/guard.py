@@ -31,7 +31,7 @@ import numpy as np
 import optax
 
 from jaxtrain.core.types import Batch, Metrics, State
-from jaxtrain.metrics import Mean
+from jaxtrain.metrics import Mean, Total
 
 Policy = Literal["stop", "skip", "off"]
 GUARD = "guard"  # the name of the figures among a step's metrics
@@ -59,22 +59,6 @@ class Figures:
     def compute(self) -> float:
         """1 for a bad update, 0 for a good one."""
         return float(bool(bad_figures(self.figures())))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Total:
-    """A count that is summed over microbatches."""
-
-    total: Any
-
-    def merge(self, other: Self) -> Self:
-        """The sum of both."""
-        return type(self)(self.total + other.total)
-
-    def compute(self) -> float:
-        """The count as a Python float."""
-        return float(self.total)
 
 
 class CountBadLabels:

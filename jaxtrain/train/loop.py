@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxtrain import __version__, checkpoint, monitor
+from jaxtrain.core.files import as_json, not_finite, null_line
 from jaxtrain.core.signals import GRACE, Request, Stopped, on_signals, watchdog
 from jaxtrain.core.types import Metrics, State
 from jaxtrain.experiment import config_hash
@@ -102,6 +103,10 @@ def fit(
             result |= speed.record() | record.pace.overall()
             result |= meter.result((program.steps - start) * experiment.batch)
     result |= {"seconds": time.perf_counter() - began, "resumed_from": start, "folder": str(folder)}
+    names = not_finite(result)
+    if names:
+        console.note(null_line("result.json", names))
+    result = as_json(result)
     run_folder.write_result(result)
     return result
 
@@ -247,11 +252,23 @@ def _final_evaluation(
     with record.paused():
         last = evaluate(program, state, "test", console)
     record.scalars(program.steps, {f"test/{name}": value for name, value in last.items()})
-    result: dict[str, Any] = {"steps": program.steps, "test": last}
+    result: dict[str, Any] = {"steps": program.steps, **_test_result(last)}
     result |= record.speed()
     best = saved.best()
     if best is not None:
         chosen = state if best.step == program.steps else saved.restore(best, program.abstract_state)
         test = last if chosen is state else evaluate(program, chosen, "test", console)
-        result["best"] = {"step": best.step, "valid": best.score, "test": test}
+        result["best"] = {"step": best.step, "valid": best.score, **_test_result(test)}
+    elif "valid" in program.evals:
+        name = program.experiment.select.removeprefix("-")
+        console.note(
+            f"there is no best checkpoint: {name} was not finite in any evaluation on valid; the result is "
+            "that of the last step"
+        )
     return result
+
+
+def _test_result(values: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a result for metrics of the test set: numbers as ``test``, tables beside them."""
+    numbers, tables = monitor.split_tables(values)
+    return {"test": numbers, **({"tables": tables} if tables else {})}

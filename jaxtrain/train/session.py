@@ -103,7 +103,8 @@ def fit(
 
     Returns:
       What ``result.json`` holds: ``steps``, ``seconds``, ``examples_per_second``, ``test`` with the metrics
-      of the last step, ``best`` where a validation set chose one, ``folder``.
+      of the last step and ``tables`` with those that are tables, ``best`` where a validation set chose one,
+      ``folder``.
 
     Raises:
       InputError: a setting, the data or the folder is wrong; the message is one line.

@@ -91,7 +91,7 @@ def test_class_counts_and_labels_of_another_shape_get_full_logits() -> None:
     features, table, batch = example()
     logits = ChunkedLogits.of(jnp.float32(features), jnp.float32(table), 2)
     counted = CrossEntropy(iou=True)(logits, batch)[1]
-    assert counted["mean_iou"].counts.shape == (VOCAB, VOCAB) and counted["mean_iou"].counts.sum() == 21
+    assert counted["mean_iou"].actual.shape == (VOCAB,) and counted["mean_iou"].actual.sum() == 21
 
 
 def test_other_losses_and_metrics_get_full_logits() -> None:

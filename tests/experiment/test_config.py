@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain import data, losses, models, optim, sharding
+from jaxtrain import data, losses, metrics, models, optim, sharding
 from jaxtrain.core.errors import InputError
-from jaxtrain.experiment import Experiment, config_hash, config_text, first_difference, override
+from jaxtrain.experiment import Experiment, config_hash, config_text, deciding, first_difference, override
 
 SOURCE = data.Synthetic(n=64, shape=(4, 4, 1))
 BASE = Experiment(
@@ -301,6 +301,7 @@ CASES: dict[str, Any] = {
     "save_every": 2.0,
     "max_to_keep": 3,
     "max_in_flight": 3,
+    "report": metrics.Regression(),
     "rules": (sharding.Rule("vocab", None),),
 }
 NOT_HASHED = {
@@ -310,6 +311,7 @@ NOT_HASHED = {
     "save_every",
     "max_to_keep",
     "max_in_flight",
+    "report",
     "rules",
     "max_loss_spike",
 }
@@ -320,6 +322,16 @@ def test_hash_ignores_only_the_seed_and_operational_settings(field: str) -> None
     changed = dataclasses.replace(BASE, **{field: CASES[field]})
     assert config_text(changed) != config_text(BASE), "the config text records everything"
     assert (config_hash(changed) == config_hash(BASE)) == (field in NOT_HASHED)
+
+
+def test_a_task_is_not_hashed_and_a_recorded_report_does_not_decide() -> None:
+    reported = dataclasses.replace(BASE, report=metrics.Binary())
+    other = dataclasses.replace(BASE, loss=losses.CrossEntropy(smoothing=0.1, task="segmentation"))
+    assert config_hash(other) == config_hash(BASE)
+    for before, now in ((reported, BASE), (BASE, reported), (other, BASE)):
+        assert first_difference(*deciding(config_text(before), now)) is None
+    changed = override(reported, ["loss.ignore=3"])
+    assert first_difference(*deciding(config_text(BASE), changed)) == ("loss.ignore", "None", "3")
 
 
 @pytest.mark.parametrize(

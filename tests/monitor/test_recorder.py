@@ -7,6 +7,7 @@ import json
 import struct
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console as RichConsole
@@ -35,6 +36,49 @@ def test_window_is_merged_by_weight(tmp_path):
         record.step(3, metrics(7.0))
         assert [(r["step"], r["train/loss"]) for r in read(tmp_path)] == [(2, 2.0)]
     assert [(r["step"], r["train/loss"]) for r in read(tmp_path)] == [(2, 2.0), (3, 7.0)]
+
+
+def test_a_window_in_which_nothing_counts_is_null_and_no_error(tmp_path, capsys):
+    """Every label of these updates was ignored: there is no loss, and nothing went wrong."""
+    with monitor.open(tmp_path, Plain(), start=0, log_every=1, examples=8) as record:
+        record.step(1, metrics(0.0, 0))
+        record.step(2, metrics(0.0, 0))
+        record.step(3, metrics(0.5))
+    assert [(r["step"], r["train/loss"]) for r in read(tmp_path)] == [(1, None), (2, None), (3, 0.5)]
+    assert capsys.readouterr().out.count("train/loss is not finite: written as null in metrics.jsonl") == 1
+
+
+def test_metrics_of_numpy_and_jax_are_numbers_and_tables_are_left_out(tmp_path):
+    class Figure:
+        def __init__(self, value):
+            self.value = value
+
+        def merge(self, other):
+            return other
+
+        def compute(self):
+            return self.value
+
+    figures = {"np": np.float32(0.5), "jax": jnp.float32(0.25), "table": np.arange(3), "dict": {"a": 1.0}}
+    with monitor.open(tmp_path, Plain(), start=0, log_every=1, examples=8) as record:
+        record.step(1, [{name: Figure(value) for name, value in figures.items()}])
+    (row,) = read(tmp_path)
+    assert (row["train/np"], row["train/jax"]) == (0.5, 0.25)
+    assert not {"train/table", "train/dict"} & row.keys()
+
+
+def test_a_metric_that_raises_is_one_line(tmp_path):
+    class Undefined(Mean):
+        def compute(self):
+            return 1 / 0
+
+    with (
+        pytest.raises(
+            RunError, match=r"the metric 'own' cannot be computed: ZeroDivisionError: .* return NaN"
+        ),
+        monitor.open(tmp_path, Plain(), start=0, log_every=1, examples=8) as record,
+    ):
+        record.step(1, [{"own": Undefined(np.float64(0), np.float64(0))}])
 
 
 def test_tensorboard_files_hold_the_scalars(tmp_path):
