@@ -22,6 +22,14 @@ def make_parser() -> command_line.Parser:
     parser.add_argument(
         "--split", default="test", choices=("test", "valid"), help="which data; default: %(default)s"
     )
+    parser.add_argument(
+        "--accept-changed-data",
+        action="store_true",
+        help="evaluate data that have changed since the run started, and record that",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="fail if the code has changed since the run started"
+    )
     flags.add(parser, many_processes=True)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     return parser
@@ -42,7 +50,13 @@ def _run(args: argparse.Namespace) -> int:
     mesh = devices.make_mesh(args, command_line.warn)
     console = make_console(quiet=not multihost.is_process_0())
     experiments.ensure_prepared(experiment, console)
-    program = assemble(experiment, mesh, _confusion)
+    run.check_code(args.strict)
+    program = assemble(
+        experiment,
+        mesh,
+        _confusion,
+        lambda sources: run.check_data(sources, args.split, args.accept_changed_data),
+    )
     if args.split not in program.evals:
         raise InputError(f"{name} has no {args.split} split: it has {', '.join(program.evals)}")
     selected, state = run.restore(args.checkpoint, program.abstract_state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,39 @@ from jaxtrain.cli import command_line
 from jaxtrain.core import redact, safe_names
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import State
-from jaxtrain.data import Subset
-from jaxtrain.experiment import Experiment, config_text, discover, find, first_difference, override
+from jaxtrain.data import Source, Subset, paths
+from jaxtrain.experiment import Experiment, code, config_text, discover, find, first_difference, override
 from jaxtrain.monitor import Console
 from jaxtrain.sharding import multihost
-from jaxtrain.train import run_folder
+from jaxtrain.train import identity, run_folder
 
 
-def load_experiment(name: str, settings: Sequence[str]) -> tuple[str, str, Experiment]:
-    """Load an experiment; returns its name, its origin, and the experiment with the overrides applied."""
+def load_experiment(
+    name: str, settings: Sequence[str], started_in: str | None = None
+) -> tuple[str, str, Experiment]:
+    """Load an experiment; returns its name, its origin, and the experiment with the overrides applied.
+
+    Relative paths of its data are from here on looked up beside its file and then in ``started_in``, the
+    working directory of a run's first start.
+    """
     entry = find(name)
+    file = file_of(entry.origin)
+    paths.set_base_folders(file and file.parent, started_in)
     experiment, _ = entry.load()
     config_text(experiment)  # registers its secrets: from here on they are redacted, like those of --set
     for setting in settings:
         redact.redact_setting(setting)
     return entry.name, entry.origin, override(experiment, list(settings))
+
+
+def file_of(origin: str) -> Path | None:
+    """Return the file of an experiment's origin; None for an entry point."""
+    return Path(origin) if Path(origin).is_file() else None
+
+
+def code_of(name: str, experiment: Experiment) -> dict[str, str]:
+    """Return checksums of the code of the experiment that ``--experiment`` names."""
+    return code.digests(find(name).module(), experiment)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +58,36 @@ class RecordedRun:
     record: dict[str, Any]
     name: str
     experiment: Experiment
+    code: dict[str, str]
+
+    def check_code(self, strict: bool = False) -> None:
+        """Print a line if the run's code has changed, or raise InputError if ``strict``."""
+        _warn(multihost.on_process_0(lambda: identity.check_code(self.record, self.code, strict), "code"))
+
+    def check_data(self, sources: Mapping[str, Source], split: str, accept: bool) -> None:
+        """Compare the data of ``split`` with the run's, and print a line about those of other splits.
+
+        Args:
+          sources: from ``assemble``'s ``inspect``.
+          split: the one that is evaluated.
+          accept: record that changed data were accepted, and go on.
+
+        Raises:
+          InputError: they have changed, and ``accept`` is False.
+        """
+        if "data" not in self.record:
+            _warn([identity.NOT_RECORDED])
+            return
+        changed = identity.data_changes(self.record, identity.describe_data(self.experiment, sources)["data"])
+        source = "train" if split == "valid" and self.experiment.holdout else split
+        own = [text for text in changed if text.startswith(f"{source}: ")]
+        if own and not accept:
+            raise identity.refuse(self.folder, own, "evaluate them")
+        if own:
+            _warn([identity.accepted_note(own)])
+            run_folder.RunFolder(self.folder).accept_data("evaluate", own)
+        if others := [text for text in changed if text not in own]:
+            _warn([f"the data have changed since this run started: {', '.join(others)}"])
 
     def restore(self, which: str, abstract: State) -> tuple[checkpoint.CheckpointInfo, State]:
         """Read the checkpoint that ``--checkpoint`` names; returns its description and its state.
@@ -57,6 +105,11 @@ class RecordedRun:
             return chosen, saved.restore(chosen, abstract)
 
 
+def _warn(lines: Sequence[str]) -> None:
+    for line in lines if multihost.is_process_0() else ():
+        command_line.warn(line)
+
+
 def open_run(args: argparse.Namespace) -> RecordedRun:
     """Open the run of ``--workdir``, with the experiment of ``--experiment`` where that is given.
 
@@ -65,7 +118,8 @@ def open_run(args: argparse.Namespace) -> RecordedRun:
     """
     folder = command_line.workdir_path(args.workdir)
     record = run_folder.load(folder)
-    return RecordedRun(folder, record, *load_recorded(record, folder, args.experiment))
+    name, experiment = load_recorded(record, folder, args.experiment)
+    return RecordedRun(folder, record, name, experiment, code_of(args.experiment or name, experiment))
 
 
 def load_recorded(
@@ -91,7 +145,7 @@ def load_recorded(
     try:
         if experiment_file is None and all(entry.name != target for entry in discover()):
             raise InputError(f"its name is not in run --list: add --experiment {origin}")
-        name, _, experiment = load_experiment(target, settings)
+        name, _, experiment = load_experiment(target, settings, record.get("started_in"))
     except InputError as error:
         raise InputError(f"the experiment of {folder}, {origin}, cannot be loaded: {error}") from error
     if record.get("overfit") is not None:

@@ -32,6 +32,11 @@ def make_parser() -> command_line.Parser:
         "--extend", action="store_true", help="resume with more epochs under a longer schedule"
     )
     parser.add_argument(
+        "--accept-changed-data",
+        action="store_true",
+        help="continue although the data have changed since the run started, and record that",
+    )
+    parser.add_argument(
         "--resume",
         default="newest",
         choices=("newest", "last-good"),
@@ -73,7 +78,11 @@ def make_parser() -> command_line.Parser:
         help="trace updates START to STOP (from 1, both included) for TensorBoard and Perfetto, and print "
         "where their time went",
     )
-    parser.add_argument("--strict", action="store_true", help="fail if the step is compiled a second time")
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="fail if the step is compiled a second time, or the code has changed since the run started",
+    )
     return parser
 
 

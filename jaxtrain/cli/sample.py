@@ -57,6 +57,7 @@ def _run(args: argparse.Namespace) -> int:
 
     run = experiments.open_run(args)
     experiment = run.experiment
+    run.check_code()
     example = _example(run.name, experiment)
     context = int(getattr(experiment.model, "context", example["tokens"].shape[1]))
     _check(args)

@@ -15,7 +15,7 @@ from jaxtrain.core.signals import GRACE
 from jaxtrain.experiment import Experiment
 from jaxtrain.monitor import make_console
 from jaxtrain.sharding import multihost
-from jaxtrain.train import capacity, environment, session
+from jaxtrain.train import capacity, environment, run_folder, session
 from jaxtrain.train.run_folder import RunFolder, default_folder
 from jaxtrain.train.session import Session
 from jaxtrain.train.smoke import smoke_test
@@ -24,7 +24,8 @@ from jaxtrain.train.smoke import smoke_test
 def run(args: argparse.Namespace) -> int:
     """Train or resume; returns the exit code."""
     _check_flags(args)
-    name, origin, experiment = experiments.load_experiment(args.experiment, args.set)
+    started_in = run_folder.started_in(Path(args.workdir)) if args.workdir and not args.new else None
+    name, origin, experiment = experiments.load_experiment(args.experiment, args.set, started_in)
     mesh = devices.make_mesh(args, command_line.warn)
     console = make_console(quiet=not multihost.is_process_0())
     if not args.smoke:  # before data is downloaded or read
@@ -42,7 +43,6 @@ def run(args: argparse.Namespace) -> int:
         console.note(f"deterministic: {cpu_note if on_cpu else environment.DETERMINISTIC_FLAG}")
     record = {
         "origin": origin,
-        "file": environment.file_digest(origin),
         "overrides": [redact.redact_setting(pair) for pair in args.set],
         "overfit": args.overfit,
     }
@@ -54,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
         record=record,
         deterministic=args.deterministic,
         extend=args.extend,
+        accept_changed_data=args.accept_changed_data,
+        file=experiments.file_of(origin),
+        code=experiments.code_of(args.experiment, experiment),
         resume=args.resume,
         init_from=args.init_from,
         init_map=args.init_map,
@@ -113,5 +116,6 @@ def resume_command(args: argparse.Namespace, folder: Path) -> str:
     words += [] if args.hang_after is None else ["--hang-after", f"{args.hang_after:g}"]
     words += [] if args.grace == GRACE else ["--grace", f"{args.grace:g}"]
     words += [] if args.profile is None else ["--profile", args.profile]
-    words += [flag for flag, on in (("--extend", args.extend), ("--strict", args.strict)) if on]
+    on = (("--extend", args.extend), ("--strict", args.strict))
+    words += [flag for flag, given in on if given]
     return shlex.join([*words, "--workdir", str(folder)])

@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxtrain.core import safe_names
 from jaxtrain.core.errors import InputError
+from jaxtrain.data import paths
 
 _NAME = re.compile(r"(?P<base>[^/:]+)(/(?P<config>[^/:]+))?(:(?P<version>[0-9*]+(\.[0-9*]+){2}))?")
 
@@ -61,8 +62,7 @@ def find_prepared(name: str, data_dir: str | os.PathLike[str] | None = None) -> 
 def version_folders(name: str, data_dir: str | os.PathLike[str] | None = None) -> list[Path]:
     """Return all complete folders of data set ``name``, in any file format, newest version first."""
     base, config, version = parse_name(name)
-    root = Path(data_dir).expanduser().absolute() if data_dir is not None else default_data_dir()
-    parent = root / base
+    parent = default_data_dir() / base if data_dir is None else paths.resolve(Path(data_dir, base))
     config = config or _default_config(parent)
     parent = parent / config if config else parent
     pattern = re.compile(re.escape(version or "*.*.*").replace(r"\*", r"\d+"))

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import multiprocessing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -111,6 +112,10 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def data_files(self) -> tuple[Path, ...]:
+        """Return the files that are read."""
+        return self.source.data_files()
 
     def example(self) -> dict[str, np.ndarray]:
         """Return zeros in the shapes of one example, leading axis 1; reads nothing."""

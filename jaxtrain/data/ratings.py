@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.data import paths
 from jaxtrain.data.data_dir import default_data_dir
 from jaxtrain.data.order import permutation
 from jaxtrain.data.tfds import TFDS
@@ -94,9 +95,14 @@ class Ratings:
         rows = self._ids()[indices]
         return {name: array[rows] for name, array in self._all().items()}
 
+    def data_files(self) -> tuple[Path, ...]:
+        """Return the files that are read."""
+        return self._tfds().data_files() if self.file is None else (paths.resolve(self.file),)
+
     def _all(self) -> dict[str, np.ndarray]:
         if self.file is not None:
-            return _read_file(Path(self.file).expanduser().absolute())
+            path = paths.resolve(self.file)
+            return _read_file(path, paths.stamp(path))
         return _read_tfds(self._tfds())
 
     def _ids(self) -> np.ndarray:
@@ -120,7 +126,7 @@ def _split(n: int, part: float, split: str) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=4)
-def _read_file(path: Path) -> dict[str, np.ndarray]:
+def _read_file(path: Path, _: Any) -> dict[str, np.ndarray]:
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.data import paths
 from jaxtrain.data.data_dir import not_prepared_message, parse_name
 from jaxtrain.data.prepare.tables import table_file
 
@@ -116,6 +117,10 @@ class Series:
             "target": np.ascontiguousarray(block[:, self.window :]),
         }
 
+    def data_files(self) -> tuple[Path, ...]:
+        """Return the file that is read."""
+        return (self._path(),)
+
     def _windows(self) -> np.ndarray:
         """Return every window with its target: a view ``[n, window + horizon, variables]``, not a copy."""
         values = self._table().values
@@ -133,14 +138,15 @@ class Series:
 
     def _path(self) -> Path:
         if self.file is not None:
-            return Path(self.file).expanduser().absolute()
+            return paths.resolve(self.file)
         path = table_file(self.name, self.data_dir)
         if path is None:
             raise InputError(not_prepared_message(self.name, self.data_dir))
         return path
 
     def _table(self) -> _Table:
-        return _read_table(self._path(), self.columns, self.rows)
+        path = self._path()
+        return _read_table(path, paths.stamp(path), self.columns, self.rows)
 
 
 class _Table(NamedTuple):
@@ -158,7 +164,7 @@ def _split_points(rows: int) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=8)
-def _read_table(path: Path, columns: tuple[str, ...], limit: int | None) -> _Table:
+def _read_table(path: Path, _: Any, columns: tuple[str, ...], limit: int | None) -> _Table:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             names, raw = _parse_table(path, csv.reader(file, strict=True), columns, limit)

@@ -27,6 +27,10 @@ class Source(Protocol):
 
     A source that computes its splits itself may name in ``shared`` the settings that must be equal in all
     splits of a run, such as the file that is split.
+
+    A run records what its data are, and refuses to resume on other data. A source may have ``fingerprint()``,
+    which returns a str that differs when its examples differ, such as a version or a checksum. Without it,
+    checksums of examples are compared: of all where they are in memory, else of some (``data.identity``).
     """
 
     def __len__(self) -> int: ...
@@ -156,10 +160,10 @@ def in_memory(source: Source, limit: int) -> Arrays | None:
     one = source.gather(np.zeros(1, np.int64))
     if len(source) * sum(a.nbytes for a in one.values()) > limit:
         return None
-    fingerprint = getattr(source, "fingerprint", None)
-    if fingerprint is None:
+    cache_key = getattr(source, "cache_key", None)
+    if cache_key is None:
         return Arrays(source.gather(np.arange(len(source))))
-    return Arrays(decoded_cache.load_or_decode(fingerprint(), lambda: source.gather(np.arange(len(source)))))
+    return Arrays(decoded_cache.load_or_decode(cache_key(), lambda: source.gather(np.arange(len(source)))))
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.data import paths
 from jaxtrain.data.data_dir import default_data_dir
 from jaxtrain.data.order import permutation
 from jaxtrain.data.tfds import TFDS
@@ -22,6 +23,8 @@ SPLITS = ("train", "validation", "test")
 _SPLIT_SEED = 2005
 # Texts read at a time while counting words, so a large data set never has to fit in memory.
 _CHUNK = 8192
+
+_File = tuple[str, tuple[int, ...]]  # its path and its stamp, for the keys of the caches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +89,17 @@ class TextWindows:
         block = self._windows()[indices]
         return {"tokens": np.ascontiguousarray(block[:, :-1]), "label": block[:, 1:].astype(np.int32)}
 
+    def data_files(self) -> tuple[Path, ...]:
+        """Return the files that are read."""
+        return _tfds(self).data_files() if self.file is None else (paths.resolve(self.file),)
+
     def _windows(self) -> np.ndarray:
         """Return all windows with the byte after each: uint8 ``[n, context + 1]``, a view without a copy."""
         where = f"data set {self.name}" if self.file is None else self.file
         text = (
             _read_tfds_text(_tfds(self))
             if self.file is None
-            else _read_split(_absolute(self.file), self.split)
+            else _read_split(*_with_stamp(self.file), self.split)
         )
         if len(text) <= self.context:
             raise InputError(
@@ -166,8 +173,8 @@ class LabelledText:
         """Names of the classes in label order; of files the stems, names or paths, the first unique."""
         if not self.files:
             return _tfds(self).class_names
-        paths = [Path(file) for file in self.files]
-        candidates = [tuple(p.stem for p in paths), tuple(p.name for p in paths), self.files]
+        files = [Path(file) for file in self.files]
+        candidates = [tuple(p.stem for p in files), tuple(p.name for p in files), self.files]
         return next(names for names in candidates if len(set(names)) == len(names))
 
     def prepared(self) -> bool:
@@ -198,7 +205,7 @@ class LabelledText:
         """
         texts, label = self._texts(np.asarray(indices))
         if self.words:
-            vocabulary = _vocabulary(self._paths(), self._train(), self.words)
+            vocabulary = _vocabulary(self._stamped(), self._train(), self.words)
             rows = [encode(text, vocabulary, self.length) for text in texts]
             padded_rows = np.zeros((len(rows), self.length), np.int32)
             for row, values in zip(padded_rows, rows, strict=True):
@@ -208,6 +215,13 @@ class LabelledText:
         padded = bytearray().join(text.ljust(self.length, b"\0") for text in truncated)
         tokens = np.frombuffer(padded, np.uint8).reshape(len(truncated), self.length)
         return {"tokens": tokens, "length": _count_tokens(truncated), "label": label}
+
+    def data_files(self) -> tuple[Path, ...]:
+        """Return the files that are read, those of the train split's vocabulary included."""
+        if self.files:
+            return tuple(map(paths.resolve, self.files))
+        own = _tfds(self).data_files()
+        return tuple(dict.fromkeys((*own, *self._train().data_files()))) if self.words else own
 
     def _texts(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
         if self.files:
@@ -220,10 +234,10 @@ class LabelledText:
         return columns["text"], np.array(columns["label"], np.int32)
 
     def _lines(self) -> tuple[tuple[bytes, ...], np.ndarray]:
-        return _read_lines(self._paths(), self.split)
+        return _read_lines(self._stamped(), self.split)
 
-    def _paths(self) -> tuple[str, ...]:
-        return tuple(map(_absolute, self.files))
+    def _stamped(self) -> tuple[_File, ...]:
+        return tuple(map(_with_stamp, self.files))
 
     def _train(self) -> TFDS:
         return dataclasses.replace(_tfds(self), split="train")
@@ -239,8 +253,9 @@ def _tfds(source: TextWindows | LabelledText) -> TFDS:
     return TFDS(source.name, source.split, source.data_dir or str(default_data_dir()))
 
 
-def _absolute(file: str) -> str:
-    return str(Path(file).expanduser().absolute())
+def _with_stamp(file: str) -> _File:
+    path = str(paths.resolve(file))
+    return path, paths.stamp(path)
 
 
 def _read(path: str) -> bytes:
@@ -259,7 +274,7 @@ def _read_tfds_text(source: TFDS) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=8)
-def _read_split(path: str, split: str) -> np.ndarray:
+def _read_split(path: str, _: tuple[int, ...], split: str) -> np.ndarray:
     """Return one split of a file: uint8 ``[bytes]``, read-only."""
     text = np.frombuffer(_read(path), np.uint8)
     first = int(len(text) * 0.9)  # rounded down as TFDS does
@@ -273,11 +288,11 @@ def _iterate_tfds(source: TFDS) -> Iterator[bytes]:
 
 
 @functools.lru_cache(maxsize=8)
-def _read_lines(paths: tuple[str, ...], split: str) -> tuple[tuple[bytes, ...], np.ndarray]:
+def _read_lines(files: tuple[_File, ...], split: str) -> tuple[tuple[bytes, ...], np.ndarray]:
     """Return the texts of a split and their labels, int32 ``[n]``, in order of file and line."""
     texts: list[bytes] = []
     labels: list[int] = []
-    for label, path in enumerate(paths):
+    for label, (path, _) in enumerate(files):
         lines = [line.rstrip(b"\r") for line in _read(path).split(b"\n") if line.strip()]
         if not lines:
             raise InputError(f"{path} holds no text: give one text per line")
@@ -294,9 +309,9 @@ def _read_lines(paths: tuple[str, ...], split: str) -> tuple[tuple[bytes, ...], 
 
 
 @functools.lru_cache(maxsize=8)
-def _vocabulary(paths: tuple[str, ...], train: TFDS, words: int) -> Mapping[bytes, int]:
+def _vocabulary(files: tuple[_File, ...], train: TFDS, words: int) -> Mapping[bytes, int]:
     """Return the vocabulary of the train split."""
-    return build_vocabulary(_read_lines(paths, "train")[0] if paths else _iterate_tfds(train), words)
+    return build_vocabulary(_read_lines(files, "train")[0] if files else _iterate_tfds(train), words)
 
 
 def _count_tokens(rows: list[bytes] | list[list[int]]) -> np.ndarray:

@@ -133,7 +133,13 @@ class TFDS:
         """Return where example ``index`` is stored, such as ``record 12 of FILE``."""
         return self._open().locate(index)
 
-    def fingerprint(self) -> str:
+    def data_files(self) -> tuple[Path, ...]:
+        """Return the files that are read: those of the split, and the description of its features."""
+        reader = self._open()
+        files = sorted({Path(file.filename) for file in reader.files})
+        return *files, Path(reader.folder, "features.json")
+
+    def cache_key(self) -> str:
         """Return a hash of what ``gather`` depends on: the split and its files' names, sizes and times."""
         reader = self._open()
         paths = sorted({Path(file.filename).resolve() for file in reader.files})

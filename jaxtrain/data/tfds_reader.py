@@ -29,7 +29,7 @@ class SplitReader:
 
         check_features(Path(folder))
         builder = tfds.builder_from_directory(folder, file_format="array_record")
-        self.name, self.split = name, split
+        self.name, self.folder, self.split = name, folder, split
         self.files = self._check_split(builder.info.splits, folder)
         # Sorted, because TFDS reads features.json in no fixed order.
         self.features: Mapping[str, Any] = dict(sorted(builder.info.features.items()))

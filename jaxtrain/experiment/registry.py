@@ -48,20 +48,27 @@ class Entry:
         """
         from jaxtrain.experiment.definition import Experiment  # here, because listing names needs no JAX
 
-        if self.point is None:
-            module: Any = user_modules.load(self.origin)
-        else:
-            try:
-                module = self.point.load()
-            except Exception as error:
-                raise InputError(
-                    f"entry point {self.origin} cannot be loaded: {type(error).__name__}: {error}"
-                ) from error
-        experiment = getattr(module, "EXPERIMENT", None) if isinstance(module, ModuleType) else module
+        found = self._import()
+        experiment = getattr(found, "EXPERIMENT", None) if isinstance(found, ModuleType) else found
         if not isinstance(experiment, Experiment):
             raise InputError(f"{self.origin} must define EXPERIMENT = Experiment(...)")
-        source = module if self.point is None else sys.modules[self.point.module]
-        return experiment, first_line(source.__doc__ or "")
+        return experiment, first_line(self.module().__doc__ or "")
+
+    def module(self) -> ModuleType:
+        """Import it; return the module that defines it. Raises as ``load``."""
+        found = self._import()
+        return found if self.point is None else sys.modules[self.point.module]
+
+    def _import(self) -> Any:
+        """Return the module of a file, or what an entry point names."""
+        if self.point is None:
+            return user_modules.load(self.origin)
+        try:
+            return self.point.load()
+        except Exception as error:
+            raise InputError(
+                f"entry point {self.origin} cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
 
 
 def find(name: str) -> Entry:

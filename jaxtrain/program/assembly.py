@@ -27,6 +27,7 @@ def assemble(
     experiment: Experiment,
     mesh: Mesh,
     metrics_fn: Callable[[Any, Batch], Metrics] | None = None,
+    inspect: splits.Inspect | None = None,
 ) -> Program:
     """Open and check the data of ``experiment``, and build and trace its jitted steps.
 
@@ -37,6 +38,8 @@ def assemble(
       experiment: what to run.
       mesh: the devices.
       metrics_fn: ``(outputs, batch) -> metrics`` to report in evaluations, in addition to the loss's own.
+      inspect: called with the opened sources by the name of their split, before anything is made of them; it
+        may raise an error to refuse them.
 
     Raises:
       InputError: the data, the model, the loss and the mesh do not fit together.
@@ -46,7 +49,7 @@ def assemble(
     check_fields.check_splits(exp)
     sharding.check_batch(exp.batch, mesh, accumulate=exp.accumulate)
     sharding.check_batch(eval_batch, mesh, "eval_batch" if exp.eval_batch else "batch")
-    sources, replicated = splits.open_sources(exp, mesh), sharding.replicated(mesh)
+    sources, replicated = splits.open_sources(exp, mesh, inspect), sharding.replicated(mesh)
     check_fields.check_fields(sources)
     outputs = _abstract_outputs(exp, model, sources["train"])
     check = check_values.value_check(model, exp.loss, outputs)

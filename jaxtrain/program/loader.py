@@ -24,6 +24,7 @@ from jaxtrain.core.text import first_line
 from jaxtrain.core.types import Batch
 from jaxtrain.core.user_modules import UserModule
 from jaxtrain.data.order import Order, Sequential
+from jaxtrain.data.paths import BaseFolders
 from jaxtrain.data.sources import Arrays, Source
 from jaxtrain.sharding import multihost
 
@@ -259,10 +260,12 @@ class _Batches:
         return {**fields, EXAMPLE_ID: ids.astype(np.int32), EPOCH: epochs.astype(np.int32)}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle, (UserModule(), self.source, self.order, self.rows)
+        return _unpickle, (UserModule(), BaseFolders(), self.source, self.order, self.rows)
 
 
-def _unpickle(_: UserModule, source: Source, order: Order | Sequential, rows: np.ndarray) -> _Batches:
+def _unpickle(
+    _: UserModule, __: BaseFolders, source: Source, order: Order | Sequential, rows: np.ndarray
+) -> _Batches:
     return _Batches(source, order, rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from jax.sharding import Mesh
@@ -11,7 +12,7 @@ from jaxtrain import sharding
 from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.text import first_line
 from jaxtrain.core.types import Batch
-from jaxtrain.data import Arrays, Order, Sequential, Source, Subset, holdout, in_memory
+from jaxtrain.data import Arrays, Order, Sequential, Source, Subset, holdout, in_memory, paths
 from jaxtrain.experiment import Experiment
 from jaxtrain.program.loader import Check, Loader, Resident, Streamed
 from jaxtrain.sharding import multihost
@@ -19,8 +20,18 @@ from jaxtrain.sharding import multihost
 RESIDENT_PART = 10  # a data set of at most this part of a device's memory is resident
 
 
-def open_sources(exp: Experiment, mesh: Mesh) -> dict[str, Source]:
-    """Open ``train``, ``test`` and, where there is one, ``valid``; small sources are returned as Arrays."""
+Inspect = Callable[[Mapping[str, Source]], None]
+
+
+def open_sources(exp: Experiment, mesh: Mesh, inspect: Inspect | None = None) -> dict[str, Source]:
+    """Open ``train``, ``test`` and, where there is one, ``valid``; small sources are returned as Arrays.
+
+    Args:
+      exp: the experiment.
+      mesh: the devices.
+      inspect: called with the opened sources, before anything is held out of ``train``.
+    """
+    paths.forget()
     limit = {
         "auto": multihost.broadcast_from_0(sharding.device_memory(mesh), "memory") // RESIDENT_PART,
         "device": sys.maxsize,
@@ -41,12 +52,17 @@ def open_sources(exp: Experiment, mesh: Mesh) -> dict[str, Source]:
                 "(--debug shows where)"
             ) from error
 
-    train, valid = load("train", exp.train), exp.valid
+    sources = {"train": load("train", exp.train), "test": load("test", exp.test)}
+    if exp.valid is not None:
+        sources["valid"] = load("valid", exp.valid)
+    if inspect is not None:
+        inspect(sources)
     if exp.holdout:
+        train = sources["train"]
         train_ids, valid_ids = holdout(len(train), exp.holdout)
-        train, valid = load("train", Subset(train, train_ids)), Subset(train, valid_ids)
-    splits = {"train": train, "test": load("test", exp.test)}
-    return splits if valid is None else {**splits, "valid": load("valid", valid)}
+        sources["train"] = load("train", Subset(train, train_ids))
+        sources["valid"] = load("valid", Subset(train, valid_ids))
+    return sources
 
 
 def make_loader(

@@ -6,13 +6,11 @@ per difference; it refuses nothing, because these are not settings.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import subprocess
 from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -40,20 +38,12 @@ def bitwise_settings(mesh: Mesh, deterministic: bool) -> dict[str, Any]:
     return {**found, "xla_flags": flags.replace(DETERMINISTIC_FLAG, "").strip(), "cores": cores()}
 
 
-def file_digest(origin: str) -> str | None:
-    """Sixteen hex digits of the SHA-256 of an experiment's file; None where it has no file."""
-    try:
-        return hashlib.sha256(Path(origin).read_bytes()).hexdigest()[:16]
-    except OSError:
-        return None
-
-
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Warnings about differences between a run's record and the present, one per line.
 
     Args:
       before: the run's ``config.json``.
-      now: what would be recorded today, with ``bits`` (``bitwise_settings``), ``file`` and ``origin``.
+      now: what would be recorded today, with ``bits`` (``bitwise_settings``), ``mesh`` and ``devices``.
 
     >>> changes({"bits": {"cores": 2}}, {"bits": {"cores": 4}})
     ['cores was 2 and is 4: from here on the bits are not those of an uninterrupted run']
@@ -71,11 +61,6 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         )
     if found := _differences(before.get("versions") or {}, _versions(), str):
         lines.append(f"{found}: from here on numbers may differ from those of an uninterrupted run")
-    if before.get("file") and now.get("file") and before["file"] != now["file"]:
-        lines.append(
-            f"{now['origin']} has changed since this run started, its settings have not: its code may "
-            "behave differently from here on"
-        )
     return lines
 
 

@@ -17,12 +17,13 @@ from jaxtrain.core import safe_names
 from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.files import write_json
 from jaxtrain.experiment import Experiment, config_hash, config_text, first_difference
-from jaxtrain.optim import Constant, Schedule
 from jaxtrain.sharding import multihost
 from jaxtrain.train import environment
 
 P = ParamSpec("P")
 T = TypeVar("T")
+CONDITIONS = ("code", "devices", "mesh", "bits", "versions", "git", "started_in")
+"""Entries of ``config.json`` that are not settings: those of the first start stay."""
 
 
 def default_folder(name: str, experiment: Experiment) -> Path:
@@ -82,37 +83,56 @@ class RunFolder:
         return load(self.path) if self.has_run else None
 
     @_on_process_0
-    def acquire(
-        self, name: str, experiment: Experiment, record: dict[str, Any], extend: bool = False
-    ) -> None:
+    def check(self, experiment: Experiment) -> None:
+        """Check that the folder holds a run of ``experiment``, which may have fewer epochs, or none.
+
+        Raises:
+          InputError: it holds another run, or something else.
+        """
+        self._check(experiment)
+
+    def _check(self, experiment: Experiment) -> dict[str, Any] | None:
+        known = load(self.path) if self.has_run else None
+        if known is None and self.path.is_dir() and any(self.path.iterdir()):
+            raise InputError(
+                f"{self.path} is not empty and holds no run (no config.json): choose another --workdir"
+            )
+        if known is not None:
+            _check_same(self.path, known["config"], experiment)
+        return known
+
+    @_on_process_0
+    def acquire(self, name: str, experiment: Experiment, record: dict[str, Any]) -> None:
         """Make this the folder of a run, or check that it already is.
 
         Args:
           name: the experiment's name.
-          experiment: what is to be run.
+          experiment: what is to be run; may have more epochs than the run began with (``run_length``).
           record: further entries of ``config.json`` (origin, overrides, devices).
-          extend: allow a longer run although the schedule depends on the length.
 
         Raises:
           InputError: the folder holds another run, something else, or cannot be written.
         """
-        path, config = self.path, config_text(experiment)
-        known = load(path) if self.has_run else None
-        if known is None and path.is_dir() and any(path.iterdir()):
-            raise InputError(
-                f"{path} is not empty and holds no run (no config.json): choose another --workdir"
-            )
-        if known is not None:
-            _check_same(path, known["config"], experiment, extend)
+        path, known = self.path, self._check(experiment)
+        now = {
+            "name": name,
+            "run": secrets.token_hex(8),  # marks this run's checkpoints as its own
+            "hash": config_hash(experiment),
+            **record,
+            **environment.record(),
+            "config": config_text(experiment),
+        }
+        step = self._newest_step()
+        if known is None:
+            new = now
+        elif not step:  # nothing was saved, so this is the start
+            new = {**known, **now, "run": known.get("run") or now["run"]}
+        else:
+            new = resumed_record(known, now, step)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            source = record.get("init_from")
-            if known is None or known["config"] != config or known.get("init_from") != source:
-                # Drawn once: marks this run's checkpoints as its own.
-                run = (known or {}).get("run") or secrets.token_hex(8)
-                text = {"name": name, "run": run, "hash": config_hash(experiment), **record}
-                text |= environment.record()
-                write_json(path / "config.json", {**(known or {}), **text, "config": config})
+            if new != known:
+                write_json(path / "config.json", new)
             probe = path / ".writable"
             probe.touch()
             probe.unlink()
@@ -120,6 +140,38 @@ class RunFolder:
             raise InputError(
                 f"{path} cannot be written ({error.strerror}): choose another --workdir"
             ) from error
+
+    @_on_process_0
+    def accept_data(self, command: str, changed: list[str]) -> None:
+        """Record that changed data were accepted by a command that does not train.
+
+        Raises:
+          InputError: ``config.json`` cannot be written.
+        """
+        known = load(self.path)
+        entry = {"command": command, "step": self._newest_step(), "changed": changed}
+        try:
+            write_json(self.path / "config.json", {**known, **with_entry(known, "accepted_data", entry)})
+        except OSError as error:
+            raise InputError(
+                f"{self.path} cannot be written ({error.strerror}), and --accept-changed-data is recorded in "
+                "it: make it writable"
+            ) from error
+
+    @_on_process_0
+    def acceptance(self, command: str, changed: list[str]) -> dict[str, Any]:
+        """Return the entry of ``accepted_data`` in ``config.json``."""
+        return {"command": command, "step": self._newest_step(), "changed": changed}
+
+    @_on_process_0
+    def newest_step(self) -> int:
+        """Return the step of the newest checkpoint, 0 without one."""
+        return self._newest_step()
+
+    def _newest_step(self) -> int:
+        """Return the step of the newest checkpoint, 0 without one."""
+        names = [path.parent.name for path in self.path.glob("checkpoints/*/manifest.json")]
+        return max((int(name) for name in names if name.isdigit()), default=0)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -159,16 +211,23 @@ class RunFolder:
         if renames and source is None:
             raise InputError("--init-map needs --init-from, whose parameters it renames")
         asked = None if source is None else [source, list(renames)]
-        recorded = load(self.path).get("init_from") if self.has_run else None
+        known = load(self.path) if self.has_run else {}
+        recorded: list[Any] | None = known.get("init_from")
+
+        def absolute(found: list[Any], folder: str) -> list[Any]:
+            return [str(Path(folder, found[0]).absolute()), list(found[1])]
+
+        # a relative path is meant from where the run was first started
+        first = None if recorded is None else absolute(recorded, known.get("started_in", ""))
         if not any(self.path.glob("checkpoints/*/manifest.json")):
-            return asked or recorded
-        if asked is not None and asked != recorded:
+            return asked or first
+        if asked is not None and asked != recorded and absolute(asked, "") != first:
             start = f"with --init-from {recorded[0]}" if recorded else "without --init-from"
             raise InputError(
                 f"{self.path} holds a run that started {start}: "
                 "choose another --workdir, or start a fresh run with --new"
             )
-        return None if recorded is None else list(recorded)
+        return recorded
 
     @_on_process_0
     def result(self, steps: int) -> dict[str, Any] | None:
@@ -235,13 +294,50 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _check_same(folder: Path, old: dict[str, str], experiment: Experiment, extend: bool) -> None:
-    """Raise InputError unless a run differs only in operational settings, epochs or guard=skip for stop."""
+def started_in(folder: Path) -> str | None:
+    """Return the working directory of a run's first start; None where there is no record of it."""
+    try:
+        found = json.loads((folder / "config.json").read_text())["started_in"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def resumed_record(known: dict[str, Any], now: dict[str, Any], step: int) -> dict[str, Any]:
+    """Return the record of a run that is resumed: settings of now, under the conditions of its first start.
+
+    Args:
+      known: the run's ``config.json``.
+      now: what it would be for a new run.
+      step: where the run is resumed.
+
+    Conditions that differ from those of the last start are added to the list ``resumed``.
+
+    >>> resumed_record({"run": "1", "mesh": {"data": 1}}, {"run": "2", "mesh": {"data": 2}}, 7)
+    {'run': '1', 'mesh': {'data': 1}, 'resumed': [{'step': 7, 'mesh': {'data': 2}}]}
+    """
+    first = {name: known[name] for name in (*CONDITIONS, "run") if known.get(name) is not None}
+    last = dict(first)
+    for entry in known.get("resumed", ()):
+        last |= entry
+    changed = {
+        name: now[name] for name in CONDITIONS if name in last and now.get(name, last[name]) != last[name]
+    }
+    added = with_entry(known, "resumed", {"step": step, **changed}) if changed else {}
+    return {**known, **now, **first, **added}
+
+
+def with_entry(record: dict[str, Any], name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the list ``name`` of a record with another entry, as ``{name: list}``."""
+    return {name: [*record.get(name, ()), entry]}
+
+
+def _check_same(folder: Path, old: dict[str, str], experiment: Experiment) -> None:
+    """Raise InputError unless only epochs (more), operational settings or guard=skip for stop differ."""
     decides = config_text(experiment, operational=False)
     operational = config_text(experiment).keys() - decides.keys()
     before = {path: value for path, value in old.items() if path not in operational}
-    longer = float(decides["epochs"]) > float(before.get("epochs", "inf"))
-    if longer and (extend or not _depends_on_length(experiment)):
+    if float(decides["epochs"]) > float(before.get("epochs", "inf")):
         before["epochs"] = decides["epochs"]
     if (before.get("guard"), decides.get("guard")) == ("'stop'", "'skip'"):
         before["guard"] = decides["guard"]  # nothing was skipped so far: guard=skip gives the same run
@@ -249,15 +345,7 @@ def _check_same(folder: Path, old: dict[str, str], experiment: Experiment, exten
     if difference is None:
         return
     path, was, now = difference
-    fix = "choose another --workdir, or start a fresh run with --new"
-    if path == "epochs" and longer:
-        fix = "its schedule depends on the number of epochs: --extend resumes it with the longer schedule"
-    raise InputError(f"{folder} holds another run: {path} is {was} there and {now} here; {fix}")
-
-
-def _depends_on_length(experiment: Experiment) -> bool:
-    lr = getattr(experiment.optimizer, "lr", None)
-    constant = isinstance(lr, Constant) and lr.warmup == 0
-    frozen = any(group.until < 1 for group in getattr(experiment.optimizer, "groups", ()))
-    built = any(hasattr(stage, "build") for stage in experiment.post_update)
-    return (isinstance(lr, Schedule) and not constant) or frozen or built
+    raise InputError(
+        f"{folder} holds another run: {path} is {was} there and {now} here; "
+        "choose another --workdir, or start a fresh run with --new"
+    )

@@ -13,12 +13,15 @@ from jax.sharding import Mesh
 
 from jaxtrain import checkpoint, monitor, sharding
 from jaxtrain.core.signals import GRACE, Stopped
+from jaxtrain.data import paths
 from jaxtrain.experiment import Experiment
+from jaxtrain.experiment import code as experiment_code
 from jaxtrain.monitor import Console, format_metrics, make_console
 from jaxtrain.program import Program, assemble
 from jaxtrain.sharding import multihost
-from jaxtrain.train import capacity, environment, loop, out_of_memory
+from jaxtrain.train import capacity, environment, loop, out_of_memory, run_length
 from jaxtrain.train.autotune import decide
+from jaxtrain.train.identity import RunCheck
 from jaxtrain.train.run_folder import RunFolder, default_folder
 
 
@@ -34,12 +37,15 @@ class Session:
       record: further entries of ``config.json``, such as where the experiment came from.
       deterministic: do not choose settings by timing.
       extend: allow more epochs than the run started with when that changes its schedule.
+      accept_changed_data: continue on other data than the run started with.
+      file: the experiment's file, beside which its data may be; None where it has none.
+      code: checksums of the experiment's code (``experiment.code.digests``); None where they are unknown.
       resume: which checkpoint to resume from: ``"newest"`` or ``"last-good"``.
       init_from: another run, ``RUN`` or ``RUN:STEP``, whose parameters this one starts from.
       init_map: ``OLD=NEW`` names of its parameters.
       grace: seconds from a signal to the end of the process, at most; None never ends it.
       hang_after: end the process when no step finishes for so many seconds; None never does.
-      strict: a second compilation of the train step is an error.
+      strict: a second compilation of the train step is an error, and so is code that has changed.
       profile: ``START:STOP`` updates to trace.
       resume_command: what to type to resume the run, for the line that is shown when a signal stops it.
     """
@@ -51,6 +57,9 @@ class Session:
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
     deterministic: bool = False
     extend: bool = False
+    accept_changed_data: bool = False
+    file: Path | None = None
+    code: dict[str, str] | None = None
     resume: str = "newest"
     init_from: str | None = None
     init_map: Sequence[str] = ()
@@ -59,10 +68,6 @@ class Session:
     strict: bool = False
     profile: str | None = None
     resume_command: str = "the same call of jaxtrain.fit"
-
-    def acquire(self, experiment: Experiment, record: dict[str, Any]) -> None:
-        """Create the run's folder, or raise InputError if it contains another run."""
-        self.folder.acquire(self.name, experiment, record, self.extend)
 
 
 def fit(
@@ -74,6 +79,7 @@ def fit(
     extend: bool = False,
     init_from: str | Path | None = None,
     resume: str = "newest",
+    accept_changed_data: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train ``experiment``, evaluate it and return its result; resumes where ``folder`` holds the run.
@@ -89,6 +95,8 @@ def fit(
       extend: allow more epochs than the run started with when that changes its schedule.
       init_from: folder of another run, whose parameters this one starts from; ``RUN:STEP`` names a step.
       resume: ``"newest"`` checkpoint, or ``"last-good"`` to move corrupt ones aside.
+      accept_changed_data: continue a run in ``folder`` although its data have changed since it started, and
+        record that; otherwise that is an InputError.
       console: where progress is shown; None is a progress bar on a terminal or in a notebook, else lines.
 
     Returns:
@@ -112,16 +120,24 @@ def fit(
     12
     """
     mesh = sharding.make_mesh(jax.devices()) if mesh is None else mesh
+    script = experiment_code.main_module()
     session = Session(
         name=name,
         folder=RunFolder(default_folder(name, experiment) if folder is None else folder),
         mesh=mesh,
         console=make_console(quiet=not multihost.is_process_0()) if console is None else console,
         extend=extend,
+        accept_changed_data=accept_changed_data,
+        file=None if script is None else Path(str(script.__file__)),
+        code=experiment_code.digests(script, experiment),
         init_from=None if init_from is None else str(init_from),
         resume=resume,
         grace=None,  # the process belongs to the caller
     )
+    if experiment_code.is_interactive():
+        session.console.note(
+            "code unknown: a notebook has no file, so later changes of its code are not noticed"
+        )
     return run(session, experiment)
 
 
@@ -140,16 +156,23 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
         "devices": [device.device_kind for device in mesh.devices.flat],
         "mesh": dict(mesh.shape),
         "bits": environment.bitwise_settings(mesh, session.deterministic),
+        "started_in": str(Path.cwd()),
     }
     existing = folder.record()
+    check = RunCheck(
+        folder, existing, experiment, session.console, session.strict, session.accept_changed_data
+    )
+    record |= check.code(session.code)
+    first_folder = record["started_in"] if existing is None else existing.get("started_in")
+    paths.set_base_folders(session.file and session.file.parent, first_folder)
     notes = environment.changes(existing, record) if existing else []
     source = folder.init_from(session.init_from, session.init_map)
     record |= {"init_from": source} if source else {}
     sharding.check_batch(experiment.batch, mesh, accumulate=experiment.accumulate)
     if existing is not None:  # another run is refused before any data is opened
-        session.acquire(experiment, record)
+        folder.check(experiment)
     start = _Start(began, record, existing, source, notes)
-    program = assemble(experiment, mesh)
+    program = assemble(experiment, mesh, inspect=lambda sources: record.update(check.data(sources)))
     try:
         result = _run_program(session, program, start)
     finally:
@@ -210,7 +233,9 @@ def _prepare(session: Session, program: Program, start: _Start) -> Program:
         choice = decide(program, start.existing, session.deterministic)
     if choice.count > 1:
         console.note(f"{choice.count} updates per compiled call: {choice.why}")
-    session.acquire(program.experiment, start.record | program.choices | choice.record())
+    if start.existing is not None:
+        run_length.check_length(program, start.existing, folder.path, session.extend)
+    folder.acquire(session.name, program.experiment, start.record | program.choices | choice.record())
     return program.with_cadence(steps_per_execution=choice.count)
 
 

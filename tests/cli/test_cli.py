@@ -267,25 +267,19 @@ def test_errors_in_orbax_threads_are_shown_only_with_debug(monkeypatch):
     assert command_line.main(command, command_line.Parser("it", "It."), ["--debug"]) == 0 and len(seen) == 3
 
 
-def test_resuming_warns_of_changed_versions_and_code(tmp_path):
-    file, folder = tmp_path / "mine.py", tmp_path / "r"
-    file.write_text("x = 1")
-    record = {"origin": str(file), "file": environment.file_digest(str(file))}
+def test_resuming_warns_of_changed_versions(tmp_path):
+    folder, record = tmp_path / "r", {"origin": "mine.py"}
     assert RunFolder(folder).record() is None
     RunFolder(folder).acquire("mine", EXPERIMENT, record)
     assert environment.changes(RunFolder(folder).record(), record) == []
-    file.write_text("x = 2")
     found = json.loads((folder / "config.json").read_text())
     found["versions"]["jax"] = "0.1"
     (folder / "config.json").write_text(json.dumps(found))
-    versions, changed = environment.changes(
-        RunFolder(folder).record(), {**record, "file": environment.file_digest(str(file))}
-    )
+    (versions,) = environment.changes(RunFolder(folder).record(), record)
     assert RunFolder(folder).recorded_steps() == 0
     (folder / "metrics.jsonl").write_text('{"step": 5}\n{"step": 10}\n{"step": 1')
     assert RunFolder(folder).recorded_steps() == 10
     assert versions.startswith(f"jax was 0.1 and is {jax.__version__}: from here on numbers may differ")
-    assert changed.startswith(f"{file} has changed since this run started")
 
 
 @pytest.mark.full("tests/cli/test_listing.py")

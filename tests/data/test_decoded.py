@@ -93,14 +93,14 @@ def test_least_recently_used_are_removed_first(home):
     assert sorted(path.name for path in home.iterdir()) == ["a", "c"]
 
 
-def test_fingerprint_depends_on_split_and_files(home, tmp_path):
+def test_cache_key_depends_on_split_and_files(home, tmp_path):
     features = {"x": tfds.features.Tensor(shape=(2,), dtype=np.float32)}
     rows = [{"x": np.full(2, k, np.float32)} for k in range(3)]
     write_tfds(tmp_path / "data", "small", features, train=rows, test=rows)
     train, test = (TFDS("small", split, str(tmp_path / "data")) for split in ("train", "test"))
-    assert train.fingerprint() == dataclasses.replace(train).fingerprint() != test.fingerprint()
+    assert train.cache_key() == dataclasses.replace(train).cache_key() != test.cache_key()
     before = in_memory(train, 10**9).fields
-    assert [path.name for path in home.iterdir()] == [train.fingerprint()]
+    assert [path.name for path in home.iterdir()] == [train.cache_key()]
     again = in_memory(train, 10**9).fields
     for fields in (before, again):
         assert sorted(fields["x"][:, 0].tolist()) == [0, 1, 2] and fields["x"].dtype == np.float32

@@ -161,7 +161,7 @@ def test_file_is_split_as_in_tfds(tmp_path: Path) -> None:
     for size in (999, 1001, 1009, 1019):
         file, data = corpus(tmp_path, size)
         Path(file).rename(tmp_path / str(size))
-        parts = [text._read_split(str(tmp_path / str(size)), split) for split in SPLITS]
+        parts = [text._read_split(str(tmp_path / str(size)), (), split) for split in SPLITS]
         first = int(size * 0.9)
         assert [len(p) for p in parts] == [first, (size - first) // 2, size - first - (size - first) // 2]
         np.testing.assert_array_equal(np.concatenate(parts), data)
@@ -268,7 +268,7 @@ def test_vocabulary_comes_from_the_train_split(tmp_path: Path) -> None:
     assert words["test"] - words["train"]
     for split in SPLITS:
         source = LabelledText(split=split, files=files, words=99)
-        known = text._vocabulary(source._paths(), source._train(), 99)
+        known = text._vocabulary(source._stamped(), source._train(), 99)
         assert set(known) == words["train"] and list(known)[:2] == [b"neg", b"pos"]
         assert list(known.values()) == list(range(256, 256 + len(known)))
         first, label = source.gather(np.array([0]))["tokens"][0], seen[split][0][0].split()[1]
@@ -294,7 +294,7 @@ def test_rt_polarity() -> None:
     source = LabelledText(length=60, split="test", files=files, words=2000)
     assert source.class_names == ("rt-polarity.neg", "rt-polarity.pos")  # their stems are equal
     batch = everything(source)
-    known = text._vocabulary(source._paths(), source._train(), 2000)
+    known = text._vocabulary(source._stamped(), source._train(), 2000)
     assert list(known)[:3] == [b"the", b"a", b"and"] and batch["tokens"].max() < source.vocabulary
     # Decoding the tokens returns the words, also those encoded as bytes.
     decode_table = {256 + i: b" " + word + b" " for i, word in enumerate(known)}

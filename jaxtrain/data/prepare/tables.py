@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.files import write_bytes
+from jaxtrain.data import paths
 from jaxtrain.data.data_dir import default_data_dir, parse_name
 from jaxtrain.data.prepare.download import Progress, fetch
 from jaxtrain.data.prepare.originals import Member
@@ -44,8 +45,8 @@ def table_file(name: str, data_dir: str | os.PathLike[str] | None = None) -> Pat
     table = TABLES.get(base)
     if table is None or config is not None or version not in (None, table.version):
         return None
-    root = Path(data_dir).expanduser().absolute() if data_dir is not None else default_data_dir()
-    path = root / base / table.version / table.member.name
+    parent = default_data_dir() / base if data_dir is None else paths.resolve(Path(data_dir, base))
+    path = parent / table.version / table.member.name
     return path if path.is_file() else None
 
 

@@ -1,0 +1,214 @@
+"""What the data of a run are: lengths and checksums, by which a resumed run notices other data.
+
+Everything is compared that can be read in about a tenth of a second. Of files of more than ``FULL`` bytes,
+blocks are read that are spread evenly over them; of examples that are not in memory, ``ROWS``.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeGuard
+
+import numpy as np
+
+from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.text import first_line
+from jaxtrain.data import paths
+from jaxtrain.data.sources import Arrays, Source, Subset
+
+FULL = 64 * 2**20  # bytes of a source's files, or of an array, up to which all of them are read
+SAMPLE = 16 * 2**20  # bytes that are read of larger ones
+BLOCK = 64 * 2**10  # bytes read at a time
+ROWS = 32  # examples of a source of the user's own
+NAMED_FILES = 16  # more files of a source are one entry
+ALL_ROWS = ", all rows"
+CHECKSUM = re.compile(r" [0-9a-f]{16}$")
+UNSTABLE = "differs from one gather to the next"
+
+Identity = dict[str, str]
+"""What is compared of one source, by name: ``length``, ``file table.csv``, ``field image``, ..."""
+
+
+class _FileSource(Source, Protocol):
+    def data_files(self) -> tuple[Path, ...]: ...
+
+
+def identify(name: str, source: Source, opened: Source | None = None) -> Identity:
+    """Return the identity of a source.
+
+    Args:
+      name: of its split, for messages.
+      source: as the experiment names it.
+      opened: the same examples, in memory where they fit; saves a second read.
+
+    Raises:
+      InputError: the source's ``fingerprint()`` does not return a str.
+      RunError: a source of the user's own fails.
+
+    >>> identify("train", Arrays({"label": np.arange(3, dtype=np.int32)}))
+    {'length': '3', 'field label': 'int32[3] ad5dc1478de06a4c'}
+    """
+    try:
+        return {"length": f"{len(source)}", **dict(_parts(source, source if opened is None else opened))}
+    except (InputError, RunError):
+        raise
+    except Exception as error:  # from the user's own code
+        raise RunError(
+            f"{name}: {type(source).__name__} cannot be identified: {type(error).__name__}: "
+            f"{first_line(error)} (--debug shows where)"
+        ) from error
+
+
+def differences(before: Mapping[str, Identity], now: Mapping[str, Identity]) -> list[str]:
+    """Return how two identities of a run's splits differ, one text per difference.
+
+    >>> differences({"test": {"length": "3"}}, {"test": {"length": "4"}})
+    ['test: length was 3 and is 4']
+    """
+    lines = []
+    for split in [*now, *(split for split in before if split not in now)]:
+        old, new = before.get(split, {}), now.get(split, {})
+        for part in [*new, *(part for part in old if part not in new)]:
+            was, is_ = old.get(part, "absent"), new.get(part, "absent")
+            # what fits in memory there may not here, and nothing is known of rows that vary
+            incomparable = (part.endswith(ALL_ROWS) and "absent" in (was, is_)) or UNSTABLE in (was, is_)
+            in_full = part + ALL_ROWS in old and part + ALL_ROWS in new
+            if was != is_ and not incomparable and not in_full:
+                lines.append(f"{split}: {_difference(part.removesuffix(ALL_ROWS), was, is_)}")
+    return lines
+
+
+def _difference(part: str, was: str, is_: str) -> str:
+    """Say how a part differs, by size or shape where that tells it, since a checksum tells nothing."""
+    old, new = (text.rpartition(" ")[0] if CHECKSUM.search(text) else text for text in (was, is_))
+    return f"{part} ({new}) has other contents" if old == new else f"{part} was {old} and is {new}"
+
+
+def files_of(source: Source) -> list[str]:
+    """Return the absolute paths of the files that a source of jaxtrain reads; [] for another source."""
+    while isinstance(source, Subset):
+        source = source.source
+    return [str(path) for path in source.data_files()] if _reads_files(source) else []
+
+
+def _reads_files(source: Any) -> TypeGuard[_FileSource]:
+    """Return whether it is a source of jaxtrain, or derived from one, that names its files."""
+    classes = [kind for kind in type(source).__mro__ if "data_files" in vars(kind)]
+    return bool(classes) and classes[-1].__module__.startswith("jaxtrain.")
+
+
+def _parts(source: Source, opened: Source) -> Iterator[tuple[str, str]]:
+    kind = type(source)
+    if (fingerprint := getattr(source, "fingerprint", None)) is not None:
+        yield "fingerprint", _fingerprint(source, fingerprint)
+        return
+    if isinstance(source, Arrays):
+        yield from ((f"field {name}", digest_array(array)) for name, array in source.fields.items())
+    elif isinstance(source, Subset) and (_reads_files(source.source) or isinstance(source.source, Arrays)):
+        yield from _parts(source.source, source.source)
+        yield "indices", digest_array(np.asarray(source.indices))
+    elif _reads_files(source):
+        yield from digest_files(source.data_files()).items()
+    else:
+        yield from _own(source, opened)
+        return
+    if not kind.__module__.startswith("jaxtrain."):  # its methods may read something else
+        yield from _own(source, opened)
+
+
+def _fingerprint(source: Source, fingerprint: Any) -> str:
+    text = fingerprint()
+    if not isinstance(text, str):
+        raise InputError(
+            f"{type(source).__name__}.fingerprint() returned {type(text).__name__}: it must return a str"
+        )
+    return text if len(text) <= 64 else _hex(hashlib.sha256(text.encode()))
+
+
+def _own(source: Source, opened: Source) -> Iterator[tuple[str, str]]:
+    """Identify a source by its examples, and by the sources inside it."""
+    ids = np.unique(np.linspace(0, len(source) - 1, min(ROWS, len(source))).astype(np.int64))
+    rows = {name: np.asarray(array) for name, array in opened.gather(ids).items()}
+    again = source.gather(ids[::4])
+    for name, array in rows.items():
+        stable = digest_array(np.asarray(again[name])) == digest_array(array[::4])
+        yield f"field {name}", digest_array(array) if stable else UNSTABLE
+        if stable and isinstance(opened, Arrays):
+            yield f"field {name}{ALL_ROWS}", digest_array(opened.fields[name])
+    for name, inner in _inner(source):
+        yield from ((f"{name} {part}", text) for part, text in _parts(inner, inner))
+
+
+def _inner(source: Source) -> Iterator[tuple[str, Source]]:
+    """Yield the sources of jaxtrain that an object of the user's own holds, such as those it joins."""
+    if isinstance(source, Arrays):
+        return
+    for name, value in vars(source).items() if hasattr(source, "__dict__") else ():
+        items = value if isinstance(value, list | tuple) else [value]
+        for number, item in enumerate(items):
+            if isinstance(item, Arrays) or _reads_files(item):
+                yield f"{name}[{number}]" if items is value else name, item
+
+
+def digest_array(array: np.ndarray) -> str:
+    """Return dtype, shape and a checksum; of more than ``FULL`` bytes, of rows spread evenly.
+
+    >>> digest_array(np.zeros((2, 3), np.uint8))
+    'uint8[2, 3] b0f66adc83641586'
+    """
+    text = f"{array.dtype}{list(array.shape)}"
+    if array.nbytes > FULL:
+        count = max(ROWS, SAMPLE * len(array) // array.nbytes)
+        array = array[np.unique(np.linspace(0, len(array) - 1, count).astype(np.int64))]
+    if array.dtype.hasobject:
+        data: Any = repr(array.tolist()).encode()
+    else:  # as bytes, because not every dtype is a buffer (bfloat16)
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8) if array.size else b""
+    return f"{text} {_hex(hashlib.sha256(data))}"
+
+
+def digest_files(files: Sequence[Path]) -> dict[str, str]:
+    """Return size and checksum of files, by name; of more than ``FULL`` bytes in all, of blocks of them.
+
+    Depends on nothing but names and contents: a copy on another host has the same.
+    """
+    stamps = [paths.stamp(path) for path in files]
+    sizes = [stamp[0] if stamp else 0 for stamp in stamps]
+    step = BLOCK if sum(sizes) <= FULL else BLOCK * sum(sizes) // SAMPLE
+    found: dict[str, str] = {}
+    whole, start = step == BLOCK, 0  # start of the file in the one that all would make together
+    for path, stamp, size in zip(files, stamps, sizes, strict=True):
+        text = f"{size} bytes {_digest_file(str(path), stamp, step, 0 if whole else -start % step)}"
+        name = f"file {path.name}"
+        found[f"{name} ({len(found) + 1})" if name in found else name] = text
+        start += size
+    if len(found) <= NAMED_FILES:
+        return found
+    together = hashlib.sha256(repr(list(found.items())).encode())
+    return {f"{len(files)} files": f"{sum(sizes)} bytes {_hex(together)}"}
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest_file(path: str, _: tuple[int, ...], step: int, offset: int) -> str:
+    """Hash a block at ``offset`` and at every ``step`` bytes after it.
+
+    The stamp is part of the cache's key: splits of the same file read it once.
+    """
+    digest = hashlib.sha256()
+    with Path(path).open("rb", buffering=0) as file:
+        if step == BLOCK:
+            return _hex(hashlib.file_digest(file, "sha256"))
+        for position in range(offset, file.seek(0, os.SEEK_END), step):
+            file.seek(position)
+            digest.update(file.read(BLOCK))
+    return _hex(digest)
+
+
+def _hex(digest: Any) -> str:
+    text: str = digest.hexdigest()[:16]
+    return text
