@@ -75,6 +75,7 @@ class RecordedRun:
         Raises:
           InputError: they have changed, and ``accept`` is False.
         """
+        _warn(paths.notes())
         if "data" not in self.record:
             _warn([identity.NOT_RECORDED])
             return
