@@ -1,4 +1,4 @@
-"""A run is what it was computed from: changed data are refused, changed code is named, paths stay the same."""
+"""A run is what it was computed from: changed data are refused, changed code is named."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import jaxtrain
-from jaxtrain import data, losses, models, optim, run
+from jaxtrain import losses, models, optim, run
 from jaxtrain.cli import evaluate
 from jaxtrain.core import user_modules
 from jaxtrain.train.run_folder import RunFolder, resumed_record
