@@ -1,7 +1,8 @@
 """What the data of a run are: lengths and checksums, by which a resumed run notices other data.
 
 Everything is compared that can be read in about a tenth of a second. Of files of more than ``FULL`` bytes,
-blocks are read that are spread evenly over them; of examples that are not in memory, ``ROWS``.
+blocks are read that are spread evenly over them; of examples that are not in memory, ``ROWS``. The checksums
+are CRC-32C, which finds accidents and is ten times as fast as SHA-256.
 """
 
 from __future__ import annotations
@@ -15,19 +16,21 @@ from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
 import numpy as np
+from crc32c import crc32c
 
+from jaxtrain.core import redact
 from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.text import first_line
 from jaxtrain.data import paths
 from jaxtrain.data.sources import Arrays, Source, Subset
 
-FULL = 64 * 2**20  # bytes of a source's files, or of an array, up to which all of them are read
-SAMPLE = 16 * 2**20  # bytes that are read of larger ones
+FULL = 256 * 2**20  # bytes of a source's files, or of an array, up to which all of them are read
+SAMPLE = 32 * 2**20  # bytes that are read of larger ones
 BLOCK = 64 * 2**10  # bytes read at a time
 ROWS = 32  # examples of a source of the user's own
 NAMED_FILES = 16  # more files of a source are one entry
 ALL_ROWS = ", all rows"
-CHECKSUM = re.compile(r" [0-9a-f]{16}$")
+CHECKSUM = re.compile(r" [0-9a-f]{8}$")
 UNSTABLE = "differs from one gather to the next"
 
 Identity = dict[str, str]
@@ -51,7 +54,7 @@ def identify(name: str, source: Source, opened: Source | None = None) -> Identit
       RunError: a source of the user's own fails.
 
     >>> identify("train", Arrays({"label": np.arange(3, dtype=np.int32)}))
-    {'length': '3', 'field label': 'int32[3] ad5dc1478de06a4c'}
+    {'length': '3', 'field label': 'int32[3] dd3bebfb'}
     """
     try:
         return {"length": f"{len(source)}", **dict(_parts(source, source if opened is None else opened))}
@@ -127,7 +130,7 @@ def _fingerprint(source: Source, fingerprint: Any) -> str:
         raise InputError(
             f"{type(source).__name__}.fingerprint() returned {type(text).__name__}: it must return a str"
         )
-    return text if len(text) <= 64 else _hex(hashlib.sha256(text.encode()))
+    return redact.redact_urls(text) if len(text) <= 64 else hashlib.sha256(text.encode()).hexdigest()
 
 
 def _own(source: Source, opened: Source) -> Iterator[tuple[str, str]]:
@@ -159,7 +162,7 @@ def digest_array(array: np.ndarray) -> str:
     """Return dtype, shape and a checksum; of more than ``FULL`` bytes, of rows spread evenly.
 
     >>> digest_array(np.zeros((2, 3), np.uint8))
-    'uint8[2, 3] b0f66adc83641586'
+    'uint8[2, 3] 572a7c8a'
     """
     text = f"{array.dtype}{list(array.shape)}"
     if array.nbytes > FULL:
@@ -169,7 +172,7 @@ def digest_array(array: np.ndarray) -> str:
         data: Any = repr(array.tolist()).encode()
     else:  # as bytes, because not every dtype is a buffer (bfloat16)
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8) if array.size else b""
-    return f"{text} {_hex(hashlib.sha256(data))}"
+    return f"{text} {crc32c(data):08x}"
 
 
 def digest_files(files: Sequence[Path]) -> dict[str, str]:
@@ -183,32 +186,26 @@ def digest_files(files: Sequence[Path]) -> dict[str, str]:
     found: dict[str, str] = {}
     whole, start = step == BLOCK, 0  # start of the file in the one that all would make together
     for path, stamp, size in zip(files, stamps, sizes, strict=True):
-        text = f"{size} bytes {_digest_file(str(path), stamp, step, 0 if whole else -start % step)}"
+        checksum = _checksum(str(path), stamp, step, 0 if whole else -start % step)
+        text = f"{size} bytes {checksum:08x}"
         name = f"file {path.name}"
         found[f"{name} ({len(found) + 1})" if name in found else name] = text
         start += size
     if len(found) <= NAMED_FILES:
         return found
-    together = hashlib.sha256(repr(list(found.items())).encode())
-    return {f"{len(files)} files": f"{sum(sizes)} bytes {_hex(together)}"}
+    together = crc32c(repr(list(found.items())).encode())
+    return {f"{len(files)} files": f"{sum(sizes)} bytes {together:08x}"}
 
 
 @functools.lru_cache(maxsize=4096)
-def _digest_file(path: str, _: tuple[int, ...], step: int, offset: int) -> str:
-    """Hash a block at ``offset`` and at every ``step`` bytes after it.
+def _checksum(path: str, _: tuple[int, ...], step: int, offset: int) -> int:
+    """Return the CRC-32C of a block at ``offset`` and at every ``step`` bytes after it.
 
     The stamp is part of the cache's key: splits of the same file read it once.
     """
-    digest = hashlib.sha256()
+    checksum = 0
     with Path(path).open("rb", buffering=0) as file:
-        if step == BLOCK:
-            return _hex(hashlib.file_digest(file, "sha256"))
         for position in range(offset, file.seek(0, os.SEEK_END), step):
             file.seek(position)
-            digest.update(file.read(BLOCK))
-    return _hex(digest)
-
-
-def _hex(digest: Any) -> str:
-    text: str = digest.hexdigest()[:16]
-    return text
+            checksum = crc32c(file.read(BLOCK), checksum)
+    return checksum

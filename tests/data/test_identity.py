@@ -111,7 +111,7 @@ def test_a_source_may_name_its_own_fingerprint() -> None:
 
     assert changed(Named("v1"), Named("v1")) == []
     assert changed(Named("v1"), Named("v2")) == ["s: fingerprint was v1 and is v2"]
-    assert len(identify("s", Named("long" * 99))["fingerprint"]) == 16
+    assert len(identify("s", Named("long" * 99))["fingerprint"]) == 64
     with pytest.raises(InputError, match=r"Named.fingerprint\(\) returned int: it must return a str"):
         identify("s", Named(3))
     assert data.in_memory(Named("../v1"), 2**20) is not None  # names no file of the cache
