@@ -63,14 +63,15 @@ def digests(module: types.ModuleType | None, experiment: Any) -> dict[str, str]:
 
 def main_module() -> types.ModuleType | None:
     """Return the script that this process runs; None in a notebook, an interactive session or a tool."""
-    main = sys.modules.get("__main__")
-    path = None if main is None else _file_of("__main__")
-    return main if path is not None and _is_own(path) else None
+    path = _file_of("__main__")
+    own = path is not None and path.is_file() and _is_own(path)
+    return sys.modules["__main__"] if own else None
 
 
 def is_interactive() -> bool:
     """Return whether ``__main__`` has no file, as in a notebook: its code cannot be compared later."""
-    return getattr(sys.modules.get("__main__"), "__file__", None) is None
+    path = _file_of("__main__")
+    return path is None or not path.is_file()  # what is read from stdin has the name <stdin>
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -22,8 +22,10 @@ from jaxtrain.train import environment
 
 P = ParamSpec("P")
 T = TypeVar("T")
-CONDITIONS = ("code", "devices", "mesh", "bits", "versions", "git", "started_in")
+CONDITIONS = ("code", "devices", "mesh", "bits", "versions", "git")
 """Entries of ``config.json`` that are not settings: those of the first start stay."""
+TYPES = {"code": dict, "steps": int, "started_in": str, "resumed": list, "accepted_data": list}
+"""Types of entries of ``config.json``, which older versions did not write."""
 
 
 def default_folder(name: str, experiment: Experiment) -> Path:
@@ -270,7 +272,10 @@ def load(folder: Path) -> dict[str, Any]:
             source[0],
             *source[1],
         ]
-        if not all(isinstance(text, str) for text in texts):
+        texts += [text for parts in record.get("data", {}).values() for text in parts.values()]
+        typed = all(isinstance(record.get(name, kind()), kind) for name, kind in TYPES.items())
+        typed = typed and all(isinstance(entry, dict) for entry in record.get("resumed", ()))
+        if not typed or not all(isinstance(text, str) for text in texts):
             raise ValueError("a field has the wrong type")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise RunError(f"{path} cannot be read ({error}): restore it from a copy") from error
@@ -316,7 +321,7 @@ def resumed_record(known: dict[str, Any], now: dict[str, Any], step: int) -> dic
     >>> resumed_record({"run": "1", "mesh": {"data": 1}}, {"run": "2", "mesh": {"data": 2}}, 7)
     {'run': '1', 'mesh': {'data': 1}, 'resumed': [{'step': 7, 'mesh': {'data': 2}}]}
     """
-    first = {name: known[name] for name in (*CONDITIONS, "run") if known.get(name) is not None}
+    first = {name: known[name] for name in (*CONDITIONS, "run", "started_in") if known.get(name) is not None}
     last = dict(first)
     for entry in known.get("resumed", ()):
         last |= entry

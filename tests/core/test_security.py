@@ -318,7 +318,18 @@ def test_a_run_record_runs_no_code(name, tmp_path, trap, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"name": 3}, {"config": []}, {"config": {"a": 1}}, {"overrides": [1]}, {"init_from": "x"}]
+    "wrong",
+    [
+        {"name": 3},
+        {"config": []},
+        {"config": {"a": 1}},
+        {"overrides": [1]},
+        {"init_from": "x"},
+        {"data": [1]},
+        {"data": {"train": {"length": 1}}},
+        {"resumed": [1]},
+        {"code": 1},
+    ],
 )
 def test_a_malformed_run_record_is_a_one_line_error(wrong, tmp_path):
     record = {"name": "a", "config": {}} | wrong

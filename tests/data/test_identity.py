@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+from fixtures_data import write_tfds
 
 from jaxtrain import data
 from jaxtrain.core.errors import InputError, RunError
@@ -151,6 +153,23 @@ def test_files_are_their_sizes_and_contents(tmp_path: Path) -> None:
     for path in many:
         path.write_bytes(path.name.encode())
     assert list(digest_files(many)) == ["20 files"]
+
+
+def test_a_data_set_of_tfds_is_its_files(tmp_path: Path) -> None:
+    features = {"x": tfds.features.Tensor(shape=(2,), dtype=np.float32)}
+    rows = [{"x": np.full(2, k, np.float32)} for k in range(20)]
+    for folder in ("one", "other"):
+        write_tfds(tmp_path / folder, "small", features, train=rows, test=rows)
+        rows[7]["x"] = np.full(2, 7.5, np.float32)
+    one, other = (
+        {"s": identify("s", data.TFDS("small", "train", str(tmp_path / f)))} for f in ("one", "other")
+    )
+    name = "small-train.array_record-00000-of-00001"
+    assert list(one["s"]) == ["length", f"file {name}", "file features.json"]
+    (difference,) = differences(one, other)
+    assert difference.startswith(f"s: file {name} (") and difference.endswith("has other contents")
+    images = data.Images(data.TFDS("small", "train", str(tmp_path / "one")), size=8)
+    assert identify("s", images) == one["s"]  # its settings are in the config
 
 
 def test_of_large_files_and_arrays_a_sample_is_read(tmp_path: Path, monkeypatch: Any) -> None:

@@ -64,6 +64,8 @@ def test_a_notebook_has_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not code.is_interactive()
     monkeypatch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
     assert code.is_interactive() and code.main_module() is None
+    sys.modules["__main__"].__file__ = "<stdin>"
+    assert code.is_interactive() and code.main_module() is None
 
 
 def test_a_script_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
