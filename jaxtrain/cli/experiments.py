@@ -88,7 +88,7 @@ class RecordedRun:
             _warn([identity.accepted_note(own)])
             run_folder.RunFolder(self.folder).accept_data("evaluate", own)
         if others := [text for text in changed if text not in own]:
-            _warn([f"the data have changed since this run started: {', '.join(others)}"])
+            _warn([f"the data have changed since this run started: {identity.shorten(others)}"])
 
     def restore(self, which: str, abstract: State) -> tuple[checkpoint.CheckpointInfo, State]:
         """Read the checkpoint that ``--checkpoint`` names; returns its description and its state.

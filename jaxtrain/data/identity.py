@@ -32,6 +32,7 @@ NAMED_FILES = 16  # more files of a source are one entry
 ALL_ROWS = ", all rows"
 CHECKSUM = re.compile(r" [0-9a-f]{8}$")
 UNSTABLE = "differs from one gather to the next"
+UNREADABLE = "cannot be read"
 
 Identity = dict[str, str]
 """What is compared of one source, by name: ``length``, ``file table.csv``, ``field image``, ..."""
@@ -76,12 +77,17 @@ def differences(before: Mapping[str, Identity], now: Mapping[str, Identity]) -> 
     lines = []
     for split in [*now, *(split for split in before if split not in now)]:
         old, new = before.get(split, {}), now.get(split, {})
+        unreadable = UNREADABLE in (*old.values(), *new.values())
         for part in [*new, *(part for part in old if part not in new)]:
             was, is_ = old.get(part, "absent"), new.get(part, "absent")
-            # what fits in memory there may not here, and nothing is known of rows that vary
-            incomparable = (part.endswith(ALL_ROWS) and "absent" in (was, is_)) or UNSTABLE in (was, is_)
-            in_full = part + ALL_ROWS in old and part + ALL_ROWS in new
-            if was != is_ and not incomparable and not in_full:
+            if part.endswith(ALL_ROWS):  # what fits in memory there may not here
+                comparable = "absent" not in (was, is_)
+            else:
+                in_full = part + ALL_ROWS in old and part + ALL_ROWS in new
+                comparable = not in_full and UNSTABLE not in (was, is_)
+            if unreadable and ("field " in part or UNREADABLE in (was, is_)):
+                comparable = False
+            if was != is_ and comparable:
                 lines.append(f"{split}: {_difference(part.removesuffix(ALL_ROWS), was, is_)}")
     return lines
 
@@ -136,8 +142,12 @@ def _fingerprint(source: Source, fingerprint: Any) -> str:
 def _own(source: Source, opened: Source) -> Iterator[tuple[str, str]]:
     """Identify a source by its examples, and by the sources inside it."""
     ids = np.unique(np.linspace(0, len(source) - 1, min(ROWS, len(source))).astype(np.int64))
-    rows = {name: np.asarray(array) for name, array in opened.gather(ids).items()}
-    again = source.gather(ids[::4])
+    try:
+        rows = {name: np.asarray(array) for name, array in opened.gather(ids).items()}
+        again = source.gather(ids[::4])
+    except Exception:  # an error of the run, where it reads this example
+        yield "examples", UNREADABLE
+        return
     for name, array in rows.items():
         stable = digest_array(np.asarray(again[name])) == digest_array(array[::4])
         yield f"field {name}", digest_array(array) if stable else UNSTABLE

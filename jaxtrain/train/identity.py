@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.data import Source, paths
-from jaxtrain.data.identity import UNSTABLE, differences, files_of, identify
+from jaxtrain.data.identity import UNREADABLE, UNSTABLE, differences, files_of, identify
 from jaxtrain.experiment import Experiment
 from jaxtrain.experiment import code as experiment_code
 from jaxtrain.monitor import Console
@@ -124,7 +124,7 @@ def check_code(
     changed = experiment_code.changes(known["code"], code) if known.get("code") else []
     if not changed:
         return []
-    text = f"code has changed since this run started: {_shorten(changed)}"
+    text = f"code has changed since this run started: {shorten(changed)}"
     if strict:
         raise InputError(f"{text}; restore it, start a fresh run with --new, or leave out --strict")
     return [f"{text}: {effect}"]
@@ -157,7 +157,7 @@ def _describe(experiment: Experiment, opened: Mapping[str, Source]) -> dict[str,
 
 
 def _unstable_notes(data: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """Return a line for each split whose source gathers other values each time."""
+    """Return a line for each split whose examples cannot be compared later."""
     lines = []
     for split, parts in data.items():
         names = [part.removeprefix("field ") for part, text in parts.items() if text == UNSTABLE]
@@ -165,6 +165,10 @@ def _unstable_notes(data: Mapping[str, Mapping[str, str]]) -> list[str]:
             lines.append(
                 f"{split}: {', '.join(names)} differs when the same rows are gathered again: gather must be "
                 "a pure function of the ids, or a resumed run is not the same"
+            )
+        if UNREADABLE in parts.values():
+            lines.append(
+                f"{split}: an example cannot be read, so the data are not compared with those of later"
             )
     return lines
 
@@ -184,16 +188,17 @@ def refuse(folder: Path, changed: list[str], use: str, since: str = "started") -
       since: what they have changed since: the run ``"started"`` or ``"finished"``.
     """
     return InputError(
-        f"{folder}: the data have changed since this run {since}: {_shorten(changed)}; restore them, start a "
+        f"{folder}: the data have changed since this run {since}: {shorten(changed)}; restore them, start a "
         f"fresh run with --new, or {use} with --accept-changed-data (jaxtrain.fit: accept_changed_data=True)"
     )
 
 
 def accepted_note(changed: list[str]) -> str:
     """Return the line that is shown where changed data are accepted."""
-    return f"changed data are accepted: {_shorten(changed)}"
+    return f"changed data are accepted: {shorten(changed)}"
 
 
-def _shorten(texts: list[str]) -> str:
+def shorten(texts: list[str]) -> str:
+    """Return the first differences, and the number of the others."""
     more = f", and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
     return ", ".join(texts[:SHOWN]) + more

@@ -162,7 +162,6 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
     check = RunCheck(
         folder, existing, experiment, session.console, session.strict, session.accept_changed_data
     )
-    record |= check.code(session.code)
     first_folder = record["started_in"] if existing is None else existing.get("started_in")
     paths.set_base_folders(session.file and session.file.parent, first_folder)
     notes = environment.changes(existing, record) if existing else []
@@ -171,6 +170,7 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
     sharding.check_batch(experiment.batch, mesh, accumulate=experiment.accumulate)
     if existing is not None:  # another run is refused before any data is opened
         folder.check(experiment)
+    record |= check.code(session.code)
     start = _Start(began, record, existing, source, notes)
     program = assemble(experiment, mesh, inspect=lambda sources: record.update(check.data(sources)))
     try:
@@ -225,6 +225,8 @@ def _run_program(session: Session, program: Program, start: _Start) -> dict[str,
 def _prepare(session: Session, program: Program, start: _Start) -> Program:
     """Check everything that can be checked, measure what is to be measured, then acquire the folder."""
     folder, console = session.folder, session.console
+    if start.existing is not None:
+        run_length.check_length(program, start.existing, folder.path, session.extend)
     multihost.on_process_0(lambda: capacity.check_disk(program, folder.path), "disk")
     capacity.check_memory(program)
     if start.init_from and start.existing is None:  # a run that cannot begin leaves no folder
@@ -233,8 +235,6 @@ def _prepare(session: Session, program: Program, start: _Start) -> Program:
         choice = decide(program, start.existing, session.deterministic)
     if choice.count > 1:
         console.note(f"{choice.count} updates per compiled call: {choice.why}")
-    if start.existing is not None:
-        run_length.check_length(program, start.existing, folder.path, session.extend)
     folder.acquire(session.name, program.experiment, start.record | program.choices | choice.record())
     return program.with_cadence(steps_per_execution=choice.count)
 

@@ -119,7 +119,7 @@ def test_another_backend_is_refused(monkeypatch):
         devices.make_mesh(args)
 
 
-@pytest.mark.full("tests/cli/test_cli.py::test_resuming_warns_of_changed_versions_and_code")
+@pytest.mark.full("tests/cli/test_cli.py::test_resuming_warns_of_changed_versions")
 def test_resuming_with_other_cores_or_flags_prints_a_warning(small, capsys, monkeypatch):
     words = ["run", "--experiment", small, "--workdir", "r", "--devices", "1"]
     assert commands.main(words) == 0

@@ -128,13 +128,20 @@ def test_random_rows_are_no_changed_data() -> None:
     assert changed(Noisy(), Noisy()) == []
 
 
-def test_a_source_that_fails_is_one_line() -> None:
+def test_a_source_that_fails() -> None:
     class Broken(Own):
         def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
             raise OSError("no such\nfile")
 
-    with pytest.raises(RunError, match=r"^s: Broken cannot be identified: OSError: no such \(--debug"):
-        identify("s", Broken())
+    assert identify("s", Broken()) == {"length": "100", "examples": "cannot be read"}  # the run says why
+    assert changed(Broken(), Broken()) == [] == changed(Broken(), Own())
+
+    class Worse(Own):
+        def fingerprint(self) -> str:
+            raise OSError("no such\nfile")
+
+    with pytest.raises(RunError, match=r"^s: Worse cannot be identified: OSError: no such \(--debug"):
+        identify("s", Worse())
 
 
 def test_files_are_their_sizes_and_contents(tmp_path: Path) -> None:
