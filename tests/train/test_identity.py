@@ -153,35 +153,45 @@ def test_a_run_that_saved_nothing_may_begin_with_other_data(train: Any, project:
     assert config()["data"]["train"]["length"] == "38"
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new"),
-    [
-        ("exp.py", "return scaled(loss), metrics", "return 2 * scaled(loss), metrics"),
-        ("helpers.py", "FACTOR * x", "FACTOR * x * 2"),
-        ("constants.py", "1.0", "2.0"),
-        ("nets/blocks.py", "8", "9"),
-    ],
-)
-def test_changed_code_is_named(train: Any, project: Path, file: str, old: str, new: str) -> None:
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_changed_code_of_a_finished_run_is_named(train: Any, project: Path) -> None:
     assert train()[0] == 0
-    assert set(config()["code"]) == {
-        "exp.py",
-        "helpers.py",
-        "constants.py",
-        "nets/__init__.py",
-        "nets/blocks.py",
-    }
-    path = project / file
-    path.write_text(path.read_text().replace(old, new))
-    code, text = train()
-    line = f"code has changed since this run started: {file}: its result is of the code before"
-    assert code == 0 and line in text.splitlines()
-    code, text = train(*MORE)
-    line = f"code has changed since this run started: {file}: it may behave differently from here on"
-    assert code == 0 and line in text.splitlines()
-    assert [list(entry["code"]) for entry in config()["resumed"]] == [list(config()["code"])]
+    files = ["constants.py", "exp.py", "helpers.py", "nets/__init__.py", "nets/blocks.py"]
+    assert list(config()["code"]) == files
+    changed: list[str] = []
+    for file, old, new in (
+        ("nets/blocks.py", "8", "9"),
+        ("constants.py", "1.0", "2.0"),
+        ("exp.py", "return scaled(loss), metrics", "return 2 * scaled(loss), metrics"),
+    ):
+        edit(project / file, old, new)
+        changed = sorted([*changed, file])
+        code, text = train()
+        line = (
+            f"code has changed since this run started: {', '.join(changed)}: its result is of the code before"
+        )
+        assert code == 0 and line in text.splitlines()
+
+
+def test_changed_code_of_a_resumed_run_is_named(train: Any, command: Any, project: Path) -> None:
+    assert train()[0] == 0
+    edit(project / "helpers.py", "FACTOR * x", "2 * FACTOR * x")
+    line = "code has changed since this run started: helpers.py"
     code, text = train(*MORE, "--strict")
-    assert code == 2 and f"code has changed since this run started: {file}; restore it" in text
+    assert code == 2 and f"{line}; restore it" in text and "resumed" not in config()
+    code, text = train(*MORE)
+    assert code == 0 and f"{line}: it may behave differently from here on" in text.splitlines()
+    (entry,) = config()["resumed"]
+    assert entry["step"] == 2 and entry["code"]["helpers.py"] != config()["code"]["helpers.py"]
+    words = ("--workdir", "w", "--experiment", "exp.py")
+    code, text = command(evaluate.main, *words)
+    assert code == 0 and f"{line}: its results may differ" in text.splitlines()
+    assert command(evaluate.main, *words, "--strict")[0] == 2
 
 
 def test_a_copy_of_everything_is_no_change(train: Any, command: Any, project: Path, tmp_path: Path) -> None:
