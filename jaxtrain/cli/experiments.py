@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,23 +32,19 @@ def load_experiment(
     working directory of a run's first start.
     """
     entry = find(name)
-    file = file_of(entry.origin)
-    paths.set_base_folders(file and file.parent, started_in)
+    if entry.point is None:  # before it is imported, because it may open its data at once
+        paths.set_base_folders(Path(entry.origin).parent, started_in)
     experiment, _ = entry.load()
+    paths.set_base_folders(module_file(entry.module()).parent, started_in)
     config_text(experiment)  # registers its secrets: from here on they are redacted, like those of --set
     for setting in settings:
         redact.redact_setting(setting)
     return entry.name, entry.origin, override(experiment, list(settings))
 
 
-def file_of(origin: str) -> Path | None:
-    """Return the file of an experiment's origin; None for an entry point."""
-    return Path(origin) if Path(origin).is_file() else None
-
-
-def code_of(name: str, experiment: Experiment) -> dict[str, str]:
-    """Return checksums of the code of the experiment that ``--experiment`` names."""
-    return code.digests(find(name).module(), experiment)
+def module_file(module: ModuleType) -> Path:
+    """Return the file of an experiment's module."""
+    return Path(str(module.__file__))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +117,8 @@ def open_run(args: argparse.Namespace) -> RecordedRun:
     folder = command_line.workdir_path(args.workdir)
     record = run_folder.load(folder)
     name, experiment = load_recorded(record, folder, args.experiment)
-    return RecordedRun(folder, record, name, experiment, code_of(args.experiment or name, experiment))
+    digests = code.digests(find(args.experiment or name).module(), experiment)
+    return RecordedRun(folder, record, name, experiment, digests)
 
 
 def load_recorded(

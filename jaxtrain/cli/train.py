@@ -12,7 +12,7 @@ from jaxtrain.core import redact
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.process import cores
 from jaxtrain.core.signals import GRACE
-from jaxtrain.experiment import Experiment
+from jaxtrain.experiment import Experiment, code, find
 from jaxtrain.monitor import make_console
 from jaxtrain.sharding import multihost
 from jaxtrain.train import capacity, environment, run_folder, session
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.overfit is not None:
         experiment = experiments.overfit(experiment, args.overfit)
+    module = find(args.experiment).module()
     folder = _folder(name, experiment, args)
     if args.deterministic:
         on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -55,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
         deterministic=args.deterministic,
         extend=args.extend,
         accept_changed_data=args.accept_changed_data,
-        file=experiments.file_of(origin),
-        code=experiments.code_of(args.experiment, experiment),
+        file=experiments.module_file(module),
+        code=code.digests(module, experiment),
         resume=args.resume,
         init_from=args.init_from,
         init_map=args.init_map,

@@ -99,10 +99,14 @@ def _difference(part: str, was: str, is_: str) -> str:
 
 
 def files_of(source: Source) -> list[str]:
-    """Return the absolute paths of the files that a source of jaxtrain reads; [] for another source."""
+    """Return the paths of the files that a source of jaxtrain reads, or of their folder if there are many.
+
+    [] for another source.
+    """
     while isinstance(source, Subset):
         source = source.source
-    return [str(path) for path in source.data_files()] if _reads_files(source) else []
+    files = source.data_files() if _reads_files(source) else ()
+    return sorted({str(path if len(files) <= NAMED_FILES else path.parent) for path in files})
 
 
 def _reads_files(source: Any) -> TypeGuard[_FileSource]:

@@ -38,6 +38,7 @@ class RunCheck:
       console: shows what has changed.
       strict: refuse changed code.
       accept: continue on changed data.
+      accepted: how the data have changed, where that was accepted.
     """
 
     folder: RunFolder
@@ -46,6 +47,7 @@ class RunCheck:
     console: Console
     strict: bool = False
     accept: bool = False
+    accepted: list[str] = dataclasses.field(default_factory=list)
 
     def code(self, code: Mapping[str, str] | None) -> dict[str, Any]:
         """Show a line where the code has changed; returns the entry ``code`` of the record.
@@ -56,7 +58,7 @@ class RunCheck:
         code = multihost.on_process_0(lambda: code, "code")
         if code is None:
             return {}
-        if self._has_state() and self.record is not None:
+        if self.record is not None and self.folder.has_state():
             effect = "it may behave differently from here on"
             if self._is_finished():
                 effect = "its result is of the code before"
@@ -77,27 +79,26 @@ class RunCheck:
         for note in (*paths.notes(), *_unstable_notes(found["data"])):
             self.console.note(note)
         known = self.record
-        if known is None or not self._has_state():
-            return found
+        if known is None or not self.folder.has_state():
+            return found  # nothing was computed from other data
         if "data" not in known:
             self.console.note(NOT_RECORDED)
             return found
         changed = data_changes(known, found["data"])
         if not changed:
             return {**found, "data": known["data"]}
-        finished = self._is_finished()
         if not self.accept:
-            use, since = ("show its result", "finished") if finished else ("continue on them", "started")
-            raise refuse(self.folder.path, changed, use, since)
-        effect = ": the result below is of the data before" if finished else ""
-        self.console.note(f"{accepted_note(changed)}{effect}")
-        if finished:
-            self.folder.accept_data("run", changed)
+            since = "finished" if self._is_finished() else "started"
+            raise refuse(self.folder.path, changed, "go on", since)
+        self.console.note(accepted_note(changed))
+        self.accepted.extend(changed)
         return {**found, **with_entry(known, "accepted_data", self.folder.acceptance("run", changed))}
 
-    def _has_state(self) -> bool:
-        """Return whether anything was computed: a run that starts again from step 0 may have other data."""
-        return self.folder.newest_step() > 0
+    def keep_result(self) -> None:
+        """Say, and record, that changed data were accepted for a run that has its result already."""
+        if self.accepted:
+            self.console.note("the result below is of the data before")
+            self.folder.accept_data("run", self.accepted)
 
     def _is_finished(self) -> bool:
         """Return whether the folder holds the result of this experiment, not of fewer epochs."""

@@ -166,9 +166,9 @@ class RunFolder:
         return {"command": command, "step": self._newest_step(), "changed": changed}
 
     @_on_process_0
-    def newest_step(self) -> int:
-        """Return the step of the newest checkpoint, 0 without one."""
-        return self._newest_step()
+    def has_state(self) -> bool:
+        """Return whether there is a checkpoint or a result: a run without either starts from step 0."""
+        return self._newest_step() > 0 or (self.path / "result.json").exists()
 
     def _newest_step(self) -> int:
         """Return the step of the newest checkpoint, 0 without one."""

@@ -136,7 +136,7 @@ def fit(
     )
     if experiment_code.is_interactive():
         session.console.note(
-            "code unknown: a notebook has no file, so later changes of its code are not noticed"
+            "code unknown: not run from a file, so later changes of the code are not noticed"
         )
     return run(session, experiment)
 
@@ -171,7 +171,7 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
     if existing is not None:  # another run is refused before any data is opened
         folder.check(experiment)
     record |= check.code(session.code)
-    start = _Start(began, record, existing, source, notes)
+    start = _Start(began, record, existing, source, notes, check)
     program = assemble(experiment, mesh, inspect=lambda sources: record.update(check.data(sources)))
     try:
         result = _run_program(session, program, start)
@@ -192,6 +192,7 @@ class _Start:
       existing: its ``config.json``; None for a new run.
       init_from: ``[source, renames]`` of the parameters it starts from; None where it has its own.
       notes: warnings about a resumed run, one per line.
+      check: compares its code and its data with ``existing``.
     """
 
     began: float
@@ -199,6 +200,7 @@ class _Start:
     existing: dict[str, Any] | None
     init_from: list[Any] | None
     notes: Sequence[str]
+    check: RunCheck
 
 
 def _run_program(session: Session, program: Program, start: _Start) -> dict[str, Any]:
@@ -213,6 +215,7 @@ def _run_program(session: Session, program: Program, start: _Start) -> dict[str,
     if result is None:
         program = _prepare(session, program, start)
         return _train(session, program, start, profile_window)
+    start.check.keep_result()
     console.note(
         f"this run is finished{_mesh_note(start.existing)}: to train again use --new, or more epochs with "
         "--extend --workdir DIR (in jaxtrain.fit: another folder, or extend=True)"

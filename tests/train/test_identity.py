@@ -142,6 +142,8 @@ def test_one_cell_of_the_test_split_is_noticed_in_a_finished_run(
     assert code == 2 and "evaluate them with --accept-changed-data" in text
     assert command(evaluate.main, *words, "--accept-changed-data")[0] == 0
     assert [entry["command"] for entry in config()["accepted_data"]] == ["run", "evaluate"]
+    shutil.rmtree("w/checkpoints")
+    assert train()[0] == 2  # a result alone is compared, too
 
 
 def test_a_run_that_saved_nothing_may_begin_with_other_data(train: Any, project: Path) -> None:
