@@ -55,16 +55,16 @@ class RunCheck:
         Raises:
           InputError: it has changed and ``strict``.
         """
-        code = multihost.on_process_0(lambda: code, "code")
-        if code is None:
+        now = multihost.on_process_0(lambda: code, "code")
+        if now is None:
             return {}
         if self.record is not None and self.folder.has_state():
             effect = "it may behave differently from here on"
             if self._is_finished():
                 effect = "its result is of the code before"
-            for note in check_code(self.record, code, self.strict, effect):
+            for note in check_code(self.record, now, self.strict, effect):
                 self.console.note(note)
-        return {"code": code}
+        return {"code": now}
 
     def data(self, sources: Mapping[str, Source]) -> dict[str, Any]:
         """Show how the data have changed; returns the entries ``data``, ``files``, ``accepted_data``.
@@ -76,7 +76,7 @@ class RunCheck:
           InputError: they have changed, and that is not accepted.
         """
         found = describe_data(self.experiment, sources)
-        for note in (*paths.notes(), *_unstable_notes(found["data"])):
+        for note in (*paths.notes(), *_notes(found["data"])):
             self.console.note(note)
         known = self.record
         if known is None or not self.folder.has_state():
@@ -157,7 +157,7 @@ def _describe(experiment: Experiment, opened: Mapping[str, Source]) -> dict[str,
     return {"data": data, "files": sorted(files)}
 
 
-def _unstable_notes(data: Mapping[str, Mapping[str, str]]) -> list[str]:
+def _notes(data: Mapping[str, Mapping[str, str]]) -> list[str]:
     """Return a line for each split whose examples cannot be compared later."""
     lines = []
     for split, parts in data.items():

@@ -179,6 +179,19 @@ def test_a_data_set_of_tfds_is_its_files(tmp_path: Path) -> None:
     assert identify("s", images) == one["s"]  # its settings are in the config
 
 
+def test_sources_name_the_files_that_they_read(tmp_path: Path) -> None:
+    files = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
+    for source, names in (
+        (data.Series(file=files[0]), files[:1]),
+        (data.Ratings(file=files[0]), files[:1]),
+        (data.TextWindows(file=files[0]), files[:1]),
+        (data.LabelledText(files=tuple(files)), files),
+        (data.Subset(data.Series(file=files[1]), np.arange(2)), files[1:]),
+        (data.Digits(), []),
+    ):
+        assert identity.files_of(source) == names
+
+
 def test_of_large_files_and_arrays_a_sample_is_read(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(identity, "FULL", 1000)
     monkeypatch.setattr(identity, "SAMPLE", 500)

@@ -17,6 +17,8 @@ import jaxtrain
 from jaxtrain import losses, models, optim, run
 from jaxtrain.cli import evaluate
 from jaxtrain.core import user_modules
+from jaxtrain.data.identity import UNREADABLE, UNSTABLE
+from jaxtrain.train import identity as run_identity
 from jaxtrain.train.run_folder import RunFolder, resumed_record
 
 FILE = """
@@ -240,6 +242,14 @@ def test_a_record_without_identities_is_one_line(train: Any, project: Path) -> N
     code, text = train(*MORE)
     assert code == 0 and text.count("recorded neither its code nor its data") == 1
     assert train(*MORE)[1].count("recorded neither") == 0 and config()["code"]
+
+
+def test_sources_that_cannot_be_compared_are_a_line_each() -> None:
+    parts = {"length": "3", "field x": UNSTABLE, "field y": "int32[3] 00000000"}
+    notes = run_identity._notes({"train": parts, "test": {"length": "3", "examples": UNREADABLE}})
+    assert [note.partition(":")[0] for note in notes] == ["train", "test"]
+    assert "x differs when the same rows are gathered again" in notes[0] and "y" not in notes[0].split()[1]
+    assert "cannot be read" in notes[1]
 
 
 class Rows:
