@@ -33,6 +33,7 @@ def fit(
     *,
     resume: str = "newest",
     init_from: Sequence[Any] | None = None,
+    changed: dict[str, Any] | None = None,
     grace: float | None = GRACE,
     hang_after: float | None = None,
     strict: bool = False,
@@ -48,6 +49,7 @@ def fit(
       began: the ``time.perf_counter()`` that wall time is counted from; None is now.
       resume: which checkpoint to resume from (``Checkpoints.restore_or``).
       init_from: ``(source, renames)`` of the parameters to start with (``checkpoint.init_from``).
+      changed: conditions that differ from those of the last start, to record when the state is restored.
       grace: seconds from a signal to the end of the process (``signals.on_signals``); None never ends it.
       hang_after: end the process when no step finishes for this many seconds (``signals.watchdog``).
       strict: a second compilation of the train step is an error, not a warning.
@@ -78,6 +80,8 @@ def fit(
         speed = throughput(program)
         with compile_in_background(program):
             state, start = _restore_or_init(program, run_folder, saved, resume, init_from, console)
+        if start and changed:
+            run_folder.add_resumed(start, changed)
 
         def step_metadata(step: int) -> dict[str, float]:
             device_readings = meter.record((step - start) * experiment.batch)

@@ -24,6 +24,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 CONDITIONS = ("code", "devices", "mesh", "bits", "versions", "git")
 """Entries of ``config.json`` that are not settings: those of the first start stay."""
+WRITTEN = ("config", "init_from", "code", "data", "accepted_data")
+"""Entries that a resumed run writes where they are others or were missing."""
 TYPES = {"code": dict, "steps": int, "started_in": str, "resumed": list, "accepted_data": list}
 """Types of entries of ``config.json``, which older versions did not write."""
 
@@ -104,13 +106,18 @@ class RunFolder:
         return known
 
     @_on_process_0
-    def acquire(self, name: str, experiment: Experiment, record: dict[str, Any]) -> None:
+    def acquire(self, name: str, experiment: Experiment, record: dict[str, Any]) -> dict[str, Any]:
         """Make this the folder of a run, or check that it already is.
+
+        ``config.json`` of a run that is resumed is written only if the settings or the data are others.
 
         Args:
           name: the experiment's name.
           experiment: what is to be run; may have more epochs than the run began with (``run_length``).
           record: further entries of ``config.json`` (origin, overrides, devices).
+
+        Returns:
+          The conditions that differ from those of the last start, for ``add_resumed``.
 
         Raises:
           InputError: the folder holds another run, something else, or cannot be written.
@@ -124,16 +131,16 @@ class RunFolder:
             **environment.record(),
             "config": config_text(experiment),
         }
-        step = self._newest_step()
+        changed: dict[str, Any] = {}
         if known is None:
             new = now
-        elif not step:  # nothing was saved, so this is the start
+        elif not self._newest_step():  # nothing was saved, so this is the start
             new = {**known, **now, "run": known.get("run") or now["run"]}
         else:
-            new = resumed_record(known, now, step)
+            new, changed = merge(known, now), changed_conditions(known, now)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if new != known:
+            if known is None or any(known.get(name) != new.get(name) for name in WRITTEN):
                 write_json(path / "config.json", new)
             probe = path / ".writable"
             probe.touch()
@@ -142,6 +149,15 @@ class RunFolder:
             raise InputError(
                 f"{path} cannot be written ({error.strerror}): choose another --workdir"
             ) from error
+        return changed
+
+    @_on_process_0
+    def add_resumed(self, step: int, changed: dict[str, Any]) -> None:
+        """Add the conditions that differ from those of the last start to the list ``resumed``."""
+        known = load(self.path)
+        write_json(
+            self.path / "config.json", {**known, **with_entry(known, "resumed", {"step": step, **changed})}
+        )
 
     @_on_process_0
     def accept_data(self, command: str, changed: list[str]) -> None:
@@ -308,28 +324,24 @@ def started_in(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def resumed_record(known: dict[str, Any], now: dict[str, Any], step: int) -> dict[str, Any]:
+def merge(known: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """Return the record of a run that is resumed: settings of now, under the conditions of its first start.
 
-    Args:
-      known: the run's ``config.json``.
-      now: what it would be for a new run.
-      step: where the run is resumed.
-
-    Conditions that differ from those of the last start are added to the list ``resumed``.
-
-    >>> resumed_record({"run": "1", "mesh": {"data": 1}}, {"run": "2", "mesh": {"data": 2}}, 7)
-    {'run': '1', 'mesh': {'data': 1}, 'resumed': [{'step': 7, 'mesh': {'data': 2}}]}
+    >>> merge({"run": "1", "mesh": {"data": 1}, "steps": 5}, {"run": "2", "mesh": {"data": 2}, "steps": 9})
+    {'run': '1', 'mesh': {'data': 1}, 'steps': 9}
     """
     first = {name: known[name] for name in (*CONDITIONS, "run", "started_in") if known.get(name) is not None}
-    last = dict(first)
+    return {**known, **now, **first}
+
+
+def changed_conditions(known: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return the conditions of now that differ from those of the last start, as far as they are known."""
+    last = {name: known[name] for name in CONDITIONS if known.get(name) is not None}
     for entry in known.get("resumed", ()):
         last |= entry
-    changed = {
+    return {
         name: now[name] for name in CONDITIONS if name in last and now.get(name, last[name]) != last[name]
     }
-    added = with_entry(known, "resumed", {"step": step, **changed}) if changed else {}
-    return {**known, **now, **first, **added}
 
 
 def with_entry(record: dict[str, Any], name: str, entry: dict[str, Any]) -> dict[str, Any]:

@@ -213,8 +213,8 @@ def _run_program(session: Session, program: Program, start: _Start) -> dict[str,
     for note in (*program.notes, *(start.notes if result is None else ())):
         console.note(note)
     if result is None:
-        program = _prepare(session, program, start)
-        return _train(session, program, start, profile_window)
+        program, changed = _prepare(session, program, start)
+        return _train(session, program, start, changed, profile_window)
     start.check.keep_result()
     console.note(
         f"this run is finished{_mesh_note(start.existing)}: to train again use --new, or more epochs with "
@@ -225,8 +225,11 @@ def _run_program(session: Session, program: Program, start: _Start) -> dict[str,
     return result
 
 
-def _prepare(session: Session, program: Program, start: _Start) -> Program:
-    """Check everything that can be checked, measure what is to be measured, then acquire the folder."""
+def _prepare(session: Session, program: Program, start: _Start) -> tuple[Program, dict[str, Any]]:
+    """Check everything that can be checked, measure what is to be measured, then acquire the folder.
+
+    Also returns the conditions that differ from those of the last start.
+    """
     folder, console = session.folder, session.console
     if start.existing is not None:
         run_length.check_length(program, start.existing, folder.path, session.extend)
@@ -238,12 +241,17 @@ def _prepare(session: Session, program: Program, start: _Start) -> Program:
         choice = decide(program, start.existing, session.deterministic)
     if choice.count > 1:
         console.note(f"{choice.count} updates per compiled call: {choice.why}")
-    folder.acquire(session.name, program.experiment, start.record | program.choices | choice.record())
-    return program.with_cadence(steps_per_execution=choice.count)
+    record = start.record | program.choices | choice.record()
+    changed = folder.acquire(session.name, program.experiment, record)
+    return program.with_cadence(steps_per_execution=choice.count), changed
 
 
 def _train(
-    session: Session, program: Program, start: _Start, profile_window: tuple[int, int] | None
+    session: Session,
+    program: Program,
+    start: _Start,
+    changed: dict[str, Any],
+    profile_window: tuple[int, int] | None,
 ) -> dict[str, Any]:
     """Run ``loop.fit`` with the folder locked."""
     try:
@@ -256,6 +264,7 @@ def _train(
                 start.began,
                 resume=session.resume,
                 init_from=start.init_from,
+                changed=changed,
                 grace=session.grace,
                 hang_after=session.hang_after,
                 strict=session.strict,

@@ -115,8 +115,8 @@ def small_device(patch: pytest.MonkeyPatch) -> None:
 def out_of_memory(patch: pytest.MonkeyPatch) -> None:
     real = assembly.assemble
 
-    def assemble(*args):
-        program = real(*args)
+    def assemble(*args, **options):
+        program = real(*args, **options)
 
         def step(*args):
             raise jax.errors.JaxRuntimeError(OOM)

@@ -19,7 +19,7 @@ from jaxtrain.cli import evaluate
 from jaxtrain.core import user_modules
 from jaxtrain.data.identity import UNREADABLE, UNSTABLE
 from jaxtrain.train import identity as run_identity
-from jaxtrain.train.run_folder import RunFolder, resumed_record
+from jaxtrain.train.run_folder import RunFolder, changed_conditions, merge
 
 FILE = """
 import numpy as np
@@ -291,14 +291,14 @@ def test_fit_compares_sources_of_the_users_own(tmp_path: Path, mesh1: Any, capsy
     assert jaxtrain.fit(dataclasses.replace(other, epochs=2), **options) == result
 
 
-def test_conditions_of_the_first_start_stay(tmp_path: Path) -> None:
+def test_conditions_of_the_first_start_stay() -> None:
     now = {"run": "2", "hash": "b", "mesh": {"data": 2}, "git": "y", "steps": 9}
     known = {"run": "1", "hash": "a", "mesh": {"data": 1}, "git": "y", "steps": 5, "own": 0}
-    once = resumed_record(known, now, 5)
-    assert once == {**known, "hash": "b", "steps": 9, "resumed": [{"step": 5, "mesh": {"data": 2}}]}
-    assert resumed_record(once, now, 7) == once  # as at the last start
-    back = resumed_record(once, {**now, "mesh": {"data": 1}}, 8)
-    assert back["resumed"][1:] == [{"step": 8, "mesh": {"data": 1}}] and back["mesh"] == {"data": 1}
+    assert merge(known, now) == {**known, "hash": "b", "steps": 9}
+    assert changed_conditions(known, now) == {"mesh": {"data": 2}}
+    again = {**known, "resumed": [{"step": 5, "mesh": {"data": 2}}]}
+    assert changed_conditions(again, now) == {}  # as at the last start
+    assert changed_conditions(again, {**now, "mesh": {"data": 1}}) == {"mesh": {"data": 1}}
 
 
 def test_init_from_is_meant_from_the_first_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
