@@ -153,11 +153,17 @@ class RunFolder:
 
     @_on_process_0
     def add_resumed(self, step: int, changed: dict[str, Any]) -> None:
-        """Add the conditions that differ from those of the last start to the list ``resumed``."""
+        """Add the conditions that differ from those of the last start to the list ``resumed``.
+
+        Raises:
+          RunError: ``config.json`` cannot be written.
+        """
         known = load(self.path)
-        write_json(
-            self.path / "config.json", {**known, **with_entry(known, "resumed", {"step": step, **changed})}
-        )
+        try:
+            entry = with_entry(known, "resumed", {"step": step, **changed})
+            write_json(self.path / "config.json", {**known, **entry})
+        except OSError as error:
+            raise RunError(f"{self.path}/config.json cannot be written ({error.strerror})") from error
 
     @_on_process_0
     def accept_data(self, command: str, changed: list[str]) -> None:
