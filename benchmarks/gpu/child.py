@@ -79,10 +79,10 @@ def compare(one: str, other: str) -> dict[str, Any]:
     from jaxtrain import checkpoint, sharding
     from jaxtrain.cli import experiments
     from jaxtrain.program import assemble
-    from jaxtrain.train import run_folder
+    from jaxtrain.train import run_record
 
     states = []
-    _, experiment = experiments.load_recorded(run_folder.load(Path(one)), Path(one))
+    _, experiment = experiments.load_recorded(run_record.load(Path(one)), Path(one))
     program = assemble(experiment, sharding.make_mesh())
     for folder in (one, other):
         with checkpoint.open(Path(folder)) as saved:

@@ -29,7 +29,7 @@ from jaxtrain.experiment import (
 )
 from jaxtrain.monitor import Console
 from jaxtrain.sharding import multihost
-from jaxtrain.train import identity, run_folder
+from jaxtrain.train import identity, run_folder, run_record
 
 
 def load_experiment(
@@ -124,7 +124,7 @@ def open_run(args: argparse.Namespace) -> RecordedRun:
       InputError, RunError: there is no run, or its experiment is not found or has changed.
     """
     folder = command_line.workdir_path(args.workdir)
-    record = run_folder.load(folder)
+    record = run_record.load(folder)
     name, experiment = load_recorded(record, folder, args.experiment)
     digests = code.digests(find(args.experiment or name).module(), experiment)
     return RecordedRun(folder, record, name, experiment, digests)

@@ -15,7 +15,7 @@ from jaxtrain.core.signals import GRACE
 from jaxtrain.experiment import Experiment, code, find
 from jaxtrain.monitor import make_console
 from jaxtrain.sharding import multihost
-from jaxtrain.train import capacity, environment, run_folder, session
+from jaxtrain.train import capacity, environment, run_record, session
 from jaxtrain.train.run_folder import RunFolder, default_folder
 from jaxtrain.train.session import Session
 from jaxtrain.train.smoke import smoke_test
@@ -24,7 +24,7 @@ from jaxtrain.train.smoke import smoke_test
 def run(args: argparse.Namespace) -> int:
     """Train or resume; returns the exit code."""
     _check_flags(args)
-    started_in = run_folder.started_in(Path(args.workdir)) if args.workdir and not args.new else None
+    started_in = run_record.started_in(Path(args.workdir)) if args.workdir and not args.new else None
     name, origin, experiment = experiments.load_experiment(args.experiment, args.set, started_in)
     mesh = devices.make_mesh(args, command_line.warn)
     console = make_console(quiet=not multihost.is_process_0())

@@ -18,7 +18,8 @@ from jaxtrain.experiment import Experiment
 from jaxtrain.experiment import code as experiment_code
 from jaxtrain.monitor import Console
 from jaxtrain.sharding import multihost
-from jaxtrain.train.run_folder import RunFolder, with_entry
+from jaxtrain.train.run_folder import RunFolder
+from jaxtrain.train.run_record import with_entry
 
 SHOWN = 4  # differences in a message
 NOT_RECORDED = (

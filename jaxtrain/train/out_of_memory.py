@@ -22,7 +22,7 @@ from jaxtrain.program import Program
 from jaxtrain.program.memory import bytes_per_device, device_arrays, mesh_of
 from jaxtrain.program.memory_text import memory_text, table
 from jaxtrain.sharding import rules
-from jaxtrain.train import run_folder
+from jaxtrain.train import run_record
 from jaxtrain.train.capacity import smaller_settings
 
 LARGEST = 10
@@ -111,7 +111,7 @@ def _command(program: Program, name: str, folder: Path) -> str:
     words, mesh = ["python", "-m", "jaxtrain", "plan"], mesh_of(program)
     settings: list[str] = []
     with contextlib.suppress(InputError, RunError, OSError):
-        record = run_folder.load(folder)
+        record = run_record.load(folder)
         name, settings = _experiment_argument(record["name"], record["origin"]), record["overrides"]
     words += ["--experiment", name]
     for setting in settings:

@@ -24,7 +24,7 @@ from jaxtrain.data import TFDS
 from jaxtrain.data.data_dir import find_prepared, parse_name
 from jaxtrain.data.prepare import download, writer
 from jaxtrain.experiment import override
-from jaxtrain.train import run_folder
+from jaxtrain.train import run_record
 
 # No pickle in our code.
 
@@ -335,7 +335,7 @@ def test_a_malformed_run_record_is_a_one_line_error(wrong, tmp_path):
     record = {"name": "a", "config": {}} | wrong
     (tmp_path / "config.json").write_text(json.dumps(record))
     with pytest.raises(RunError, match="restore it from a copy"):
-        run_folder.load(tmp_path)
+        run_record.load(tmp_path)
 
 
 @pytest.mark.parametrize("form", ["pythonClassName", "python_class_name", "type"])

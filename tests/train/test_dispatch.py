@@ -25,7 +25,7 @@ from jaxtrain.metrics import Mean
 from jaxtrain.monitor.console import Plain
 from jaxtrain.program import assemble
 from jaxtrain.program.throughput import throughput
-from jaxtrain.train import autotune, dispatch, run_folder
+from jaxtrain.train import autotune, dispatch, run_record
 from jaxtrain.train.autotune import Choice, choose, decide
 from jaxtrain.train.loop import fit
 
@@ -204,10 +204,10 @@ def test_the_choice_is_part_of_the_run(monkeypatch, tmp_path, capsys):
         stopping(4, patch)
         assert run.main(words) == 130
     assert "4 updates per compiled call: for a test" in capsys.readouterr().out
-    record = run_folder.load(tmp_path / "run")
+    record = run_record.load(tmp_path / "run")
     assert record["steps_per_execution"] == 4 and record["execution_seconds"] == {"1": 2e-4, "4": 1e-4}
     assert run.main([*words, "--set", "log_every=2"]) == 0  # changes what is recorded of the run
-    assert run_folder.load(tmp_path / "run")["steps_per_execution"] == 4 and 4 in seen[1:]
+    assert run_record.load(tmp_path / "run")["steps_per_execution"] == 4 and 4 in seen[1:]
     assert run.main([*words, "--set", "steps_per_execution=2"]) == 2
     assert "steps_per_execution is 'auto' there and 2 here" in capsys.readouterr().err
 

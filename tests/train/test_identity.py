@@ -19,7 +19,8 @@ from jaxtrain.cli import evaluate
 from jaxtrain.core import user_modules
 from jaxtrain.data.identity import UNREADABLE, UNSTABLE
 from jaxtrain.train import identity as run_identity
-from jaxtrain.train.run_folder import RunFolder, changed_conditions, merge
+from jaxtrain.train.run_folder import RunFolder
+from jaxtrain.train.run_record import changed_conditions, merge
 
 FILE = """
 import numpy as np
