@@ -169,7 +169,8 @@ def _columns(path: Path, number: int, cells: list[bytes], separator: bytes) -> t
         tabs = 1 if separator == b"," else len(cells)
         raise InputError(
             f"{path}, line {number}: {tabs} cells where user, item, rating and time, separated by tabs, are "
-            f"expected; or name the columns userId, itemId (or movieId) and rating, which are {', '.join(names)}"
+            f"expected; or name the columns userId, itemId (or movieId) and rating, "
+            f"which are {', '.join(names)}"
         )
     return found
 
