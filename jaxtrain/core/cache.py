@@ -112,7 +112,8 @@ def enable_compilation_cache(warn: Callable[[str], None]) -> None:
         )
         return
     if not _can_write(folder):
-        warn(f"{folder} cannot be written: compiled programs are read there and not stored")
+        if not named:  # a named folder may be shared, for reading only
+            warn(f"{folder} cannot be written: compiled programs are read there and not stored")
         warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
     else:
         remove_torn(folder)

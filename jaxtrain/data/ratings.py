@@ -155,7 +155,7 @@ def _file_rows(path: Path, data: bytes) -> Iterator[tuple[int, int, float]]:
             separator = next((one for one in _SEPARATORS if one in line), b"\t")
             columns, cells = (0, 1, 2), line.strip().split(separator)
             if len(cells) > 2 and not any(cell.strip(b' "').isdigit() for cell in cells[:2]):
-                columns, width = _columns(path, number, cells), len(cells)
+                columns, width = _columns(path, number, cells, separator), len(cells)
                 continue
         cells = line.split(separator)
         if len(cells) != width:
@@ -166,14 +166,16 @@ def _file_rows(path: Path, data: bytes) -> Iterator[tuple[int, int, float]]:
         yield _parse_rating(f"{path}, line {number}", *(cells[column].strip() for column in columns))
 
 
-def _columns(path: Path, number: int, cells: list[bytes]) -> tuple[int, ...]:
+def _columns(path: Path, number: int, cells: list[bytes], separator: bytes) -> tuple[int, ...]:
     """Return where user, item and rating are, from a line of column names."""
     names = [cell.decode(errors="replace").strip(' "') for cell in cells]
     found = tuple(n for known in _NAMES for n, name in enumerate(names) if name.lower() in known)
     if len(found) != len(_NAMES):
+        tabs = 1 if separator == b"," else len(cells)
         raise InputError(
-            f"{path}, line {number}: 1 cells where user, item, rating and time, separated by tabs, are expected; "
-            f"or name the columns userId, itemId (or movieId) and rating, which are {', '.join(names)}"
+            f"{path}, line {number}: {tabs} cells where user, item, rating and time, separated by tabs, are "
+            f"expected; or name the columns userId, itemId (or movieId) and rating, "
+            f"which are {', '.join(names)}"
         )
     return found
 
