@@ -204,6 +204,11 @@ class Streamed:
         except Exception as error:  # a user's own source, or a disk that is gone: anything may come out
             source = self._batches.source
             name = getattr(source, "class_name", type(source).__name__)
+            if "Worker process was terminated" in str(error):  # Grain's words
+                raise RunError(
+                    f"a worker process that reads {name} ended, see its output above; checkpoints are "
+                    "kept: run again, or read in this process with workers=0"
+                ) from error
             raise RunError(
                 f"{name}.gather failed at batch {step + 1}: "
                 f"{type(error).__name__}: {first_line(error)}; earlier checkpoints are kept: fix the "

@@ -7,6 +7,7 @@ from jaxtrain.sharding.compile import KEEP_BARRIERS, compile
 from jaxtrain.sharding.gather import gather_params
 from jaxtrain.sharding.mesh import (
     AXES,
+    as_mesh,
     batch_parts,
     batch_split,
     check_batch,
@@ -25,6 +26,7 @@ __all__ = [
     "KEEP_BARRIERS",
     "Placement",
     "Rule",
+    "as_mesh",
     "batch_parts",
     "batch_split",
     "check_batch",

@@ -92,6 +92,35 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, sizes: Mapping[str, i
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def as_mesh(mesh: Mesh | str | Mapping[str, int] | None) -> Mesh:
+    """Return a mesh with all of ``AXES``.
+
+    Args:
+      mesh: sizes of axes, as a text in the syntax of ``--mesh`` or by name; a mesh that has some of the axes;
+        or None for ``"data=*"``.
+
+    Raises:
+      InputError: it is something else, has an axis of another name, or does not fit the devices.
+
+    >>> as_mesh("data=*").shape == as_mesh({"data": len(jax.devices())}).shape == as_mesh(None).shape
+    True
+    """
+    if isinstance(mesh, str):
+        return make_mesh(sizes=parse_mesh(mesh, len(jax.devices())))
+    if mesh is None or isinstance(mesh, Mapping):
+        return make_mesh(sizes=mesh)
+    if not isinstance(mesh, Mesh):
+        raise InputError(
+            f'mesh is a {type(mesh).__name__}: give a text such as "data=2,fsdp=4", sizes by name, or a Mesh'
+        )
+    for axis in mesh.axis_names:
+        _check_axis(axis, mesh_text(mesh.shape))
+    order = [mesh.axis_names.index(axis) for axis in AXES if axis in mesh.axis_names]
+    shape = tuple(mesh.shape.get(axis, 1) for axis in AXES)
+    devices = mesh.devices.transpose(order).reshape(shape)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def mesh_text(sizes: Mapping[str, int]) -> str:
     """Write the axes larger than 1 in the syntax of ``--mesh``.
 

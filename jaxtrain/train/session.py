@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from jaxtrain import checkpoint, monitor, sharding
+from jaxtrain.core.errors import InputError
 from jaxtrain.core.signals import GRACE, Stopped
 from jaxtrain.data import paths
 from jaxtrain.experiment import Experiment
@@ -26,10 +27,13 @@ from jaxtrain.train.first_evaluation import check_first_evaluation
 from jaxtrain.train.identity import RunCheck
 from jaxtrain.train.run_folder import RunFolder, default_folder
 
+RESUME = ("newest", "last-good")
+"""Which checkpoint a run resumes from."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Session:
-    """How one run is carried out. What it computes is the experiment's.
+    """Settings of one run that do not change what it computes.
 
     Attributes:
       name: the experiment's name.
@@ -76,7 +80,7 @@ def fit(
     experiment: Experiment,
     *,
     folder: str | Path | None = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | str | Mapping[str, int] | None = None,
     name: str = "experiment",
     extend: bool = False,
     init_from: str | Path | None = None,
@@ -84,15 +88,17 @@ def fit(
     accept_changed_data: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Train ``experiment``, evaluate it and return its result; resumes where ``folder`` holds the run.
+    """Train ``experiment``, evaluate it and return its result; resume if ``folder`` has an unfinished run.
 
-    Does what ``python -m jaxtrain.run`` does: checks, checkpoints, metrics files, progress bar, summary. The
-    same call again resumes an interrupted run, and returns the result of a finished one.
+    Checks, checkpoints, metrics files, progress bar and summary are those of ``python -m jaxtrain.run``. The
+    same call again resumes an interrupted run, and returns the result of a finished one. With ``workers`` in
+    the experiment a script must call it under ``if __name__ == "__main__":``.
 
     Args:
       experiment: what to run.
       folder: the run's folder; None is ``runs/NAME/HASH-seedS``.
-      mesh: the devices (``jaxtrain.sharding.make_mesh``); None is data parallelism over all of them.
+      mesh: the devices: ``"data=2,fsdp=4"`` or sizes by name, of all devices, or a ``jax.sharding.Mesh`` with
+        axes ``data``, ``fsdp`` and ``model``; None is data parallelism over all of them.
       name: the experiment's name, for the folder and the records.
       extend: allow more epochs than the run started with when that changes its schedule.
       init_from: folder of another run, whose parameters this one starts from; ``RUN:STEP`` names a step.
@@ -122,7 +128,8 @@ def fit(
     >>> result["steps"]
     12
     """
-    mesh = sharding.make_mesh(jax.devices()) if mesh is None else mesh
+    _check_arguments(experiment, resume)
+    mesh = sharding.as_mesh(mesh)
     script = experiment_code.main_module()
     session = Session(
         name=name,
@@ -142,6 +149,22 @@ def fit(
             "code unknown: not run from a file, so later changes of the code are not noticed"
         )
     return run(session, experiment)
+
+
+def _check_arguments(experiment: Experiment, resume: str) -> None:
+    """Raise InputError for arguments of ``fit`` of the wrong kind, and in a process of its workers."""
+    if not isinstance(experiment, Experiment):
+        raise InputError(
+            f"fit takes an Experiment and not a {type(experiment).__name__}: an experiment of a file is its "
+            "EXPERIMENT, or python -m jaxtrain.run --experiment NAME"
+        )
+    if resume not in RESUME:
+        raise InputError(f"resume is {resume!r}: it must be {' or '.join(RESUME)}")
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as Python itself finds it out
+        raise InputError(
+            f"workers={experiment.workers} starts processes that import this script again: put the call of "
+            'jaxtrain.fit under if __name__ == "__main__":'
+        )
 
 
 def run(session: Session, experiment: Experiment) -> dict[str, Any]:
