@@ -48,16 +48,16 @@ An error is one line on stderr that says what is wrong, where, and what to do. `
 | float | as in Python: `epochs=0.5`, `optimizer.lr=1e-3`, `inf`; no `nan`, and nothing that overflows |
 | boolean | `optimizer.nesterov=true` or `false`, in any case; no `yes` or `1` |
 | None | `eval_every=none` or `null`, in any case |
-| string | as it is: `train.name=mnist`, `train.file=data (1).csv`, `train.file=007`; in quotes, a Python string: `"train.file='none'"` |
+| string | as it is: `train.file=a (1).csv`, `train.file=007`; in quotes, a Python string: `train.file='none'` |
 | one of several values | like a string, a number, a boolean or None: `precision=bfloat16` |
 | tuple | items between commas: `model.widths=8,16`, `model.widths=8` |
 
-Items of a tuple are written as their type says, so `train.columns=T (degC),2019` are two names. Spaces around an item do not
-count, a comma may follow the last one, and one pair of brackets may enclose them all: `(8, 16)`, `[8, 16]`. `()` is the
-empty tuple. An item with a comma, with a bracket at both ends or without a character needs quotes: `'Temp, °C'`, `'(T)'`,
-`''`. A tuple within a tuple needs brackets: `(1,2),(3,4)`. Where a field has several types, text is what is neither None,
-boolean nor number, and a tuple beside text or numbers needs brackets or a comma. `config.json` shows every setting in this
-form.
+Items of a tuple are written as their type says, so `train.columns=T (degC),2019` are two names. Spaces
+around an item do not count, a comma may follow the last one, and one pair of brackets may enclose them all:
+`(8, 16)`, `[8, 16]`. `()` is the empty tuple. An item with a comma, with a bracket at both ends or without
+a character needs quotes: `'Temp, °C'`, `'(T)'`, `''`. A tuple within a tuple needs brackets: `(1,2),(3,4)`.
+Where a field has several types, text is what is neither None, boolean nor number, and a tuple beside text
+or numbers needs brackets or a comma. `config.json` shows every setting in this form.
 
 Anything else, such as a model or a data source, cannot be set from text: set its fields, or write a file. An
 unknown path, or a value of another type, is an error that names the nearest path or the expected type. All
