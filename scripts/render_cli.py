@@ -48,7 +48,7 @@ An error is one line on stderr that says what is wrong, where, and what to do. `
 | float | as in Python: `epochs=0.5`, `optimizer.lr=1e-3`, `inf`; no `nan`, and nothing that overflows |
 | boolean | `optimizer.nesterov=true` or `false`, in any case; no `yes` or `1` |
 | None | `eval_every=none` or `null`, in any case |
-| string | as it is: `train.file=data (1).csv`, `train.file=007`; quoted: `"train.file='none'"` |
+| string | as it is: `train.file=a (1).csv`, `file=007`; in quotes, a Python string: `file='none'` |
 | one of several values | like a string, a number, a boolean or None: `precision=bfloat16` |
 | tuple | items between commas: `model.widths=8,16`, `model.widths=8` |
 

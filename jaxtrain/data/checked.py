@@ -21,7 +21,7 @@ SHOWN = 5  # example ids in a message
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class CheckedSource:
-    """A user's source, with arrays of the same dtypes and shapes in every call.
+    """A user's source, with arrays of the same names and shapes in every call.
 
     Attributes:
       split: ``train``, ``valid`` or ``test``, for messages.
@@ -150,17 +150,20 @@ def _to_array(what: str, value: Any) -> np.ndarray:
 
 
 def _like_first(what: str, name: str, array: np.ndarray, first: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Return ``array`` in the dtype of the first call; raise InputError where it has another."""
-    if array.dtype == first.dtype and array.shape[1:] == first.shape[1:]:
-        return array
-    same = jax.dtypes.canonicalize_dtype(array.dtype) == jax.dtypes.canonicalize_dtype(first.dtype)
-    if array.shape[1:] != first.shape[1:] or not same:
-        now, before = (f"{x.dtype}{list(x.shape[1:])}" for x in (array, first))
+    """Return ``array``, in the dtype of the first call where both are one dtype on a device.
+
+    Any other dtype compiles the step again, which ``train.recompile`` reports.
+
+    Raises:
+      InputError: it has another shape than in the first call.
+    """
+    if array.shape[1:] != first.shape[1:]:
         raise InputError(
-            f"{what} returns field {name!r} as {now} for {_ids(ids)}, and as {before} before: return one "
-            "dtype and one shape, such as np.asarray(values, np.float32)"
+            f"{what} returns field {name!r} as {array.dtype}{list(array.shape[1:])} for {_ids(ids)}, and as "
+            f"{first.dtype}{list(first.shape[1:])} before: return one shape, such as by padding or cropping"
         )
-    return array.astype(first.dtype)
+    same = jax.dtypes.canonicalize_dtype(array.dtype) == jax.dtypes.canonicalize_dtype(first.dtype)
+    return array.astype(first.dtype, copy=False) if same else array
 
 
 def _no_rows(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
