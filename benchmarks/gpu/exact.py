@@ -91,7 +91,7 @@ def check_nan(folder: Path, tiny: bool) -> dict[str, Any]:
     state, metrics = program.train_step(program.init(), program.train.batch(0), program.key)
     before = program.init()
     equal = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), state.params, before.params)
-    found = {"figures": {k: str(v) for k, v in metrics["guard"].figures().items()}}
+    found = {"figures": {k: str(v) for k, v in metrics["guard"].by_name().items()}}
     try:
         loop.fit(program, folder, Plain())
     except RunError as error:

@@ -46,7 +46,7 @@ def start(tree: Any) -> jax.Array | None:
 
 
 def prepare(tree: Any) -> None:
-    """Compile the program of ``start`` beforehand.
+    """Compile the program of ``start`` before it is needed.
 
     Args:
       tree: shapes, dtypes and shardings (``jax.ShapeDtypeStruct`` leaves) of the arrays.

@@ -113,7 +113,7 @@ class Total:
 
 
 def merge(left: Mapping[str, Any] | None, right: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge two dicts of metrics by name; ``left=None`` stands for no metrics yet."""
+    """Merge two dicts of metrics by name; ``left=None`` means no metrics yet."""
     return dict(right) if left is None else {name: left[name].merge(right[name]) for name in right}
 
 

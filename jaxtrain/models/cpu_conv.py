@@ -134,7 +134,7 @@ def _cpu_gradient(image: jax.Array, cotangent: jax.Array, pads: Pads) -> jax.Arr
 
     XLA:CPU runs 2-D convolutions with YNNPACK (jaxlib 0.10.2), which takes 1.6 to 4 times as long as Eigen
     for this one, whose window is as large as the image. A window with more rows than the image goes to Eigen.
-    The columns are padded beforehand: with padding in the convolution itself the image would be smaller than
+    The columns are padded first: with padding in the convolution itself the image would be smaller than
     the window, and XLA would swap the two and compute the result in a plain loop.
     """
     if max(image.shape[0], cotangent.shape[-1]) <= SMALL:

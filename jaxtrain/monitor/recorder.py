@@ -119,7 +119,7 @@ class Recorder:
         self._ticked = 0  # updates since the clock started
         self._steps, self._seconds = 0, 0.0
         self._null_shown = False
-        self.pace = StepTimes()
+        self.step_times = StepTimes()
 
     def speed(self) -> dict[str, float | None]:
         """Return the speed of training by this process so far, without compilation, evaluation and saving.
@@ -138,7 +138,7 @@ class Recorder:
         Raises:
           RunError: the loss or the gradient is not finite.
         """
-        self.pace.tick(len(rows))
+        self.step_times.tick(len(rows))
         if self._clock is None:  # the first step compiled before it returned
             self._clock, self._ticked = time.perf_counter(), -len(rows)
         self._ticked += len(rows)
@@ -193,7 +193,7 @@ class Recorder:
         self.flush()
         yield
         self._clock, self._ticked = time.perf_counter(), 0
-        self.pace.pause()
+        self.step_times.pause()
 
     def close(self) -> None:
         """Close the files."""
@@ -209,7 +209,7 @@ class Recorder:
         if found:
             self._steps += steps
             self._seconds += seconds
-        return {**found, **self.pace.window()}
+        return {**found, **self.step_times.window()}
 
     def _speed(self, steps: int, seconds: float) -> dict[str, float]:
         if steps <= 0 or seconds <= 0:

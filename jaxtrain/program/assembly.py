@@ -69,9 +69,9 @@ def assemble(
     init_fn = make_init(
         model, tx, compose(*exp.preprocess), exp.data_init, post_update, **update.loss_scaling(exp)
     )
-    abstract, undivided = _abstract_state(init_fn, examples, mesh, exp, model)
+    abstract, not_sharded = _abstract_state(init_fn, examples, mesh, exp, model)
     init = sharding.compile(init_fn, args=(replicated, replicated), out=_shardings(abstract))
-    traced, model = model, _compute_model(exp, abstract)
+    traced, model = model, _compute_model(exp, abstract)  # the shardings are known now
     prepare = compose(lambda batch, _: train.fetch(batch), *exp.augment, *exp.preprocess)
     loss_metric = check_contract.find_loss_metric(exp, model, sources["train"])
     step = update.build_train_step(exp, mesh, model, tx, prepare, post_update, loss_metric)
@@ -104,7 +104,7 @@ def assemble(
             *check_contract.sown_notes(traced),
             *check_values.series_notes(exp.train),
             *check_values.image_notes(exp, sources["train"]),
-            *check_fields.mesh_notes(exp, mesh, abstract, undivided),
+            *check_fields.mesh_notes(exp, mesh, abstract, not_sharded),
         ),
         learning_rates=update.learning_rates(exp, steps),
         abstract_outputs=outputs,
@@ -161,7 +161,7 @@ def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> tuple[An
 
 
 def _compute_model(exp: Experiment, abstract: State | None = None) -> Model:
-    """The model with ``exp.remat`` and ``exp.precision``; given the state, with its parameters gathered."""
+    """Return the model with ``exp.remat`` and ``exp.precision``; given the state, it gathers FSDP parameters."""
     model = as_model(exp.model, exp.remat)
     if abstract is not None:
         model = sharding.gather_params(model, _shardings(abstract.params), regather=exp.remat != "none")
@@ -169,7 +169,7 @@ def _compute_model(exp: Experiment, abstract: State | None = None) -> Model:
 
 
 def _init_and_step_keys(seed: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
-    """Two replicated keys. Compiled, because no process can place an array on the devices of another."""
+    """Make two replicated keys. Compiled, because no process can place an array on the devices of another."""
     split = sharding.compile(
         lambda: tuple(jax.random.split(jax.random.key(seed))), args=(), out=sharding.replicated(mesh)
     )

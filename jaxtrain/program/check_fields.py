@@ -107,14 +107,16 @@ def check_select(select: str, metrics: PackedMetrics) -> None:
         raise InputError(f"select={select} is a table, not a number: select one of {others}")
 
 
-def mesh_notes(experiment: Experiment, mesh: Mesh, state: State, undivided: Sequence[str]) -> tuple[str, ...]:
+def mesh_notes(
+    experiment: Experiment, mesh: Mesh, state: State, not_sharded: Sequence[str]
+) -> tuple[str, ...]:
     """Warnings about microbatches and the mesh, one per line.
 
     Args:
       experiment: the run's.
       mesh: the devices.
       state: its shapes.
-      undivided: paths of arrays that ``fsdp`` could not divide.
+      not_sharded: paths of arrays that ``fsdp`` could not divide.
     """
     lines = []
     if experiment.accumulate > 1 and "batch_stats" in state.extra:
@@ -122,10 +124,10 @@ def mesh_notes(experiment: Experiment, mesh: Mesh, state: State, undivided: Sequ
             f"BatchNorm statistics are those of a microbatch of {experiment.batch // experiment.accumulate} "
             f"examples (accumulate={experiment.accumulate}), not of the full batch"
         )
-    if undivided:
-        more = f" and {len(undivided) - 3} more" if len(undivided) > 3 else ""
+    if not_sharded:
+        more = f" and {len(not_sharded) - 3} more" if len(not_sharded) > 3 else ""
         lines.append(
-            f"fsdp={mesh.shape['fsdp']} divides no dimension of {', '.join(undivided[:3])}{more}: "
+            f"fsdp={mesh.shape['fsdp']} divides no dimension of {', '.join(not_sharded[:3])}{more}: "
             "replicated on every device"
         )
     return tuple(lines)

@@ -21,7 +21,7 @@ from jaxtrain.step.packing import PackedMetrics
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Examples to evaluate on: ``batches`` padded batches with each of ``examples`` exactly once."""
+    """An evaluation split: ``batches`` padded batches that cover ``examples`` examples once each."""
 
     loader: Loader
     batches: int
@@ -31,7 +31,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What the loop needs; ``assemble`` makes it.
+    """An assembled experiment: compiled functions, loaders and schedule, made by ``assemble``.
 
     Attributes:
       experiment: the experiment that it runs.
@@ -76,7 +76,7 @@ class Program:
         return dataclasses.replace(self, cadence=dataclasses.replace(self.cadence, **changes))
 
     def example_ids(self, step: int) -> np.ndarray:
-        """Positions in ``experiment.train`` of the examples of update ``step``: int64 ``[batch]``."""
+        """Return positions in ``experiment.train`` of the examples of update ``step`` >= 1: int64 ``[batch]``."""
         ids = self.order.indices(step - 1)
         if self.experiment.holdout:  # the order is over what was not held out
             ids = holdout(len(self.experiment.train), self.experiment.holdout)[0][ids]
@@ -91,13 +91,13 @@ class Program:
         return {**fields, EXAMPLE_ID: ids.astype(np.int32), EPOCH: epochs.astype(np.int32)}
 
     def position(self, step: int) -> dict[str, float]:
-        """Epoch and learning rate of update ``step``, for the records."""
+        """Return epoch and learning rate of update ``step``, counted from 1, for the records."""
         rates = self.learning_rates
         rate = {} if rates is None else {"learning_rate": float(rates[step - 1])}
         return {"epoch": self.cadence.epoch(step), **rate}
 
     def score(self, values: dict[str, Any]) -> float | None:
-        """``experiment.select`` of a validation result, higher is better; None when it is not finite."""
+        """Return the score that selects the best checkpoint, higher is better; None when it is not finite."""
         name = self.experiment.select
         score: float = -values[name[1:]] if name.startswith("-") else values[name]
         return score if math.isfinite(score) else None

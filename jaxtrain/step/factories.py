@@ -5,7 +5,7 @@ A model, a loss and an optax transformation are all that they need.
 >>> import jax, jax.numpy as jnp, optax
 >>> from jaxtrain.losses import CrossEntropy
 >>> from jaxtrain.models import MLP
->>> from jaxtrain.step.factories import make_init, make_train_step
+>>> from jaxtrain.step import make_init, make_train_step
 >>> model, tx = MLP(widths=(16,), classes=2), optax.adam(1e-2)
 >>> batch = {"image": jnp.eye(8), "label": jnp.arange(8) % 2}
 >>> state = jax.jit(make_init(model, tx))(jax.random.key(0), batch)
@@ -206,13 +206,13 @@ def make_eval_step(
     prepare: Prepare = identity,
     metrics_fn: Callable[[Any, Batch], Metrics] | None = None,
 ) -> Callable[[State, Batch], Metrics]:
-    """Make the pure function ``(state, batch) -> metrics``, of the averaged weights where there are any.
+    """Make the pure function ``(state, batch) -> metrics``; it uses the EMA weights if the state has them.
 
     Args:
       model: a Linen module or an ``(init, apply)`` pair.
       loss_fn: as for the train step; must ignore rows where ``batch["mask"]`` is false. Where it has a method
         ``eval_metrics(outputs, batch) -> metrics``, these are reported instead of its own.
-      prepare: ``(batch, None) -> batch``, that of the train step without random stages.
+      prepare: ``(batch, None) -> batch``, the train step's ``prepare`` without its random stages.
       metrics_fn: ``(outputs, batch) -> metrics``, reported in addition to the loss's own. It gets logits in
         full, or as ``ChunkedLogits`` where its attribute ``chunked`` is true.
     """
@@ -232,7 +232,7 @@ def make_eval_step(
 
 
 def eval_state(state: State) -> tuple[Any, dict[str, Any]]:
-    """The parameters and statistics to evaluate with: the averaged ones where the state has them."""
+    """Return the parameters and statistics to evaluate with: the EMA's if the state has them."""
     if "ema" not in state.extra:
         return state.params, state.extra
     averaged = {name: tree for name, tree in state.extra["ema"].items() if name != "updates"}

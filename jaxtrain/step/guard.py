@@ -6,13 +6,13 @@ of range. The loop reads this from ``metrics["guard"]`` (``jaxtrain.train.bad_up
 >>> import optax
 >>> from jaxtrain.losses import CrossEntropy
 >>> from jaxtrain.models import MLP
->>> from jaxtrain.step.factories import make_init, make_train_step
+>>> from jaxtrain.step import make_init, make_train_step
 >>> model, tx = MLP(widths=(4,), classes=2), optax.sgd(0.1)
 >>> batch = {"image": jnp.eye(2), "label": jnp.array([0, 2])}
 >>> state = make_init(model, tx)(jax.random.key(0), batch)
 >>> step = jax.jit(make_train_step(model, CrossEntropy(), tx, guard="stop"))
 >>> after, metrics = step(state, batch, jax.random.key(1))
->>> bad_figures(metrics["guard"].figures())
+>>> bad_values(metrics["guard"].by_name())
 ['1 label is no class of the model', 'loss is nan']
 >>> all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(state.params)))
 True
@@ -34,31 +34,31 @@ from jaxtrain.core.types import Batch, Metrics, State
 from jaxtrain.metrics import Mean, Total
 
 Policy = Literal["stop", "skip", "off"]
-GUARD = "guard"  # the name of the figures among a step's metrics
+GUARD = "guard"  # the name of the guard's values among a step's metrics
 BAD_LABELS = "labels_out_of_range"
-FIGURES = ("loss", "grad_norm", "update_norm", BAD_LABELS)
+GUARD_VALUES = ("loss", "grad_norm", "update_norm", BAD_LABELS)
 
 Step = Callable[[State, Batch, jax.Array], tuple[State, Metrics]]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Figures:
-    """The figures that make an update good or bad: ``values``, float ``[4]`` in the order of ``FIGURES``."""
+class GuardValues:
+    """What the guard checks of an update: ``values``, float ``[4]`` in the order of ``GUARD_VALUES``."""
 
     values: Any
 
     def merge(self, other: Self) -> Self:
-        """Add the figures of both: a sum is not finite where one of the two is not."""
+        """Add the values of both: a sum is not finite where one of the two is not."""
         return type(self)(self.values + other.values)
 
-    def figures(self) -> dict[str, float]:
+    def by_name(self) -> dict[str, float]:
         """The values by name, on the host."""
-        return dict(zip(FIGURES, np.asarray(self.values).tolist(), strict=True))
+        return dict(zip(GUARD_VALUES, np.asarray(self.values).tolist(), strict=True))
 
     def compute(self) -> float:
         """1 for a bad update, 0 for a good one."""
-        return float(bool(bad_figures(self.figures())))
+        return float(bool(bad_values(self.by_name())))
 
 
 class CountBadLabels:
@@ -84,9 +84,9 @@ def count_bad_labels(loss_fn: Any) -> Any:
 def guard_step(train_step: Step, policy: Policy) -> Step:
     """Make ``train_step`` leave the state unchanged on a bad update, except for ``state.step``.
 
-    ``state.step`` is the position in the data, and always advances. The figures are added to the metrics as
-    ``guard``. An overflow that ``optim.LossScale`` handles is not bad: it reports no gradient norm and
-    changes no parameter.
+    ``state.step`` is the position in the data, and always advances. The values it checks are added to the
+    metrics as ``guard``. An overflow that ``optim.LossScale`` handles is not bad: it reports no gradient norm
+    and changes no parameter.
 
     The update is bit-for-bit that of the step without a guard, because a barrier keeps XLA from fusing the
     two. On CPUs that needs the compiler options ``sharding.KEEP_BARRIERS``; without them the last bits may
@@ -94,8 +94,8 @@ def guard_step(train_step: Step, policy: Policy) -> Step:
 
     Args:
       train_step: pure ``(state, batch, key) -> (state, metrics)``. Its metrics ``loss`` and ``grad_norm``,
-        where it has them, and the norm of the update are figures, and so are the labels that
-        ``count_bad_labels`` counts.
+        where it has them, the norm of the update and the labels that ``count_bad_labels`` counts are
+        checked.
       policy: ``"skip"`` drops the metrics of a bad update and reports ``skipped`` (0 or 1); ``"off"``
         returns ``train_step`` unchanged.
     """
@@ -118,21 +118,21 @@ def guard_step(train_step: Step, policy: Policy) -> Step:
         guarded = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, state)
         if policy == "skip":
             metrics = _drop_unless(good, metrics)
-        return guarded.replace(step=new.step), {**metrics, GUARD: Figures(values)}
+        return guarded.replace(step=new.step), {**metrics, GUARD: GuardValues(values)}
 
     return step
 
 
-def bad_figures(figures: Mapping[str, float]) -> list[str]:
+def bad_values(values: Mapping[str, float]) -> list[str]:
     """Describe what is wrong with an update, the likeliest cause first; empty for a good one.
 
-    >>> bad_figures({"loss": 0.3, "grad_norm": float("inf"), "update_norm": 0.1, "labels_out_of_range": 0.0})
+    >>> bad_values({"loss": 0.3, "grad_norm": float("inf"), "update_norm": 0.1, "labels_out_of_range": 0.0})
     ['grad_norm is inf']
     """
-    count = figures[BAD_LABELS]
+    count = values[BAD_LABELS]
     labels = [f"{count:.0f} label{'s are' if count > 1 else ' is'} no class of the model"] if count else []
     return labels + [
-        f"{name} is {figures[name]}" for name in FIGURES[:-1] if not math.isfinite(figures[name])
+        f"{name} is {values[name]}" for name in GUARD_VALUES[:-1] if not math.isfinite(values[name])
     ]
 
 

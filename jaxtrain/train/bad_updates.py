@@ -1,4 +1,4 @@
-"""The host's side of the guard: checks the figures of finished updates, and ends a run that goes wrong."""
+"""The host's side of the guard: checks the values of finished updates, and ends a run that goes wrong."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ class BadUpdateMonitor:
         self._average_loss, self._steps_averaged = 0.0, 0
 
     def judge(self, step: int, metrics: Metrics) -> None:
-        """Take the guard's figures of update ``step`` out of its metrics and check them.
+        """Take the guard's values of update ``step`` out of its metrics and check them.
 
         Raises:
           RunError: the update was bad; ``bad_batch.json`` lists its examples.
         """
-        figures = metrics.pop(guard.GUARD, None)
-        if figures is not None:
-            self._judge(step, figures.figures())
+        values = metrics.pop(guard.GUARD, None)
+        if values is not None:
+            self._judge(step, values.by_name())
 
-    def _judge(self, step: int, figures: Mapping[str, float]) -> None:
-        wrong = guard.bad_figures(figures)
+    def _judge(self, step: int, values: Mapping[str, float]) -> None:
+        wrong = guard.bad_values(values)
         if not wrong:
             self._skipped_in_a_row = 0
-            self._check_spike(step, figures)
+            self._check_spike(step, values)
             return
         self._skipped_in_a_row += 1
         count, what = self._skipped_in_a_row, f"{wrong[0]} at step {step}"
@@ -66,16 +66,16 @@ class BadUpdateMonitor:
         if fields:
             by_stage = any(field.stage for field in fields)
             fix = "look at the stages" if by_stage else "fix these examples, or leave them out (data.Subset)"
-        elif figures[guard.BAD_LABELS]:
+        elif values[guard.BAD_LABELS]:
             fix = "look at what the source and augment make of the labels"
         skip = "" if count > 1 else "; --set guard=skip leaves such batches out"
         applied = "the update was not applied, and earlier checkpoints are kept; "
         where = "".join(f"{field.text}; " for field in fields)
-        self._end_run(f"{what}{in_a_row}: {applied}{where}", f"; {fix}{skip}", step, figures, fields)
+        self._end_run(f"{what}{in_a_row}: {applied}{where}", f"; {fix}{skip}", step, values, fields)
 
-    def _check_spike(self, step: int, figures: Mapping[str, float]) -> None:
+    def _check_spike(self, step: int, values: Mapping[str, float]) -> None:
         """End the run when the loss is more than ``max_loss_spike`` times its running average."""
-        limit, loss = self._program.experiment.max_loss_spike, figures["loss"]
+        limit, loss = self._program.experiment.max_loss_spike, values["loss"]
         if limit is None:
             return
         if self._steps_averaged >= LOSS_WINDOW and 0 < limit * self._average_loss < loss:
@@ -84,7 +84,7 @@ class BadUpdateMonitor:
                 f"{self._average_loss:.4g}; earlier checkpoints are kept; ",
                 "; lower the learning rate, raise max_loss_spike, or look at the data",
                 step,
-                {**figures, "average_loss": self._average_loss},
+                {**values, "average_loss": self._average_loss},
             )
         self._steps_averaged += 1
         self._average_loss += (loss - self._average_loss) / min(self._steps_averaged, LOSS_WINDOW)
@@ -100,7 +100,7 @@ class BadUpdateMonitor:
         what: str,
         fix: str,
         step: int,
-        figures: Mapping[str, float],
+        values: Mapping[str, float],
         fields: Sequence[BadField] = (),
     ) -> None:
         where = "its examples are not recorded"
@@ -109,16 +109,16 @@ class BadUpdateMonitor:
             where = f"its examples are in {path}"
             if multihost.is_process_0():
                 try:
-                    write_json(path, self._record(step, figures, fields))
+                    write_json(path, self._record(step, values, fields))
                 except OSError as error:
                     where = f"its examples could not be written to {path}: {error.strerror}"
         raise RunError(what + where + fix)
 
-    def _record(self, step: int, figures: Mapping[str, float], fields: Sequence[BadField]) -> dict[str, Any]:
+    def _record(self, step: int, values: Mapping[str, float], fields: Sequence[BadField]) -> dict[str, Any]:
         """The bad batch as JSON, which has no NaN: numbers that are not finite become strings."""
         return {
             "step": step,
-            "figures": {name: x if math.isfinite(x) else str(x) for name, x in figures.items()},
+            "values": {name: x if math.isfinite(x) else str(x) for name, x in values.items()},
             "examples": np.asarray(self._program.example_ids(step)).tolist(),
             "fields": {field.field: field.record for field in fields},
         }

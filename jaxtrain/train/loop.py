@@ -30,7 +30,7 @@ def fit(
     folder: Path,
     console: Console,
     name: str = "experiment",
-    began: float | None = None,
+    start_time: float | None = None,
     *,
     resume: str = "newest",
     init_from: Sequence[Any] | None = None,
@@ -38,7 +38,7 @@ def fit(
     grace: float | None = GRACE,
     hang_after: float | None = None,
     strict: bool = False,
-    updates: tuple[int, int] | None = None,
+    profile_window: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Train to the last step, from the checkpoint in ``folder`` or from step 0, and evaluate.
 
@@ -47,14 +47,14 @@ def fit(
       folder: the run's folder, already acquired for this run (``RunFolder.acquire``).
       console: shows progress to a person.
       name: the experiment's name, for the records.
-      began: the ``time.perf_counter()`` that wall time is counted from; None is now.
+      start_time: the ``time.perf_counter()`` that wall time is counted from; None is now.
       resume: which checkpoint to resume from (``Checkpoints.restore_or``).
       init_from: ``(source, renames)`` of the parameters to start with (``checkpoint.init_from``).
       changed: conditions that differ from those of the last start, to record when the state is restored.
       grace: seconds from a signal to the end of the process (``signals.on_signals``); None never ends it.
       hang_after: end the process when no step finishes for this many seconds (``signals.watchdog``).
       strict: a second compilation of the train step is an error, not a warning.
-      updates: the first and the last update to profile (``monitor.Trace``); None profiles none.
+      profile_window: the first and the last update to profile (``monitor.Trace``); None profiles none.
 
     Returns:
       The result, as it is written to ``result.json``.
@@ -63,24 +63,24 @@ def fit(
       Stopped: a signal asked for it; the state is saved.
       InputError, RunError: with one line that says what, where and what to do.
     """
-    began = time.perf_counter() if began is None else began
+    start_time = time.perf_counter() if start_time is None else start_time
     experiment, run_folder = program.experiment, RunFolder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    about: dict[str, Any] = {"experiment": name, "hash": config_hash(experiment), "jaxtrain": __version__}
-    about |= {"jax": jax.__version__, "run": run_folder.run_id()}
+    run_metadata: dict[str, Any] = {"experiment": name, "hash": config_hash(experiment)}
+    run_metadata |= {"jaxtrain": __version__, "jax": jax.__version__, "run": run_folder.run_id()}
     mesh_devices = program.key.sharding.device_set
     local_devices = [device for device in jax.local_devices() if device in mesh_devices]
     with (
         explain_out_of_memory(program, name, folder, console),
         on_signals(grace) as request,
         watchdog(hang_after, folder / f"hang-{multihost.process_index()}.txt"),
-        checkpoint.open(folder, experiment.max_to_keep, about, console.note) as saved,
+        checkpoint.open(folder, experiment.max_to_keep, run_metadata, console.note) as checkpoints,
         monitor.measure_devices(local_devices, len(local_devices) / len(mesh_devices)) as meter,
-        monitor.trace_updates(updates, folder, console, len(local_devices)) as trace,
+        monitor.trace_updates(profile_window, folder, console, len(local_devices)) as trace,
     ):
         speed = throughput(program)
         with compile_in_background(program):
-            state, start = _restore_or_init(program, run_folder, saved, resume, init_from, console)
+            state, start = _restore_or_init(program, run_folder, checkpoints, resume, init_from, console)
         if start and changed:
             run_folder.add_resumed(start, changed)
 
@@ -97,12 +97,14 @@ def fit(
             position=step_metadata,
             guarded=experiment.guard == "skip",
             rates=speed.rates,
-        ) as record:
-            state = _train(program, state, start, saved, record, console, request, folder, strict, trace)
-            result = _final_evaluation(program, state, saved, record, console)
-            result |= speed.record() | record.pace.overall()
+        ) as recorder:
+            state = _train(
+                program, state, start, checkpoints, recorder, console, request, folder, strict, trace
+            )
+            result = _final_evaluation(program, state, checkpoints, recorder, console)
+            result |= speed.record() | recorder.step_times.overall()
             result |= meter.result((program.steps - start) * experiment.batch)
-    result |= {"seconds": time.perf_counter() - began, "resumed_from": start, "folder": str(folder)}
+    result |= {"seconds": time.perf_counter() - start_time, "resumed_from": start, "folder": str(folder)}
     names = not_finite(result)
     if names:
         console.note(null_line("result.json", names))
@@ -114,13 +116,13 @@ def fit(
 def _restore_or_init(
     program: Program,
     folder: RunFolder,
-    saved: checkpoint.Checkpoints,
+    checkpoints: checkpoint.Checkpoints,
     resume: str,
     init_from: Sequence[Any] | None,
     console: Console,
 ) -> tuple[State, int]:
     """Restore a checkpoint, or initialise the state; returns the state and its step."""
-    saved.clean()
+    checkpoints.clean()
 
     def init() -> State:
         if init_from is None:
@@ -128,7 +130,7 @@ def _restore_or_init(
         source, renames = init_from
         return checkpoint.init_from(source, renames, program.init(), console.note)
 
-    state, start = saved.restore_or(init, program.abstract_state, resume)
+    state, start = checkpoints.restore_or(init, program.abstract_state, resume)
     recorded = 0 if start else folder.recorded_steps()
     if recorded:
         console.note(
@@ -146,8 +148,8 @@ def _train(
     program: Program,
     state: State,
     start: int,
-    saved: checkpoint.Checkpoints,
-    record: monitor.Recorder,
+    checkpoints: checkpoint.Checkpoints,
+    recorder: monitor.Recorder,
     console: Console,
     request: Request,
     folder: Path | None = None,
@@ -156,52 +158,56 @@ def _train(
 ) -> State:
     """Run the training loop. The order is fixed: evaluate, then save what the evaluation chose, then stop."""
     in_flight, votes = InFlight(program.experiment.max_in_flight), multihost.StopVotes()
-    metrics_consumer = MetricsConsumer(start, BadUpdateMonitor(program, folder, console.note), record)
+    metrics_consumer = MetricsConsumer(start, BadUpdateMonitor(program, folder, console.note), recorder)
+    # trace.mark: --profile shows each of these calls as a named phase.
     dispatch = Dispatch(program, console.note, strict, trace.mark)
-    wait, save = trace.mark("waiting for the device", in_flight.add), trace.mark("checkpoint", saved.save)
+    wait, save = (
+        trace.mark("waiting for the device", in_flight.add),
+        trace.mark("checkpoint", checkpoints.save),
+    )
     consume = trace.mark("records", metrics_consumer.take)
 
     def drain() -> None:
         metrics_consumer.take(in_flight.drain())
 
-    best, step = saved.best_score(), start
+    best, step = checkpoints.best_score(), start
     trace.begin(start, program.steps)
     console.begin(start, program.steps)
     while step < program.steps:
         count = program.cadence.updates_per_call(step)
-        trace.step(step + 1, count, state, record, drain)
+        trace.step(step + 1, count, state, recorder, drain)
         state, metrics = dispatch(state, step, count)
         step += count
-        consume(wait(metrics))  # those of earlier updates, while this one runs
+        consume(wait(metrics))  # of earlier updates, while this one runs
         console.advance(step)
-        saved.poll()
+        checkpoints.poll()
         score = None
         if program.cadence.evaluates_after(step):
             drain()
-            with record.paused():
-                score = _evaluate_mid_run(program, state, step, record, console)
+            with recorder.paused():
+                score = _evaluate_mid_run(program, state, step, recorder, console)
         improved = score is not None and (best is None or score > best)
-        stop = votes.any_process(request.signum or 0)
-        if program.cadence.saves_after(step) or improved or stop:
+        stop_signal = votes.any_process(request.signum or 0)
+        if program.cadence.saves_after(step) or improved or stop_signal:
             drain()  # raises on a bad update, so nothing after one is ever saved
-            record.flush()  # with the guard off, raises on a loss that is not finite
+            recorder.flush()  # with the guard off, raises on a loss that is not finite
             save(step, state, score)
             best = score if improved else best
-        if stop and step < program.steps:
-            saved.wait()
-            raise Stopped(f"stopped after step {step} of {program.steps}", stop)
-    trace.end(state, record, drain)
+        if stop_signal and step < program.steps:
+            checkpoints.wait()
+            raise Stopped(f"stopped after step {step} of {program.steps}", stop_signal)
+    trace.end(state, recorder, drain)
     drain()
     console.end()
-    saved.wait()
+    checkpoints.wait()
     return state
 
 
 class MetricsConsumer:
     """Takes the metrics of finished updates in order: checks each for a bad update, then records it."""
 
-    def __init__(self, start: int, bad_updates: BadUpdateMonitor, record: monitor.Recorder) -> None:
-        self._step, self._bad_updates, self._record = start, bad_updates, record
+    def __init__(self, start: int, bad_updates: BadUpdateMonitor, recorder: monitor.Recorder) -> None:
+        self._step, self._bad_updates, self._recorder = start, bad_updates, recorder
 
     def take(self, finished: Iterable[Sequence[Metrics]]) -> None:
         """Consume what ``InFlight.add`` or ``InFlight.drain`` returned.
@@ -213,17 +219,17 @@ class MetricsConsumer:
             for metrics in rows:
                 self._step += 1
                 self._bad_updates.judge(self._step, metrics)
-            self._record.step(self._step, rows)
+            self._recorder.step(self._step, rows)
 
 
 @monitor.mark("evaluation")
 def _evaluate_mid_run(
-    program: Program, state: State, step: int, record: monitor.Recorder, console: Console
+    program: Program, state: State, step: int, recorder: monitor.Recorder, console: Console
 ) -> float | None:
     """Evaluate; returns the validation score, or None when only the test set was evaluated."""
     split = "valid" if "valid" in program.evals else "test"
     values = evaluate(program, state, split, console)
-    record.scalars(step, {f"{split}/{name}": value for name, value in values.items()})
+    recorder.scalars(step, {f"{split}/{name}": value for name, value in values.items()})
     console.note(f"step {step}/{program.steps}  {split}  {monitor.format_metrics(values, None)}")
     return program.score(values) if split == "valid" else None
 
@@ -244,19 +250,19 @@ def evaluate(program: Program, state: State, split: str, console: Console) -> di
 def _final_evaluation(
     program: Program,
     state: State,
-    saved: checkpoint.Checkpoints,
-    record: monitor.Recorder,
+    checkpoints: checkpoint.Checkpoints,
+    recorder: monitor.Recorder,
     console: Console,
 ) -> dict[str, Any]:
     """Test metrics of the last state and, where a validation set chose one, of the best."""
-    with record.paused():
+    with recorder.paused():
         last = evaluate(program, state, "test", console)
-    record.scalars(program.steps, {f"test/{name}": value for name, value in last.items()})
+    recorder.scalars(program.steps, {f"test/{name}": value for name, value in last.items()})
     result: dict[str, Any] = {"steps": program.steps, **_test_result(last)}
-    result |= record.speed()
-    best = saved.best()
+    result |= recorder.speed()
+    best = checkpoints.best()
     if best is not None:
-        chosen = state if best.step == program.steps else saved.restore(best, program.abstract_state)
+        chosen = state if best.step == program.steps else checkpoints.restore(best, program.abstract_state)
         test = last if chosen is state else evaluate(program, chosen, "test", console)
         result["best"] = {"step": best.step, "valid": best.score, **_test_result(test)}
     elif "valid" in program.evals:

@@ -173,7 +173,7 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
     Raises:
       InputError, RunError, Stopped: as ``fit``.
     """
-    began, mesh, folder = time.perf_counter(), session.mesh, session.folder
+    start_time, mesh, folder = time.perf_counter(), session.mesh, session.folder
     multihost.on_process_0(lambda: capacity.check_folder(folder.path), "folder")
     record = {
         "origin": session.name,
@@ -197,7 +197,7 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
     if existing is not None:  # another run is refused before any data is opened
         folder.check(experiment)
     record |= check.code(session.code)
-    start = _Start(began, record, existing, source, notes, check)
+    start = _Start(start_time, record, existing, source, notes, check)
     program = assemble(experiment, mesh, inspect=lambda sources: record.update(check.data(sources)))
     try:
         result = _run_program(session, program, start)
@@ -213,7 +213,7 @@ class _Start:
     """What is known of a run before its data is opened.
 
     Attributes:
-      began: the ``time.perf_counter()`` that wall time is counted from.
+      start_time: the ``time.perf_counter()`` that wall time is counted from.
       record: what its ``config.json`` would say of a start now.
       existing: its ``config.json``; None for a new run.
       init_from: ``[source, renames]`` of the parameters it starts from; None where it has its own.
@@ -221,7 +221,7 @@ class _Start:
       check: compares its code and its data with ``existing``.
     """
 
-    began: float
+    start_time: float
     record: dict[str, Any]
     existing: dict[str, Any] | None
     init_from: list[Any] | None
@@ -290,14 +290,14 @@ def _train(
                 session.folder.path,
                 session.console,
                 session.name,
-                start.began,
+                start.start_time,
                 resume=session.resume,
                 init_from=start.init_from,
                 changed=changed,
                 grace=session.grace,
                 hang_after=session.hang_after,
                 strict=session.strict,
-                updates=profile_window,
+                profile_window=profile_window,
             )
     except Stopped as stopped:
         raise Stopped(f"{stopped}; resume with: {session.resume_command}", stopped.signum) from None

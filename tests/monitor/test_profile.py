@@ -187,7 +187,7 @@ def test_profile_shows_a_slow_source_and_shares_add_up(program, tmp_path, consol
     plain = fit(program, tmp_path / "plain", console)
     slow = dataclasses.replace(program, train=Slow(program.train, 0.03))
     capsys.readouterr()
-    result = fit(slow, tmp_path / "slow", console, updates=(7, 12))
+    result = fit(slow, tmp_path / "slow", console, profile_window=(7, 12))
     found, out = where(tmp_path / "slow"), capsys.readouterr().out
     assert found["updates"] == [7, 12] and found["complete"]
     assert sum(row["share"] for row in found["rows"]) == pytest.approx(1)
@@ -278,23 +278,23 @@ def test_profile_of_a_run_that_stops_and_resumes_within_the_range(
     with monkeypatch.context() as patch:
         stopping(9, patch)
         with pytest.raises(Stopped):
-            fit(program, tmp_path, console, updates=(7, 14))
+            fit(program, tmp_path, console, profile_window=(7, 14))
     out = capsys.readouterr().out
     assert "--profile: the run ended within the range" in out and "trace: " in out
     assert where(tmp_path)["updates"] == [7, 9] and not where(tmp_path)["complete"]
-    fit(program, tmp_path, console, updates=(7, 14))
+    fit(program, tmp_path, console, profile_window=(7, 14))
     out = capsys.readouterr().out
     assert "--profile 7:14: this run computes updates 10 to 25, so it profiles 10 to 14" in out
     assert "update 10 is the first call of the step, so the profile includes compilation" in out
     assert where(tmp_path / "profile/updates-10-14")["updates"] == [10, 14]
-    fit(program, tmp_path, console, updates=(7, 14))
+    fit(program, tmp_path, console, profile_window=(7, 14))
     out = capsys.readouterr().out
     assert "--profile 7:14: nothing to profile, the run resumes after update 25 of 25" in out
 
 
 def test_failing_profiler_does_not_end_the_run(program, tmp_path, console, capsys, monkeypatch):
     with jax.profiler.trace(tmp_path / "other"):
-        result = fit(program, tmp_path / "run", console, updates=(2, 3))
+        result = fit(program, tmp_path / "run", console, profile_window=(2, 3))
     assert result["steps"] == 25 and "--profile: no trace can be taken (" in capsys.readouterr().out
 
 

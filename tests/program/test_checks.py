@@ -369,7 +369,7 @@ def test_label_broken_by_a_stage_is_reported_by_field_example_and_value(assemble
     (found,) = bad_examples.locate(program, 2)
     state = program.init().replace(step=jnp.int32(1))
     _, metrics = program.train_step(state, program.train.batch(1), program.key)
-    assert metrics["guard"].figures()["labels_out_of_range"] == len(found.examples) > 0
+    assert metrics["guard"].by_name()["labels_out_of_range"] == len(found.examples) > 0
     labels = program.experiment.train.gather(found.examples)["label"]
     assert set(found.examples) <= set(program.example_ids(2)) and (labels < 4).all()
     values = ", ".join(map(str, sorted(set(labels + 40))))

@@ -122,7 +122,7 @@ def test_bad_update_leaves_the_state_bitwise_unchanged(case):
         for policy in ("off", "skip")
     }
     guarded, metrics = steps["skip"](state, BATCH, KEY)
-    assert int(guarded.step) == 1 and guard.bad_figures(metrics["guard"].figures())[0] == WORDS[case]
+    assert int(guarded.step) == 1 and guard.bad_values(metrics["guard"].by_name())[0] == WORDS[case]
     same(guarded.replace(step=state.step), state)
     assert metrics["skipped"].compute() == 1 and float(metrics["loss"].count) == 0
     applied, plain = steps["off"](state, BATCH, KEY)
@@ -134,7 +134,7 @@ def test_bad_labels_count_over_microbatches_without_masked_rows():
     step = make_train_step(LINE, losses.CrossEntropy(), optax.sgd(0.1), accumulate=2, guard="stop")
     state = make_init(LINE, optax.sgd(0.1))(KEY, BATCH)
     batch = {**BATCH, "label": jnp.array([2, 1, -1, 1])}
-    figures = jax.jit(step)(state, batch, KEY)[1]["guard"].figures()
+    figures = jax.jit(step)(state, batch, KEY)[1]["guard"].by_name()
     assert figures[guard.BAD_LABELS] == 2
     masked = {**batch, "mask": jnp.array([True, True, False, False])}
     assert int(losses.CrossEntropy().outside(jnp.zeros((4, 2)), masked)) == 1
@@ -205,8 +205,8 @@ def test_stop_ends_the_run_at_once_and_saves_nothing_later(stage, tmp_path, cons
         fit(program, tmp_path, console)
     assert "\n" not in str(error.value) and max(asked) <= bad + exp.max_in_flight
     found = json.loads((tmp_path / BAD_BATCH_FILE).read_text())
-    assert found["step"] == bad and found["figures"][guard.BAD_LABELS] == (1 if stage.label else 0)
-    assert found["figures"]["loss"] == "nan" or stage.label
+    assert found["step"] == bad and found["values"][guard.BAD_LABELS] == (1 if stage.label else 0)
+    assert found["values"]["loss"] == "nan" or stage.label
     row = program.order.indices(bad - 1).tolist().index(77)
     batch = program.train.fetch(program.train.batch(bad - 1))
     assert int(batch["example_id"][row]) == 77
@@ -266,7 +266,7 @@ def test_overflow_handled_by_the_loss_scale_is_not_bad(scale):
     state = make_init(LINE, tx, loss_scale=config)(KEY, BATCH)
     step = jax.jit(make_train_step(LINE, overflow, tx, loss_scale=config, guard="skip"))
     after, metrics = step(state, BATCH, KEY)
-    wrong = guard.bad_figures(metrics["guard"].figures())
+    wrong = guard.bad_values(metrics["guard"].by_name())
     assert metrics["skipped"].compute() == 1 and (after.params["w"] == state.params["w"]).all()
     if scale > 1:
         assert wrong == [] and float(after.extra["loss_scale"]["scale"]) == scale / 2
@@ -284,7 +284,7 @@ def make_monitor(tmp_path=None, **fields):
 
 
 def figures(loss=1.0):
-    return {"guard": guard.Figures(np.array([loss, 1, 1, 0]))}
+    return {"guard": guard.GuardValues(np.array([loss, 1, 1, 0]))}
 
 
 def test_loss_spike_ends_the_run_once_there_is_an_average(tmp_path):
@@ -297,7 +297,7 @@ def test_loss_spike_ends_the_run_once_there_is_an_average(tmp_path):
     ):
         monitor.judge(LOSS_WINDOW + 1, figures(9.0))
     found = json.loads((tmp_path / BAD_BATCH_FILE).read_text())
-    assert found["figures"]["average_loss"] == pytest.approx(1.2, abs=0.1) and found["examples"] == [0, 1, 2]
+    assert found["values"]["average_loss"] == pytest.approx(1.2, abs=0.1) and found["examples"] == [0, 1, 2]
 
 
 def test_bad_update_ends_the_run_with_a_message(tmp_path):

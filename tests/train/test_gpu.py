@@ -198,7 +198,7 @@ def test_nan_through_relus_is_stopped_by_the_guard(tmp_path):
     before = jax.device_get(program.init().params)
     state, metrics = program.train_step(program.init(), program.train.batch(0), program.key)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), before)
-    assert guard.bad_figures(jax.device_get(metrics["guard"]).figures())
+    assert guard.bad_values(jax.device_get(metrics["guard"]).by_name())
     with pytest.raises(RunError, match="at step 1: the update was not applied"):
         loop.fit(program, tmp_path, Plain())
 
