@@ -152,6 +152,8 @@ def load_recorded(
     settings = [pair for pair in record["overrides"] if redact.MARK not in pair]
     try:
         if experiment_file is None and all(entry.name != target for entry in discover()):
+            if origin == "jaxtrain.fit":
+                raise InputError("jaxtrain.fit started it: add --experiment FILE, with its EXPERIMENT")
             raise InputError(f"its name is not in run --list: add --experiment {origin}")
         name, _, experiment = load_experiment(target, settings, record.get("started_in"))
     except InputError as error:

@@ -161,7 +161,7 @@ def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> tuple[An
 
 
 def _compute_model(exp: Experiment, abstract: State | None = None) -> Model:
-    """Return the model with ``exp.remat`` and ``exp.precision``; given the state, it gathers FSDP parameters."""
+    """Return the model with ``exp.remat`` and ``exp.precision``; given the state, gathers FSDP parameters."""
     model = as_model(exp.model, exp.remat)
     if abstract is not None:
         model = sharding.gather_params(model, _shardings(abstract.params), regather=exp.remat != "none")

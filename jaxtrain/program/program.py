@@ -76,7 +76,7 @@ class Program:
         return dataclasses.replace(self, cadence=dataclasses.replace(self.cadence, **changes))
 
     def example_ids(self, step: int) -> np.ndarray:
-        """Return positions in ``experiment.train`` of the examples of update ``step`` >= 1: int64 ``[batch]``."""
+        """Return the positions of update ``step``'s examples in ``experiment.train``: int64 ``[batch]``."""
         ids = self.order.indices(step - 1)
         if self.experiment.holdout:  # the order is over what was not held out
             ids = holdout(len(self.experiment.train), self.experiment.holdout)[0][ids]

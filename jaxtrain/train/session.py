@@ -92,7 +92,8 @@ def fit(
 
     Checks, checkpoints, metrics files, progress bar and summary are those of ``python -m jaxtrain.run``. The
     same call again resumes an interrupted run, and returns the result of a finished one. With ``workers`` in
-    the experiment a script must call it under ``if __name__ == "__main__":``.
+    the experiment a script must call it under ``if __name__ == "__main__":``. ``python -m jaxtrain evaluate``
+    reads such a run with ``--experiment FILE``, a file that defines the same ``EXPERIMENT``.
 
     Args:
       experiment: what to run.
@@ -176,7 +177,7 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
     start_time, mesh, folder = time.perf_counter(), session.mesh, session.folder
     multihost.on_process_0(lambda: capacity.check_folder(folder.path), "folder")
     record = {
-        "origin": session.name,
+        "origin": "jaxtrain.fit",
         "overrides": [],
         **session.record,
         "devices": [device.device_kind for device in mesh.devices.flat],
