@@ -27,6 +27,7 @@ from jaxtrain.train.first_evaluation import check_first_evaluation
 from jaxtrain.train.identity import RunCheck
 from jaxtrain.train.run_folder import RunFolder, default_folder
 
+CODE_UNKNOWN = "code unknown: not run from a file, so later changes of the code are not noticed"
 RESUME = ("newest", "last-good")
 """Which checkpoint a run resumes from."""
 
@@ -53,6 +54,7 @@ class Session:
       hang_after: end the process when no step finishes for so many seconds; None never does.
       strict: a second compilation of the train step is an error, and so is code that has changed.
       profile: ``START:STOP`` updates to trace.
+      notes: warnings printed before training, one per line.
       resume_command: what to type to resume the run, for the line that is shown when a signal stops it.
     """
 
@@ -74,6 +76,7 @@ class Session:
     strict: bool = False
     profile: str | None = None
     resume_command: str = "the same call of jaxtrain.fit"
+    notes: tuple[str, ...] = ()
 
 
 def fit(
@@ -144,11 +147,8 @@ def fit(
         init_from=None if init_from is None else str(init_from),
         resume=resume,
         grace=None,  # the process belongs to the caller
+        notes=(CODE_UNKNOWN,) if experiment_code.is_interactive() else (),
     )
-    if experiment_code.is_interactive():
-        session.console.note(
-            "code unknown: not run from a file, so later changes of the code are not noticed"
-        )
     return run(session, experiment)
 
 
@@ -237,7 +237,7 @@ def _run_program(session: Session, program: Program, start: _Start) -> dict[str,
     result = session.folder.result(program.steps)
     where = f"{session.name} in {session.folder} on {sharding.describe_mesh(mesh)}"
     console.note(f"{where}, batch {_batch_text(experiment, mesh)}")
-    for note in (*program.notes, *(start.notes if result is None else ())):
+    for note in (*session.notes, *program.notes, *(start.notes if result is None else ())):
         console.note(note)
     if result is None:
         program, changed = _prepare(session, program, start)

@@ -52,6 +52,7 @@ def test_equal_losses_pass_and_a_different_training_is_rejected(case: sides.Case
             compare.check("mlp", compare.Sides(each, {}, 1))
 
 
+@pytest.mark.full("tests/benchmarks/test_performance_page.py")
 def test_peer_that_cannot_compile_is_skipped_and_other_errors_raise(case: sides.Case, program: Any) -> None:
     class Broken:
         def losses(self, count: int) -> list[float]:

@@ -206,6 +206,7 @@ def test_a_damaged_record_is_exit_3(capsys):
     assert "config.json cannot be read" in refused(capsys, train("--workdir", "r"), 3)
 
 
+@pytest.mark.full("tests/cli/test_cli.py::test_run_twice_then_new_then_evaluate")
 def test_logging_may_change_on_resume_and_extend_adds_epochs(capsys):
     assert train("--workdir", "r", "--set", "log_every=3", "--set", "max_to_keep=4") == 0
     assert train("--workdir", "r", "--set", "epochs=2", "--extend") == 0

@@ -149,6 +149,7 @@ def test_a_lane_trains_like_a_run_and_compiles_once(experiment, mesh8):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(lane.state), jax.device_get(state))
 
 
+@pytest.mark.full("tests/cli/test_scaling.py::test_a_lane_trains_like_a_run_and_compiles_once")
 def test_a_round_bounds_its_queue_and_waits_at_its_end(experiment, mesh1, monkeypatch):
     lane, waited, read = Lane(experiment, mesh1), [], []
     monkeypatch.setattr(jax, "block_until_ready", waited.append)

@@ -61,7 +61,6 @@ def test_shipped_experiments_are_one_file() -> None:
 
 
 def test_a_notebook_has_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not code.is_interactive()
     monkeypatch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
     assert code.is_interactive() and code.main_module() is None
     sys.modules["__main__"].__file__ = "<stdin>"
@@ -73,4 +72,5 @@ def test_a_script_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     script.__file__ = str(tmp_path / "script.py")
     (tmp_path / "script.py").write_text("print()\n")
     monkeypatch.setitem(sys.modules, "__main__", script)
+    assert not code.is_interactive()
     assert list(code.digests(code.main_module(), None)) == ["script.py"]

@@ -23,6 +23,7 @@ def case(*shape: int) -> tuple[jax.Array, np.ndarray]:
     return jnp.asarray(3 * RNG.normal(size=shape), jnp.float32), RNG.integers(0, 2, shape)
 
 
+@pytest.mark.full("[shape1]")
 @pytest.mark.parametrize("shape", [(8,), (8, 3), (8, 4, 5)])
 def test_binary_cross_entropy_equals_optax_in_value_and_gradient(shape: tuple[int, ...]) -> None:
     logits, label = case(*shape)

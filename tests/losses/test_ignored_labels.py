@@ -31,6 +31,7 @@ def case(ignore: int, dtype: Any = np.int32) -> tuple[jax.Array, np.ndarray, np.
     return jnp.asarray(logits), np.where(keep, label, ignore).astype(dtype), keep
 
 
+@pytest.mark.full("[255-uint8]")
 @pytest.mark.parametrize(
     ("ignore", "dtype"), [(-1, np.int32), (255, np.uint8), (-1, np.uint32), (2, np.int32)]
 )

@@ -174,6 +174,7 @@ def test_resnet_starts_with_he_convolutions_and_each_residual_branch_at_zero(ini
     assert float(params["head"]["kernel"].std()) == pytest.approx(0.01, rel=0.1)
 
 
+@pytest.mark.full("tests/models/test_models.py::test_dropout_acts_in_training_only_and_by_its_key_only")
 def test_resnets_batch_statistics_move_in_training_only_by_momentum(initial_state: Any) -> None:
     module, batch, params, extra = initial_state
     model = as_model(module)

@@ -57,6 +57,7 @@ def first_update(experiment: Experiment, mesh: Any) -> np.ndarray:
     return np.asarray(state.params["w"])
 
 
+@pytest.mark.full("[names1]")
 @pytest.mark.parametrize("names", [("loss",), ("nll",), ("nll", "rows", "rmse")])
 def test_microbatches_weigh_as_much_as_their_loss_counts(names: tuple[str, ...], mesh1: Any) -> None:
     """The gradient is that of all values in NumPy, whatever the mean is called."""

@@ -139,6 +139,7 @@ def scaled(model: Any, loss: Any, config: LossScale, **options: Any) -> Any:
     return start, jax.jit(make_train_step(model, loss, tx, loss_scale=config, **options))
 
 
+@pytest.mark.full("tests/program/test_precision.py::test_float16_training_lowers_the_loss")
 def test_scaling_does_not_change_applied_updates() -> None:
     config, tx, batch = LossScale(initial=2.0**10), optax.adam(0.1), images()
     start, step = scaled(NET, CrossEntropy(), config)

@@ -129,6 +129,7 @@ def test_a_longer_table_is_refused_and_can_be_accepted(train: Any, project: Path
     assert code == 0 and "accepted" not in text and "changed" not in text
 
 
+@pytest.mark.full("tests/train/test_identity.py::test_a_longer_table_is_refused_and_can_be_accepted")
 def test_one_cell_of_the_test_split_is_noticed_in_a_finished_run(
     train: Any, command: Any, project: Path
 ) -> None:
@@ -268,6 +269,7 @@ class Rows:
         return {"image": self.image[indices], "label": self.label[indices]}
 
 
+@pytest.mark.full("tests/train/test_identity.py::test_a_longer_table_is_refused_and_can_be_accepted")
 def test_fit_compares_sources_of_the_users_own(tmp_path: Path, mesh1: Any, capsys: Any) -> None:
     first = jaxtrain.Experiment(
         model=models.MLP(widths=(), classes=3),

@@ -92,6 +92,7 @@ def test_evaluations_and_saves_come_as_epochs_are_completed(mesh1):
     assert all(often.evaluates_after(s) for s in range(1, 13))
 
 
+@pytest.mark.full("tests/train/test_loop.py::test_stop_and_resume_is_bitwise_the_straight_run")
 def test_records_hold_epoch_and_learning_rate(tmp_path, console, mesh1):
     fit(assemble(EXPERIMENT, mesh1), tmp_path, console)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
