@@ -215,7 +215,7 @@ def test_logging_may_change_on_resume_and_extend_adds_epochs(capsys):
     assert json.loads(Path("r/result.json").read_text())["steps"] == 25
 
 
-@pytest.mark.full("tests/cli/test_cli.py::test_logging_may_change_on_resume_and_extend_adds_epochs")
+@pytest.mark.full("tests/cli/test_cli.py::test_run_twice_then_new_then_evaluate")
 def test_a_constant_rate_needs_no_extend(capsys):
     assert train("--workdir", "r", "--set", "optimizer.lr=0.1") == 0
     assert train("--workdir", "r", "--set", "optimizer.lr=0.1", "--set", "epochs=2") == 0

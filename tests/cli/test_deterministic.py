@@ -172,7 +172,7 @@ def benchmark(small, monkeypatch):
     return run
 
 
-@pytest.mark.full("tests/cli/test_deterministic.py::test_the_flag_is_appended_and_xla_accepts_it")
+@pytest.mark.full("tests/cli/test_deterministic.py::test_the_record_has_the_flag_only_where_it_has_an_effect")
 def test_the_benchmark_measures_both_sides(benchmark, capsys, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "")  # else no flag would be set, for a CPU
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -192,7 +192,7 @@ def test_the_benchmark_measures_both_sides(benchmark, capsys, monkeypatch):
     assert result["median"] == pytest.approx(np.median(on / off)) and result["n"] == 3
 
 
-@pytest.mark.full("tests/cli/test_deterministic.py::test_the_flag_is_appended_and_xla_accepts_it")
+@pytest.mark.full("tests/cli/test_deterministic.py::test_the_record_has_the_flag_only_where_it_has_an_effect")
 def test_the_benchmark_reports_what_a_process_refuses(benchmark, capfd):
     assert benchmark("--mesh", "model=3", "--simulate-devices", "2") == 2
     error = capfd.readouterr().err

@@ -159,7 +159,7 @@ def test_a_round_bounds_its_queue_and_waits_at_its_end(experiment, mesh1, monkey
     assert waited[-1][0] is lane.state
 
 
-@pytest.mark.full("tests/cli/test_scaling.py::test_rounds_of_all_device_counts_are_interleaved")
+@pytest.mark.full("tests/cli/test_scaling.py::test_a_lane_trains_like_a_run_and_compiles_once")
 def test_the_loader_is_closed_if_measuring_fails(experiment, console, monkeypatch):
     closed, real = [], Program.close
     monkeypatch.setattr(Program, "close", lambda self: (closed.append(self), real(self)))
@@ -361,7 +361,7 @@ def test_an_unwritable_folder_is_refused(few, unmeasured, tmp_path, capsys, monk
     assert "s.json is not writable: give another file" in error
 
 
-@pytest.mark.full("tests/cli/test_scaling.py::test_rounds_of_all_device_counts_are_interleaved")
+@pytest.mark.full("tests/cli/test_scaling.py::test_a_lane_trains_like_a_run_and_compiles_once")
 def test_a_new_process_simulates_its_devices(few, python):
     done = python("-m", "jaxtrain", "bench", "--scaling", "1,2", "--simulate-devices", 2, *few)
     assert done.returncode == 0, done.stderr

@@ -239,7 +239,7 @@ def test_full_logits_are_never_in_memory() -> None:
     assert temporaries[0] > WHOLE > 2 * temporaries[1]
 
 
-@pytest.mark.full("tests/core/test_logits.py::test_full_logits_are_never_in_memory")
+@pytest.mark.full("tests/core/test_logits.py::test_chunks_change_nothing_in_float64")
 def test_a_mesh_computes_the_same_and_sends_no_logits() -> None:
     mesh = sharding.make_mesh(jax.devices(), sharding.parse_mesh("data=2,model=4", 8))
     (one, parts), (split, _) = large(4), large(4, mesh)

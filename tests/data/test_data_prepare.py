@@ -370,7 +370,7 @@ def test_killed_halfway(tiny: Path, tmp_path: Path) -> None:
     assert len(everything("cifar10", "train", tmp_path / "out")["label"]) == 30
 
 
-@pytest.mark.full("tests/data/test_data_prepare.py::test_killed_halfway")
+@pytest.mark.full("tests/data/test_data_prepare.py::test_failure_leaves_no_files")
 def test_two_processes_at_once(tiny: Path, tmp_path: Path) -> None:
     # Each waits until the other is writing as well.
     both = [child(tmp_path, "race", 0), child(tmp_path, "race", 1)]

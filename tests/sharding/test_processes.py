@@ -190,9 +190,7 @@ def test_two_slurm_processes_agree_share_arrays_and_end_by_sigterm(together, por
     assert zero[1].endswith("checked\n") and one[1].endswith("checked\n")
 
 
-@pytest.mark.full(
-    "tests/sharding/test_processes.py::test_two_slurm_processes_agree_share_arrays_and_end_by_sigterm"
-)
+@pytest.mark.full("tests/train/test_distributed.py::test_two_processes_train_as_one_device")
 def test_three_processes_with_different_numbers_of_rows_and_an_uncaught_error(together, port) -> None:
     ended = together(THREE, port, [{}, {}, {}])  # JAX's own way out takes 5 minutes
     assert [code for code, _, _ in ended] == [4, 4, 1], ended

@@ -165,7 +165,7 @@ def test_the_faster_way_is_chosen(alone, several, count, asked, monkeypatch, mes
     assert str(round(1e6 * alone)) in choice.why or "ms an update" in choice.why
 
 
-@pytest.mark.full("tests/train/test_dispatch.py::test_the_choice_is_part_of_the_run")
+@pytest.mark.full("tests/train/test_dispatch.py::test_an_mlp_is_bitwise_the_same_and_so_are_its_records")
 def test_what_is_measured_leaves_no_trace_in_the_run(monkeypatch, tmp_path, mesh1):
     monkeypatch.setattr(autotune, "MIN_UPDATES", 1)
     program = assemble(change(steps_per_execution="auto"), mesh1)

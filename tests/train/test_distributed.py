@@ -169,9 +169,7 @@ def test_each_process_prints_an_error_at_most_once(tmp_path):
     assert "Traceback" not in refused.stderr
 
 
-@pytest.mark.full(
-    "tests/sharding/test_processes.py::test_two_slurm_processes_agree_share_arrays_and_end_by_sigterm"
-)
+@pytest.mark.full("tests/train/test_distributed.py::test_two_processes_train_as_one_device")
 @pytest.mark.parametrize(
     ("how", "code", "message"),
     [("bug", 3, "Noted.gather failed at batch 1: ValueError: a bug of process 1"), ("kill", 137, "")],
