@@ -3,7 +3,7 @@
 MLPs with AdamW whose states have about 12, 100 and 400 MB, in CPU memory. The device is idle when a save
 starts, so no training arithmetic is counted. "Held up" is the time of ``Checkpoints.save`` and of a step
 after it that only increments the counter, with the state donated: by then the save must have copied what it
-still reads. A "whole save" ends when the manifest exists, with nothing else running. Interleaved with it: a
+still reads. An "entire save" ends when the manifest exists, with nothing else running. Interleaved with it: a
 copy of the state (``np.array`` of each array, into new memory), and Orbax's own ``save_async`` with its
 defaults, which writes no checksums.
 
@@ -156,15 +156,15 @@ def measure(layers: int, folder: Path, rounds: int) -> tuple[list[dict[str, Any]
     allowed = [1.2 * seconds + 0.02 for seconds in times["memcpy"]]
     name = f"{side.size / 1e6:.0f} MB"
     results = [
-        common.speedup(f"{name}: held up / (1.2 memcpy + 20 ms)", times["save"], allowed, "< 1.0"),
-        common.speedup(f"{name}: held up / whole save", times["save"], totals["jaxtrain"], "< 0.1"),
+        common.speedup(f"{name}: blocked / (1.2 memcpy + 20 ms)", times["save"], allowed, "< 1.0"),
+        common.speedup(f"{name}: blocked / entire save", times["save"], totals["jaxtrain"], "< 0.1"),
         common.result(f"{name}: step while writing / step", [b / q for q, b, _ in rows], "×", "< 1.5"),
-        common.speedup(f"{name}: Orbax alone / held up", times["save by Orbax alone"], times["save"]),
+        common.speedup(f"{name}: Orbax alone / blocked", times["save by Orbax alone"], times["save"]),
     ]
     figures = {
         "bytes": side.size,
         "held_up_ms": common.medians(times, 1e3),
-        "whole_ms": common.medians(totals, 1e3),
+        "entire_ms": common.medians(totals, 1e3),
         "step_ms": 1e3 * statistics.median(q for q, _, _ in rows),
         "step_while_writing_ms": 1e3 * statistics.median(b for _, b, _ in rows),
         "steps_while_writing": statistics.median(n for _, _, n in rows),

@@ -53,13 +53,15 @@ def main() -> None:
     for vocab in VOCABULARIES:
         full, chunked = (side(vocab, chunk, args.precision) for chunk in (None, CHUNK))
         assert abs(full[2] - chunked[2]) < (1e-4 if args.precision == "float32" else 0.05), "another loss"
-        sides = {"whole": common.each(full[0], 1), "in chunks": common.each(chunked[0], 1)}
+        sides = {"full logits": common.each(full[0], 1), "in chunks": common.each(chunked[0], 1)}
         times = common.interleave(sides, args.rounds)
-        results.append(common.speedup(f"vocabulary {vocab:,}: time", times["whole"], times["in chunks"]))
+        results.append(
+            common.speedup(f"vocabulary {vocab:,}: time", times["full logits"], times["in chunks"])
+        )
         results.append(common.result(f"vocabulary {vocab:,}: memory", [full[1] / chunked[1]], "×"))
         figures[f"vocabulary {vocab:,}"] = {
             "ms": common.medians(times, 1e3),
-            "temporaries_mb": {"whole": full[1] / 1e6, "in chunks": chunked[1] / 1e6},
+            "temporaries_mb": {"full logits": full[1] / 1e6, "in chunks": chunked[1] / 1e6},
             "logits_mb": BATCH * LENGTH * vocab * 4 / 1e6,
         }
     figures["setting"] = {

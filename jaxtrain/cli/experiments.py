@@ -20,8 +20,8 @@ from jaxtrain.data import Source, Subset, paths
 from jaxtrain.experiment import (
     Experiment,
     code,
+    comparable_configs,
     config_text,
-    deciding,
     discover,
     find,
     first_difference,
@@ -160,7 +160,7 @@ def load_recorded(
         raise InputError(f"the experiment of {folder}, {origin}, cannot be loaded: {error}") from error
     if record.get("overfit") is not None:
         experiment = overfit(experiment, record["overfit"])
-    difference = first_difference(*deciding(record["config"], experiment))
+    difference = first_difference(*comparable_configs(record["config"], experiment))
     if difference is not None:
         path, before, now = difference
         if len(settings) < len(record["overrides"]):

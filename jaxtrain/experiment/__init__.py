@@ -8,15 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxtrain.experiment.definition import Experiment
-    from jaxtrain.experiment.overrides import config_hash, config_text, deciding, first_difference, override
+    from jaxtrain.experiment.overrides import (
+        comparable_configs,
+        config_hash,
+        config_text,
+        first_difference,
+        override,
+    )
     from jaxtrain.experiment.registry import Entry, discover, find
 
 __all__ = [
     "Entry",
     "Experiment",
+    "comparable_configs",
     "config_hash",
     "config_text",
-    "deciding",
     "discover",
     "find",
     "first_difference",

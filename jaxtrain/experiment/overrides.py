@@ -54,7 +54,7 @@ def first_difference(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[st
     return None
 
 
-def deciding(recorded: Mapping[str, str], experiment: Any) -> tuple[dict[str, str], dict[str, str]]:
+def comparable_configs(recorded: Mapping[str, str], experiment: Any) -> tuple[dict[str, str], dict[str, str]]:
     """Return a recorded ``config_text`` and the one of ``experiment``, both without operational settings."""
     now = config_text(experiment, operational=False)
     operational = config_text(experiment).keys() - now.keys()

@@ -16,7 +16,7 @@ from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 from jaxtrain.core import safe_names
 from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.files import write_json
-from jaxtrain.experiment import Experiment, config_hash, config_text, deciding, first_difference
+from jaxtrain.experiment import Experiment, comparable_configs, config_hash, config_text, first_difference
 from jaxtrain.sharding import multihost
 from jaxtrain.train import environment
 from jaxtrain.train.run_record import WRITTEN, changed_conditions, load, merge, with_entry
@@ -301,7 +301,7 @@ def _lock_file(folder: Path, file: IO[str], note: Callable[[str], None]) -> None
 
 def _check_same(folder: Path, old: dict[str, str], experiment: Experiment) -> None:
     """Raise InputError unless only epochs (more), operational settings or guard=skip for stop differ."""
-    before, decides = deciding(old, experiment)
+    before, decides = comparable_configs(old, experiment)
     if float(decides["epochs"]) > float(before.get("epochs", "inf")):
         before["epochs"] = decides["epochs"]
     if (before.get("guard"), decides.get("guard")) == ("'stop'", "'skip'"):

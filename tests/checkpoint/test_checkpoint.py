@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain import __main__ as verbs
+from jaxtrain import __main__ as commands
 from jaxtrain import checkpoint, run, sharding
 from jaxtrain.checkpoint import async_save, fingerprint, manifest, store
 from jaxtrain.core.errors import InputError, RunError
@@ -554,7 +554,7 @@ def test_last_good_resumes_bit_for_bit(tmp_path, capsys):
     for command, fix in (
         (lambda: run.main(words), "--resume last-good"),
         (
-            lambda: verbs.main(["evaluate", *words, "--checkpoint", "latest"]),
+            lambda: commands.main(["evaluate", *words, "--checkpoint", "latest"]),
             "an older one with --checkpoint",
         ),
     ):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxtrain import __main__ as verbs
+from jaxtrain import __main__ as commands
 from jaxtrain import run
 from jaxtrain.cli import command_line, train
 from jaxtrain.core import redact
@@ -112,7 +112,7 @@ def test_no_secret_in_the_files_and_the_output_of_a_run(secretive, capfd, monkey
     assert run.main([*secretive, "--set", "train.password=CANARY-Tok-1"]) == 0  # a new password, the same run
     assert run.main([*secretive[:-2], "--set", "test.token=CANARY-Many-5"]) == 2
     assert "test.token is <redacted " in capfd.readouterr().err
-    assert verbs.main(["evaluate", "--workdir", "r", "--experiment", "mine.py"]) == 2
+    assert commands.main(["evaluate", "--workdir", "r", "--experiment", "mine.py"]) == 2
     out, err = capfd.readouterr()
     assert "read them from an environment variable in the file" in err and leaks(out, err) == []
 

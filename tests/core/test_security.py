@@ -14,7 +14,7 @@ import pytest
 import test_checkpoint as saving
 from conftest import ROOT
 
-from jaxtrain import __main__ as verbs
+from jaxtrain import __main__ as commands
 from jaxtrain import checkpoint, run
 from jaxtrain.checkpoint import folder as folders
 from jaxtrain.checkpoint import manifest
@@ -312,7 +312,7 @@ def test_a_run_record_runs_no_code(name, tmp_path, trap, capsys, monkeypatch):
     record = {"name": name.format(tmp_path), "origin": str(file), "overrides": [], "config": {}}
     Path("r", "config.json").write_text(json.dumps(record))
     for verb in ("evaluate", "sample"):
-        assert verbs.main([verb, "--workdir", "r"]) == 2
+        assert commands.main([verb, "--workdir", "r"]) == 2
         assert "--experiment" in capsys.readouterr().err
     assert not trap() and not any(str(file) == getattr(m, "__file__", "") for m in list(sys.modules.values()))
 
@@ -370,17 +370,17 @@ def test_compilation_cache_is_private(umask0, tmp_path, monkeypatch, capsys):
     cache = tmp_path / "a" / "cache"
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    assert verbs.main(["prepare", "no_such/data set"]) == 2
+    assert commands.main(["prepare", "no_such/data set"]) == 2
     assert mode(cache) == 0o700 and "WARNING" not in capsys.readouterr().err
     cache.chmod(0o770)
-    assert verbs.main(["prepare", "no_such/data set"]) == 2
+    assert commands.main(["prepare", "no_such/data set"]) == 2
     assert (
         "WARNING: others can write to JAX_COMPILATION_CACHE_DIR, and JAX runs the programs in it: "
         f"chmod 700 {cache}" in (capsys.readouterr().err)
     )
     (tmp_path / "file").touch()
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file" / "x"))
-    assert verbs.main(["prepare", "x"]) == 2
+    assert commands.main(["prepare", "x"]) == 2
     assert "cannot be created (Not a directory): set another" in capsys.readouterr().err
 
 

@@ -14,7 +14,14 @@ import pytest
 
 from jaxtrain import data, losses, metrics, models, optim, sharding
 from jaxtrain.core.errors import InputError
-from jaxtrain.experiment import Experiment, config_hash, config_text, deciding, first_difference, override
+from jaxtrain.experiment import (
+    Experiment,
+    comparable_configs,
+    config_hash,
+    config_text,
+    first_difference,
+    override,
+)
 
 SOURCE = data.Synthetic(n=64, shape=(4, 4, 1))
 BASE = Experiment(
@@ -329,9 +336,9 @@ def test_a_task_is_not_hashed_and_a_recorded_report_does_not_decide() -> None:
     other = dataclasses.replace(BASE, loss=losses.CrossEntropy(smoothing=0.1, task="segmentation"))
     assert config_hash(other) == config_hash(BASE)
     for before, now in ((reported, BASE), (BASE, reported), (other, BASE)):
-        assert first_difference(*deciding(config_text(before), now)) is None
+        assert first_difference(*comparable_configs(config_text(before), now)) is None
     changed = override(reported, ["loss.ignore=3"])
-    assert first_difference(*deciding(config_text(BASE), changed)) == ("loss.ignore", "None", "3")
+    assert first_difference(*comparable_configs(config_text(BASE), changed)) == ("loss.ignore", "None", "3")
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def out_of_memory(patch: pytest.MonkeyPatch) -> None:
         def step(*args):
             raise jax.errors.JaxRuntimeError(OOM)
 
-        step.trace = program.train_step.trace  # what is computed is told before it is
+        step.trace = program.train_step.trace  # the loop reads the trace before the first call
         return dataclasses.replace(program, train_step=step)
 
     patch.setattr(session, "assemble", assemble)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from jaxtrain import __main__ as verbs
+from jaxtrain import __main__ as commands
 from jaxtrain import checkpoint
 from jaxtrain.core.types import leaf_paths
 from jaxtrain.monitor.console import Plain
@@ -114,7 +114,7 @@ def test_evaluate_command_counts_each_example_once(tmp_path, capsys, mesh1, monk
     """``python -m jaxtrain evaluate`` on a run of one step, by one device and by eight."""
     monkeypatch.chdir(tmp_path)
     Path("seventeen.py").write_text(FILE)
-    assert verbs.main(["run", "--experiment", "seventeen.py", "--workdir", "r", "--devices", "1"]) == 0
+    assert commands.main(["run", "--experiment", "seventeen.py", "--workdir", "r", "--devices", "1"]) == 0
     capsys.readouterr()
     program = cases.make("images", N, mesh1, "auto")
     with checkpoint.open("r") as saved:
@@ -124,7 +124,8 @@ def test_evaluate_command_counts_each_example_once(tmp_path, capsys, mesh1, monk
     counts = expected.pop("counts")
     for words in (["--devices", "1"], ["--devices", "8"]):
         assert (
-            verbs.main(["evaluate", "--workdir", "r", "--experiment", "seventeen.py", "--json", *words]) == 0
+            commands.main(["evaluate", "--workdir", "r", "--experiment", "seventeen.py", "--json", *words])
+            == 0
         )
         found = json.loads(capsys.readouterr().out)
         assert found["examples"] == N and found["step"] == 1

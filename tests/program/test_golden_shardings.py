@@ -55,7 +55,7 @@ def table(name: str) -> str:
         on = sharding.make_mesh(jax.devices(), sharding.parse_mesh(text, 8))
         leaves = leaf_paths(abstract_state(experiment, on, example))
         shapes = {path: list(leaf.shape) for path, leaf in leaves.items()}
-        columns.append({path: spec_text(leaf.sharding) or "whole" for path, leaf in leaves.items()})
+        columns.append({path: spec_text(leaf.sharding) or "replicated" for path, leaf in leaves.items()})
     lines = [f"{'path':<54} {'shape':<17} {'   '.join(MESHES[: len(columns)])}"]
     for path, shape in shapes.items():
         cells = "".join(f"{column[path]:<18}" for column in columns)

@@ -15,7 +15,7 @@ from test_guard import Spoil
 from test_loop import final, stopping
 from tiny import EXPERIMENT
 
-from jaxtrain import __main__ as verbs
+from jaxtrain import __main__ as commands
 from jaxtrain import models, monitor, run, sharding
 from jaxtrain.cli import verify
 from jaxtrain.core.errors import InputError, RunError
@@ -224,9 +224,9 @@ def test_bad_numbers_are_refused(value, capsys):
 @pytest.mark.full("tests/train/test_dispatch.py::test_the_setting_and_deterministic_are_not_measured")
 def test_verify_uses_the_same_steps_per_execution(capfd):
     words = ["verify", "--experiment", TINY, "--set", "steps_per_execution=3", "--steps", "8"]
-    assert verbs.main(words) == 0
+    assert commands.main(words) == 0
     assert "verified: bit-for-bit identical" in capfd.readouterr().out
-    assert verbs.main([*words[:-1], "2"]) == 0
+    assert commands.main([*words[:-1], "2"]) == 0
     assert "too few steps to test an execution of 3 updates: use --steps 12" in capfd.readouterr().out
 
 
@@ -241,12 +241,12 @@ def test_verify_measures_once_for_all_its_phases(monkeypatch):
     monkeypatch.setattr(verify, "_start", start)
     monkeypatch.setattr(verify, "compare", lambda *args: {"all": "the same"})
     long = ["--experiment", TINY, "--set", "epochs=500"]
-    assert verbs.main(["verify", *long]) == 0
+    assert commands.main(["verify", *long]) == 0
     assert [phase for phase, *_ in started] == ["choose", "straight", "killed", "resumed"]
     assert started[0][1:] == (["epochs=500"], None)
     assert all(rest == [["epochs=500", "steps_per_execution=28"], 112] for _, *rest in started[1:])
     started.clear()
-    assert verbs.main(["verify", *long, "--deterministic"]) == 0
+    assert commands.main(["verify", *long, "--deterministic"]) == 0
     assert started[0] == ("straight", ["epochs=500", "steps_per_execution=1"], 20)
 
 
