@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from jaxtrain import __main__ as commands
 from jaxtrain import data, losses, models, optim, plan, sharding
@@ -312,6 +313,9 @@ def test_json_is_complete_and_agrees_with_the_table(mlp, capsys):
 
     assert commands.main(["plan", "--experiment", mlp, "--mesh", "fsdp=8", "--device-memory", "1GB"]) == 0
     out = capsys.readouterr().out
+    shown = (ROOT / "docs" / "parallelism.md").read_text().partition("```text\n")[2].partition("```")[0]
+    titles = re.findall(r"^[a-z][a-z ]+$|^  [a-z]+ ?[a-z]+(?=  )", shown, re.M)  # of sections and rows
+    assert len(titles) > 12 and all(title in out for title in titles if "prefetched" not in title), titles
     assert re.search(r"^mlp on 8 × cpu \(fsdp=8\), batch 16, 13 steps$", out, re.M)
     for part, name in memory_text.NAMES.items():
         if sizes[part]:
