@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from jaxtrain.core.errors import RunError
-from jaxtrain.core.files import to_json
+from jaxtrain.core.files import to_json, write_text
 
 
 class Files:
@@ -104,7 +104,5 @@ def _open_at(path: Path, start: int) -> TextIO:
                     lines.append(line + "\n")
             except (ValueError, KeyError):  # a line truncated by a kill
                 continue
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(lines))
-    part.replace(path)
+    write_text(path, "".join(lines))
     return path.open("a")
