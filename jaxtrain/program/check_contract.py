@@ -17,38 +17,90 @@ from jaxtrain.program import check_fields
 from jaxtrain.program.loader import EPOCH, EXAMPLE_ID
 from jaxtrain.step.gradients import evaluate_loss, no_loss_metric
 
-ROWS = 8  # examples that the loss is tried on
-SAME = 1e-4  # relative difference up to which a mean is taken for the loss
+ROWS = 64  # examples that the loss is tried on
+SAME = 1e-4  # relative difference that the order of sums may make
 
 
 def find_loss_metric(exp: Experiment, model: Model, source: Source) -> str:
-    """Return the name of the ``Mean`` among the loss's metrics that is the loss, for ``accumulate``.
+    """Return the name of the ``Mean`` among the loss's metrics whose count weights microbatches.
 
-    It is ``"loss"`` where the loss reports that. Any other name is found by value, on a few training examples
-    and made-up outputs, so it costs a small program and no model is computed.
+    With these weights the mean of the microbatches' losses must be the loss of the full batch. That is tried
+    on some training examples with made-up outputs, so it costs a small program and no model is computed.
+    ``"loss"`` is tried first, then the metrics that have the value of the loss.
 
     Raises:
-      InputError: no metric is the loss, or several that count differently are.
+      InputError: no metric fits, or several that count differently do.
     """
     if exp.accumulate == 1 or exp.step_factory is not None:
         return "loss"
-    ids = np.arange(min(ROWS, len(source)))
-    raw = {**source.gather(ids), EXAMPLE_ID: ids.astype(np.int32), EPOCH: np.zeros(len(ids), np.int32)}
-
-    def loss(raw: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        batch = compose(*exp.augment, *exp.preprocess)(raw, key)
-        shapes = jax.eval_shape(lambda key: _outputs(model, key, batch), key)
-        return evaluate_loss(exp.loss, jax.tree.map(_made_up, shapes), batch)
-
-    _, metrics = check_fields.trace(loss, raw, jax.random.key(0), what="the loss")
-    if isinstance(metrics.get("loss"), Mean):
+    (value, metrics), parts = _try_loss(exp, model, source)
+    means = {name: mean for name, mean in metrics.items() if isinstance(mean, Mean)}
+    combined = {name: _combine(name, parts) for name in means}
+    if not np.isfinite(value):  # made-up outputs are outside its domain
+        combined = dict.fromkeys(means, float(value))
+    fits = [name for name in means if np.isclose(combined[name], value, rtol=SAME, equal_nan=True)]
+    if "loss" in means:
+        if "loss" not in fits:
+            raise InputError(
+                f"accumulate={exp.accumulate} changes the loss: a full batch has {value:.6g}, and its "
+                f"microbatches, weighted by the count of the metric 'loss', {combined['loss']:.6g}: return "
+                'the mean that {"loss": Mean.of(values, mask)} reports, or set accumulate=1'
+            )
         return "loss"
-    value, metrics = jax.device_get(jax.jit(loss)(raw, jax.random.key(0)))
-    means = {name: mean for name, mean in metrics.items() if isinstance(mean, Mean) and mean.count}
-    same = [name for name, mean in means.items() if np.isclose(mean.total / mean.count, value, rtol=SAME)]
+    same = [name for name in fits if np.isclose(means[name].compute(), value, rtol=SAME, equal_nan=True)]
     if len({float(means[name].count) for name in same}) != 1:
         raise InputError(no_loss_metric(metrics))
     return same[0]
+
+
+Tried = tuple[Any, Metrics]
+"""A loss's value and its metrics, on the host."""
+
+
+def _try_loss(exp: Experiment, model: Model, source: Source) -> tuple[Tried, list[Tried]]:
+    """Compute the loss of a batch, and of each of its microbatches."""
+    parts = exp.accumulate
+    size = max(1, min(ROWS, exp.batch) // parts)
+    ids = np.random.default_rng(0).integers(0, len(source), size * parts)
+    raw = {**source.gather(ids), EXAMPLE_ID: ids.astype(np.int32), EPOCH: np.zeros(len(ids), np.int32)}
+
+    def prepare(raw: Batch, key: jax.Array) -> Batch:
+        return compose(*exp.augment, *exp.preprocess)(raw, key)
+
+    def outputs(batch: Batch) -> Any:
+        params, extra = model.init(jax.random.key(0), batch)
+        return model.apply(params, extra, batch, train=False, key=None)[0]
+
+    def loss(outputs: Any, batch: Batch) -> Tried:
+        return evaluate_loss(exp.loss, outputs, batch)
+
+    shapes = check_fields.trace(prepare, raw, jax.random.key(0), what="the batch")
+    of_all = jax.eval_shape(outputs, shapes)
+    of_part = jax.eval_shape(outputs, jax.tree.map(lambda x: _shape(x, (size, *x.shape[1:])), shapes))
+    made_up = jax.tree.map(_made_up, of_all)
+    check_fields.trace(loss, made_up, shapes, what="the loss")
+    batch, loss = jax.jit(prepare)(raw, jax.random.key(0)), jax.jit(loss)
+
+    def part(number: int) -> Tried:
+        rows = slice(number * size, (number + 1) * size)
+        own = jax.tree.map(
+            lambda x, small: x if x.shape == small.shape else x[rows], made_up, of_part
+        )  # an output such as an auxiliary loss has no rows
+        return loss(own, jax.tree.map(lambda x: x[rows], batch))
+
+    found: tuple[Tried, list[Tried]] = jax.device_get((loss(made_up, batch), [part(n) for n in range(parts)]))
+    return found
+
+
+def _combine(name: str, parts: list[Tried]) -> float:
+    """Return the mean of the microbatches' losses, weighted by the count of the metric ``name``."""
+    weighted = [(float(metrics[name].count), float(value)) for value, metrics in parts]
+    total = sum(count for count, _ in weighted if count > 0)
+    return sum(count * value for count, value in weighted if count > 0) / total if total else float("nan")
+
+
+def _shape(x: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, x.dtype)
 
 
 def sown_notes(model: Model) -> tuple[str, ...]:
@@ -64,11 +116,6 @@ def sown_notes(model: Model) -> tuple[str, ...]:
         f"the model sows {', '.join(names)}, which no loss reads: to give them to the loss, set the module's "
         f"sown_outputs = {names!r}, and its outputs are (outputs, sown)",
     )
-
-
-def _outputs(model: Model, key: jax.Array, batch: Batch) -> Any:
-    params, extra = model.init(key, batch)
-    return model.apply(params, extra, batch, train=False, key=None)[0]
 
 
 def _made_up(shape: jax.ShapeDtypeStruct) -> jax.Array:

@@ -89,6 +89,48 @@ def test_a_loss_that_reports_no_mean_of_itself_is_refused_with_accumulate(mesh1:
         assemble(change(loss=bare, accumulate=4), mesh1)
 
 
+def _error(outputs: Any, batch: Any) -> tuple[Any, Any]:
+    keep = batch["keep"] & batch.get("mask", jnp.ones(len(outputs), bool))[:, None]
+    return (outputs - batch["x"] ** 2) ** 2, keep
+
+
+def total(outputs: Any, batch: Any) -> Any:
+    mean = Mean.of(*_error(outputs, batch))
+    return mean.total, {"loss": mean}
+
+
+def mean_of_batch(outputs: Any, batch: Any) -> Any:
+    error, keep = _error(outputs, batch)
+    value = jnp.where(keep, error, 0).sum() / jnp.maximum(keep.sum(), 1)
+    return value, {"loss": Mean.of(value)}
+
+
+def mean_of_rows(outputs: Any, batch: Any) -> Any:
+    error, keep = _error(outputs, batch)
+    rows = jnp.where(keep, error, 0).sum(1) / keep.sum(1)
+    return rows.mean(), {"loss": Mean.of(error, keep)}
+
+
+def weighted(outputs: Any, batch: Any) -> Any:
+    error, _ = _error(outputs, batch)
+    weight = jnp.where(batch["label"] > 1, 5.0, 0.1)
+    return (weight * error[:, 0]).sum() / weight.sum(), {"loss": Mean.of(error[:, 0])}
+
+
+@pytest.mark.parametrize("loss", [total, mean_of_batch, mean_of_rows, weighted])
+def test_a_loss_that_its_count_does_not_weight_is_refused_with_accumulate(loss: Any, mesh1: Any) -> None:
+    with pytest.raises(InputError, match="accumulate=4 changes the loss: a full batch has"):
+        assemble(change(loss=loss, accumulate=4), mesh1)
+
+
+def test_a_term_of_the_loss_that_every_microbatch_has_is_legal_with_accumulate(mesh1: Any) -> None:
+    def loss(outputs: Any, batch: Any) -> Any:
+        mean = Mean.of(*_error(outputs, batch))
+        return mean.total / jnp.maximum(mean.count, 1) + 0.5, {"loss": mean}
+
+    assemble(change(loss=loss, accumulate=4), mesh1).close()
+
+
 def forgetful(*args: Any, **options: Any) -> Any:
     """A step factory of one's own, whose step returns the parameters in another dtype."""
     step = make_train_step(*args, **options)
