@@ -76,7 +76,7 @@ class RecordedRun:
         Args:
           sources: from ``assemble``'s ``inspect``.
           split: the one that is evaluated.
-          accept: record that changed data were accepted, and go on.
+          accept: record that changed data were accepted, and continue.
 
         Raises:
           InputError: they have changed, and ``accept`` is False.

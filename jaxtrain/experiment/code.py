@@ -161,6 +161,8 @@ def _imported(name: str, path: Path, source: bytes) -> Iterator[str]:
     if path.suffix != ".py":
         return
     package = name if path.stem == "__init__" else name.rpartition(".")[0]
+    if name == "__main__":  # python -m app.train
+        package = getattr(sys.modules[name], "__package__", None) or ""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
@@ -174,6 +176,22 @@ def _imported(name: str, path: Path, source: bytes) -> Iterator[str]:
             base = ".".join([*above, *([node.module] if node.module else [])])
             yield from _with_parents(base)
             yield from (f"{base}.{alias.name}" for alias in node.names if base)
+        elif isinstance(node, ast.Call) and (called := _import_by_name(node)):
+            yield from _with_parents(called if called[0] != "." else _absolute(called, package))
+
+
+def _import_by_name(call: ast.Call) -> str:
+    """Return the name in ``importlib.import_module("name")`` or ``__import__("name")``; "" of other calls."""
+    function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    name = call.args[0] if call.args and function in ("import_module", "__import__") else None
+    return name.value if isinstance(name, ast.Constant) and isinstance(name.value, str) else ""
+
+
+def _absolute(name: str, package: str) -> str:
+    try:
+        return importlib.util.resolve_name(name, package)
+    except ImportError:
+        return ""
 
 
 def _with_parents(name: str) -> Iterator[str]:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import operator
 import os
+import re
 import typing
 import zlib
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ from jaxtrain.core.text import did_you_mean, first_line
 from jaxtrain.experiment.setting_values import is_parsable, parse, union_members
 
 T = TypeVar("T")
+_DATA = re.compile(r"(train|valid|test)(\.source)*\.(fields\..+|indices)=\S+\[.*\] crc32 [0-9a-f]{8}$")
 LINEN_FIELDS = frozenset({"parent", "name"})
 
 
@@ -55,7 +57,10 @@ def first_difference(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[st
 
 
 def comparable_configs(recorded: Mapping[str, str], experiment: Any) -> tuple[dict[str, str], dict[str, str]]:
-    """Return a recorded ``config_text`` and the one of ``experiment``, both without operational settings."""
+    """Return a recorded ``config_text`` and the one of ``experiment``, without operational settings and data.
+
+    The contents of arrays in a source are data, which ``data.identity`` compares.
+    """
     now = config_text(experiment, operational=False)
     operational = config_text(experiment).keys() - now.keys()
 
@@ -63,7 +68,10 @@ def comparable_configs(recorded: Mapping[str, str], experiment: Any) -> tuple[di
         parts = path.split(".")
         return not any(".".join(parts[:n]) in operational for n in range(1, len(parts) + 1))
 
-    return {path: text for path, text in recorded.items() if decides(path)}, now
+    def without_data(texts: Mapping[str, str]) -> dict[str, str]:
+        return {path: text for path, text in texts.items() if not _DATA.match(f"{path}={text}")}
+
+    return without_data({path: text for path, text in recorded.items() if decides(path)}), without_data(now)
 
 
 def override(experiment: T, settings: list[str]) -> T:

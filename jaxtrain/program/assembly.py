@@ -19,7 +19,7 @@ from jaxtrain.models import as_model, compute_in
 from jaxtrain.program import check_contract, check_fields, check_values, splits, update
 from jaxtrain.program.cadence import Cadence
 from jaxtrain.program.check_values import ValueCheck
-from jaxtrain.program.loader import Check, Loader, Resident
+from jaxtrain.program.loader import EXAMPLE_ID, Check, Loader, Resident
 from jaxtrain.program.program import Program, Split
 from jaxtrain.step import make_eval_step, make_init, scan_steps
 from jaxtrain.step.contract import check_pair
@@ -129,6 +129,7 @@ def abstract_state(experiment: Experiment, mesh: Mesh, example: Batch) -> State:
         update.build_post_update(exp, steps),
         **update.loss_scaling(exp),
     )
+    example = {EXAMPLE_ID: np.zeros(len(next(iter(example.values()))), np.int32), **example}
     return _abstract_state(init_fn, example, mesh, exp, model)[0]
 
 
@@ -144,7 +145,7 @@ def _loader(
 
 def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> tuple[Any, Batch]:
     """Shapes of the model's outputs for a batch of ``source``, and of this batch as the model takes it."""
-    one = source.gather(np.zeros(1, np.int64))
+    one = {**source.gather(np.zeros(1, np.int64)), EXAMPLE_ID: np.zeros(1, np.int32)}
     batch = {k: jax.ShapeDtypeStruct((exp.batch, *v.shape[1:]), v.dtype) for k, v in one.items()}
 
     def forward(key: jax.Array, batch: Batch) -> Any:

@@ -150,6 +150,7 @@ def describe_experiment(experiment: Experiment) -> tuple[str, str, str]:
     if shapes is None:  # its shapes are unknown until the data set is prepared
         return data, type(model).__name__, "–"
     batch = {k: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype) for k, v in shapes.items()}
+    batch[EXAMPLE_ID] = jax.ShapeDtypeStruct((1,), np.int32)
 
     def params(seed: jax.Array, batch: Batch) -> Any:
         batch = compose(*experiment.preprocess)(batch, None)

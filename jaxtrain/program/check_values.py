@@ -225,7 +225,8 @@ def _filled_by_preprocess(exp: Experiment, batch: Batch, rows: np.ndarray) -> bo
     try:
         for start in range(0, len(rows), size):
             some = rows[np.minimum(np.arange(start, start + size), len(rows) - 1)]
-            if not_finite(jax.device_get(prepare({name: array[some] for name, array in batch.items()}))):
+            raw = {EXAMPLE_ID: some.astype(np.int32), **{name: array[some] for name, array in batch.items()}}
+            if not_finite(jax.device_get(prepare(raw))):
                 return False
         return True
     except Exception:  # a user's stage, which may need fields that a raw batch lacks

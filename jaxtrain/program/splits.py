@@ -15,7 +15,7 @@ from jaxtrain.core.types import Batch
 from jaxtrain.data import Arrays, Order, Sequential, Source, Subset, holdout, in_memory, paths
 from jaxtrain.data.checked import CheckedSource
 from jaxtrain.experiment import Experiment
-from jaxtrain.program.loader import Check, Loader, Resident, Streamed
+from jaxtrain.program.loader import EXAMPLE_ID, Check, Loader, Resident, Streamed
 from jaxtrain.sharding import multihost
 
 RESIDENT_PART = 10  # a data set of at most this part of a device's memory is resident
@@ -108,4 +108,5 @@ def _length(error: Exception, source: Source) -> str:
 def first_examples(exp: Experiment, source: Source) -> Batch:
     """The raw examples that ``init`` gets: one for its shapes, or as many as ``data_init`` asks for."""
     examples = 1 if exp.data_init is None else getattr(exp.data_init, "examples", exp.batch)
-    return source.gather(np.arange(min(examples, len(source))))
+    ids = np.arange(min(examples, len(source)))
+    return {**source.gather(ids), EXAMPLE_ID: ids.astype(np.int32)}

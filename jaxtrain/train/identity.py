@@ -90,7 +90,7 @@ class RunCheck:
             return {**found, "data": known["data"]}
         if not self.accept:
             since = "finished" if self._is_finished() else "started"
-            raise refuse(self.folder.path, changed, "go on", since)
+            raise refuse(self.folder.path, changed, "continue", since)
         self.console.note(accepted_note(changed))
         self.accepted.extend(changed)
         return {**found, **with_entry(known, "accepted_data", self.folder.acceptance("run", changed))}

@@ -286,7 +286,7 @@ def _lock(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
 
 
 def _lock_file(folder: Path, file: IO[str], note: Callable[[str], None]) -> None:
-    """Lock ``file``; where the disk has no locks, say so and go on."""
+    """Lock ``file``; where the disk has no locks, say so and continue."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:

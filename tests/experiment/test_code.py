@@ -13,7 +13,8 @@ from jaxtrain.core import user_modules
 from jaxtrain.experiment import code, find
 
 FILES = {
-    "exp.py": "import json, numpy as np\nimport jaxtrain\nfrom one import x\ndef later():\n    import lazy\n",
+    "exp.py": "import json, numpy as np\nimport jaxtrain\nfrom one import x\ndef later():\n    import lazy\n"
+    "    __import__('named'), importlib.import_module('asked')\n",
     "one.py": "from pack_a import part\nx = part.y\n",
     "pack_a/__init__.py": "",
     "pack_a/part.py": "from . import other\nfrom .deep.leaf import z\ny = 1\n",
@@ -22,6 +23,8 @@ FILES = {
     "pack_a/unused.py": "",
     "two.py": "",
     "lazy.py": "import broken, missing_module\n",
+    "named.py": "",
+    "asked.py": "",
     "broken.py": "this is no Python\n",
 }
 
@@ -65,6 +68,20 @@ def test_a_notebook_has_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
     assert code.is_interactive() and code.main_module() is None
     sys.modules["__main__"].__file__ = "<stdin>"
     assert code.is_interactive() and code.main_module() is None
+
+
+def test_a_module_run_by_name_imports_from_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``python -m app.train`` is ``__main__``, and a relative import in it is one from ``app``."""
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "train.py").write_text("from .settings import S\n")
+    (tmp_path / "app" / "settings.py").write_text("S = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    script = types.ModuleType("__main__")
+    script.__file__, script.__package__ = str(tmp_path / "app" / "train.py"), "app"
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    assert set(code.digests(code.main_module(), None)) == {"train.py", "app/settings.py"}
 
 
 def test_a_script_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -426,3 +426,13 @@ def test_empty_tuple_removes_all_stages() -> None:
     assert override(EXPERIMENT, ["augment=()"]).augment == ()
     with pytest.raises(InputError, match="cannot be set from text"):
         override(EXPERIMENT, ["augment=Flip"])
+
+
+def test_contents_of_arrays_are_data_and_no_setting() -> None:
+    rows = np.zeros((4, 2), np.float32)
+    before, now = (
+        dataclasses.replace(BASE, train=data.Subset(data.Arrays({"x": x}), np.arange(3)))
+        for x in (rows, rows + 1)
+    )
+    assert config_hash(before) != config_hash(now)  # another run, unless its folder is named
+    assert first_difference(*comparable_configs(config_text(before), now)) is None

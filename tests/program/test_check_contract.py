@@ -131,6 +131,13 @@ def test_a_term_of_the_loss_that_every_microbatch_has_is_legal_with_accumulate(m
     assemble(change(loss=loss, accumulate=4), mesh1).close()
 
 
+def test_stages_have_the_positions_of_the_examples_from_init_on(mesh1: Any) -> None:
+    def shift(batch: Any, key: Any) -> Any:
+        return {**batch, "x": batch["x"] + 0 * batch["example_id"][:, None]}
+
+    assemble(change(preprocess=(shift,)), mesh1).close()
+
+
 def forgetful(*args: Any, **options: Any) -> Any:
     """A step factory of one's own, whose step returns the parameters in another dtype."""
     step = make_train_step(*args, **options)
