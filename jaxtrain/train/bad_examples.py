@@ -34,7 +34,7 @@ class BadField:
     @property
     def text(self) -> str:
         """The fault as a part of an error line."""
-        where = " after augment and preprocess, and not in the source" if self.stage else ""
+        where = " after augment and preprocess" if self.stage else ""
         return f"field {self.field!r} of {format_ids(self.examples)} {self.what}{where}"
 
     @property
@@ -60,10 +60,9 @@ def locate(program: Program, step: int) -> list[BadField]:
     indices, raw = program.example_ids(step), program.raw_batch(step)
     bad = _bad_fields(program, _apply_stages(program, raw, step), indices, stage=True)
     # Raw values alone prove nothing: a stage may fill gaps, or map labels 1..10 to 0..9.
-    from_source = (
-        {found.field: found for found in _bad_fields(program, raw, indices, stage=False)} if bad else {}
-    )
-    return [from_source.get(found.field, found) for found in bad]
+    from_source = _bad_fields(program, raw, indices, stage=False) if bad else []
+    same = {(found.field, *found.examples.tolist()): found for found in from_source}
+    return [same.get((found.field, *found.examples.tolist()), found) for found in bad]
 
 
 def _apply_stages(program: Program, raw: dict[str, Any], step: int) -> dict[str, np.ndarray]:
@@ -92,6 +91,8 @@ def _bad_fields(program: Program, batch: dict[str, Any], indices: np.ndarray, st
             if label is None or not np.issubdtype(label.dtype, np.integer):
                 continue
             bad = (label < 0) | (label >= shapes[0].shape[-1])
+            if (ignore := getattr(loss, "ignore", None)) is not None:
+                bad &= label.astype(np.int64) != ignore
             rows = np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1))
             if len(rows):
                 values = ", ".join(map(str, np.unique(label[bad])[:5]))

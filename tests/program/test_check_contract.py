@@ -206,6 +206,13 @@ def test_labels_are_checked_as_the_model_gets_them(mesh1: Any) -> None:
         program.train.batch(1)
         assert bad_examples.locate(program, 1) == []  # the raw label 3 is no fault
         program.close()
+    label = np.where(np.arange(24) == 7, 9, RAGGED.fields["label"])
+    program = assemble(
+        classify(Shift(), train=Stream(Arrays({**RAGGED.fields, "label": label})), placement="stream"), mesh1
+    )
+    (found,) = [one for step in range(program.steps) for one in bad_examples.locate(program, step + 1)]
+    assert found.examples.tolist() == [7] and "is 8, no class of 0..2, after" in found.text
+    program.close()
 
 
 def test_labels_that_a_stage_makes_are_legal_and_missing_ones_are_not(mesh1: Any) -> None:
