@@ -232,8 +232,18 @@ def make_eval_step(
 
 
 def eval_state(state: State) -> tuple[Any, dict[str, Any]]:
-    """Return the parameters and statistics to evaluate with: the EMA's if the state has them."""
+    """Return the parameters and statistics to evaluate with: the EMA's if the state has them.
+
+    They have the dtypes of the state's own: the average of half-precision floats is float32.
+    """
     if "ema" not in state.extra:
         return state.params, state.extra
-    averaged = {name: tree for name, tree in state.extra["ema"].items() if name != "updates"}
+    own = {**state.extra, "params": state.params}
+    averaged = {
+        name: jax.tree.map(
+            lambda mean, x: mean if mean.dtype == x.dtype else mean.astype(x.dtype), tree, own[name]
+        )
+        for name, tree in state.extra["ema"].items()
+        if name != "updates"
+    }
     return averaged.pop("params"), {**state.extra, **averaged}
