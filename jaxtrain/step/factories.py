@@ -31,7 +31,7 @@ from jaxtrain.core.types import Batch, Metrics, Prepare, State, split_extra
 from jaxtrain.metrics import Mean
 from jaxtrain.models import as_model
 from jaxtrain.optim import LossScale
-from jaxtrain.step.contract import check_state_unchanged, check_trainable, without_weak_types
+from jaxtrain.step.contract import check_names, check_state_unchanged, check_trainable, without_weak_types
 from jaxtrain.step.gradients import LossFn, accumulate_gradients, evaluation_metrics, gradient_of
 from jaxtrain.step.guard import Policy, count_bad_labels, guard_step
 
@@ -62,8 +62,9 @@ def make_init(
       loss_scale: as for ``make_train_step``; adds its state too.
 
     Raises:
-      InputError: while tracing, for an ``init`` that does not return ``(params, extra)``, or a ``data_init``
-        that changes the structure of the parameters.
+      InputError: while tracing, for an ``init`` that does not return ``(params, extra)``, an ``extra`` with a
+        name that the state uses (``ema``, ``lookahead``, ``masks``, ``loss_scale``), or a ``data_init`` that
+        changes the structure of the parameters.
     """
     pair = as_model(model)
 
@@ -76,6 +77,7 @@ def make_init(
                 f"the model's init returns a {type(extra).__name__} after its parameters: return "
                 "(params, extra) with a dict of the model's statistics, {} for none"
             )
+        check_names(extra)
         if data_init is not None:
             structure: Any = jax.tree.structure(params)
             params = data_init(params, batch)
