@@ -85,7 +85,9 @@ def _batch_size(split: Split) -> int:
 def _padded_batches(split: Split) -> list[Any]:
     """The first batch: half of it padding, with copies of one example and with others, and all padding."""
     batch, size, last = split.loader.batch(0), _batch_size(split), split.batches - 1
-    far = split.loader.batch(last) if last and split.examples % size else None
+    far = None
+    if last and split.examples % size:
+        far = getattr(split.loader, "batch_here", split.loader.batch)(last)
     split.loader.close()  # the evaluation starts a stream of its own
     resident = isinstance(split.loader, Resident)
     data = {"data": batch["data"]} if resident else {}  # all examples
