@@ -43,16 +43,23 @@ def init_from(
     """
     here = leaf_paths(state)
     with _open_source(source, renames, here, log) as (checkpoints, chosen, wanted):
-        abstract = {name: _abstract_leaf(here[path]) for path, name in wanted.items()}
+        there = chosen.manifest["tree"]
+        abstract = {
+            name: jax.ShapeDtypeStruct(*manifests.parse_spec(there[name]), sharding=here[path].sharding)
+            for path, name in wanted.items()
+        }
         arrays = checkpoints.restore_some(chosen, abstract)
     seen: set[str] = set()
     values = []
     for path, leaf in here.items():
         name = wanted.get(path)
-        # One buffer must not be in the state twice: the train step donates them.
-        value = leaf if name is None else arrays[name].copy() if name in seen else arrays[name]
+        if name is None:
+            values.append(leaf)
+        elif arrays[name].dtype != leaf.dtype:  # an average in float32, see _fits
+            values.append(arrays[name].astype(leaf.dtype))
+        else:  # One buffer must not be in the state twice: the train step donates them.
+            values.append(arrays[name].copy() if name in seen else arrays[name])
         seen |= {name} if name is not None else set()
-        values.append(value)
     log(f"initialized {len(seen)} arrays from {chosen.folder}, {_count_new(here, wanted)} new")
     return jax.tree.unflatten(jax.tree.structure(state), values)
 
@@ -175,7 +182,7 @@ def _check(
     there = chosen.manifest["tree"]
     for path, name in wanted.items():
         have, want = there.get(name, "absent"), manifests.spec(here[path])
-        if have != want:
+        if have != want and not (have != "absent" and _fits(path, name, have, want)):
             top = path.removeprefix("params/").partition("/")[0]
             raise InputError(
                 f"checkpoint {chosen.folder} does not fit: {name} is {have} there and {path} is {want} here; "
@@ -183,8 +190,13 @@ def _check(
             )
 
 
-def _abstract_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+def _fits(path: str, name: str, have: str, want: str) -> bool:
+    """Whether one is the average of the other in float32, as averages of half-precision floats are."""
+    if not (path.startswith(COPIES) or name.startswith(COPIES)):
+        return False
+    (shape, dtype), (other_shape, other) = manifests.parse_spec(have), manifests.parse_spec(want)
+    floats = jnp.issubdtype(dtype, jnp.floating) and jnp.issubdtype(other, jnp.floating)
+    return bool(floats and shape == other_shape and jnp.float32 in (dtype, other))
 
 
 def _count_new(here: dict[str, Any], wanted: dict[str, str]) -> int:

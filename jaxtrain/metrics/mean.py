@@ -124,7 +124,7 @@ def check_mergeable(owner: str, metrics: Any) -> None:
     for name, metric in metrics.items():
         if not (hasattr(metric, "merge") and hasattr(metric, "compute")):
             raise InputError(
-                f"{owner} returns the metric {name!r} as a bare {type(metric).__name__}, which cannot be "
+                f"{owner} returns the metric {name!r} as a bare {_kind(metric)}, which cannot be "
                 "merged over batches: return jaxtrain.metrics.Mean.of(values, batch.get('mask'))"
             )
         for leaf in jax.tree.leaves(metric):
@@ -133,6 +133,10 @@ def check_mergeable(owner: str, metrics: Any) -> None:
                     f"{owner} returns the metric {name!r} with a {type(leaf).__name__} in it: a metric is "
                     "a pytree of arrays, such as a class with @jax.tree_util.register_dataclass"
                 )
+
+
+def _kind(metric: Any) -> str:
+    return "array" if isinstance(metric, jax.Array) else type(metric).__name__
 
 
 def expand_mask(mask: jax.Array, ndim: int) -> jax.Array:

@@ -176,13 +176,14 @@ def _evaluate(
             outputs, updated = module.apply(variables, rngs=rngs, mutable=mutable, **inputs)
             return outputs, updated
         except flax.errors.InvalidRngError as error:
-            asked = re.search(r'PRNG for "(\w+)"', str(error))
+            asked = re.search(r'PRNG for "([^"]+)"', str(error))
             if asked is None or asked[1] in rngs:
                 raise
             if asked[1] == "dropout":
                 raise InputError(
-                    f"{type(module).__name__} drops out in evaluation too: give Dropout deterministic=not "
-                    "train, with train: bool an argument of __call__"
+                    f"{type(module).__name__} draws from the random stream dropout in evaluation too: give "
+                    "nn.Dropout deterministic=not train, with train: bool an argument of __call__; for other "
+                    "random numbers give make_rng another name"
                 ) from error
             place = batch["example_id"][0] if "example_id" in batch else 0
             stream = jax.random.key(zlib.crc32(asked[1].encode()))

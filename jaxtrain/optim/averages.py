@@ -26,8 +26,9 @@ class EMA:
     Pass it in ``post_update=`` of an ``Experiment``, or of ``make_init`` and ``make_train_step``. The average
     is stored in ``state.extra["ema"]`` with ``updates``, the number of updates in it; evaluation uses it in
     place of the parameters. After update t (from 1; skipped updates do not count)
-    ``average = d * average + (1 - d) * params``. Integers, booleans and random keys are not averaged: the
-    average has those of the state.
+    ``average = d * average + (1 - d) * params``. The average of bfloat16 and float16 arrays is float32, in
+    which small changes are not rounded off. Integers, booleans and random keys are not averaged: the average
+    has those of the state.
 
     Attributes:
       decay: in [0, 1), the value of d after many updates. It averages over about ``1 / (1 - decay)`` updates.
@@ -65,7 +66,7 @@ class EMA:
 
         They are copied, because a donated buffer must not appear twice in a state.
         """
-        ema = {**_copy(_averaged(state)), "updates": jnp.int32(0)}
+        ema = {**_precise(_averaged(state)), "updates": jnp.int32(0)}
         return state.replace(extra={**state.extra, "ema": ema})
 
     def __call__(self, state: State) -> State:
@@ -91,12 +92,13 @@ class EMA:
 class Lookahead:
     """Average the weights with a slow copy every few steps, and continue from the average.
 
-    The slow copy holds all float parameters and batch statistics. Every ``every`` steps
-    ``slow = d * slow + (1 - d) * fast`` and then ``fast = slow``, with ``d = decay**every * (t / T)**power``
-    at step t of a run of T steps: weak averaging at first, strong averaging at the end. The last step of the
-    run sets ``fast = slow``; it updates ``slow`` only if it is a multiple of ``every``. Optimizer state and
-    integers are not averaged, and an update that the guard or the loss scale skips changes nothing. The
-    method is from arXiv:1907.08610, the growing ``d`` from arXiv:2404.00498.
+    The slow copy holds all float parameters and batch statistics (bfloat16 and float16 as float32). Every
+    ``every`` steps ``slow = d * slow + (1 - d) * fast`` and then ``fast = slow``, with
+    ``d = decay**every * (t / T)**power`` at step t of a run of T steps: weak averaging at first, strong
+    averaging at the end. The last step of the run sets ``fast = slow``; it updates ``slow`` only if it is a
+    multiple of ``every``. Optimizer state and integers are not averaged, and an update that the guard or the
+    loss scale skips changes nothing. The method is from arXiv:1907.08610, the growing ``d`` from
+    arXiv:2404.00498.
 
     It goes into ``post_update=`` and depends on the length of the run: ``build(steps)`` returns the function
     ``State -> State``, which stores the copy in ``state.extra["lookahead"]``. Evaluation uses the parameters,
@@ -140,7 +142,7 @@ class LookaheadStage:
 
         They are copied, because a donated buffer must not appear twice in a state.
         """
-        return state.replace(extra={**state.extra, "lookahead": _copy(_averaged(state))})
+        return state.replace(extra={**state.extra, "lookahead": _precise(_averaged(state))})
 
     def __call__(self, state: State) -> State:
         """Set both weights to their average if this step is due; else return ``state`` unchanged."""
@@ -153,7 +155,7 @@ class LookaheadStage:
             slow = jax.tree.map(
                 lambda slow, fast: _interpolate(lambda _: fast_weight, slow, fast), slow, fast
             )
-            return slow, _copy(slow)
+            return slow, jax.tree.map(_as_dtype_of, slow, fast)
 
         # A branch, so that the steps between two averagings do not touch the weights.
         slow, fast = jax.lax.cond(
@@ -172,7 +174,8 @@ def _interpolate(weight: Callable[[Any], jax.Array], old: jax.Array, new: jax.Ar
 
     Args:
       weight: dtype to compute in, float32 or wider -> how far to move, in [0, 1].
-      old, new: arrays of one dtype; of integers, booleans and random keys ``new`` is returned.
+      old, new: arrays of one dtype, or of float32 and half precision; of integers, booleans and random keys
+        ``new`` is returned.
     """
     if not jnp.issubdtype(old.dtype, jnp.inexact):
         return new
@@ -180,8 +183,19 @@ def _interpolate(weight: Callable[[Any], jax.Array], old: jax.Array, new: jax.Ar
     return old + weight(dtype).astype(old.dtype) * (new - old)
 
 
-def _copy(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.copy(), tree)
+def _precise(tree: Any) -> Any:
+    """Return a copy with floats of half precision as float32: an average of them would stop changing."""
+
+    def copy(x: jax.Array) -> jax.Array:
+        half = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
+        return x.astype(jnp.float32) if half else x.copy()
+
+    return jax.tree.map(copy, tree)
+
+
+def _as_dtype_of(x: jax.Array, other: jax.Array) -> jax.Array:
+    """A copy of ``x`` with the dtype of ``other``."""
+    return x.copy() if x.dtype == other.dtype else x.astype(other.dtype)
 
 
 def _averaged(state: State) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from jaxtrain.program.check_values import ValueCheck
 from jaxtrain.program.loader import EXAMPLE_ID, Check, Loader, Resident
 from jaxtrain.program.program import Program, Split
 from jaxtrain.step import make_eval_step, make_init, scan_steps
-from jaxtrain.step.contract import check_pair
+from jaxtrain.step.contract import check_names, check_pair
 from jaxtrain.step.packing import PackedMetrics, pack_metrics
 
 
@@ -151,6 +151,7 @@ def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> tuple[An
     def forward(key: jax.Array, batch: Batch) -> Any:
         batch = compose(*exp.preprocess)(batch, None)
         params, extra = check_pair(model.init(key, batch), "init", "(params, extra)")
+        check_names(extra)
         result = model.apply(params, extra, batch, train=False, key=None)
         outputs, _ = check_pair(result, "apply", "(outputs, extra)")
         return outputs, batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.text import first_line
 from jaxtrain.core.types import Batch, Metrics, Model, Prepare, State
 from jaxtrain.experiment import Experiment
+from jaxtrain.metrics.mean import check_mergeable
 from jaxtrain.optim import LossScale, Schedule
 from jaxtrain.optim import rate as optim_rate
 from jaxtrain.step import make_train_step
@@ -40,8 +42,25 @@ def build_train_step(
     options = _factory_options(exp, mesh)
     if loss_metric != "loss":
         options |= {"loss_metric": loss_metric}
-    step = factory(model, loss, tx, prepare, post_update, **options)
-    return guard_step(_checked(step), exp.guard)
+    arguments = (model, loss, tx, prepare, post_update)
+    if exp.step_factory is not None:
+        _check_factory(factory, arguments, options)
+    return guard_step(_checked(factory(*arguments, **options)), exp.guard)
+
+
+def _check_factory(factory: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Raise InputError unless a user's step factory takes these arguments."""
+    name = getattr(factory, "__name__", type(factory).__name__)
+    try:
+        inspect.signature(factory).bind(*arguments, **options)
+    except ValueError:  # a function without a signature, written in C
+        return
+    except TypeError as error:
+        wanted = ", ".join(["model, loss_fn, tx, prepare, post_update", *(f"{key}=" for key in options)])
+        raise InputError(
+            f"step_factory: this experiment calls {name}({wanted}), and {name} does not take these: {error}; "
+            "give it the arguments that jaxtrain.step.make_train_step has"
+        ) from error
 
 
 def _checked(step: Update) -> Update:
@@ -52,6 +71,7 @@ def _checked(step: Update) -> Update:
         result = step(state, batch, key)
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
             raise InputError("the step that step_factory makes must return (state, metrics)")
+        check_mergeable("the step that step_factory makes", result[1])
         check_state_unchanged(state, result[0])
         return result
 

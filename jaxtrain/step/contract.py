@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtrain.core.errors import InputError
-from jaxtrain.core.types import State, leaf_paths
+from jaxtrain.core.types import NOT_MODEL_STATE, State, leaf_paths
 
 
 def check_state_unchanged(before: State, after: Any) -> None:
@@ -75,6 +75,19 @@ def check_pair(result: Any, function: str, wanted: str) -> tuple[Any, Any]:
             "with a dict, {} for none"
         )
     return result
+
+
+def check_names(extra: Mapping[str, Any]) -> None:
+    """Raise InputError for statistics of a model under a name that the state has for something else.
+
+    >>> check_names({"batch_stats": {}, "ema": {}})
+    Traceback (most recent call last):
+        ...
+    jaxtrain.core.errors.InputError: the model's collection 'ema' has a name that the state uses: rename it
+    """
+    for name in extra:
+        if name in NOT_MODEL_STATE:
+            raise InputError(f"the model's collection {name!r} has a name that the state uses: rename it")
 
 
 def without_weak_types(state: State) -> State:

@@ -31,7 +31,7 @@ from jaxtrain.core.types import Batch, Metrics, Prepare, State, split_extra
 from jaxtrain.metrics import Mean
 from jaxtrain.models import as_model
 from jaxtrain.optim import LossScale
-from jaxtrain.step.contract import check_state_unchanged, check_trainable, without_weak_types
+from jaxtrain.step.contract import check_names, check_state_unchanged, check_trainable, without_weak_types
 from jaxtrain.step.gradients import LossFn, accumulate_gradients, evaluation_metrics, gradient_of
 from jaxtrain.step.guard import Policy, count_bad_labels, guard_step
 
@@ -62,8 +62,9 @@ def make_init(
       loss_scale: as for ``make_train_step``; adds its state too.
 
     Raises:
-      InputError: while tracing, for an ``init`` that does not return ``(params, extra)``, or a ``data_init``
-        that changes the structure of the parameters.
+      InputError: while tracing, for an ``init`` that does not return ``(params, extra)``, an ``extra`` with a
+        name that the state uses (``ema``, ``lookahead``, ``masks``, ``loss_scale``), or a ``data_init`` that
+        changes the structure of the parameters.
     """
     pair = as_model(model)
 
@@ -76,6 +77,7 @@ def make_init(
                 f"the model's init returns a {type(extra).__name__} after its parameters: return "
                 "(params, extra) with a dict of the model's statistics, {} for none"
             )
+        check_names(extra)
         if data_init is not None:
             structure: Any = jax.tree.structure(params)
             params = data_init(params, batch)
@@ -232,8 +234,18 @@ def make_eval_step(
 
 
 def eval_state(state: State) -> tuple[Any, dict[str, Any]]:
-    """Return the parameters and statistics to evaluate with: the EMA's if the state has them."""
+    """Return the parameters and statistics to evaluate with: the EMA's if the state has them.
+
+    They have the dtypes of the state's own: the average of half-precision floats is float32.
+    """
     if "ema" not in state.extra:
         return state.params, state.extra
-    averaged = {name: tree for name, tree in state.extra["ema"].items() if name != "updates"}
+    own = {**state.extra, "params": state.params}
+    averaged = {
+        name: jax.tree.map(
+            lambda mean, x: mean if mean.dtype == x.dtype else mean.astype(x.dtype), tree, own[name]
+        )
+        for name, tree in state.extra["ema"].items()
+        if name != "updates"
+    }
     return averaged.pop("params"), {**state.extra, **averaged}

@@ -264,11 +264,14 @@ def _prepare(session: Session, program: Program, start: _Start) -> tuple[Program
     capacity.check_memory(program)
     if start.init_from and start.existing is None:  # a run that cannot begin leaves no folder
         checkpoint.check_init_from(start.init_from[0], start.init_from[1], program.abstract_state)
+    notes: list[str] = []
     with out_of_memory.explain_out_of_memory(program, session.name, folder.path, console):
         if start.existing is None:
             with compile_in_background(program):
-                check_first_evaluation(program)
+                notes = check_first_evaluation(program)
         choice = decide(program, start.existing, session.deterministic)
+    for note in notes:
+        console.note(note)
     if choice.count > 1:
         console.note(f"{choice.count} updates per compiled call: {choice.why}")
     record = start.record | program.choices | choice.record()

@@ -64,6 +64,33 @@ def test_averages_are_read_and_initialized(source):
     assert len(set(pointers)) == len(pointers)  # or the train step could not donate them
 
 
+def test_averages_in_float32_of_half_precision_parameters(tmp_path):
+    """The average is read into the parameters, rounded, and the new averages start as copies of it."""
+
+    def half(value, ema):
+        state = make_state(value, ema=ema)
+        return state.replace(params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params))
+
+    with checkpoint.open(tmp_path / "averaged", max_to_keep=1) as saved:
+        saved.save(1, half(0.01, ema=True))
+    for ema in (True, False):
+        state = checkpoint.init_from(str(tmp_path / "averaged"), [], half(0.0, ema))
+        assert (
+            state.params["body"]["kernel"].dtype == jnp.bfloat16
+            and state.params["body"]["kernel"][0, 0] == 100
+        )
+    found = checkpoint.init_from(str(tmp_path / "averaged"), [], half(0.0, True)).extra["ema"]["params"]
+    assert found["body"]["kernel"].dtype == jnp.float32 and found["body"]["kernel"][0, 0] == np.float32(
+        100.01
+    )
+    with checkpoint.open(tmp_path / "plain", max_to_keep=1) as saved:
+        saved.save(1, half(3.0, ema=False))
+    found = checkpoint.init_from(str(tmp_path / "plain"), [], half(0.0, True)).extra["ema"]["params"]
+    assert found["body"]["kernel"].dtype == jnp.float32 and found["body"]["kernel"][0, 0] == 3
+    with pytest.raises(InputError, match="does not fit"):
+        checkpoint.init_from(str(tmp_path / "plain"), [], make_state(0.0))
+
+
 def test_arrays_needs_no_experiment(source):
     state = make_state(2.0)
     found = checkpoint.arrays(f"{source}:2")

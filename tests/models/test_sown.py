@@ -67,8 +67,9 @@ def test_a_random_stream_in_evaluation_depends_on_the_place_alone() -> None:
     np.testing.assert_allclose(first, again, rtol=1e-6)
     other, _ = model.apply({}, {}, {**BATCH, "example_id": jnp.arange(12, 16)}, train=False, key=None)
     assert (first != other).all()
-    stream, _ = as_model(Noisy("prior")).apply({}, {}, BATCH, train=False, key=None)
-    assert (first != stream).all()
+    for name in ("prior", "my-noise", "a b"):
+        stream, _ = as_model(Noisy(name)).apply({}, {}, BATCH, train=False, key=None)
+        assert (first != stream).all()
 
 
 class AlwaysDrops(nn.Module):
@@ -78,5 +79,7 @@ class AlwaysDrops(nn.Module):
 
 
 def test_dropout_that_is_never_off_is_refused_in_evaluation() -> None:
-    with pytest.raises(InputError, match="AlwaysDrops drops out in evaluation too"):
-        as_model(AlwaysDrops()).apply({}, {}, BATCH, train=False, key=None)
+    for module in (AlwaysDrops(), Noisy("dropout")):
+        says = f"{type(module).__name__} draws from the random stream dropout in evaluation too"
+        with pytest.raises(InputError, match=says):
+            as_model(module).apply({}, {}, BATCH, train=False, key=None)

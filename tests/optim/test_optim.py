@@ -19,6 +19,7 @@ from jaxtrain.core.types import Model, State
 from jaxtrain.metrics import Mean
 from jaxtrain.optim import EMA, SGD, Adam, AdamW, Constant, Cosine, Group, Linear, Lookahead, OneCycle
 from jaxtrain.step import make_eval_step
+from jaxtrain.step.factories import eval_state
 
 RNG = np.random.default_rng(0)
 START = {"layer": {"kernel": RNG.normal(size=(3, 2)), "bias": RNG.normal(size=2)}}
@@ -452,6 +453,32 @@ def test_a_short_run_is_averaged_over_its_own_updates() -> None:
         state = step(state.replace(params={"w": jnp.array(1.0)}))
     assert state.extra["ema"]["updates"] == 150
     assert state.extra["ema"]["params"]["w"] == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_averages_of_half_precision_do_not_stall(dtype: Any) -> None:
+    """A parameter of 1 for 999 updates then 1.5; steps of one rounding with a slow copy."""
+    ema = EMA(0.999)
+    state = ema.init(state_of(1.0, 0.0).replace(params={"w": jnp.ones((), dtype)}))
+
+    def update(state: State, value: jax.Array) -> tuple[State, None]:
+        return ema(state.replace(params={"w": value.astype(dtype)})), None
+
+    values, average = np.where(np.arange(3000) < 999, 1.0, 1.5), 1.0
+    for t, value in enumerate(values, start=1):
+        d = DECAYS["ramp"](0.999, t)
+        average = d * average + (1 - d) * value
+    state, _ = jax.lax.scan(update, state, jnp.asarray(values))
+    assert state.extra["ema"]["params"]["w"] == pytest.approx(average, rel=1e-4)
+    params, _ = eval_state(state)
+    assert params["w"].dtype == dtype and params["w"] == jnp.asarray(average, dtype)
+
+    stage = Lookahead(every=1, decay=0.9, power=0.0).build(1000)
+    state, step = stage.init(state_of(1.0, 0.0).replace(params={"w": jnp.ones((), dtype)})), jax.jit(stage)
+    for t in range(40):
+        moved = state.params["w"] + jnp.finfo(dtype).eps
+        state = step(state.replace(step=jnp.array(t), params={"w": moved}))
+    assert state.params["w"].dtype == dtype and state.params["w"] > 1
 
 
 # --- lookahead

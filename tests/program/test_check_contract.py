@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.data import Arrays
@@ -155,6 +156,42 @@ def test_the_step_of_any_factory_must_keep_the_state(mesh1: Any) -> None:
         assemble(change(step_factory=forgetful), mesh1)
     with pytest.raises(InputError, match=r"step_factory makes must return .state, metrics."):
         assemble(change(step_factory=lambda *args: lambda state, batch, key: state), mesh1)
+    bare = change(step_factory=lambda *args: lambda state, batch, key: (state, {"loss": jnp.ones(())}))
+    with pytest.raises(InputError, match=r"step_factory makes returns the metric 'loss' as a bare"):
+        assemble(bare, mesh1)
+
+
+def plain(model: Any, loss: Any, tx: Any, prepare: Any, post_update: Any) -> Any:
+    """A step factory without options."""
+    return make_train_step(model, loss, tx, prepare, post_update)
+
+
+def test_a_factory_without_the_arguments_that_an_experiment_needs_is_refused(mesh1: Any) -> None:
+    assemble(change(step_factory=plain), mesh1).close()
+    says = r"calls plain\(.*, accumulate=, unroll=\), .* unexpected keyword argument 'accumulate'; give"
+    with pytest.raises(InputError, match=says):
+        assemble(change(step_factory=plain, accumulate=2), mesh1)
+
+
+@pytest.mark.parametrize("name", ["ema", "masks", "lookahead", "loss_scale"])
+def test_statistics_with_a_name_of_the_state_are_refused(name: str, mesh1: Any) -> None:
+    init, apply = SQUARE
+    model = (lambda key, batch: (init(key, batch)[0], {name: jnp.ones(2)}), apply)
+    with pytest.raises(InputError, match=f"^the model's collection '{name}' has a name that the state uses"):
+        assemble(change(model=model), mesh1)
+
+
+class Named(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dense(4)(x) + self.variable("ema", "shift", jnp.zeros, (1, 4)).value
+
+
+def test_a_linen_collection_with_a_name_of_the_state_is_refused(mesh1: Any) -> None:
+    with pytest.raises(
+        InputError, match=r"^the model's collection 'ema' has a name that the state uses: rename"
+    ):
+        assemble(change(model=Named()), mesh1)
 
 
 THREE = (
