@@ -134,11 +134,12 @@ def mesh_notes(
 
 
 def _specs(split: str, source: Source) -> dict[str, str]:
-    """Dtype and shape of an example's fields, such as ``uint8[28, 28, 1]``."""
+    """Dtype on a device and shape of an example's fields, such as ``uint8[28, 28, 1]``."""
     two = source.gather(np.zeros(2, np.int64))
     for name, array in two.items():
         check_dtype(f"{split}: field {name!r}", source.fields[name] if isinstance(source, Arrays) else array)
-    return {name: f"{array.dtype}{list(array.shape[1:])}" for name, array in two.items()}
+    dtypes = {name: jax.dtypes.canonicalize_dtype(array.dtype) for name, array in two.items()}
+    return {name: f"{dtypes[name]}{list(array.shape[1:])}" for name, array in two.items()}
 
 
 def describe_experiment(experiment: Experiment) -> tuple[str, str, str]:
