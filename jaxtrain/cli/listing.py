@@ -1,7 +1,7 @@
 """``run --list``: the experiments by name, without importing any of them.
 
 ``--list`` reads the docstring of each file, and whether it can be loaded as an experiment. ``--list --long``
-also loads each file and traces its model to count the parameters, which takes JAX and some tenths of a second.
+also loads each file and traces its model to count the parameters: this takes JAX and some tenths of a second.
 """
 
 from __future__ import annotations
