@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 import jax
@@ -74,6 +75,17 @@ def trace(fn: Callable[..., Any], *args: Any, what: str) -> Any:
         raise InputError(
             f"{what} cannot be built: {type(error).__name__}: {first_line(error)[:300]} (--debug shows where)"
         ) from error
+
+
+def find_report(experiment: Experiment) -> Callable[..., Any] | None:
+    """Return the report of an evaluation: the experiment's, or the one that its loss names; None without one.
+
+    A method or a class of the loss that is called ``report`` is something else.
+    """
+    if experiment.report is not None:
+        return experiment.report
+    report = getattr(experiment.loss, "report", None)
+    return report if callable(report) and not isinstance(report, MethodType | type) else None
 
 
 def check_report(report: Callable[..., Any], outputs: Any, batch: Batch) -> None:
