@@ -40,7 +40,7 @@ class Series:
         the data set. A column of times that is no variable is checked: every row must be later than the one
         before.
       columns: names of the variables, in this order. Empty: all columns, without the first if it is not
-        numeric (dates).
+        numeric (dates); other columns whose names are those of times or an index are refused.
       rows: use only the first ``rows`` rows; None: all.
       separator: of the cells of ``file``: ``","``, ``";"``, ``"\\t"`` or another character.
       decimal: the decimal sign of the numbers of ``file``: ``"."`` or ``","``.

@@ -63,7 +63,8 @@ def join(dates: Sequence[str], hours: Sequence[str]) -> list[str] | None:
     if not all(map(_HOURS.fullmatch, cells)):
         return None
     clock = [text.replace(".", ":") if ":" in text or "." in text else f"{text}:00" for text in cells]
-    return [f"{date.strip()} {time}" for date, time in zip(dates, clock, strict=True)]
+    joined = [f"{date.strip()} {time}" for date, time in zip(dates, clock, strict=True)]
+    return joined if all(map(is_time, joined)) else None
 
 
 def check_order(
