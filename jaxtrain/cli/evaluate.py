@@ -54,6 +54,7 @@ def _run(args: argparse.Namespace) -> int:
     from jaxtrain.metrics.figures import REPORT, GroupedReport
     from jaxtrain.monitor import make_console
     from jaxtrain.program import assemble
+    from jaxtrain.program.check_fields import find_report
     from jaxtrain.train.loop import evaluate
 
     run = experiments.open_run(args)
@@ -62,8 +63,7 @@ def _run(args: argparse.Namespace) -> int:
     console = make_console(quiet=not multihost.is_process_0())
     experiments.ensure_prepared(experiment, console)
     run.check_code(args.strict)
-    report = experiment.report if experiment.report is not None else getattr(experiment.loss, "report", None)
-    report = report if callable(report) else None  # a loss may use the name for something else
+    report = find_report(experiment)
     program = assemble(
         experiment,
         mesh,

@@ -1,7 +1,7 @@
 """``run --list``: the experiments by name, without importing any of them.
 
-``--list`` reads the docstring of each file. ``--list --long`` also loads each file and traces its model to
-count the parameters, which takes JAX and some tenths of a second.
+``--list`` reads the docstring of each file, and whether it can be loaded as an experiment. ``--list --long``
+also loads each file and traces its model to count the parameters: this takes JAX and some tenths of a second.
 """
 
 from __future__ import annotations
@@ -17,6 +17,19 @@ from jaxtrain.core.text import first_line
 from jaxtrain.experiment.registry import Entry, discover
 
 UNKNOWN = "–"
+NOTHING = "it must define EXPERIMENT = Experiment(...)"
+_ENDS = frozenset(["exit()", "quit()", "sys.exit()", "os._exit()"])
+# These are run at another time, or perhaps not at all.
+_LATER = (
+    ast.FunctionDef,
+    ast.AsyncFunctionDef,
+    ast.Lambda,
+    ast.If,
+    ast.IfExp,
+    ast.BoolOp,
+    ast.Try,
+    ast.While,
+)
 
 
 def show(long: bool = False) -> int:
@@ -31,14 +44,14 @@ def show(long: bool = False) -> int:
         table.add_column("parameters", justify="right")
     for entry in discover():
         row = describe(entry) if long else [summary(entry)]
-        table.add_row(entry.name, *(redact.redact(cell) for cell in row))  # before a cell is cut
+        table.add_row(*(_shown(cell) for cell in (entry.name, *row)))
     width = None if sys.stdout.isatty() else 160
     Console(highlight=False, markup=False, emoji=False, width=width).print(table)
     return 0
 
 
 def summary(entry: Entry) -> str:
-    """Return the first line of the docstring in an experiment's file, or why it cannot be read.
+    """Return the first line of the docstring in an experiment's file, or why it cannot be read or loaded.
 
     >>> from jaxtrain.experiment import find
     >>> summary(find("digits_cnn"))
@@ -48,10 +61,11 @@ def summary(entry: Entry) -> str:
     if file is None:
         return f"entry point {entry.origin}"
     try:
-        text = ast.get_docstring(ast.parse(file.read_bytes())) or ""
+        tree = ast.parse(file.read_bytes())
+        fault = _end_of_process(tree) or (None if entry.point or _defines_experiment(tree) else NOTHING)
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return f"cannot be read: {_reason(error)}"
-    return text.strip().partition("\n")[0] or UNKNOWN
+    return f"cannot be loaded: {fault}" if fault else first_line(ast.get_docstring(tree) or "") or UNKNOWN
 
 
 def describe(entry: Entry) -> list[str]:
@@ -63,6 +77,34 @@ def describe(entry: Entry) -> list[str]:
         return [line, *describe_experiment(experiment)]
     except (Exception, SystemExit) as error:  # one broken file must not hide the others
         return [f"cannot be loaded: {_reason(error)}"]
+
+
+def _end_of_process(tree: ast.Module) -> str | None:
+    """Return which call ends the process when a module is imported, and what to do; None if none is seen."""
+    nodes: list[ast.AST] = list(tree.body)
+    while nodes:
+        node = nodes.pop(0)
+        if isinstance(node, _LATER):
+            continue
+        if isinstance(node, ast.Call):
+            call = f"{ast.unparse(node.func)}()"
+            if call in _ENDS or (call.endswith(".parse_args()") and not node.args and not node.keywords):
+                return f'line {node.lineno}: {call} ends the process: move it under if __name__ == "__main__"'
+        nodes += ast.iter_child_nodes(node)
+    return None
+
+
+def _defines_experiment(tree: ast.Module) -> bool:
+    """Return whether a module could have ``EXPERIMENT``: assigned, imported, or named in any other way."""
+    names = [
+        getattr(node, name, None) for node in ast.walk(tree) for name in ("id", "name", "asname", "value")
+    ]
+    return any(name in ("EXPERIMENT", "*", "__getattr__") for name in names if isinstance(name, str))
+
+
+def _shown(cell: str) -> str:
+    """Return a cell without secrets and control characters."""
+    return "".join(sign if sign.isprintable() else " " for sign in redact.redact(cell))
 
 
 def _module_file(name: str) -> Path | None:

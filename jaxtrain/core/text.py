@@ -31,7 +31,10 @@ def first_line(error: BaseException | str) -> str:
     >>> first_line(ValueError("  bad shape\\n  in layer 3")), first_line(KeyboardInterrupt())
     ('bad shape', 'KeyboardInterrupt')
     """
-    lines = (line.strip() for line in str(error).splitlines())
+    try:
+        lines = (line.strip() for line in str(error).splitlines())
+    except Exception:  # of the __str__ of a user's own error
+        return type(error).__name__
     return next(filter(None, lines), "" if isinstance(error, str) else type(error).__name__)
 
 

@@ -104,11 +104,16 @@ def to_arrays(where: str, fields: Mapping[str, Any]) -> dict[str, np.ndarray]:
       fields: by name.
 
     Raises:
-      InputError: rows of different shapes, or a masked array with masked values.
+      InputError: rows of different shapes, masked values, or a name that is no str.
 
     >>> to_arrays("", {"x": [[1, 2], [3, 4]], "y": np.zeros(2, ">f4")})["y"].dtype.isnative
     True
     """
+    for name in fields:
+        if not isinstance(name, str):
+            raise InputError(
+                f"{where}field {name!r} has a name that is no str: name it, such as {str(name)!r}"
+            )
     return {name: _to_array(f"{where}field {name!r}", value) for name, value in fields.items()}
 
 
@@ -135,7 +140,9 @@ def check_dtype(what: str, array: np.ndarray) -> None:
 
 
 def _to_array(what: str, value: Any) -> np.ndarray:
-    if np.ma.is_masked(value):
+    objects = isinstance(value, np.ndarray) and value.dtype.kind == "O" and value.ndim
+    rows = value if objects or isinstance(value, list | tuple) else ()
+    if np.ma.is_masked(value) or any(isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x) for x in rows):
         raise InputError(f"{what} is a masked array with masked values: fill them, as with .filled(0)")
     try:
         array = np.asarray(value)

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -18,7 +18,11 @@ from jaxtrain.core.errors import InputError
 from jaxtrain.data import timestamps
 
 _SEPARATORS = {";": "';'", "\t": "tab", "|": "'|'", ",": "','"}
-_TIME_NAMES = frozenset(["date", "time", "datetime", "timestamp", "epoch", "unix", "unixtime", "date_time"])
+_TIME_NAMES = frozenset(["year", "month", "day"]) | frozenset(
+    ["date", "time", "datetime", "date_time", "timestamp", "stamp", "when", "epoch", "unix", "unixtime"]
+)
+_INDEX_NAMES = frozenset(["id", "idx", "index"])
+_HOUR_NAMES = frozenset(["time", "hour", "hr", "minute"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +69,11 @@ class CsvFormat:
 
 
 class Table(NamedTuple):
-    """Names and values, float64 ``[rows, variables]``, of the selected columns; a line about gaps or None."""
+    """Names and values, float64 ``[rows, variables]``, of the selected columns; a note on times or None."""
 
     names: tuple[str, ...]
     values: np.ndarray
-    gaps: str | None
+    note: str | None
 
 
 def read(path: Path, form: CsvFormat, columns: Sequence[str], limit: int | None) -> Table:
@@ -78,7 +82,8 @@ def read(path: Path, form: CsvFormat, columns: Sequence[str], limit: int | None)
     Args:
       path: the file.
       form: how it is written.
-      columns: names of the columns, in this order. Empty: all, without the first if it is not numeric.
+      columns: names of the columns, in this order. Empty: all, without the first if it is not numeric;
+        others that hold times or an index are refused.
       limit: the number of rows to read; None: all.
 
     Raises:
@@ -111,7 +116,10 @@ class _Reader:
 
     def __init__(self, path: Path, form: CsvFormat, lines: Any) -> None:
         self.path, self.form, self.lines = path, form, lines
-        self.header = [name.strip() for name in next(lines, [])]
+        header: list[str] = next(
+            (cells for cells in lines if any(map(str.strip, cells)) or len(cells) > 1), []
+        )
+        self.header, self.top = [name.strip() for name in header], lines.line_num
 
     def table(self, columns: Sequence[str], limit: int | None) -> Table:
         if any("\0" in name for name in self.header):
@@ -119,7 +127,9 @@ class _Reader:
                 f"{self.path} holds NUL characters: it looks like UTF-16: set encoding=utf-16-le"
             )
         if self.header and all(self.form.number(name) is not None for name in self.header):
-            raise InputError(f"{self.path}, row 1 holds numbers only: add a line of column names above it")
+            raise InputError(
+                f"{self.path}, row {self.top} holds numbers only: add a line of column names above it"
+            )
         rows = self._rows()
         first = next(rows, None)
         if first is None:
@@ -128,19 +138,25 @@ class _Reader:
             )
         selected = self._select(columns, first[1])
         clock = self._clock(selected, first[1])
+        beside = self._hours_beside(clock, first[1])
         numbers, times, values = [first[0]], [first[1][clock or 0]], [self._values(first, selected)]
+        hours = [first[1][beside or 0]]
         for row in rows:
             if len(values) == limit:
                 break
             numbers.append(row[0])
             times.append(row[1][clock or 0])
+            hours.append(row[1][beside or 0])
             values.append(self._values(row, selected))
-        array, gaps = np.array(values), None
+        array, note = np.array(values), None
         if clock is not None:
-            gaps = timestamps.check_order(str(self.path), self.header[clock], times, numbers)
-        if not columns:
-            self._check_first_column(selected, array)
-        return Table(tuple(self.header[column] for column in selected), array, gaps)
+            joined = timestamps.join(times, hours) if beside is not None else times
+            note = timestamps.check_order(
+                str(self.path), self.header[clock], joined or times, numbers, repeats=joined is None
+            )
+        if not columns and len(selected) > 1 and selected[0] == 0 and timestamps.are_times(array[:, 0]):
+            self._refuse(0, f"holds times as numbers, such as {array[0, 0]:.15g}")
+        return Table(tuple(self.header[column] for column in selected), array, note)
 
     def _rows(self) -> Iterator[tuple[int, list[str]]]:
         """Yield the line number and the cells of each row; empty lines are skipped."""
@@ -167,7 +183,8 @@ class _Reader:
             f"it {relation} column {short!r}"
         )
         if header[0].startswith("#") or cells[0].startswith("#"):
-            return f"{text}; remove lines of comments, such as row {1 if header[0].startswith('#') else line}"
+            comment = self.top if header[0].startswith("#") else line
+            return f"{text}; remove lines of comments, such as row {comment}"
         return text + self._separator_hint()
 
     def _separator_hint(self) -> str:
@@ -179,7 +196,7 @@ class _Reader:
 
     def _select(self, columns: Sequence[str], first: list[str]) -> list[int]:
         """Return the numbers of the selected columns."""
-        where, header = f"{self.path}, row 1", self.header
+        where, header = f"{self.path}, row {self.top}", self.header
         for name in columns:
             if header.count(name) != 1:
                 problem = "appears twice" if name in header else "is missing"
@@ -187,7 +204,9 @@ class _Reader:
                 raise InputError(f"{where}: column {name!r} {problem}; there are {names}")
         if columns:
             return [header.index(name) for name in columns]
-        unnamed = next((n for n, name in enumerate(header) if not name or name.startswith("Unnamed:")), None)
+        unnamed = next(
+            (n for n, name in enumerate(header) if not name or name.lower().startswith("unnamed:")), None
+        )
         if unnamed is not None:
             raise InputError(
                 f"{where}: column {unnamed + 1} has no name, like an index that pandas wrote: name the "
@@ -206,29 +225,41 @@ class _Reader:
                 f"{where} looks like a row of numbers: add a line of column names above it; where these are "
                 "names, give them in columns"
             )
-        return list(range(int(skip), len(header)))
+        selected = list(range(int(skip), len(header)))
+        for column in selected if len(selected) > 1 else ():
+            if _key(header[column]) in _INDEX_NAMES:
+                self._refuse(column, "numbers the rows")
+            if _key(header[column]) in _TIME_NAMES and first[column].strip():
+                numeric = self.form.number(first[column]) is not None
+                self._refuse(
+                    column, f"holds times{' as numbers' if numeric else ''}, such as {first[column].strip()}"
+                )
+        return selected
 
     def _clock(self, selected: list[int], first: list[str]) -> int | None:
         """Return the number of the column with the times of the rows; None where no other column has any."""
-        others = (n for n in range(len(first)) if n not in selected)
-        return next((n for n in others if timestamps.is_time(first[n])), None)
+        others = [n for n in range(len(first)) if n not in selected]
+        found = next((n for n in others if timestamps.is_time(first[n])), None)
+        if found is not None or 0 in selected or self.form.number(first[0]) is not None:
+            return found
+        looks = _key(self.header[0]) in _TIME_NAMES or any(map(str.isdigit, first[0]))
+        return 0 if looks and first[0].strip() else None
 
-    def _check_first_column(self, selected: list[int], values: np.ndarray) -> None:
-        """Raise InputError if the first of all columns is no variable: an index, or times as numbers."""
-        name, column = self.header[0], values[:, 0]
-        if selected[0] != 0 or len(selected) == 1:
-            return
-        what = None
-        if name.lower() == "index" and (np.diff(column) == 1).all():  # and not that of a stock exchange
-            what = "numbers the rows"
-        elif name.lower().replace(" ", "_") in _TIME_NAMES or timestamps.are_times(column):
-            what = f"holds times as numbers, such as {column[0]:.15g}"
-        if what is not None:
-            others = ",".join(self.header[1:])
-            raise InputError(
-                f"{self.path}, column {name!r} {what}: it is no variable; name the variables in columns, "
-                f"such as columns={others if len(others) < 60 else self.header[1]}"
-            )
+    def _hours_beside(self, clock: int | None, first: list[str]) -> int | None:
+        """Return the number of the column with the time of day where that of the dates has none."""
+        if clock is None or clock + 1 >= len(first) or ":" in first[clock]:
+            return None
+        return clock + 1 if _key(self.header[clock + 1]) in _HOUR_NAMES else None
+
+    def _refuse(self, column: int, what: str) -> NoReturn:
+        """Raise InputError for a column that is no variable: an index, or times."""
+        known = _TIME_NAMES | _INDEX_NAMES
+        others = [name for n, name in enumerate(self.header) if n != column and _key(name) not in known]
+        shown = ",".join(others := others or self.header)
+        raise InputError(
+            f"{self.path}, column {self.header[column]!r} {what}: it is no variable; name the variables in "
+            f"columns, such as columns={shown if len(shown) < 60 else others[0]}"
+        )
 
     def _values(self, row: tuple[int, list[str]], selected: list[int]) -> list[float]:
         line, cells = row
@@ -252,12 +283,18 @@ class _Reader:
 
     def _number_fix(self, cell: str) -> str:
         """Return what to do about a cell that is no number."""
-        if re.fullmatch(r"[+-]?\d{1,3}([., '\u00a0]\d{3})+[.,]\d+", cell):
+        grouped = r"[+-]?\d{1,3}([., '\u00a0\u202f]\d{3})+[.,]\d+|[+-]?\d{1,3}([ '\u00a0\u202f]\d{3})+"
+        comma = self.form.separator == ","  # which no decimal sign can be then
+        if re.fullmatch(grouped, cell) or (comma and re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+", cell)):
             return "write numbers without a thousands separator"
-        if re.fullmatch(r"[+-]?\d+[.,]\d+", cell):
+        if re.fullmatch(r"[+-]?\d+[.,]\d+", cell) and not comma:
             other = "," if self.form.decimal == "." else "."
             return f"it has a decimal {'comma' if other == ',' else 'point'}: set decimal={other!r}"
         return "fill it in, or remove the column from columns"
+
+
+def _key(name: str) -> str:
+    return name.lower().replace(" ", "_")
 
 
 def _encoding_fix(path: Path, error: Exception) -> str:

@@ -147,15 +147,16 @@ def _read_file(path: Path, _: Any) -> dict[str, np.ndarray]:
 def _file_rows(path: Path, data: bytes) -> Iterator[tuple[int, int, float]]:
     """Yield the ratings of a file. Its first line has the separator and perhaps the names of the columns."""
     columns: tuple[int, ...] = ()
-    separator, width = b"", 4
+    separator, width, quotes, named = b"", 4, None, False
     for number, line in enumerate(io.BytesIO(data), 1):
         if not line.strip():
             continue
         if not columns:
             separator = next((one for one in _SEPARATORS if one in line), b"\t")
+            quotes = b' "\t\r\n' if separator == b"," else None
             columns, cells = (0, 1, 2), line.strip().split(separator)
             if len(cells) > 2 and not any(cell.strip(b' "').isdigit() for cell in cells[:2]):
-                columns, width = _columns(path, number, cells, separator), len(cells)
+                columns, width, named = _columns(path, number, cells, separator), len(cells), True
                 continue
         cells = line.split(separator)
         if len(cells) != width:
@@ -163,7 +164,14 @@ def _file_rows(path: Path, data: bytes) -> Iterator[tuple[int, int, float]]:
                 f"{path}, line {number}: {len(cells)} cells where user, item, rating and time, separated by "
                 f"{_SEPARATORS[separator]}, are expected"
             )
-        yield _parse_rating(f"{path}, line {number}", *(cells[column].strip() for column in columns))
+        where = f"{path}, line {number}"
+        row = _parse_rating(where, *(cells[column].strip(quotes) for column in columns))
+        if not named and row[2] >= 1e8:
+            raise InputError(
+                f"{where}: rating {row[2]:.15g} looks like a time: add a first line of column names, such as "
+                f"{separator.decode().join(('user', 'item', 'time', 'rating'))}"
+            )
+        yield row
 
 
 def _columns(path: Path, number: int, cells: list[bytes], separator: bytes) -> tuple[int, ...]:
@@ -209,6 +217,8 @@ def _parse_rating(where: str, user: Any, item: Any, rating: Any) -> tuple[int, i
         )
     if not math.isfinite(value):
         raise InputError(f"{where}: rating {value} is not finite: fix or delete it")
+    if abs(value) > float(np.finfo(np.float32).max):
+        raise InputError(f"{where}: rating {value} is too large for float32: fix or delete it")
     return ids[0] - 1, ids[1] - 1, value
 
 

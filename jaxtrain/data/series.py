@@ -40,7 +40,7 @@ class Series:
         the data set. A column of times that is no variable is checked: every row must be later than the one
         before.
       columns: names of the variables, in this order. Empty: all columns, without the first if it is not
-        numeric (dates).
+        numeric (dates); other columns whose names are those of times or an index are refused.
       rows: use only the first ``rows`` rows; None: all.
       separator: of the cells of ``file``: ``","``, ``";"``, ``"\\t"`` or another character.
       decimal: the decimal sign of the numbers of ``file``: ``"."`` or ``","``.
@@ -101,9 +101,9 @@ class Series:
         return self._table().std
 
     def notes(self) -> tuple[str, ...]:
-        """Return warnings about the data, one per line: gaps in time."""
-        gaps = self._table().gaps
-        return () if gaps is None else (gaps,)
+        """Return warnings about the data, one per line: gaps in time, or times that are not read."""
+        note = self._table().note
+        return () if note is None else (note,)
 
     def prepared(self) -> bool:
         """Return whether nothing has to be downloaded: ``file`` is set, or the data set is on disk."""
@@ -176,14 +176,14 @@ class Series:
 class _Table(NamedTuple):
     """``values: float32 [rows, variables]``, standardised; ``mean`` and ``std``: float64 ``[variables]``.
 
-    ``gaps`` is a line about gaps in time, or None.
+    ``note`` is a line about gaps in time or times that are not read, or None.
     """
 
     names: tuple[str, ...]
     values: np.ndarray
     mean: np.ndarray
     std: np.ndarray
-    gaps: str | None
+    note: str | None
 
 
 def _split_points(rows: int) -> tuple[int, int]:
@@ -195,7 +195,7 @@ def _split_points(rows: int) -> tuple[int, int]:
 def _read_table(
     path: Path, _: tuple[int, ...], form: CsvFormat, columns: tuple[str, ...], limit: int | None
 ) -> _Table:
-    names, raw, gaps = csv_table.read(path, form, columns, limit)
+    names, raw, note = csv_table.read(path, form, columns, limit)
     if limit is not None and len(raw) < limit:
         raise InputError(
             f"{path} has {len(raw)} rows, fewer than rows={limit}: lower rows, or set none for all"
@@ -210,7 +210,7 @@ def _read_table(
                 "standardised: remove it from columns"
             )
     mean, std = train.mean(axis=0), train.std(axis=0)
-    table = _Table(names, ((raw - mean) / std).astype(np.float32), mean, std, gaps)
+    table = _Table(names, ((raw - mean) / std).astype(np.float32), mean, std, note)
     for array in table[1:4]:
         array.flags.writeable = False
     return table

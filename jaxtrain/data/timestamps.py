@@ -16,7 +16,9 @@ _TIME = re.compile(
     r"(?:[ T]+(\d{1,2}):(\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?)?(?: *([AaPp])[Mm])?"
     r"(?: *(?:Z|UTC|([+-]\d\d):?(\d\d)))?"
 )
-_DIGITS = re.compile(r"\d{8,14}")  # 20191231, 201912312350 or seconds since 1970
+# 20191231, 201912312350, or seconds, milliseconds, microseconds or nanoseconds since 1970
+_DIGITS = re.compile(r"\d{8,14}|\d{16}|[1-4]\d{18}")
+_HOURS = re.compile(r"(\d{1,2})(?:[:.](\d\d)(?:[:.](\d\d))?)?(?: *[AaPp][Mm])?")
 
 
 def is_time(text: str) -> bool:
@@ -29,12 +31,12 @@ def is_time(text: str) -> bool:
 
 
 def are_times(values: np.ndarray) -> bool:
-    """Return whether rising integers ``[rows]`` look like times: 20191231, or seconds since 1970.
+    """Return whether integers ``[rows]`` look like times: 20191231, or seconds (or ms, µs, ns) since 1970.
 
     >>> are_times(np.array([20191231.0, 20200101.0])), are_times(np.array([1.0, 2.0]))
     (True, False)
     """
-    if len(values) < 2 or not (values == np.round(values)).all() or not (np.diff(values) >= 0).all():
+    if len(values) < 2 or not (values == np.round(values)).all() or np.abs(values).max() >= 9e18:
         return False
     return _are_digits_of_times(values.astype(np.int64))
 
@@ -43,7 +45,7 @@ def _are_digits_of_times(values: np.ndarray) -> bool:
     low, high = int(values.min()), int(values.max())
     if low == high or len(str(low)) != len(str(high)):
         return False
-    if 10**9 <= low <= high < 5 * 10**9 or 10**12 <= low <= high < 5 * 10**12:
+    if any(10**n <= low <= high < 5 * 10**n for n in (9, 12, 15, 18)):
         return True
     date = values // 10 ** max(0, len(str(low)) - 8)
     month, day = date // 100 % 100, date % 100
@@ -51,8 +53,24 @@ def _are_digits_of_times(values: np.ndarray) -> bool:
     return bool(int(date.min()) >= 19000101 and int(date.max()) <= 21001231 and on_calendar)
 
 
-def check_order(where: str, column: str, texts: Sequence[str], lines: Sequence[int]) -> str | None:
-    """Check that times rise from row to row; return a line about gaps, or None.
+def join(dates: Sequence[str], hours: Sequence[str]) -> list[str] | None:
+    """Join dates and times of day from two columns; None where these are not read.
+
+    >>> join(["2019-12-31", "2019-12-31"], ["8", "9.30"])
+    ['2019-12-31 8:00', '2019-12-31 9:30']
+    """
+    cells = [text.strip() for text in hours]
+    if not all(map(_HOURS.fullmatch, cells)):
+        return None
+    clock = [text.replace(".", ":") if ":" in text or "." in text else f"{text}:00" for text in cells]
+    joined = [f"{date.strip()} {time}" for date, time in zip(dates, clock, strict=True)]
+    return joined if all(map(is_time, joined)) else None
+
+
+def check_order(
+    where: str, column: str, texts: Sequence[str], lines: Sequence[int], repeats: bool = False
+) -> str | None:
+    """Check that times rise from row to row; return a line about gaps or a text that is no time, or None.
 
     Nothing is checked unless all ``texts`` look like times.
 
@@ -61,19 +79,25 @@ def check_order(where: str, column: str, texts: Sequence[str], lines: Sequence[i
       column: the name of the column.
       texts: its cells.
       lines: their line numbers.
+      repeats: whether a row may have the time of the row before.
 
     Raises:
       InputError: a row has the time of the row before, or an earlier one.
     """
     candidates = _read(texts)
     if not candidates:
-        return None
+        if all(map(_DIGITS.fullmatch, texts)):  # ids
+            return None
+        odd = next((text for text in texts if not is_time(text)), texts[0]).strip()
+        return f"{where}: the order of {column!r} was not checked: {odd!r} is not a time that is read here"
     for seconds in candidates:
         steps = np.diff(seconds)
+        if repeats and (steps >= 0).all():
+            return None
         if (steps > 0).all():
             return _gaps(f"{where}, column {column!r}", steps, lines)
     steps = np.diff(candidates[0])
-    row = int(np.argmax(steps <= 0)) + 1
+    row = int(np.argmax(steps < 0 if repeats else steps <= 0)) + 1
     now = f"{where}, row {lines[row]}, column {column!r}: {texts[row].strip()!r}"
     if steps[row - 1] == 0:
         raise InputError(f"{now} is also the time of the row before: leave one row for each time")

@@ -90,5 +90,6 @@ class R2:
             return float("nan")
         variation = np.maximum(squares - total**2 / count, 0)
         with np.errstate(divide="ignore", invalid="ignore"):
-            each = np.where(variation > 0, 1 - residual / variation, np.where(residual > 0, 0.0, 1.0))
+            constant = np.where(residual == 0, 1.0, np.where(np.isnan(residual), np.nan, 0.0))
+            each = np.where(variation > 0, 1 - residual / variation, constant)
         return float(each.mean())

@@ -55,8 +55,6 @@ def assemble(
     sources, replicated = splits.open_sources(exp, mesh, inspect), sharding.replicated(mesh)
     check_fields.check_fields(sources)
     outputs, prepared = _abstract_outputs(exp, model, sources["train"])
-    if exp.report is not None:  # an error now is better than one after the training
-        check_fields.check_report(exp.report, outputs, prepared)
     checks = check_values.value_checks(exp, model, outputs, sources)
     data_notes = check_values.check_values(checks, exp, sources)
 
@@ -78,6 +76,9 @@ def assemble(
     train_step, train_steps = _compile_train_steps(
         step, train, mesh, abstract, key, update.compiler_options(exp, mesh)
     )
+    report = check_fields.find_report(exp)
+    if report is not None:  # an error now, after those of the loss, is better than one after the training
+        check_fields.check_report(report, outputs, prepared)
     evals = {}
     for name in [name for name in sources if name != "train"]:
         rows = Sequential(len(sources[name]), eval_batch)

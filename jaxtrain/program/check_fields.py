@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 import jax
@@ -76,6 +77,17 @@ def trace(fn: Callable[..., Any], *args: Any, what: str) -> Any:
         ) from error
 
 
+def find_report(experiment: Experiment) -> Callable[..., Any] | None:
+    """Return the report of an evaluation: the experiment's, or the one that its loss names; None without one.
+
+    A method or a class of the loss that is called ``report`` is something else.
+    """
+    if experiment.report is not None:
+        return experiment.report
+    report = getattr(experiment.loss, "report", None)
+    return report if callable(report) and not isinstance(report, MethodType | type) else None
+
+
 def check_report(report: Callable[..., Any], outputs: Any, batch: Batch) -> None:
     """Raise InputError unless ``report`` takes these outputs and this batch, given as shapes."""
     rows = jax.tree.leaves(batch)[0].shape[0]
@@ -134,11 +146,12 @@ def mesh_notes(
 
 
 def _specs(split: str, source: Source) -> dict[str, str]:
-    """Dtype and shape of an example's fields, such as ``uint8[28, 28, 1]``."""
+    """Dtype on a device and shape of an example's fields, such as ``uint8[28, 28, 1]``."""
     two = source.gather(np.zeros(2, np.int64))
     for name, array in two.items():
         check_dtype(f"{split}: field {name!r}", source.fields[name] if isinstance(source, Arrays) else array)
-    return {name: f"{array.dtype}{list(array.shape[1:])}" for name, array in two.items()}
+    dtypes = {name: jax.dtypes.canonicalize_dtype(array.dtype) for name, array in two.items()}
+    return {name: f"{dtypes[name]}{list(array.shape[1:])}" for name, array in two.items()}
 
 
 def describe_experiment(experiment: Experiment) -> tuple[str, str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -168,6 +169,14 @@ def _check_arguments(experiment: Experiment, resume: str) -> None:
         )
 
 
+def _working_directory() -> str:
+    """Return the working directory; where it was deleted, the shell's name of it."""
+    try:
+        return str(Path.cwd())
+    except OSError:
+        return os.environ.get("PWD") or Path("/").anchor
+
+
 def run(session: Session, experiment: Experiment) -> dict[str, Any]:
     """Train ``experiment`` as ``session`` says; returns its result, which the console has shown.
 
@@ -183,7 +192,7 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
         "devices": [device.device_kind for device in mesh.devices.flat],
         "mesh": dict(mesh.shape),
         "bits": environment.bitwise_settings(mesh, session.deterministic),
-        "started_in": str(Path.cwd()),
+        "started_in": _working_directory(),
     }
     existing = folder.record()
     check = RunCheck(

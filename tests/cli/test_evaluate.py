@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import zlib
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from sklearn import metrics as sk
+from tiny import EXPERIMENT
 
 from jaxtrain import __main__ as commands
-from jaxtrain import run
+from jaxtrain import metrics, run
+from jaxtrain.program import check_fields
 
 HEAD = """
 import jax.numpy as jnp, numpy as np, optax
@@ -166,3 +169,32 @@ def test_the_evaluated_loss_has_no_smoothing_and_select_uses_it(capsys: Any) -> 
     best = strict(Path("r/result.json").read_text())["best"]
     found = strict(evaluate(capsys, text, "--json", "--split", "valid"))
     assert found["loss"] == -best["valid"] < found["smoothed_loss"]
+
+
+OWN = """
+class Loss(losses.CrossEntropy):
+    report = REPORT
+    def __call__(self, outputs, batch):
+        return losses.CrossEntropy()(outputs, batch)
+
+EXPERIMENT = experiment(linear(2), Loss())
+"""
+
+
+def test_the_report_of_a_loss_is_checked_before_the_training_too(capsys: Any) -> None:
+    error = one_line(capsys, train(OWN.replace("REPORT", "metrics.Classification(output='logits')")))
+    assert "report.output is 'logits'" in error and not Path("r").exists()
+
+
+def test_a_method_or_a_class_of_a_loss_is_no_report() -> None:
+    def found(named: Any, **fields: Any) -> Any:
+        loss: Any = lambda outputs, batch: None  # noqa: E731
+        loss.report = named
+        return check_fields.find_report(dataclasses.replace(EXPERIMENT, loss=loss, **fields))
+
+    def own(outputs: Any, batch: Any) -> Any:
+        return {}
+
+    assert found(own) is own and found(metrics.Binary()) == metrics.Binary()
+    assert found(Path("r").exists) is None and found(metrics.Binary) is None and found("text") is None
+    assert found(own, report=metrics.Binary()) == metrics.Binary()

@@ -30,7 +30,7 @@ print("code", code, "heavy", heavy)
 
 BROKEN = {
     "exits": ('"""Exits."""\nimport sys\nsys.exit(5)\n', "SystemExit: 5"),
-    "raises": ('"""Raises."""\n1 / 0\n', "ZeroDivisionError: division by zero"),
+    "raises": ('"""Raises."""\n1 / 0\nEXPERIMENT = 0\n', "ZeroDivisionError: division by zero"),
     "empty": ("", "must define EXPERIMENT"),
     "syntax": ("def\n", "SyntaxError"),
 }
@@ -76,15 +76,40 @@ def test_help_and_list_do_not_import_jax(module, words):
 def test_list_shows_first_docstring_lines_of_files_that_cannot_be_imported(folder, capsys):
     found = rows(capsys)
     assert found["mine"] == "A tiny one." and "parameters" not in found["name"]
-    assert found["exits"] == "Exits." and found["raises"] == "Raises."
-    assert found["empty"] == "–"
+    assert found["raises"] == "Raises."
+    assert found["exits"].startswith("cannot be loaded: line 3: sys.exit() ends the process: move it under")
+    assert found["empty"] == "cannot be loaded: it must define EXPERIMENT = Experiment(...)"
     assert found["syntax"].startswith("cannot be read: SyntaxError: invalid syntax")
     assert "digits_cnn" in found
 
 
 def test_list_sees_an_edited_file(folder, capsys):
-    (folder / "mine.py").write_text('"""Another."""\n')
-    assert rows(capsys)["mine"] == "Another."
+    (folder / "mine.py").write_text('"""Another\x1b[31m\x07."""\nfrom here import EXPERIMENT\n')
+    assert rows(capsys)["mine"] == "Another [31m ."
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("def make():\n    EXPERIMENTS = 0", listing.NOTHING),
+        (
+            "import argparse\nargs = argparse.ArgumentParser().parse_args()\nEXPERIMENT = 0",
+            "line 2: argparse",
+        ),
+        ("with open('x'):\n    quit()\nEXPERIMENT = 0", "line 2: quit() ends"),
+        ("parser.parse_args([])\nfrom here import *", listing.UNKNOWN),
+        (
+            "def f():\n    exit()\nif __name__ == '__main__':\n    exit()\nEXPERIMENT: int = 0",
+            listing.UNKNOWN,
+        ),
+        ("try:\n    from here import EXPERIMENT\nexcept ImportError:\n    exit()", listing.UNKNOWN),
+        ("globals()['EXPERIMENT'] = 0", listing.UNKNOWN),
+    ],
+)
+def test_list_names_files_that_cannot_be_loaded(text, line, tmp_path):
+    (tmp_path / "one.py").write_text(text)
+    found = listing.summary(Entry("one", str(tmp_path / "one.py")))
+    assert re.match(f"(cannot be loaded: )?{re.escape(line)}", found)
 
 
 def test_long_shows_parameters_and_the_reason_of_each_broken_file(folder, capsys):

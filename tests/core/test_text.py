@@ -3,6 +3,11 @@ import pytest
 from jaxtrain.core.text import did_you_mean, first_line, size_text
 
 
+class NoText(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
 @pytest.mark.parametrize(
     ("name", "options", "hint"),
     [
@@ -30,6 +35,7 @@ def test_did_you_mean_without_choices():
         (ValueError(""), "ValueError"),
         (ValueError(" \n"), "ValueError"),
         (KeyError("key"), "'key'"),
+        (NoText(), "NoText"),
         ("\none\ntwo", "one"),
         ("", ""),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from jaxtrain.data.checked import CheckedSource, check_dtype, to_arrays
 from jaxtrain.experiment import Experiment
 from jaxtrain.models import MLP
 from jaxtrain.program import assemble
+from jaxtrain.program.check_fields import check_fields
 from jaxtrain.program.loader import Streamed
 from jaxtrain.program.splits import open_sources
 
@@ -98,8 +100,10 @@ def experiment(source: Any, **changes: Any) -> Experiment:
         ),
         (objects([np.zeros(2), np.zeros(3)]), r"field 'x' cannot be converted to an array"),
         (np.ma.masked_array(X, X > 4), r"field 'x' is a masked array with masked values: fill them"),
+        (list(np.ma.masked_array(X, X > 4)), r"field 'x' is a masked array with masked values: fill them"),
+        (objects(np.ma.masked_array(X, X > 4)), r"field 'x' is a masked array with masked values: fill them"),
     ],
-    ids=["ragged", "ragged objects", "masked"],
+    ids=["ragged", "ragged objects", "masked", "rows masked", "objects masked"],
 )
 def test_what_is_no_array_is_refused(value: Any, message: str) -> None:
     with pytest.raises(InputError, match=f"^train: {message}") as raised:
@@ -107,6 +111,26 @@ def test_what_is_no_array_is_refused(value: Any, message: str) -> None:
     assert "\n" not in str(raised.value)
     with pytest.raises(InputError, match=f"^Arrays: {message}"):
         Arrays({"x": value})
+
+
+def test_a_field_needs_a_name_that_is_text() -> None:
+    fields: Any = {0: X}
+    gathered = CheckedSource("train", Given(lambda ids: fields)).gather
+    for make in (lambda: Arrays(fields), lambda: gathered(np.arange(6))):
+        with pytest.raises(InputError, match="field 0 has a name that is no str: name it, such as '0'"):
+            make()
+
+
+def test_splits_of_32_and_64_bits_are_one_dtype_on_a_device(mesh1: Any) -> None:
+    train, test = (
+        Arrays({"x": X.astype(kind), "label": np.zeros(6, integer)})
+        for kind, integer in ((np.float32, np.int32), (np.float64, np.int64))
+    )
+    check_fields({"train": train, "test": test})
+    exp = dataclasses.replace(experiment(train), test=test, batch=6)
+    assemble(exp, mesh1).close()
+    with pytest.raises(InputError, match=r"'label' is int32\[\] in train and float32\[\] in test"):
+        check_fields({"train": train, "test": Arrays({"x": X, "label": np.zeros(6)})})
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,15 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "new to old": ([lines()[0], *lines()[:0:-1]], {}, "row 3, column .* run from new to old: reverse them$"),
     "shuffled": ([*lines()[:5], lines()[8], *lines()[5:8]], {}, r"row 7.*: sort the rows by time$"),
     "twice": ([*lines()[:5], *lines()[4:]], {}, "row 6, .* 09:00' is also the time of the row before"),
+    "thousands, comma": (['Date,T', 'a,"1,234"', "b,2"], {}, "write numbers without a thousands separator$"),
+    "no-break space": (["Date,T", "a,1\u00a0234"], {}, "write numbers without a thousands separator$"),
+    "decimal comma in quotes": (['Date,T', 'a,"1,5"'], {}, "'1,5' is not a finite number: fill it in"),
+    "time in the middle": (["T,Year,p", "5,2019,1", "6,2020,2"], {}, "'Year' holds times .* columns=T,p$"),
+    "an id at the end": (["T,p,ID", "5,1,7", "6,2,7"], {}, "column 'ID' numbers the rows: .* columns=T,p$"),
+    "time as text": (["Date,Time,T", "2020-01-01,18.00.00,5"], {}, r"'Time' holds times, such as 18\.00\.00"),
+    "unsorted seconds": (["a,T", "1577836800,5", "1577840400,6", "1577836801,6"], {}, "'a' holds times as"),
+    "nanoseconds": (["a,T", "1577836800000000000,5", "1577836801000000000,6"], {}, "'a' holds times as"),
+    "empty lines only": ("\n\n", {}, "has no rows"),
     "one column with an empty line": ("T\n1\n\n3\n", {}, "row 3: an empty cell is not a finite number"),
 }  # fmt: skip
 
@@ -156,6 +165,33 @@ def test_gaps_in_time_are_a_note(tmp_path: Path) -> None:
     )
     months = ["month,T", *(f"{1949 + n // 12}-{n % 12 + 1:02d},{n * n}" for n in range(40))]
     assert series(tmp_path / "c.csv", months).notes() == ()
+
+
+def test_times_that_are_not_read_are_a_note(tmp_path: Path) -> None:
+    assert_right(series(tmp_path / "a.csv", ["", " ", *lines()]))
+    source = series(tmp_path / "b.csv", lines(time="%d %b %Y %H"))
+    assert_right(source)
+    assert source.notes()[0].endswith(
+        "b.csv: the order of 'Date' was not checked: '31 Dec 2019 06' is not a time that is read here"
+    )
+    text = lines()
+    text[7] = text[7].replace("2019-12-31 12:00", "noon")
+    assert "'noon' is not a time" in series(tmp_path / "c.csv", text).notes()[0]
+    stations = ["station,T (degC),p", *(f"north,{a},{b}" for a, b in VALUES)]
+    assert series(tmp_path / "d.csv", stations).notes() == ()
+
+
+@pytest.mark.parametrize(
+    "time", ["%Y-%m-%d,%H", "%d/%m/%Y,%H.00.00", "%Y-%m-%d,%I:%M %p", "%Y-%m-%d,%I %p", "%Y%m%d,%H"]
+)
+def test_dates_and_hours_in_two_columns_are_one_time(time: str, tmp_path: Path) -> None:
+    text = lines(time=time, header="Date,Hour,T (degC),p")
+    settings: Any = {"columns": ("T (degC)", "p")}
+    source = series(tmp_path / "a.csv", text, **settings)
+    assert_right(source)
+    assert source.notes() == ()
+    with pytest.raises(InputError, match=r"from new to old|is before the row above"):
+        len(series(tmp_path / "b.csv", [text[0], *text[:0:-1]], **settings))
 
 
 @pytest.mark.parametrize(

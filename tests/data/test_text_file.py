@@ -89,6 +89,8 @@ RATING_FILES = {
     "other order": "rating, item_id, user_id\n" + "\n".join(f"{r},{i},{u}" for u, i, r in RATED),
     "byte order mark": "\ufeffuserId,movieId,rating,timestamp\n"
     + "\n".join(f"{u},{i},{r},0" for u, i, r in RATED),
+    "quotes": "\n".join(f'"{u}","{i}","{r}","0"' for u, i, r in RATED),
+    "quotes and names": "userId,movieId,rating\n" + "\n".join(f'"{u}","{i}", "{r}"' for u, i, r in RATED),
     "no names": "\n".join(f"{u},{i},{r},0" for u, i, r in RATED),
     "old line ends": "\r".join(f"{u}\t{i}\t{r}\t0" for u, i, r in RATED),
 }
@@ -121,6 +123,8 @@ def test_every_form_of_movielens_gives_the_same_ratings(name: str, tmp_path: Pat
         ("userId,movieId,rating\n1,2,3,4\n", r"line 2: 4 cells"),
         ("userId,movieId,rating,timestamp\n1_2,2,3,4\n", r"line 2: '1_2', '2', '3' are not two integer ids"),
         ("1::2::3::4\n1\t2\t3\t4\n", r"line 2: 1 cells where .* separated by '::'"),
+        ("userId,movieId,rating\n1,2,1e300\n", r"line 2: rating 1e\+300 is too large for float32"),
+        ("1,2,964982703,3\n", "line 1: rating 964982703 looks like a time: .* user,item,time,rating$"),
         ("userId,movieId,rating,timestamp\n", "holds no ratings"),
     ],
 )

@@ -196,6 +196,7 @@ def test_r2_of_a_constant_target_is_that_of_scikit_learn(error: float) -> None:
     outputs = target + np.float32(error)
     assert figures(Regression(), outputs, target=target)["r2"] == float(error == 0)
     assert math.isnan(figures(Regression(), outputs[:1], target=target[:1])["r2"])
+    assert math.isnan(figures(Regression(), outputs * np.nan, target=target)["r2"])
 
 
 def test_r2_merges_batches_of_other_means_and_a_batch_without_examples() -> None:

@@ -21,6 +21,7 @@ from jaxtrain.experiment import Experiment
 from jaxtrain.program import assemble
 from jaxtrain.step import make_train_step
 from jaxtrain.step.packing import PackedMetrics
+from jaxtrain.train import session
 from jaxtrain.train.dispatch import Dispatch, InFlight
 from jaxtrain.train.loop import evaluate, fit
 
@@ -403,3 +404,14 @@ def test_mistakes_inside_a_loss_or_an_init_are_named(mesh1):
         assemble(change(data_init=lambda params, batch: None), mesh1)
     with pytest.raises(InputError, match=r"epochs=1e\+300 is 2\^31 steps or more"):
         assemble(change(epochs=1e300), mesh1)
+
+
+def test_a_deleted_working_directory_is_recorded_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    monkeypatch.setenv("PWD", str(tmp_path / "gone"))
+    assert session._working_directory() == str(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert session._working_directory() == str(tmp_path / "gone")
+    monkeypatch.delenv("PWD")
+    assert session._working_directory() == "/"
