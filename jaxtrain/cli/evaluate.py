@@ -55,6 +55,7 @@ def _run(args: argparse.Namespace) -> int:
     from jaxtrain.monitor import make_console
     from jaxtrain.program import assemble
     from jaxtrain.program.check_fields import find_report
+    from jaxtrain.train.first_evaluation import check_first_evaluation
     from jaxtrain.train.loop import evaluate
 
     run = experiments.open_run(args)
@@ -74,6 +75,9 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError(f"{name} has no {args.split} split: it has {', '.join(program.evals)}")
     selected, state = run.restore(args.checkpoint, program.abstract_state)
     try:
+        if report is not None and not type(report).__module__.startswith("jaxtrain."):
+            for note in check_first_evaluation(program):  # a report of the user's own may count padding
+                command_line.warn(note)
         values = evaluate(program, state, args.split, console)
     finally:
         program.close()

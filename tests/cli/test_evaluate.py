@@ -198,3 +198,20 @@ def test_a_method_or_a_class_of_a_loss_is_no_report() -> None:
     assert found(own) is own and found(metrics.Binary()) == metrics.Binary()
     assert found(Path("r").exists) is None and found(metrics.Binary) is None and found("text") is None
     assert found(own, report=metrics.Binary()) == metrics.Binary()
+
+
+def test_a_report_of_ones_own_that_counts_padding_is_refused(capsys: Any) -> None:
+    """60 examples in batches of 16: the last batch has 4 padding rows."""
+    report = """
+def hits(outputs, batch):
+    return {"hit": metrics.Mean.of((outputs[:, 0] > 0) == (batch["label"] > 0)MASK)}
+
+EXPERIMENT = dataclasses.replace(EXPERIMENT, report=hits)
+"""
+    masked = BINARY + "import dataclasses\n" + report.replace("MASK", ', batch.get("mask")')
+    assert train(masked) == 0
+    assert strict(evaluate(capsys, masked, "--json"))["examples"] == 60
+    file = user_file(BINARY + "import dataclasses\n" + report.replace("MASK", ""))
+    code = commands.main(["evaluate", "--workdir", "r", "--experiment", file, "--devices", "1"])
+    error = capsys.readouterr().err
+    assert code == 2 and "depends on its padding rows" in error and "Traceback" not in error
