@@ -18,7 +18,7 @@ from jaxtrain.core.signals import GRACE, Stopped
 from jaxtrain.data import paths
 from jaxtrain.experiment import Experiment
 from jaxtrain.experiment import code as experiment_code
-from jaxtrain.monitor import Console, format_metrics, make_console
+from jaxtrain.monitor import Console, make_console
 from jaxtrain.program import Program, assemble
 from jaxtrain.sharding import multihost
 from jaxtrain.train import capacity, environment, loop, out_of_memory, run_length
@@ -27,6 +27,7 @@ from jaxtrain.train.dispatch import compile_in_background
 from jaxtrain.train.first_evaluation import check_first_evaluation
 from jaxtrain.train.identity import RunCheck
 from jaxtrain.train.run_folder import RunFolder, default_folder
+from jaxtrain.train.summary import show_summary
 
 CODE_UNKNOWN = "code unknown: not run from a file, so later changes of the code are not noticed"
 RESUME = ("newest", "last-good")
@@ -214,7 +215,7 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
     finally:
         session.console.end()
         program.close()
-    _show_summary(session, result)
+    show_summary(session.console, session.name, str(session.folder), result)
     return result
 
 
@@ -314,35 +315,6 @@ def _train(
             )
     except Stopped as stopped:
         raise Stopped(f"{stopped}; resume with: {session.resume_command}", stopped.signum) from None
-
-
-def _show_summary(session: Session, result: dict[str, Any]) -> None:
-    rows = {"test, last step": format_metrics(result["test"], None)}
-    if "best" in result:
-        best = result["best"]
-        rows["best on valid"] = f"step {best['step']}, score {best['valid']:.4f}"
-        rows["test, best step"] = format_metrics(best["test"], None)
-    since = f" (from step {result['resumed_from']})" if result["resumed_from"] else ""
-    rows |= {
-        "steps": f"{result['steps']:,}",
-        "wall time": f"{result['seconds']:.1f} s{since}",
-        "speed": _speed_text(result) or "not measured",
-        "folder": str(session.folder),
-    }
-    session.console.summary(session.name, rows)
-
-
-def _speed_text(result: dict[str, Any]) -> str:
-    """``1,234 examples/s, 56,789 tokens/s, MFU 41.2 % of 312 TFLOP/s (table)``, as far as it is known."""
-    parts = [
-        f"{result[f'{unit}_per_second']:,.0f} {unit}/s"
-        for unit in ("examples", "tokens")
-        if result.get(f"{unit}_per_second")
-    ]
-    if parts and result.get("mfu"):
-        peak = f"{result['peak_flops'] / 1e12:.3g} TFLOP/s ({result['peak_by']})"
-        parts.append(f"MFU {100 * result['mfu']:.1f} % of {peak}")
-    return ", ".join(parts)
 
 
 def _batch_text(experiment: Experiment, mesh: Mesh) -> str:
