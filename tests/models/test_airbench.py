@@ -29,6 +29,8 @@ from jaxtrain.models.airbench import (
 from jaxtrain.optim import EMA, SGD, Group, Lookahead, OneCycle
 from jaxtrain.step import make_eval_step, make_init, make_train_step
 
+pytestmark = pytest.mark.full("tests/models/test_models.py")
+
 KEY = jax.random.key(1)
 SMALL = Airbench(widths=(4,), convs=1, classes=3)
 
@@ -102,7 +104,6 @@ def by_hand(net: Airbench, params: Any, stats: Any, image: np.ndarray, train: bo
     return x @ params["head"]["kernel"] * net.scale, moved
 
 
-@pytest.mark.full("[94-True]")
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize(
     "net",
@@ -201,7 +202,6 @@ def test_activations_are_bfloat16_and_statistics_float32(train: bool) -> None:
     chex.assert_trees_all_close(after, moved, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.full("tests/models/test_airbench.py::test_parameters_start_as_in_the_recipe")
 def test_gradient_of_a_sharded_batch_is_that_of_one_device(mesh1: Any, mesh8: Any) -> None:
     """The last pool follows a fused BatchNorm and GELU, which XLA may compute twice and round differently."""
     image = images(64)
@@ -315,7 +315,6 @@ def test_whitening_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> N
 # --- test-time views
 
 
-@pytest.mark.full("[1]")
 @pytest.mark.parametrize("shift", [1, 2])
 def test_evaluation_averages_six_views(shift: int) -> None:
     image = images()
@@ -424,7 +423,6 @@ def sum_form(net: Any, params: Any, extra: Any, batches: list[Any], steps: int) 
     return seen
 
 
-@pytest.mark.full("tests/models/test_airbench.py::test_parameters_start_as_in_the_recipe")
 def test_steps_of_the_mean_form_are_those_of_the_published_sum_form() -> None:
     net, steps = TestTimeViews(SMALL), 10
     labels = np.random.default_rng(0).integers(0, 3, (4, 1024))
@@ -454,7 +452,6 @@ def test_published_rates_and_decays_are_those_of_the_config() -> None:
     )
 
 
-@pytest.mark.full("tests/models/test_airbench.py::test_parameters_start_as_in_the_recipe")
 def test_recipe_trains_with_lookahead_and_average_on_a_donated_state_and_eight_devices(mesh8: Any) -> None:
     net, steps = TestTimeViews(SMALL), 12
     tx, after = RECIPE.build(steps), (Lookahead().build(steps), EMA(0.5))
@@ -507,7 +504,6 @@ def effect(module: Any) -> Any:
     return jax.tree.map(lambda x: np.round(x, 5).tolist(), {"params": params, "out": out})
 
 
-@pytest.mark.full("tests/models/test_models.py::test_every_field_of_a_model_changes_something")
 @pytest.mark.parametrize(("module", "field"), FIELDS, ids=[f"{type(m).__name__}-{f}" for m, f in FIELDS])
 def test_every_field_changes_something(module: Any, field: str) -> None:
     assert effect(module.clone(**{field: CASES[module][field]})) != effect(module)

@@ -14,6 +14,8 @@ from flax import linen as nn
 from jaxtrain.models.cpu_conv import conv
 from jaxtrain.program import flops
 
+pytestmark = pytest.mark.full("tests/models/test_models.py")
+
 # batch, height, width, channels, outputs, kernel, padding. Above and below the limits of both CPU
 # implementations: more than 16 examples or outputs, fewer than 8 channels in and out; odd and even sides and
 # kernels.
@@ -47,7 +49,6 @@ def same(found: Any, wanted: Any, **tolerance: float) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), found, wanted)
 
 
-@pytest.mark.full("[(20, 8, 8, 3, 9, 3, 'SAME')]", "[(18, 9, 7, 2, 20, 2, 'VALID')]")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients_in_float64(case: tuple[Any, ...]) -> None:
     *shape, outputs, kernel, padding = case
@@ -105,7 +106,6 @@ def test_kernel_gradient_does_not_use_the_slow_implementation() -> None:
     assert "size=9x8" in found and "reversal" not in found and "__ynn_fusion" not in text
 
 
-@pytest.mark.full("[bfloat16]")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
 def test_half_precision(dtype: Any) -> None:
     ours, stock = pair(9, 3, dtype=dtype, param_dtype=dtype)
@@ -117,7 +117,6 @@ def test_half_precision(dtype: Any) -> None:
     same(*as_float, rtol=0.05, atol=0.5)
 
 
-@pytest.mark.full("tests/models/test_conv.py::test_values_and_gradients_in_float64")
 def test_forward_mode_vmap_scan_and_remat() -> None:
     ours, stock = pair(9, 3)
     image = jax.random.normal(jax.random.key(0), (3, 17, 5, 5, 2))
@@ -145,7 +144,6 @@ def test_forward_mode_vmap_scan_and_remat() -> None:
     same(results(ours), results(stock), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.full("[(2, 5, 5, 4, 3, 5, 'VALID')]")
 @pytest.mark.parametrize("case", [CASES[3], CASES[6]], ids=str)
 def test_second_derivatives(case: tuple[Any, ...]) -> None:
     *shape, outputs, kernel, padding = case

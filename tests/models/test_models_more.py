@@ -18,6 +18,8 @@ from jaxtrain.models.matrix_factorization import Factors
 from jaxtrain.models.recurrent import GRUForecaster, LSTMClassifier
 from jaxtrain.models.unet import UNet
 
+pytestmark = pytest.mark.full("tests/models/test_models.py")
+
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(1)
 POOLS = ["last", "mean", "max"]
@@ -102,7 +104,6 @@ def test_recurrence_in_half_precision_is_close_to_float32(cls: type) -> None:
     )
 
 
-@pytest.mark.full("tests/models/test_models.py::test_dropout_acts_in_training_only_and_by_its_key_only")
 @pytest.mark.parametrize("cls", BASES)
 def test_dropout_acts_in_training_only_and_by_its_key_only(cls: type) -> None:
     module, batch = BASES[cls].clone(dropout=0.5, **DROPS[cls]), BATCHES[cls]
@@ -120,7 +121,6 @@ def test_dropout_acts_in_training_only_and_by_its_key_only(cls: type) -> None:
     np.testing.assert_allclose(run(module, False, None), whole, rtol=1e-6)
 
 
-@pytest.mark.full("tests/models/test_models.py::test_dropout_acts_in_training_only_and_by_its_key_only")
 @pytest.mark.parametrize("cls", [LSTMClassifier, GRUForecaster])
 def test_dropout_is_between_layers_too(cls: type) -> None:
     """Make the head ignore its own dropout, so that only dropout between layers has an effect."""
@@ -203,7 +203,6 @@ def effect(module: Any) -> Any:
     return jax.tree.map(lambda x: np.round(x, 5).tolist(), found)
 
 
-@pytest.mark.full("[LSTMClassifier-width]", "[GRUForecaster-width]", "[Factors-width]", "[UNet-widths]")
 @pytest.mark.parametrize(("cls", "field"), NAMES)
 def test_every_field_of_a_model_changes_something(cls: type, field: str) -> None:
     base = BASES[cls]
@@ -262,7 +261,6 @@ def test_inputs_of_another_shape_are_refused_in_one_line(module: Any, batch: Any
 # --- LSTMClassifier
 
 
-@pytest.mark.full("[last-True]")
 @pytest.mark.parametrize(
     ("pool", "bidirectional"), [("last", False), ("last", True), ("mean", True), ("max", True)]
 )
@@ -301,7 +299,6 @@ def test_length_beyond_the_window_is_clipped() -> None:
     np.testing.assert_array_equal(cut, long)
 
 
-@pytest.mark.full("tests/models/test_models_more.py::test_pooled_states_equal_their_definitions")
 @pytest.mark.parametrize(("dtype", "steps"), [(np.uint8, 256), (np.int8, 200)])
 def test_lstm_with_more_steps_than_the_length_dtype_can_represent(dtype: type, steps: int) -> None:
     module = BASES[LSTMClassifier].clone(bidirectional=True)

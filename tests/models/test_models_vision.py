@@ -18,6 +18,8 @@ from jaxtrain.models.adapter import as_model
 from jaxtrain.models.resnet import ResNet
 from jaxtrain.models.vit import ViT, sincos
 
+pytestmark = pytest.mark.full("tests/models/test_models.py")
+
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(1)
 QUICK = jax.random.key(1, impl="unsafe_rbg")  # initialisations compile in half the time
@@ -128,7 +130,6 @@ def reference(params: Any, stats: Any, x: jax.Array, module: ResNet) -> jax.Arra
     return x.mean((1, 2)) @ params["head"]["kernel"] + params["head"]["bias"][None]
 
 
-@pytest.mark.full("[basic-cifar-17]")
 @pytest.mark.parametrize("side", [16, 17])
 @pytest.mark.parametrize(("block", "stem"), [("basic", "cifar"), ("bottleneck", "imagenet")])
 def test_resnet_equals_a_reference_implementation(block: Any, stem: Any, side: int) -> None:
@@ -159,7 +160,6 @@ def initial_state() -> Any:
     return module, batch, *jax.jit(as_model(module).init)(QUICK, batch)
 
 
-@pytest.mark.full("tests/models/test_models_gpt.py::test_initialisation_is_that_of_gpt2")
 def test_resnet_starts_with_he_convolutions_and_each_residual_branch_at_zero(initial_state: Any) -> None:
     params = initial_state[2]
     block = params["stage0_block0"]
@@ -174,7 +174,6 @@ def test_resnet_starts_with_he_convolutions_and_each_residual_branch_at_zero(ini
     assert float(params["head"]["kernel"].std()) == pytest.approx(0.01, rel=0.1)
 
 
-@pytest.mark.full("tests/models/test_models.py::test_dropout_acts_in_training_only_and_by_its_key_only")
 def test_resnets_batch_statistics_move_in_training_only_by_momentum(initial_state: Any) -> None:
     module, batch, params, extra = initial_state
     model = as_model(module)
@@ -251,7 +250,6 @@ def test_sincos_vit_accepts_other_image_sizes_and_a_learned_one_refuses_them() -
         learned.apply(params, extra, large, train=False, key=None)
 
 
-@pytest.mark.full("tests/models/test_models.py::test_dropout_acts_in_training_only_and_by_its_key_only")
 def test_vits_dropout_acts_in_training_only_and_by_its_key_only() -> None:
     params, extra = random_state(VIT, {"image": FIXED})
 
@@ -300,7 +298,6 @@ def effect(module: Any) -> Any:
     return jax.tree.map(lambda x: np.round(x, 5).tolist(), found)
 
 
-@pytest.mark.full("[ResNet-width]", "[ViT-width]")
 @pytest.mark.parametrize(("cls", "field"), FIELDS)
 def test_every_field_of_a_model_changes_something(cls: type, field: str) -> None:
     base = BASES[cls]

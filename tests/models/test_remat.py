@@ -18,6 +18,8 @@ from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Model
 from jaxtrain.models import CNN, GPT, Remat, ResNet, UNet, ViT, as_model, compute_in
 
+pytestmark = pytest.mark.full("tests/models/test_models_gpt.py")
+
 KEY = jax.random.key(3, impl="unsafe_rbg")  # compiles in half the time
 RNG = np.random.default_rng(0)
 POLICIES = [name for name in typing.get_args(Remat) if name != "none"]
@@ -77,7 +79,6 @@ CASES = [
 ]
 
 
-@pytest.mark.full("[ResNet-nothing_saveable]")
 @pytest.mark.parametrize(("name", "remat"), CASES)
 def test_loss_statistics_and_gradients_equal_those_without_remat(name: str, remat: Remat) -> None:
     chex.assert_trees_all_close(
@@ -105,7 +106,6 @@ def test_parameter_paths_and_the_evaluation_program_do_not_change(name: str) -> 
     assert texts[0] == texts[1]
 
 
-@pytest.mark.full("[GPT]", "[CNN]")
 @pytest.mark.parametrize("name", NETS)
 def test_less_is_stored_for_the_backward_pass(name: str) -> None:
     bytes_of = {
@@ -137,7 +137,6 @@ def test_each_block_has_its_own_barrier() -> None:
     assert barriers("GPT", "nothing_saveable") == barriers("CNN", "nothing_saveable") == 1
 
 
-@pytest.mark.full("tests/models/test_remat.py::test_each_block_has_its_own_barrier")
 def test_compiled_step_needs_less_memory_if_the_compiler_keeps_the_barriers() -> None:
     """XLA:CPU removes the barriers early, and then stores the activations, unless an option prevents it."""
     net = GPT(vocab=11, context=64, width=16, depth=3, heads=2, dropout=0.0)
