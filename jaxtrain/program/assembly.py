@@ -113,7 +113,7 @@ def assemble(
 
 
 def abstract_state(experiment: Experiment, mesh: Mesh, example: Batch) -> State:
-    """Shapes, dtypes and shardings of ``experiment``'s state, to restore it without its data.
+    """Return shapes, dtypes and shardings of ``experiment``'s state, to restore it without its data.
 
     Args:
       experiment: what the state is of.
@@ -145,7 +145,7 @@ def _loader(
 
 
 def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> tuple[Any, Batch]:
-    """Shapes of the model's outputs for a batch of ``source``, and of this batch as the model takes it."""
+    """Return the shapes of the model's outputs for a batch of ``source``, and of the prepared batch."""
     one = {**source.gather(np.zeros(1, np.int64)), EXAMPLE_ID: np.zeros(1, np.int32)}
     batch = {k: jax.ShapeDtypeStruct((exp.batch, *v.shape[1:]), v.dtype) for k, v in one.items()}
 
@@ -183,7 +183,7 @@ def _init_and_step_keys(seed: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
 def _abstract_state(
     init_fn: Callable[[jax.Array, Batch], State], examples: Batch, mesh: Mesh, exp: Experiment, model: Model
 ) -> tuple[State, tuple[str, ...]]:
-    """Shapes, dtypes and shardings of the state, and the paths of arrays that ``fsdp`` could not divide."""
+    """Return the abstract state with its shardings, and the paths that ``fsdp`` could not divide."""
     shapes = check_fields.trace(init_fn, jax.random.key(0), examples, what="the state")
     check_paths(shapes)
     names: Mapping[str, Names] | None = None
@@ -210,7 +210,7 @@ def _compile_train_steps(
     key: jax.Array,
     options: dict[str, str],
 ) -> tuple[Callable[..., tuple[State, PackedMetrics]], Callable[..., tuple[State, PackedMetrics]]]:
-    """``step`` for one update and scanned over several, with the state donated."""
+    """Compile ``step`` for one update and, scanned, for several; both donate the state."""
     replicated, state = sharding.replicated(mesh), _shardings(abstract)
     batches, shared = train.stacked_shardings
     one, several = (
@@ -232,7 +232,7 @@ def _compile_eval_step(
     abstract: State,
     metrics_fn: Callable[[Any, Batch], Metrics] | None,
 ) -> Callable[[State, Any], PackedMetrics]:
-    """The eval step of a split, whose metrics include the one that ``exp.select`` names."""
+    """Compile the eval step of a split; its metrics must include the one that ``exp.select`` names."""
     prepare = compose(lambda batch, _: loader.fetch(batch), *exp.preprocess)
     unpacked = make_eval_step(model, exp.loss, prepare, metrics_fn)
 

@@ -39,7 +39,7 @@ class Cadence:
 
     @classmethod
     def of(cls, experiment: Experiment, steps: int, steps_per_epoch: float, validates: bool) -> Self:
-        """The cadence that ``experiment`` asks for in epochs; ``steps_per_execution="auto"`` starts as 1."""
+        """Return the cadence of ``experiment`` in updates; ``steps_per_execution="auto"`` starts as 1."""
 
         def updates(epochs: float) -> float:
             return max(1.0, epochs * steps_per_epoch)
@@ -55,21 +55,21 @@ class Cadence:
         )
 
     def epoch(self, step: int) -> float:
-        """The position of update ``step`` in epochs."""
+        """Return the position of update ``step`` in epochs."""
         return step / self.steps_per_epoch
 
     def evaluates_after(self, step: int) -> bool:
-        """Is there an evaluation after update ``step``? The final one on the test set does not count."""
+        """Return whether an evaluation follows update ``step``; the final one does not count."""
         if step == self.steps:
             return self.validates
         return self.eval_every is not None and _completes(step, step, self.eval_every)
 
     def saves_after(self, step: int) -> bool:
-        """Is there a checkpoint after update ``step``?"""
+        """Return whether a checkpoint follows update ``step``."""
         return step == self.steps or _completes(step, step, self.save_every)
 
     def updates_per_call(self, step: int) -> int:
-        """How many updates the call after update ``step`` executes: ``steps_per_execution`` or 1.
+        """Return how many updates the call after update ``step`` runs: ``steps_per_execution`` or 1.
 
         It is 1 where an evaluation, a checkpoint or the end of the run would fall between these updates, so
         each of them is after the same update as in a run that dispatches one update at a time.
@@ -81,7 +81,7 @@ class Cadence:
         return 1 if interrupted else self.steps_per_execution
 
     def shortest_interval(self) -> int:
-        """The least number of updates from one evaluation or checkpoint to the next."""
+        """Return the least number of updates from one evaluation or checkpoint to the next."""
         return min(self.steps, *(int(every) for every in self._periods()))
 
     def _periods(self) -> list[float]:
@@ -89,5 +89,5 @@ class Cadence:
 
 
 def _completes(first: int, last: int, every: float) -> bool:
-    """Does one of the updates ``first`` to ``last`` complete a multiple of ``every`` updates?"""
+    """Return whether one of the updates ``first`` to ``last`` completes a multiple of ``every`` updates."""
     return last // every > (first - 1) // every

@@ -46,19 +46,19 @@ class Loader(Protocol):
     """Shardings of ``batches(step, count)``, as a pytree prefix."""
 
     def batch(self, step: int) -> Any:
-        """The ``batch`` argument of the compiled step for batch ``step``, counted from 0."""
+        """Return the ``batch`` argument of the compiled step for batch ``step``, counted from 0."""
 
     def batches(self, step: int, count: int) -> tuple[Any, Any]:
-        """Batches ``step`` to ``step + count``: the fields that differ, stacked, and those that all share.
+        """Return batches ``step`` to ``step + count``: fields that differ, stacked, and those that all share.
 
         The two dicts together have the fields of ``batch`` (``step.scan_steps``).
         """
 
     def abstract_batch(self) -> Any:
-        """A batch, or its shapes and shardings, to trace and compile with."""
+        """Return a batch, or its shapes and shardings, to trace and compile with."""
 
     def fetch(self, batch: Any) -> Batch:
-        """Pure, inside the step: the named arrays of ``batch``."""
+        """Return the named arrays of ``batch``; pure, for use inside the step."""
 
     def close(self) -> None:
         """Stop threads and worker processes; another ``batch`` starts them again."""
@@ -118,7 +118,7 @@ class Resident:
 
 
 def _ids_and_epochs(order: Order, step: int) -> np.ndarray:
-    """Both in one array, int32 ``[batch, (example id, epoch)]``: the host sends one array a step."""
+    """Return both in one array, int32 ``[batch, (example id, epoch)]``: the host sends one array a step."""
     rows = np.empty((order.batch, 2), np.int32)
     rows[:, 0], rows[:, 1] = order.ids_and_epochs(step)
     return rows
@@ -186,7 +186,7 @@ class Streamed:
         return self._abstract
 
     def _next_batch(self, step: int) -> dict[str, np.ndarray]:
-        """Batch ``step`` from the stream, checked."""
+        """Return batch ``step`` from the stream, checked."""
         if self._stream is None or step != self._next:
             self.close()
             self._stream = self._open(step)

@@ -69,7 +69,7 @@ def device_arrays(
 
 
 def bytes_per_device(x: Any) -> int:
-    """Size on one device of an array, or of its shape, dtype and sharding.
+    """Return the size on one device of an array, or of its shape, dtype and sharding.
 
     >>> from jax.sharding import PartitionSpec
     >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
@@ -81,14 +81,14 @@ def bytes_per_device(x: Any) -> int:
 
 
 def abstract_batch(program: Program) -> dict[str, Any]:
-    """Shapes, dtypes and shardings of the train step's ``batch`` argument; nothing is placed on a device."""
+    """Return shapes, dtypes and shardings of the train step's ``batch`` argument; places nothing."""
     shapes = jax.eval_shape(lambda batch: batch, program.train.abstract_batch())
     where = jax.tree.broadcast(program.train.shardings, shapes)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
 
 def abstract_args(program: Program) -> tuple[Any, Any, jax.Array]:
-    """Arguments to trace and compile ``program.train_step`` with, so that the loop's calls hit the cache.
+    """Return arguments to compile ``program.train_step`` with, so that the loop's calls hit the cache.
 
     NumPy arrays, which are sent with the call, have no sharding: with one it would be another trace.
     """
@@ -96,24 +96,24 @@ def abstract_args(program: Program) -> tuple[Any, Any, jax.Array]:
 
 
 def mesh_of(program: Program) -> Mesh:
-    """The mesh that ``program`` was assembled on."""
+    """Return the mesh that ``program`` was assembled on."""
     mesh: Mesh = program.abstract_state.step.sharding.mesh  # type: ignore[attr-defined]
     return mesh
 
 
 def bytes_stored(source: Source, n: int) -> int:
-    """Size of ``n`` examples of ``source`` on a device."""
+    """Return the size of ``n`` examples of ``source`` on a device."""
     return n * sum(math.prod(x.shape) * x.dtype.itemsize for x in _example(source).values())
 
 
 def abstract_examples(source: Source, n: int) -> dict[str, Any]:
-    """Shapes of a raw training batch of ``n`` examples of ``source``, with their ids and epochs."""
+    """Return shapes of a raw training batch of ``n`` examples of ``source``, with ids and epochs."""
     ids = {name: jax.ShapeDtypeStruct((1,), np.int32) for name in (EXAMPLE_ID, EPOCH)}
     return _rows({**_example(source), **ids}, n)
 
 
 def _data(program: Program, batch: dict[str, Any], resident: Mapping[str, bool] | None) -> dict[str, Any]:
-    """The arrays of each resident split."""
+    """Return the arrays of each resident split."""
     arrays = {}
     loaders = {"train": program.train, **{name: split.loader for name, split in program.evals.items()}}
     for name, loader in loaders.items():
@@ -135,7 +135,7 @@ def _is_data(program: Program, name: str) -> bool:
 
 
 def _example(source: Source) -> dict[str, Any]:
-    """Shapes and dtypes of one example on a device."""
+    """Return shapes and dtypes of one example on a device."""
     example: dict[str, Any] = jax.eval_shape(
         lambda batch: batch, to_arrays("", source.gather(np.zeros(1, np.int64)))
     )

@@ -72,7 +72,7 @@ class Program:
         return self.cadence.steps
 
     def with_cadence(self, **changes: Any) -> Program:
-        """A copy with some fields of ``cadence`` changed."""
+        """Return a copy with some fields of ``cadence`` changed."""
         return dataclasses.replace(self, cadence=dataclasses.replace(self.cadence, **changes))
 
     def example_ids(self, step: int) -> np.ndarray:
@@ -83,7 +83,7 @@ class Program:
         return ids
 
     def raw_batch(self, step: int) -> dict[str, Any]:
-        """The examples of update ``step`` of the source, with the fields that a loader adds."""
+        """Return the raw examples of update ``step``, with the fields that a loader adds."""
         ids, epochs = self.order.ids_and_epochs(step - 1)
         source = CheckedSource("train", self.experiment.train)
         draw, rows = getattr(source, "draw", None), self.example_ids(step)

@@ -185,7 +185,7 @@ def _steepest_ascent(grad: jax.Array) -> jax.Array:
 
 
 def _weight(microbatch: Gradient, loss_metric: str) -> jax.Array:
-    """The weight of a microbatch, a scalar of the loss's dtype."""
+    """Return the weight of a microbatch, a scalar of the loss's dtype."""
     mean = microbatch.metrics.get(loss_metric)
     if not isinstance(mean, Mean):
         raise InputError(no_loss_metric(microbatch.metrics))
@@ -193,7 +193,7 @@ def _weight(microbatch: Gradient, loss_metric: str) -> jax.Array:
 
 
 def no_loss_metric(metrics: Metrics) -> str:
-    """The message for a loss whose metrics do not say how many values it is the mean of."""
+    """Return the error for a loss whose metrics do not say how many values it is the mean of."""
     return (
         "accumulate weights each microbatch by the number of values that its loss is the mean of, and none "
         f"of the loss's metrics ({', '.join(metrics) or 'there are none'}) is the mean that it returns: "

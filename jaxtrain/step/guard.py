@@ -53,11 +53,11 @@ class GuardValues:
         return type(self)(self.values + other.values)
 
     def by_name(self) -> dict[str, float]:
-        """The values by name, on the host."""
+        """Return the values by name, on the host."""
         return dict(zip(GUARD_VALUES, np.asarray(self.values).tolist(), strict=True))
 
     def compute(self) -> float:
-        """1 for a bad update, 0 for a good one."""
+        """Return 1 for a bad update, 0 for a good one."""
         return float(bool(bad_values(self.by_name())))
 
 
@@ -68,7 +68,7 @@ class CountBadLabels:
         self._loss_fn = loss_fn
 
     def __call__(self, outputs: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
-        """The loss, with the metric ``labels_out_of_range`` in addition to its own."""
+        """Return the loss and its metrics, with ``labels_out_of_range`` added."""
         loss, metrics = self._loss_fn(outputs, batch)
         return loss, {**metrics, BAD_LABELS: Total(self._loss_fn.outside(outputs, batch))}
 

@@ -94,7 +94,7 @@ class PackedMetrics(Mapping[str, Any]):
 
 
 def pack_metrics(train_step: Callable[..., tuple[Any, Metrics]]) -> Callable[..., tuple[Any, PackedMetrics]]:
-    """``train_step`` with its metrics packed."""
+    """Return ``train_step`` with its metrics packed."""
 
     @functools.wraps(train_step)
     def step(*args: Any) -> tuple[Any, PackedMetrics]:

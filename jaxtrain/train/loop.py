@@ -254,7 +254,7 @@ def _final_evaluation(
     recorder: monitor.Recorder,
     console: Console,
 ) -> dict[str, Any]:
-    """Test metrics of the last state and, where a validation set chose one, of the best."""
+    """Evaluate the last state on the test set and, where a validation set chose one, the best state."""
     with recorder.paused():
         last = evaluate(program, state, "test", console)
     recorder.scalars(program.steps, {f"test/{name}": value for name, value in last.items()})
@@ -275,6 +275,6 @@ def _final_evaluation(
 
 
 def _test_result(values: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a result for metrics of the test set: numbers as ``test``, tables beside them."""
+    """Return the entries of a result for test metrics: numbers as ``test``, the others as ``tables``."""
     numbers, tables = monitor.split_tables(values)
     return {"test": numbers, **({"tables": tables} if tables else {})}

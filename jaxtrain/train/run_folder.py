@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 def default_folder(name: str, experiment: Experiment) -> Path:
-    """``runs/NAME/HASH-seedS``: the same command finds the same folder on every host.
+    """Return ``runs/NAME/HASH-seedS``, which the same command finds on every host.
 
     Raises:
       InputError: the name of the experiment cannot name a folder.
@@ -69,7 +69,7 @@ class RunFolder:
 
     @_on_process_0
     def next_free(self) -> str:
-        """The first of ``PATH``, ``PATH-2``, ``PATH-3``, ... that does not exist."""
+        """Return the first of ``PATH``, ``PATH-2``, ``PATH-3``, ... that does not exist."""
         number, path = 2, self.path
         while path.exists():
             path = self.path.with_name(f"{self.path.name}-{number}")
@@ -78,7 +78,7 @@ class RunFolder:
 
     @_on_process_0
     def record(self) -> dict[str, Any] | None:
-        """The run's ``config.json``; None where there is no run. Raises as ``load``."""
+        """Return the run's ``config.json``; None where there is no run. Raises as ``load``."""
         return load(self.path) if self.has_run else None
 
     @_on_process_0
@@ -210,12 +210,12 @@ class RunFolder:
 
     @_on_process_0
     def run_id(self) -> str | None:
-        """The random id of this run, which its checkpoints carry; None where there is none."""
+        """Return the random id of this run, which its checkpoints carry; None where there is none."""
         return load(self.path).get("run") if self.has_run else None
 
     @_on_process_0
     def recorded_steps(self) -> int:
-        """The last step with a record in ``metrics.jsonl``, 0 where there is none."""
+        """Return the last step with a record in ``metrics.jsonl``, 0 where there is none."""
         try:
             lines = (self.path / "metrics.jsonl").read_text().splitlines()
             return max((int(json.loads(line)["step"]) for line in lines if line.endswith("}")), default=0)
@@ -252,7 +252,7 @@ class RunFolder:
 
     @_on_process_0
     def result(self, steps: int) -> dict[str, Any] | None:
-        """The result of a run that finished all ``steps``, None when it has not."""
+        """Return the result of a run that finished all ``steps``, None when it has not."""
         path = self.path / "result.json"
         if not path.exists():
             return None

@@ -241,7 +241,7 @@ class _Start:
 
 
 def _run_program(session: Session, program: Program, start: _Start) -> dict[str, Any]:
-    """The result of a finished run, or of training now."""
+    """Return the stored result if the run is finished, else train."""
     console, experiment, mesh = session.console, program.experiment, session.mesh
     profile_window = monitor.parse_window(session.profile, program.steps)
     result = session.folder.result(program.steps)
@@ -324,6 +324,6 @@ def _batch_text(experiment: Experiment, mesh: Mesh) -> str:
 
 
 def _mesh_note(record: dict[str, Any] | None) -> str:
-    """The mesh that a finished run began on, where its record has one."""
+    """Return the mesh that a finished run started on, where its record has one."""
     sizes = (record or {}).get("mesh")
     return f" (it began on {sharding.mesh_text(sizes)})" if isinstance(sizes, dict) else ""
