@@ -139,7 +139,8 @@ def test_each_process_reads_only_its_rows(moved):
     order = Order(experiment.seed, 160, 16)
     halves = [[row.tolist() for row in np.split(order.indices(step), 2)] for step in range(10)]
     for process, done in enumerate(reads):
-        assert {len(ids) for ids in done} <= {2, 8}  # two: to see what the source gives
+        # 2 to see what the source returns; process 0 identifies the data by 32 spread over them
+        assert {len(ids) for ids in done} <= ({2, 8} if process else {2, 8, 32})
         for step in range(10):
             assert halves[step][process] in done
             assert halves[step][1 - process] not in done
@@ -172,7 +173,7 @@ def test_each_process_prints_an_error_at_most_once(tmp_path):
 @pytest.mark.full("tests/train/test_distributed.py::test_two_processes_train_as_one_device")
 @pytest.mark.parametrize(
     ("how", "code", "message"),
-    [("bug", 3, "Noted.gather failed at batch 1: ValueError: a bug of process 1"), ("kill", 137, "")],
+    [("bug", 3, "ValueError: a bug of process 1"), ("kill", 137, "")],
 )
 def test_a_failed_process_ends_the_others(how, code, message, tmp_path):
     """JAX would wait for the others at exit, and they for it; launch_local ends them."""
