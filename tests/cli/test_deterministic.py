@@ -136,7 +136,7 @@ def test_resuming_with_other_cores_or_flags_prints_a_warning(small, capsys, monk
     assert commands.main([*words, "--set", "epochs=5"]) == 0
     out = capsys.readouterr().out
     assert "and is '--xla_other=1', cores was " in out and " and is 77: from here on the bits are not" in out
-    assert json.loads(Path("r/config.json").read_text())["bits"]["cores"] == 77
+    assert json.loads(Path("r/config.json").read_text())["resumed"][-1]["bits"]["cores"] == 77
     assert commands.main([*words, "--set", "epochs=5"]) == 0
     assert "from here on" not in capsys.readouterr().out
 

@@ -164,10 +164,10 @@ def test_modules_beside_a_file_hide_nothing_but_those_of_the_working_directory(
 def test_worker_process_restores_a_class_from_a_module_beside_a_file(tmp_path: Path, python: Any) -> None:
     write(tmp_path / "helper.py", CLASS.format(size=3))
     write(tmp_path / "other" / "helper.py", "")
-    load(write(tmp_path / "mine.py", "import helper"))
-    load(write(tmp_path / "other" / "mine.py", "import helper"))
-    module = load(tmp_path / "mine.py")
-    (tmp_path / "sent").write_bytes(pickle.dumps((UserModule(), module.helper.Thing(size=7))))
+    files = [write(tmp_path / name, "import helper") for name in ("mine.py", "other/mine.py")]
+    *_, module = [load(file) for file in (*files, files[0])]
+    sent = UserModule(tuple(map(str, files)))  # and not what other tests have loaded
+    (tmp_path / "sent").write_bytes(pickle.dumps((sent, module.helper.Thing(size=7))))
     program = "import pickle, sys\nprint(pickle.load(open(sys.argv[1], 'rb'))[1].size)"
     done = python(write(tmp_path / "worker.py", program), tmp_path / "sent")
     assert done.stdout == "7\n", done.stderr
