@@ -164,9 +164,9 @@ def test_modules_beside_a_file_hide_nothing_but_those_of_the_working_directory(
 def test_worker_process_restores_a_class_from_a_module_beside_a_file(tmp_path: Path, python: Any) -> None:
     write(tmp_path / "helper.py", CLASS.format(size=3))
     write(tmp_path / "other" / "helper.py", "")
-    files = [write(tmp_path / name, "import helper") for name in ("mine.py", "other/mine.py")]
-    *_, module = [load(file) for file in (*files, files[0])]
-    sent = UserModule(tuple(map(str, files)))  # and not what other tests have loaded
+    files = [write(tmp_path / name, "import helper") for name in ("other/mine.py", "mine.py")]
+    sent = UserModule(tuple(map(str, files)))  # loads them, and not what other tests have loaded
+    module = load(files[1])
     (tmp_path / "sent").write_bytes(pickle.dumps((sent, module.helper.Thing(size=7))))
     program = "import pickle, sys\nprint(pickle.load(open(sys.argv[1], 'rb'))[1].size)"
     done = python(write(tmp_path / "worker.py", program), tmp_path / "sent")
