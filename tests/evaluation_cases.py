@@ -5,7 +5,6 @@ test_exact_evaluation.py also runs this file as a program, in each of two proces
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,20 +39,11 @@ FAR = 30.0
 """Factor of the inputs of example 0, with copies of which the last batch is padded."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Counts(ConfusionMatrix):
-    """A ``ConfusionMatrix`` that reports its counts."""
-
-    def compute(self) -> Any:
-        return np.asarray(self.counts)
-
-
 def count_classes(outputs: Any, batch: Any) -> dict[str, Any]:
     """Return an extra metric, the counts, for models with classes."""
     if "label" not in batch:
         return {}
-    return {"counts": Counts.of(outputs, batch["label"], batch.get("mask"))}
+    return {"counts": ConfusionMatrix.of(outputs, batch["label"], batch.get("mask"))}
 
 
 def fields(kind: str, n: int) -> dict[str, np.ndarray]:

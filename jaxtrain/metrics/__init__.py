@@ -13,7 +13,6 @@ from jaxtrain.metrics.counts import (
     ClassCounts,
     ConfusionMatrix,
     MeanIoU,
-    PairCounts,
     RegionCounts,
 )
 from jaxtrain.metrics.figures import report_figures
@@ -42,7 +41,6 @@ __all__ = [
     "Mean",
     "MeanIoU",
     "MultiLabel",
-    "PairCounts",
     "Perplexity",
     "RegionCounts",
     "Regression",

@@ -168,10 +168,13 @@ class MeanIoU(RegionCounts):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PairCounts:
+class ConfusionMatrix:
     """Counts of (true class, predicted class): int32 ``[classes, classes]``.
 
-    >>> PairCounts.of(jnp.array([[2.0, 1.0], [0.0, 3.0]]), jnp.array([0, 0])).compute().tolist()
+    Labels that are negative, above the classes or ``ignore`` are not counted. ``ClassCounts`` computes
+    precision, recall and F1.
+
+    >>> ConfusionMatrix.of(jnp.array([[2.0, 1.0], [0.0, 3.0]]), jnp.array([0, 0])).compute().tolist()
     [[1, 1], [0, 0]]
     """
 
@@ -205,35 +208,6 @@ class PairCounts:
     def compute(self) -> Any:
         """Return the counts: int ``[classes, classes]``, a row for each true class."""
         return np.asarray(self.counts)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ConfusionMatrix(PairCounts):
-    """Counts of (true class, predicted class), and precision, recall, F1 and IoU computed from them.
-
-    Labels that are negative, above the classes or ``ignore`` are not counted.
-
-    >>> cm = ConfusionMatrix.of(jnp.array([[2.0, 1.0], [0.0, 3.0]]), jnp.array([0, 0]))
-    >>> cm.compute()["recall"].tolist()
-    [0.5, 0.0]
-    """
-
-    def compute(self) -> dict[str, Any]:
-        """Return ``precision``, ``recall``, ``f1`` and ``iou`` per class, ``accuracy`` and ``mean_iou``.
-
-        The first four are float ``[classes]`` and 0 where undefined; ``iou`` is intersection over union, hits
-        divided by the examples that are of the class or predicted as it. ``accuracy`` is over all examples;
-        ``mean_iou`` is the mean over the classes that occur as label or prediction, 0 if none does.
-        """
-        counts = np.asarray(self.counts, np.int64)
-        by_class = class_figures(np.diag(counts), counts.sum(0), counts.sum(1))
-        occurs = counts.sum(0) + counts.sum(1) > 0
-        return {
-            "accuracy": float(ratio(np.trace(counts), counts.sum())),
-            **by_class,
-            "mean_iou": float(ratio(by_class["iou"][occurs].sum(), occurs.sum())),
-        }
 
 
 @jax.tree_util.register_dataclass

@@ -20,7 +20,14 @@ from jaxtrain.core.chunked_logits import ChunkedLogits, full_logits
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.outputs import select_output
 from jaxtrain.core.types import Batch, Metrics
-from jaxtrain.metrics.counts import BinaryCounts, ClassCounts, PairCounts, RegionCounts, count_labels, ratio
+from jaxtrain.metrics.counts import (
+    BinaryCounts,
+    ClassCounts,
+    ConfusionMatrix,
+    RegionCounts,
+    count_labels,
+    ratio,
+)
 from jaxtrain.metrics.figures import LEFT_OUT, report_figures  # noqa: F401 - the doctests
 from jaxtrain.metrics.mean import Bits, Mean, Perplexity, RootMean, Total, expand_mask
 from jaxtrain.metrics.r2 import R2
@@ -71,7 +78,7 @@ class Classification:
         logits, label, mask = _class_scores(self, outputs, batch)
         metrics: Metrics = {"classes": self.counts.of(logits, label, mask, self.ignore)}
         if logits.shape[-1] <= MATRIX_CLASSES:
-            metrics["confusion"] = PairCounts.of(logits, label, mask, self.ignore)
+            metrics["confusion"] = ConfusionMatrix.of(logits, label, mask, self.ignore)
         left_out = count_labels(label, logits.shape[-1], mask, self.ignore).left_out
         return {**metrics, LEFT_OUT: Total(left_out)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -17,7 +18,8 @@ from jaxtrain.program import check_fields
 from jaxtrain.program.loader import EPOCH, EXAMPLE_ID
 from jaxtrain.step.gradients import evaluate_loss, no_loss_metric
 
-ROWS = 64  # examples that the loss is tried on
+ROWS = 64  # examples that the loss is tried on, at most
+NUMBERS = 2**22  # in the outputs made up for them, at most, but one example for each microbatch
 SAME = 1e-4  # relative difference that the order of sums may make
 
 
@@ -59,37 +61,58 @@ Tried = tuple[Any, Metrics]
 
 def _try_loss(exp: Experiment, model: Model, source: Source) -> tuple[Tried, list[Tried]]:
     """Compute the loss of a batch, and of each of its microbatches."""
-    parts = exp.accumulate
-    size = max(1, min(ROWS, exp.batch) // parts)
-    ids = np.random.default_rng(0).integers(0, len(source), size * parts)
-    raw = {**source.gather(ids), EXAMPLE_ID: ids.astype(np.int32), EPOCH: np.zeros(len(ids), np.int32)}
+    key, parts = jax.random.key(0), exp.accumulate
+    one = _raw(source, np.zeros(1, np.int64))
 
-    def prepare(raw: Batch, key: jax.Array) -> Batch:
+    def prepare(raw: Batch) -> Batch:
         return compose(*exp.augment, *exp.preprocess)(raw, key)
 
     def outputs(batch: Batch) -> Any:
-        params, extra = model.init(jax.random.key(0), batch)
+        params, extra = model.init(key, batch)
         return model.apply(params, extra, batch, train=False, key=None)[0]
 
     def loss(outputs: Any, batch: Batch) -> Tried:
         return evaluate_loss(exp.loss, outputs, batch)
 
-    shapes = check_fields.trace(prepare, raw, jax.random.key(0), what="the batch")
-    of_all = jax.eval_shape(outputs, shapes)
-    of_part = jax.eval_shape(outputs, jax.tree.map(lambda x: _shape(x, (size, *x.shape[1:])), shapes))
-    made_up = jax.tree.map(_made_up, of_all)
-    check_fields.trace(loss, made_up, shapes, what="the loss")
-    batch, loss = jax.jit(prepare)(raw, jax.random.key(0)), jax.jit(loss)
+    def shapes(rows: int) -> tuple[Any, Batch]:
+        raw = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in one.items()}
+        batch = check_fields.trace(prepare, raw, what="the batch")
+        return jax.eval_shape(outputs, batch), batch
 
-    def part(number: int) -> Tried:
+    size = _microbatch(exp, shapes(parts)[0])
+    of_all, batch_shapes = shapes(size * parts)
+    check_fields.trace(loss, of_all, batch_shapes, what="the loss")
+    made_up, small = jax.tree.map(_made_up, of_all), shapes(size)[0]
+    batch = jax.jit(prepare)(_raw(source, np.random.default_rng(0).integers(0, len(source), size * parts)))
+    compiled = jax.jit(loss)
+
+    def microbatch(number: int) -> Tried:
         rows = slice(number * size, (number + 1) * size)
-        own = jax.tree.map(
-            lambda x, small: x if x.shape == small.shape else x[rows], made_up, of_part
-        )  # an output such as an auxiliary loss has no rows
-        return loss(own, jax.tree.map(lambda x: x[rows], batch))
+        # An output without rows, such as an auxiliary loss, is the same in each.
+        own = jax.tree.map(lambda x, part: x if x.shape == part.shape else x[rows], made_up, small)
+        return compiled(own, jax.tree.map(lambda x: x[rows], batch))
 
-    found: tuple[Tried, list[Tried]] = jax.device_get((loss(made_up, batch), [part(n) for n in range(parts)]))
+    found: tuple[Tried, list[Tried]] = jax.device_get(
+        (compiled(made_up, batch), [microbatch(number) for number in range(parts)])
+    )
     return found
+
+
+def _raw(source: Source, ids: np.ndarray) -> Batch:
+    """Return raw examples, with the fields that a loader adds in training."""
+    return {**source.gather(ids), EXAMPLE_ID: ids.astype(np.int32), EPOCH: np.zeros(len(ids), np.int32)}
+
+
+def _microbatch(exp: Experiment, outputs: Any) -> int:
+    """Return how many examples a microbatch of the trial has.
+
+    Args:
+      exp: its ``batch`` and ``accumulate``.
+      outputs: shapes of the model's outputs for one example in each microbatch.
+    """
+    arrays = jax.tree.leaves(outputs, is_leaf=lambda x: hasattr(x, "shape"))  # ChunkedLogits is a leaf
+    numbers = sum(math.prod(x.shape) for x in arrays)
+    return max(1, min(min(ROWS, exp.batch) // exp.accumulate, NUMBERS // max(1, numbers)))
 
 
 def _combine(name: str, parts: list[Tried]) -> float:
@@ -97,10 +120,6 @@ def _combine(name: str, parts: list[Tried]) -> float:
     weighted = [(float(metrics[name].count), float(value)) for value, metrics in parts]
     total = sum(count for count, _ in weighted if count > 0)
     return sum(count * value for count, value in weighted if count > 0) / total if total else float("nan")
-
-
-def _shape(x: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, x.dtype)
 
 
 def sown_notes(model: Model) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxtrain import monitor
-from jaxtrain.metrics import ClassCounts, ConfusionMatrix, Mean, MeanIoU, PairCounts, RootMean, merge
+from jaxtrain.metrics import ClassCounts, ConfusionMatrix, Mean, MeanIoU, RegionCounts, RootMean, merge
 from jaxtrain.step.packing import PackedMetrics
 
 RNG = np.random.default_rng(0)
@@ -93,6 +93,11 @@ def reference(predicted: np.ndarray, label: np.ndarray, classes: int) -> np.ndar
     return counts
 
 
+def by_class(counts: np.ndarray) -> dict[str, Any]:
+    """The figures of a confusion matrix."""
+    return RegionCounts(np.diag(counts), counts.sum(0), counts.sum(1)).compute()
+
+
 @pytest.mark.full("[shape0-cuts0]")
 @pytest.mark.parametrize("cuts", RAGGED)
 @pytest.mark.parametrize("shape", [(10,), (10, 3)])
@@ -114,9 +119,9 @@ def test_confusion_matrix_without_a_mask_counts_every_row() -> None:
     np.testing.assert_array_equal(found.counts, reference(logits.argmax(-1), label, 3))
 
 
-def test_confusion_matrix_figures_equal_their_definitions() -> None:
+def test_figures_by_class_equal_their_definitions() -> None:
     counts = np.array([[5, 2, 0], [1, 7, 0], [3, 1, 0]])  # class 2 is never predicted
-    found = ConfusionMatrix(counts).compute()
+    found = by_class(counts)
     assert found["accuracy"] == 12 / 19
     np.testing.assert_allclose(found["precision"], [5 / 9, 7 / 10, 0], rtol=1e-15)
     np.testing.assert_allclose(found["recall"], [5 / 7, 7 / 8, 0], rtol=1e-15)
@@ -133,7 +138,7 @@ def test_mean_iou_is_over_the_classes_that_occur_on_either_side(extra: str) -> N
     if extra != "neither":  # class 3 is once the truth or once the guess, and never both
         counts[(3, 0) if extra == "true" else (0, 3)] = 1
         each = [6 / 9, 4 / 6, 0]
-    found = ConfusionMatrix(counts).compute()["mean_iou"]
+    found = by_class(counts)["mean_iou"]
     assert type(found) is float and found == pytest.approx(np.mean(each), rel=1e-15)
     assert MeanIoU(np.diag(counts), counts.sum(0), counts.sum(1)).compute() == found
 
@@ -161,26 +166,26 @@ def test_every_metric_merges_on_the_host() -> None:
         hit = (logits.argmax(-1) == label).astype(jnp.float32)
         kinds = {"mean": Mean, "root": RootMean}
         means = {name: kind.of(hit) for name, kind in kinds.items()}
-        counted = {"iou": MeanIoU.of(logits, label), "all": ConfusionMatrix.of(logits, label)}
+        counted = {"iou": MeanIoU.of(logits, label), "all": RegionCounts.of(logits, label)}
         return {**means, **counted}
 
     batches = [step(*batch) for batch in zip(logits, label.astype(np.int32), strict=True)]
     found = monitor.merge_all(PackedMetrics.of(metrics).rows()[0] for metrics in batches)
-    wanted = ConfusionMatrix(reference(logits.argmax(-1), label, 4)).compute()
+    wanted = by_class(reference(logits.argmax(-1), label, 4))
     assert found["mean"] == wanted["accuracy"] and found["root"] == math.sqrt(wanted["accuracy"])
     assert type(found["iou"]) is float and found["iou"] == wanted["mean_iou"] == found["all"]["mean_iou"]
 
 
 def test_counts_of_an_epoch_may_exceed_int32() -> None:
     half = np.array([[2**30, 0], [0, 2**30]], np.int32)
-    assert merged([PairCounts(half)] * 5).counts.tolist() == [[5 * 2**30, 0], [0, 5 * 2**30]]
-    by_class = merged([ClassCounts(half[0], half[0], half[0])] * 5)
-    assert by_class.hits.tolist() == by_class.actual.tolist() == [5 * 2**30, 0]
+    assert merged([ConfusionMatrix(half)] * 5).counts.tolist() == [[5 * 2**30, 0], [0, 5 * 2**30]]
+    counts = merged([ClassCounts(half[0], half[0], half[0])] * 5)
+    assert counts.hits.tolist() == counts.actual.tolist() == [5 * 2**30, 0]
 
 
-def test_empty_confusion_matrix_is_zero_and_not_nan() -> None:
-    found = ConfusionMatrix(np.zeros((2, 2), np.int32)).compute()
-    assert found["accuracy"] == found["mean_iou"] == 0
+def test_means_over_nothing_are_nan_and_figures_by_class_zero() -> None:
+    found = by_class(np.zeros((2, 2), np.int32))
+    assert math.isnan(found["accuracy"]) and math.isnan(found["mean_iou"])
     assert not np.any([found["precision"], found["recall"], found["f1"], found["iou"]])
 
 
