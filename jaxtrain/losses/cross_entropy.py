@@ -17,6 +17,7 @@ from jaxtrain.core.outputs import select_output
 from jaxtrain.core.types import Batch, Metrics
 from jaxtrain.metrics import Classification, LanguageModel, Mean, MeanIoU, Segmentation
 from jaxtrain.metrics.mean import expand_mask
+from jaxtrain.metrics.task_inputs import check_class_shapes
 
 Task = Literal["classification", "segmentation", "language_model"]
 
@@ -106,7 +107,7 @@ class CrossEntropy:
     def _metrics(self, outputs: Any, batch: Batch, evaluates: bool = False) -> Metrics:
         outputs = select_output(outputs, self.output, "loss.output")
         label, mask = batch[self.label], batch.get("mask")
-        _check_label_shape(self.label, label.shape, outputs.shape)
+        check_class_shapes(outputs.shape, label.shape, self.label)
         targets = [label]
         if "label_mixed" in batch:
             targets += [batch["label_mixed"], batch["mix"].reshape(-1, *(1,) * (label.ndim - 1))]
@@ -264,18 +265,3 @@ def _main_label(label: jax.Array, *mixed: jax.Array) -> jax.Array:
         return label
     other, mix = mixed
     return jnp.where(mix >= 0.5, label, other)
-
-
-def _check_label_shape(field: str, label: tuple[int, ...], outputs: tuple[int, ...]) -> None:
-    """Raise InputError unless there is one class index for each row of logits: JAX may broadcast others."""
-    if label == outputs[:-1]:
-        return
-    fix = "give one class index for each row of logits"
-    if label == (*outputs[:-1], 1):
-        fix = "remove the last axis: label.squeeze(-1)"
-    elif label == outputs:
-        fix = "it looks one-hot: use class indices, label.argmax(-1)"
-    raise InputError(
-        f"field {field!r} has shape {list(label)} for logits {list(outputs)}: CrossEntropy needs integers "
-        f"{list(outputs[:-1])}; {fix}, in the source or in preprocess"
-    )

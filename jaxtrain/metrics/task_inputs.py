@@ -12,13 +12,26 @@ from jaxtrain.core.errors import InputError
 
 
 def check_class_shapes(logits: tuple[int, ...], label: tuple[int, ...], field: str) -> None:
-    """Raise InputError unless labels ``[batch, ...]`` fit logits ``[batch, ..., classes]``."""
-    if logits[:-1] != label:
-        raise InputError(
-            f"outputs {list(logits)} and labels {list(label)} in field {field!r}: classification takes "
-            "outputs [batch, ..., classes] and labels [batch, ...] (one logit for two classes: "
-            "BinaryCrossEntropy and metrics.Binary)"
-        )
+    """Raise InputError unless there is one class index for each row of logits: JAX may broadcast others.
+
+    Args:
+      logits: their shape, ``[batch, ..., classes]``.
+      label: that of the labels, ``[batch, ...]``.
+      field: the name of the batch field with the labels.
+    """
+    if label == logits[:-1]:
+        return
+    fix = "give one class index for each row of logits"
+    if logits[-1:] == (1,):
+        fix = "one logit for two classes takes BinaryCrossEntropy and metrics.Binary"
+    elif label == (*logits[:-1], 1):
+        fix = "remove the last axis, label.squeeze(-1), in the source or in preprocess"
+    elif label == logits:
+        fix = "it looks one-hot: use class indices, label.argmax(-1), in the source or in preprocess"
+    raise InputError(
+        f"field {field!r} has shape {list(label)} for logits {list(logits)}, which take class indices "
+        f"{list(logits[:-1])}: {fix}"
+    )
 
 
 def same_shape(logits: jax.Array, label: jax.Array, field: str) -> tuple[jax.Array, jax.Array]:

@@ -218,7 +218,7 @@ def test_an_error_of_a_length_is_raised_unchanged(mesh8: Any) -> None:
 
 def test_a_length_above_what_gather_gives_is_named(mesh8: Any) -> None:
     source = Given(lambda ids: {"x": X[ids]}, 9)
-    message = r"^train: Given\.gather failed: IndexError: .*; its __len__ says that it has 9 examples"
+    message = r"^train: Given\.gather failed: IndexError: .*: its __len__ says that it has 9 examples"
     with pytest.raises(RunError, match=message):
         open_sources(experiment(source), mesh8)
 
@@ -252,7 +252,7 @@ def test_a_change_while_training_ends_the_run_with_one_line(mesh8: Any) -> None:
     loader = Streamed(source, Order(0, 10**6, 8), mesh8)
     loader.batch(0)
     LATER[0] = True
-    with pytest.raises(RunError, match=r"and as float64\[2\] before: .*; earlier checkpoints are kept"):
+    with pytest.raises(RunError, match=r"and as float64\[2\] before: .*: earlier checkpoints are kept"):
         for step in range(1, 20):
             loader.batch(step)
     loader.close()
@@ -261,19 +261,22 @@ def test_a_change_while_training_ends_the_run_with_one_line(mesh8: Any) -> None:
 @pytest.mark.parametrize(
     ("label", "fix"),
     [
-        (np.zeros((8, 1), int), r"remove the last axis: label\.squeeze\(-1\)"),
-        (np.eye(2, dtype=int)[np.zeros(8, int)], r"it looks one-hot: use class indices, label\.argmax\(-1\)"),
+        (np.zeros((8, 1), int), r"remove the last axis, label\.squeeze\(-1\)"),
+        (
+            np.eye(2, dtype=int)[np.zeros(8, int)],
+            r"it looks one-hot: use class indices, label\.argmax\(-1\)",
+        ),
         (np.zeros((8, 5), int), "give one class index for each row of logits"),
     ],
     ids=["column", "one-hot", "other"],
 )
 def test_labels_of_another_shape_are_refused_with_the_fix(label: np.ndarray, fix: str) -> None:
-    with pytest.raises(InputError, match=rf"^field 'label' has shape .* for logits \[8, 2\]: .*; {fix}"):
+    with pytest.raises(InputError, match=rf"^field 'label' has shape .* for logits \[8, 2\]: .*: {fix}"):
         losses.CrossEntropy()(jax.numpy.zeros((8, 2)), {"label": label})
 
 
 def test_labels_that_would_be_broadcast_are_refused() -> None:
-    with pytest.raises(InputError, match=r"CrossEntropy needs integers \[8, 3\]"):
+    with pytest.raises(InputError, match=r"class indices \[8, 3\]"):
         losses.CrossEntropy()(jax.numpy.zeros((8, 3, 2)), {"label": np.zeros((8, 1), int)})
 
 

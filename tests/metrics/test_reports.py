@@ -282,7 +282,7 @@ def test_one_of_several_outputs_is_named(kind: str) -> None:
         (Binary(output="1"), [1, 2], "report.output is '1': the model's outputs are 0, 1"),
         (Binary(output=2), (1, 2), "report.output is 2: the model's outputs are 0, 1"),
         (Regression(output="x"), np.zeros(3), "report.output is 'x', and the model returns one array"),
-        (Classification(), np.zeros((3, 1, 2)), r"outputs \[3, 1, 2\] and labels \[3\] in field 'label'"),
+        (Classification(), np.zeros((3, 1, 2)), r"'label' has shape \[3\] for logits \[3, 1, 2\]"),
         (Binary(), np.zeros((3, 2)), r"outputs \[3, 2\] and labels \[3\] .* must have the same shape"),
         (MultiLabel(), np.zeros(3), "use metrics.Binary"),
         (Classification("other"), np.zeros((3, 2)), "report.label is 'other': the batch has the fields"),
