@@ -218,7 +218,7 @@ def test_an_error_of_a_length_is_raised_unchanged(mesh8: Any) -> None:
 
 def test_a_length_above_what_gather_gives_is_named(mesh8: Any) -> None:
     source = Given(lambda ids: {"x": X[ids]}, 9)
-    message = r"^train: Given\.gather failed: IndexError: .*: its __len__ says that it has 9 examples"
+    message = r"^train: Given\.gather failed: IndexError: .*; its __len__ says that it has 9 examples"
     with pytest.raises(RunError, match=message):
         open_sources(experiment(source), mesh8)
 
@@ -252,7 +252,7 @@ def test_a_change_while_training_ends_the_run_with_one_line(mesh8: Any) -> None:
     loader = Streamed(source, Order(0, 10**6, 8), mesh8)
     loader.batch(0)
     LATER[0] = True
-    with pytest.raises(RunError, match=r"and as float64\[2\] before: .*: earlier checkpoints are kept"):
+    with pytest.raises(RunError, match=r"and as float64\[2\] before: .*; earlier checkpoints are kept"):
         for step in range(1, 20):
             loader.batch(step)
     loader.close()
@@ -271,7 +271,7 @@ def test_a_change_while_training_ends_the_run_with_one_line(mesh8: Any) -> None:
     ids=["column", "one-hot", "other"],
 )
 def test_labels_of_another_shape_are_refused_with_the_fix(label: np.ndarray, fix: str) -> None:
-    with pytest.raises(InputError, match=rf"^field 'label' has shape .* for logits \[8, 2\]: .*: {fix}"):
+    with pytest.raises(InputError, match=rf"^field 'label' has shape .* for logits \[8, 2\], .*: {fix}"):
         losses.CrossEntropy()(jax.numpy.zeros((8, 2)), {"label": label})
 
 
