@@ -122,7 +122,7 @@ def _compare_metrics(one: Path, other: Path, steps: int, tolerance: float) -> st
         for name in names:
             x, y = a.get(name), b.get(name)
             if x is None and y is None and name in a and name in b:
-                continue  # null, which stands for NaN
+                continue  # null, written for NaN
             if x is None or y is None or not (x == y or abs(x - y) <= tolerance * abs(x)):
                 raise RunError(f"NOT the same: {name} of step {step} is {x} in one run and {y} in the other")
     return f"the same in {steps} records"

@@ -130,15 +130,16 @@ def remove_torn(folder: Path) -> None:
     JAX warns about them at every start, compiles again and does not replace them. Only what was written since
     the last call is read, the newest first and ``CHECKED`` bytes at most: milliseconds after a first run.
     """
-    from jax._src import compilation_cache  # not public: the format is JAX's own
-
-    decompress = getattr(compilation_cache, "decompress_executable", None)
+    try:  # not public: the format is JAX's own
+        from jax._src.compilation_cache import decompress_executable as decompress
+    except ImportError:  # of another JAX
+        return
     marker = folder / ".checked"
     since, now, size = 0.0, time.time(), 0
     with contextlib.suppress(OSError):
         since = marker.stat().st_mtime - 60  # clocks of network disks differ
     found = []
-    for path in folder.glob("*-cache") if decompress else ():
+    for path in folder.glob("*-cache"):
         with contextlib.suppress(OSError):  # another process removes files too
             found.append((path.stat().st_mtime, path))
     for modified, path in sorted(found, reverse=True):
@@ -148,7 +149,7 @@ def remove_torn(folder: Path) -> None:
             data = path.read_bytes()
             size += len(data)
             try:
-                decompress(data)  # type: ignore[misc]
+                decompress(data)
             except Exception:  # of zlib or zstandard
                 path.unlink()
     with contextlib.suppress(OSError):

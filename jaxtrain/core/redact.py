@@ -141,7 +141,7 @@ class _RedactedStream:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """Raise RunError where stdout cannot be written; where stderr cannot, nobody can be told."""
+        """Raise RunError where stdout cannot be written; errors of stderr have nowhere to go."""
         try:
             yield
         except BrokenPipeError:

@@ -21,7 +21,7 @@ _ANY_ITEM = None | bool | int | float | str  # of a tuple whose annotation does 
 def parse(text: str, hint: Any, *, nested: bool = False) -> Any:
     """Return ``text`` as a value of type ``hint``.
 
-    Numbers, booleans and None are written as in Python, in any case. Text stands for itself; in quotes it is
+    Numbers, booleans and None are written as in Python, in any case. Text is taken as it is; in quotes it is
     a Python string. A tuple is items between commas, in one pair of brackets or none. In a union, text is
     what no other member accepts, and a tuple beside text or numbers needs brackets or a comma.
 

@@ -66,7 +66,7 @@ def report_figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
       metrics: those that a report returned, or what their ``compute`` returned. A metric that computes a dict
-        stands for its entries.
+        is replaced by its entries.
 
     Raises:
       InputError: a model with one class has labels of others.

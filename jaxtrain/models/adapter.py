@@ -134,7 +134,9 @@ def _from_linen(module: nn.Module, remat: Remat) -> Model:
             ) from error
         updated = dict(updated)
         sown = {name: jax.tree.map(jnp.asarray, updated.pop(name, {})) for name in sown_outputs}
-        return (outputs, sown) if sown_outputs else outputs, {**extra, **updated} if train else extra
+        if sown_outputs:
+            outputs = outputs, sown
+        return outputs, {**extra, **updated} if train else extra
 
     def axes(batch: Batch) -> dict[str, Names]:
         def init_boxed(key: jax.Array, batch: Batch) -> Any:

@@ -46,7 +46,7 @@ class Files:
             _event(self._events, step=start + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Write one line and one event with all numbers; in the line null stands for NaN and infinity.
+        """Write one line and one event with all numbers; NaN and infinity are null in the line.
 
         Raises:
           RunError: the disk is full, or the folder is gone.

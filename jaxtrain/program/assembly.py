@@ -84,7 +84,7 @@ def assemble(
         rows = Sequential(len(sources[name]), eval_batch)
         loader = _loader(name, sources[name], rows, exp, mesh, checks[name])
         eval_step = _compile_eval_step(exp, model, loader, mesh, abstract, metrics_fn)
-        evals[name] = Split(loader, len(rows), rows.n, eval_step)
+        evals[name] = Split(loader, batches=len(rows), examples=rows.n, step=eval_step)
     loaders = {"train": train, **{name: split.loader for name, split in evals.items()}}
     resident = {name: isinstance(loader, Resident) for name, loader in loaders.items()}
     steps_per_epoch = order.n // order.batch if exp.drop_remainder else order.n / order.batch

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 
 from jaxtrain import __version__, checkpoint, monitor
-from jaxtrain.core.files import as_json, not_finite, null_line
 from jaxtrain.core.signals import GRACE, Request, Stopped, on_signals, watchdog
 from jaxtrain.core.types import Metrics, State
 from jaxtrain.experiment import config_hash
@@ -105,12 +104,7 @@ def fit(
             result |= speed.record() | recorder.step_times.overall()
             result |= meter.result((program.steps - start) * experiment.batch)
     result |= {"seconds": time.perf_counter() - start_time, "resumed_from": start, "folder": str(folder)}
-    names = not_finite(result)
-    if names:
-        console.note(null_line("result.json", names))
-    result = as_json(result)
-    run_folder.write_result(result)
-    return result
+    return run_folder.write_result(result, console.note)
 
 
 def _restore_or_init(

@@ -15,7 +15,7 @@ from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 
 from jaxtrain.core import safe_names
 from jaxtrain.core.errors import InputError, RunError
-from jaxtrain.core.files import write_json
+from jaxtrain.core.files import as_json, not_finite, null_line, write_json
 from jaxtrain.experiment import Experiment, comparable_configs, config_hash, config_text, first_difference
 from jaxtrain.sharding import multihost
 from jaxtrain.train import environment
@@ -264,9 +264,18 @@ class RunFolder:
             raise RunError(f"{path} cannot be read ({error}): delete it and run again") from error
 
     @_on_process_0
-    def write_result(self, found: dict[str, Any]) -> None:
-        """Record the result of a finished run."""
-        write_json(self.path / "result.json", found)
+    def write_result(self, found: dict[str, Any], note: Callable[[str], None]) -> dict[str, Any]:
+        """Record the result of a finished run; returns what was written.
+
+        Args:
+          found: the result.
+          note: called with a line that names the numbers that are not finite, and null in the file.
+        """
+        if names := not_finite(found):
+            note(null_line("result.json", names))
+        written: dict[str, Any] = as_json(found)
+        write_json(self.path / "result.json", written)
+        return written
 
 
 @contextlib.contextmanager

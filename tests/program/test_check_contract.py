@@ -18,7 +18,7 @@ from jaxtrain.experiment import Experiment
 from jaxtrain.losses import CrossEntropy
 from jaxtrain.metrics import Mean, RootMean
 from jaxtrain.optim import SGD
-from jaxtrain.program import assemble
+from jaxtrain.program import assemble, check_contract
 from jaxtrain.step import make_train_step
 from jaxtrain.train import bad_examples
 
@@ -129,14 +129,23 @@ def test_a_term_of_the_loss_that_every_microbatch_has_is_legal_with_accumulate(m
         mean = Mean.of(*_error(outputs, batch))
         return mean.total / jnp.maximum(mean.count, 1) + 0.5, {"loss": mean}
 
-    assemble(change(loss=loss, accumulate=4), mesh1).close()
+    whole, parts = (first_update(change(loss=loss, accumulate=n), mesh1) for n in (1, 4))
+    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+
+
+def test_the_trial_of_a_loss_has_few_examples_where_outputs_are_large() -> None:
+    for shape, rows in (((4, 10), 6), ((4, 1024, 50_257), 1), ((4, 1024, 65), 6), ((4, 512, 512), 4)):
+        outputs = {"logits": jax.ShapeDtypeStruct(shape, jnp.float32)}
+        assert check_contract._microbatch(change(accumulate=4), outputs) == rows
 
 
 def test_stages_have_the_positions_of_the_examples_from_init_on(mesh1: Any) -> None:
     def shift(batch: Any, key: Any) -> Any:
-        return {**batch, "x": batch["x"] + 0 * batch["example_id"][:, None]}
+        return {**batch, "x": batch["x"] + batch["example_id"][:, None]}
 
-    assemble(change(preprocess=(shift,)), mesh1).close()
+    shifted = Arrays({**RAGGED.fields, "x": X + np.arange(24, dtype=np.float32)[:, None]})
+    wanted = first_update(change(train=shifted), mesh1)
+    np.testing.assert_allclose(first_update(change(preprocess=(shift,)), mesh1), wanted, rtol=1e-5)
 
 
 def forgetful(*args: Any, **options: Any) -> Any:
