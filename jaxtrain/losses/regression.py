@@ -98,7 +98,7 @@ class Huber(MSE):
 
 
 @dataclasses.dataclass(frozen=True)
-class Forecast:
+class Forecast(MSE):
     """Mean squared error of a forecast; also reports ``mae`` and the error of a naive forecast.
 
     The naive forecast repeats the last observed row. A useful model has ``loss`` below ``repeat_last_mse``
@@ -106,8 +106,8 @@ class Forecast:
 
     Attributes:
       target: name of the batch field with ``float [batch, horizon, variables]``, in the shape of the outputs.
-      history: name of the batch field with ``float [batch, window, variables]``, the rows before the target.
       output: the name or position of the forecast, where the model returns several outputs.
+      history: name of the batch field with ``float [batch, window, variables]``, the rows before the target.
 
     >>> batch = {"series": jnp.array([[[7.0], [1.0]]]), "target": jnp.array([[[2.0], [3.0]]])}
     >>> loss, metrics = Forecast()(jnp.array([[[2.0], [2.0]]]), batch)
@@ -115,19 +115,12 @@ class Forecast:
     (0.5, 2.5)
     """
 
-    target: str = "target"
     history: str = "series"
-    output: str | int | None = None
-
-    @property
-    def report(self) -> Regression:
-        """The report of regression."""
-        return Regression(self.target, self.output)
 
     def __call__(self, outputs: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
         """Return the loss and its metrics for ``outputs: float [batch, horizon, variables]``."""
         target, history, mask = batch[self.target], batch[self.history], batch.get("mask")
-        error = prediction_error(select_output(outputs, self.output, "loss.output"), target)
+        error = self._error(outputs, batch)
         if target.ndim != 3 or history.ndim != 3 or history.shape[2] != target.shape[2]:
             raise InputError(
                 f"{self.history!r} {history.shape} and {self.target!r} {target.shape}: Forecast takes "
