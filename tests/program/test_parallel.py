@@ -86,7 +86,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.full("[factors]")
+@pytest.mark.full("tests/program/test_parallel.py::test_twenty_float64_steps_equal_one_device")
 @pytest.mark.parametrize("name", OTHERS)
 def test_gradients_of_every_family_equal_one_device(name):
     """XLA alone computes wrong ones where the kernel of a convolution is sharded over two axes."""
