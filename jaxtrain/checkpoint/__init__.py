@@ -6,7 +6,7 @@ committed. Nothing else imports orbax.
 
 from jaxtrain.checkpoint.manifest import CheckpointInfo, CorruptCheckpointError
 from jaxtrain.checkpoint.store import Checkpoints, open, space
-from jaxtrain.checkpoint.warm_start import arrays, check_init_from, init_from
+from jaxtrain.checkpoint.warm_start import arrays, check_init_from, identify_source, init_from
 
 __all__ = [
     "CheckpointInfo",
@@ -14,6 +14,7 @@ __all__ = [
     "CorruptCheckpointError",
     "arrays",
     "check_init_from",
+    "identify_source",
     "init_from",
     "open",
     "space",

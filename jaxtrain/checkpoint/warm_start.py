@@ -70,6 +70,21 @@ def check_init_from(source: str, renames: Sequence[str], abstract: State) -> Non
         checkpoints.check(chosen)
 
 
+def identify_source(source: str) -> str:
+    """Return the step that ``source`` means now and the checksum of its manifest, as text to compare.
+
+    Args:
+      source: ``RUN`` or ``RUN:STEP``, as for ``init_from``.
+
+    Raises:
+      InputError: there is no such checkpoint.
+    """
+    folder, step = _parse(source)
+    with store.open(folder) as checkpoints:
+        chosen = _choose(checkpoints, step, f"--init-from {source}")
+    return f"step {chosen.step}, sha256 {str(chosen.manifest.get('seal'))[:16]}"
+
+
 @contextlib.contextmanager
 def _open_source(
     source: str, renames: Sequence[str], here: dict[str, Any], log: Callable[[str], None]

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.core.errors import InputError
+from jaxtrain import checkpoint
+from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.data import Source, paths
 from jaxtrain.data.identity import UNREADABLE, UNSTABLE, differences, files_of, identify
 from jaxtrain.experiment import Experiment
@@ -67,6 +68,32 @@ class RunCheck:
                 self.console.note(note)
         return {"code": now}
 
+    def init_from(self, source: list[Any] | None) -> dict[str, Any]:
+        """Show a line where the checkpoint that the run started from is another now; returns what to record.
+
+        Args:
+          source: ``[--init-from, --init-map]``, from ``RunFolder.init_from``.
+
+        Raises:
+          InputError: a new run starts from a checkpoint that does not exist.
+        """
+        if source is None:
+            return {}
+        known = self.record if self.record is not None and self.folder.has_state() else None
+        if known is None:
+            found = multihost.on_process_0(lambda: checkpoint.identify_source(source[0]), "init_from")
+            return {"init_from": source, "init_checkpoint": found}
+        before, now = (
+            known.get("init_checkpoint"),
+            multihost.on_process_0(lambda: _identify_or_none(source[0]), "init_from"),
+        )
+        if before is not None and now is not None and now != before:
+            self.console.note(
+                f"{source[0]} has changed since this run started from it ({before}; now {now}): this run "
+                "keeps what it started from; --new starts from what is there now"
+            )
+        return {"init_from": source}
+
     def data(self, sources: Mapping[str, Source]) -> dict[str, Any]:
         """Show how the data have changed; returns the entries ``data``, ``files``, ``accepted_data``.
 
@@ -107,6 +134,14 @@ class RunCheck:
         if float(known["config"].get("epochs", "inf")) != self.experiment.epochs:
             return False
         return self.folder.result(known.get("steps", 0)) is not None
+
+
+def _identify_or_none(source: str) -> str | None:
+    """Return what ``source`` is now; None where it is gone, which does not matter to a run that has begun."""
+    try:
+        return checkpoint.identify_source(source)
+    except (InputError, RunError):
+        return None
 
 
 def check_code(

@@ -10,7 +10,7 @@ from jaxtrain.core.errors import InputError, RunError
 
 CONDITIONS = ("code", "devices", "mesh", "bits", "versions", "git")
 """Entries of ``config.json`` that are not settings: those of the first start stay."""
-WRITTEN = ("config", "init_from", "code", "data", "accepted_data")
+WRITTEN = ("config", "init_from", "init_checkpoint", "code", "data", "accepted_data")
 """Entries that a resumed run writes where they are others or were missing."""
 TYPES = {"code": dict, "steps": int, "started_in": str, "resumed": list, "accepted_data": list}
 """Types of entries of ``config.json``, which older versions did not write."""

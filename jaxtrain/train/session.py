@@ -91,6 +91,7 @@ def fit(
     init_from: str | Path | None = None,
     resume: str = "newest",
     accept_changed_data: bool = False,
+    strict: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train ``experiment``, evaluate it and return its result; resume if ``folder`` has an unfinished run.
@@ -111,6 +112,8 @@ def fit(
       resume: ``"newest"`` checkpoint, or ``"last-good"`` to move corrupt ones aside.
       accept_changed_data: continue a run in ``folder`` although its data have changed since it started, and
         record that; otherwise that is an InputError.
+      strict: an InputError instead of a line where the code of a run in ``folder`` has changed, and a
+        RunError where the train step compiles a second time.
       console: where progress is shown; None is a progress bar on a terminal or in a notebook, else lines.
 
     Returns:
@@ -144,6 +147,7 @@ def fit(
         console=make_console(quiet=not multihost.is_process_0()) if console is None else console,
         extend=extend,
         accept_changed_data=accept_changed_data,
+        strict=strict,
         file=None if script is None else Path(str(script.__file__)),
         code=experiment_code.digests(script, experiment),
         init_from=None if init_from is None else str(init_from),
@@ -203,11 +207,11 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
     paths.set_base_folders(session.file and session.file.parent, first_folder)
     notes = environment.changes(existing, record) if existing else []
     source = folder.init_from(session.init_from, session.init_map)
-    record |= {"init_from": source} if source else {}
     sharding.check_batch(experiment.batch, mesh, accumulate=experiment.accumulate)
     if existing is not None:  # another run is refused before any data is opened
         folder.check(experiment)
     record |= check.code(session.code)
+    record |= check.init_from(source)
     start = _Start(start_time, record, existing, source, notes, check)
     program = assemble(experiment, mesh, inspect=lambda sources: record.update(check.data(sources)))
     try:

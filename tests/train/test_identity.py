@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 import jaxtrain
-from jaxtrain import losses, models, optim, run
+from jaxtrain import data, losses, models, optim, run
 from jaxtrain.cli import evaluate
 from jaxtrain.core import user_modules
+from jaxtrain.core.errors import InputError
 from jaxtrain.data.identity import UNREADABLE, UNSTABLE
+from jaxtrain.experiment import code as experiment_code
 from jaxtrain.train import identity as run_identity
 from jaxtrain.train.run_folder import RunFolder
 from jaxtrain.train.run_record import changed_conditions, merge
@@ -316,3 +318,41 @@ def test_init_from_is_meant_from_the_first_folder(tmp_path: Path, monkeypatch: p
         assert RunFolder(folder).init_from(source, ()) == ["runs/a:5", []]
     with pytest.raises(jaxtrain.InputError, match="started with --init-from runs/a:5"):
         RunFolder(folder).init_from("runs/b", ())
+
+
+def small_experiment() -> jaxtrain.Experiment:
+    rng = np.random.default_rng(0)
+    rows = data.Arrays({"image": rng.random((32, 2, 2, 1), np.float32), "label": np.arange(32) % 4})
+    return jaxtrain.Experiment(
+        model=models.MLP(widths=(), classes=4), train=rows, test=rows, loss=losses.CrossEntropy(),
+        optimizer=optim.SGD(lr=0.1), batch=16, epochs=1, steps_per_execution=1,
+    )  # fmt: skip
+
+
+def test_fit_refuses_changed_code_where_it_is_strict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, strict in (("before", True), ("after", False)):
+        monkeypatch.setattr(experiment_code, "digests", lambda *_, text=text: {"own.py": text})
+        jaxtrain.fit(small_experiment(), folder=tmp_path / "run", strict=strict)
+    with pytest.raises(InputError, match="code has changed since this run started"):
+        jaxtrain.fit(small_experiment(), folder=tmp_path / "run", strict=True)
+
+
+def test_another_checkpoint_under_the_name_of_the_first_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that started from a checkpoint says so where the name means another one now."""
+    exp = small_experiment()
+    first, second = tmp_path / "first", tmp_path / "second"
+    jaxtrain.fit(exp, folder=first)
+    jaxtrain.fit(exp, folder=second, init_from=first)
+    step = json.loads((second / "config.json").read_text())["init_checkpoint"]
+    assert step.startswith("step 2, sha256 ")
+    capsys.readouterr()
+    jaxtrain.fit(exp, folder=second, init_from=first)
+    assert "has changed" not in capsys.readouterr().out
+    shutil.rmtree(first)
+    jaxtrain.fit(exp, folder=second, init_from=first)
+    assert "has changed" not in capsys.readouterr().out  # gone: nothing to compare
+    jaxtrain.fit(dataclasses.replace(exp, seed=1), folder=first)
+    jaxtrain.fit(exp, folder=second, init_from=first)
+    assert f"{first} has changed since this run started from it ({step}; now" in capsys.readouterr().out
