@@ -82,18 +82,18 @@ def _try_loss(exp: Experiment, model: Model, source: Source) -> tuple[Tried, lis
     size = _microbatch(exp, shapes(parts)[0])
     of_all, batch_shapes = shapes(size * parts)
     check_fields.trace(loss, of_all, batch_shapes, what="the loss")
-    made_up, small = jax.tree.map(_made_up, of_all), shapes(size)[0]
+    tried, small = jax.tree.map(made_up, of_all), shapes(size)[0]
     batch = jax.jit(prepare)(_raw(source, np.random.default_rng(0).integers(0, len(source), size * parts)))
     compiled = jax.jit(loss)
 
     def microbatch(number: int) -> Tried:
         rows = slice(number * size, (number + 1) * size)
         # An output without rows, such as an auxiliary loss, is the same in each.
-        own = jax.tree.map(lambda x, part: x if x.shape == part.shape else x[rows], made_up, small)
+        own = jax.tree.map(lambda x, part: x if x.shape == part.shape else x[rows], tried, small)
         return compiled(own, jax.tree.map(lambda x: x[rows], batch))
 
     found: tuple[Tried, list[Tried]] = jax.device_get(
-        (compiled(made_up, batch), [microbatch(number) for number in range(parts)])
+        (compiled(tried, batch), [microbatch(number) for number in range(parts)])
     )
     return found
 
@@ -137,8 +137,8 @@ def sown_notes(model: Model) -> tuple[str, ...]:
     )
 
 
-def _made_up(shape: jax.ShapeDtypeStruct) -> jax.Array:
-    """Values in (0.1, 0.9), which a loss can take for logits, for probabilities and for predictions."""
+def made_up(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Return values in (0.1, 0.9), which a loss can take for logits, probabilities or predictions."""
     if not jnp.issubdtype(shape.dtype, jnp.inexact):
         return jnp.zeros(shape.shape, shape.dtype)
     return jax.random.uniform(jax.random.key(1), shape.shape, minval=0.1, maxval=0.9).astype(shape.dtype)

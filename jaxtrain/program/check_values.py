@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Batch, Model
-from jaxtrain.data import Arrays, Normalise, Series, Source, compose
+from jaxtrain.data import Arrays, Normalise, Series, Source
 from jaxtrain.experiment import Experiment
 from jaxtrain.program.loader import EPOCH, EXAMPLE_ID, Check
+from jaxtrain.program.missing_values import check_finite
 from jaxtrain.program.prepared import NotComputed, Preprocess
-
-CHUNK = 2**22  # numbers checked at a time, so that no temporary array is as large as the data
-SHOWN = 5  # example ids in a message
-TRIED = 256  # examples with NaN that preprocess is tried on at a time
 
 
 class ValueCheck:
@@ -39,7 +35,7 @@ class ValueCheck:
     """
 
     def __init__(self, model: Model, loss: Any, outputs: Any, preprocess: Preprocess) -> None:
-        self._preprocess, self._checks = preprocess, []
+        self.model, self._preprocess, self._checks = model, preprocess, []
         if model.check is not None:
             self._checks.append(model.check)
         if hasattr(loss, "check"):
@@ -73,17 +69,17 @@ def value_checks(
 
 
 def check_values(
-    checks: Mapping[str, Check], exp: Experiment, sources: Mapping[str, Source]
+    checks: Mapping[str, ValueCheck], exp: Experiment, sources: Mapping[str, Source]
 ) -> tuple[str, ...]:
     """Check every example of a source in memory, and the first example of any other.
 
     Returns:
-      Warnings, one per line: NaN, where ``exp.guard`` is not ``"stop"``.
+      Warnings, one per line: NaN that the loss leaves out, or where ``exp.guard`` is not ``"stop"``.
 
     Raises:
-      InputError: a value that the model or the loss does not accept; NaN that ``preprocess`` does not fill.
+      InputError: a value that the model or the loss does not accept, NaN among them.
     """
-    lines = []
+    lines = list[str]()
     for name, source in sources.items():
         in_memory = isinstance(source, Arrays)
         ids = np.arange(len(source)) if in_memory else np.zeros(1, np.int64)
@@ -91,7 +87,8 @@ def check_values(
         with_split_name(name, checks[name])(fields, ids)
         try:
             if in_memory:
-                with_split_name(name, check_finite(exp))(fields, ids)
+                noted = functools.partial(_add_note, lines, name)
+                with_split_name(name, check_finite(exp, checks[name].model, noted))(fields, ids)
         except InputError as error:
             if exp.guard == "stop":
                 raise
@@ -99,68 +96,19 @@ def check_values(
     return tuple(lines)
 
 
-def check_first(exp: Experiment, check: Check) -> Check:
-    """The check of the first batch of a stream: all fields and, with ``guard="stop"``, no NaN."""
+def _add_note(lines: list[str], split: str, text: str) -> None:
+    lines.append(f"{split}: {text}")
+
+
+def check_first(exp: Experiment, check: ValueCheck) -> Check:
+    """The check of the first batch of a stream: all fields and, with ``guard="stop"``, also NaN."""
 
     def check_both(batch: Batch, ids: np.ndarray) -> None:
         if exp.guard == "stop":
-            check_finite(exp)(batch, ids)
+            check_finite(exp, check.model)(batch, ids)
         check(batch, ids)
 
     return check_both
-
-
-def check_finite(exp: Experiment) -> Check:
-    """Make a check that raises InputError for NaN or infinity that ``exp.preprocess`` does not fill."""
-
-    def check(batch: Batch, ids: np.ndarray) -> None:
-        for field, rows in not_finite(batch).items():
-            if _filled_by_preprocess(exp, batch, rows):
-                continue
-            raise InputError(
-                f"field {field!r} of {format_ids(ids[rows])} holds NaN or infinity: fill the gaps in the "
-                "source or by a stage of preprocess, leave these examples out (data.Subset), or --set "
-                "guard=skip to skip batches whose loss is NaN"
-            )
-
-    return check
-
-
-def not_finite(batch: Batch) -> dict[str, np.ndarray]:
-    """Find the rows with NaN or infinity, by field; fields without any are left out.
-
-    Args:
-      batch: arrays with a common leading axis; integer arrays have none.
-
-    >>> not_finite({"x": np.array([[0.0, 1.0], [np.nan, 1.0]]), "label": np.array([0, 1])})
-    {'x': array([1])}
-    """
-    bad_rows = {}
-    for name, array in batch.items():
-        if not jnp.issubdtype(array.dtype, jnp.inexact):  # unlike np.inexact, this includes bfloat16
-            continue
-        rows = max(1, CHUNK // max(1, array[:1].size))
-        bad = [
-            start + np.flatnonzero(~np.isfinite(part).reshape(len(part), -1).all(axis=1))
-            for start in range(0, len(array), rows)
-            for part in (array[start : start + rows],)
-        ]
-        where = np.concatenate(bad) if bad else np.zeros(0, int)
-        if len(where):
-            bad_rows[name] = where
-    return bad_rows
-
-
-def format_ids(ids: np.ndarray) -> str:
-    """Format example ids for a message.
-
-    >>> format_ids(np.array([7])), format_ids(np.arange(100, 2000))
-    ('example 7', '1,900 examples (100, 101, 102, 103, 104, ...)')
-    """
-    if len(ids) == 1:
-        return f"example {ids[0]}"
-    shown = ", ".join(map(str, ids[:SHOWN])) + (", ..." if len(ids) > SHOWN else "")
-    return f"{len(ids):,} examples ({shown})"
 
 
 def series_notes(source: Source) -> tuple[str, ...]:
@@ -216,18 +164,3 @@ def with_split_name(name: str, check: Check) -> Check:
             raise InputError(f"{name}: {error}") from error
 
     return named_check
-
-
-def _filled_by_preprocess(exp: Experiment, batch: Batch, rows: np.ndarray) -> bool:
-    """Does ``preprocess`` leave no NaN in these rows? Compiles it, so this is only for data with NaN."""
-    prepare: Callable[[Any], Any] = jax.jit(lambda raw: compose(*exp.preprocess)(raw, None))
-    size = min(TRIED, len(rows))
-    try:
-        for start in range(0, len(rows), size):
-            some = rows[np.minimum(np.arange(start, start + size), len(rows) - 1)]
-            raw = {EXAMPLE_ID: some.astype(np.int32), **{name: array[some] for name, array in batch.items()}}
-            if not_finite(jax.device_get(prepare(raw))):
-                return False
-        return True
-    except Exception:  # a user's stage, which may need fields that a raw batch lacks
-        return False

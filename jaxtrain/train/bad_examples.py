@@ -11,8 +11,8 @@ import numpy as np
 
 from jaxtrain.data import compose
 from jaxtrain.program import Program
-from jaxtrain.program.check_values import format_ids, not_finite
 from jaxtrain.program.loader import EPOCH, EXAMPLE_ID
+from jaxtrain.program.missing_values import format_ids, not_finite
 
 
 @dataclasses.dataclass(frozen=True)

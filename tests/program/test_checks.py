@@ -27,7 +27,7 @@ from jaxtrain.data import Arrays, Normalise
 from jaxtrain.data.prepare import prepare
 from jaxtrain.experiment import find
 from jaxtrain.models.layers import check_image
-from jaxtrain.program import check_values
+from jaxtrain.program import check_values, missing_values
 from jaxtrain.program.device_limits import Limit
 from jaxtrain.train import bad_examples, capacity, session
 
@@ -349,10 +349,10 @@ def test_filled_or_skipped_nan_is_no_error(assembled) -> None:
 
 
 def test_values_are_checked_in_chunks(monkeypatch) -> None:
-    monkeypatch.setattr(check_values, "CHUNK", 10)
+    monkeypatch.setattr(missing_values, "CHUNK", 10)
     x = np.zeros((100, 3), np.float64)
     x[[7, 99], [2, 0]] = np.inf, np.nan
-    found = check_values.not_finite(
+    found = missing_values.not_finite(
         {"x": x, "half": jnp.full(100, jnp.nan, jnp.bfloat16), "n": np.arange(100)}
     )
     assert found["x"].tolist() == [7, 99] and len(found["half"]) == 100 and found.keys() == {"x", "half"}
