@@ -74,7 +74,7 @@ def assemble(
     loss_metric = check_contract.find_loss_metric(exp, model, sources["train"])
     step = update.build_train_step(exp, mesh, model, tx, prepare, post_update, loss_metric)
     train_step, train_steps = _compile_train_steps(
-        step, train, mesh, abstract, key, update.compiler_options(exp, mesh)
+        step, train, mesh, abstract, key, update.compiler_options(exp, mesh, abstract)
     )
     report = check_fields.find_report(exp)
     if report is not None:  # an error now, after those of the loss, is better than one after the training

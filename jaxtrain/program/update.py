@@ -113,10 +113,20 @@ def loss_scaling(exp: Experiment) -> dict[str, Any]:
     return {"loss_scale": LossScale()} if exp.precision == "float16" else {}
 
 
-def compiler_options(exp: Experiment, mesh: Mesh) -> dict[str, str]:
-    """Compiler options that keep the barriers of guard, remat and microbatches, which XLA:CPU would drop."""
+def compiler_options(exp: Experiment, mesh: Mesh, abstract: State) -> dict[str, str]:
+    """Return the compiler options of the train step.
+
+    On CPUs they keep the barriers of guard, remat and microbatches, on several GPUs they make the collectives
+    smaller than XLA's default (``sharding.combine_thresholds``).
+    """
+    platform = mesh.devices.flat[0].platform
     has_barriers = exp.guard != "off" or exp.remat != "none" or exp.accumulate > 1
-    return sharding.KEEP_BARRIERS if has_barriers and mesh.devices.flat[0].platform == "cpu" else {}
+    if platform == "cpu" and has_barriers:
+        return sharding.KEEP_BARRIERS
+    if platform == "gpu":
+        params = jax.tree.leaves(abstract.params)
+        return sharding.combine_thresholds(mesh, sum(x.size * x.dtype.itemsize for x in params))
+    return {}
 
 
 def build_post_update(exp: Experiment, steps: int) -> tuple[Callable[[State], State], ...]:

@@ -3,7 +3,8 @@
 A laptop is a mesh of one device; there is no second code path for more.
 """
 
-from jaxtrain.sharding.compile import KEEP_BARRIERS, compile
+from jaxtrain.sharding.compile import compile
+from jaxtrain.sharding.compiler_options import KEEP_BARRIERS, combine_thresholds
 from jaxtrain.sharding.gather import gather_params
 from jaxtrain.sharding.mesh import (
     AXES,
@@ -30,6 +31,7 @@ __all__ = [
     "batch_parts",
     "batch_split",
     "check_batch",
+    "combine_thresholds",
     "compile",
     "describe_mesh",
     "device_memory",

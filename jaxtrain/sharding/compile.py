@@ -7,10 +7,6 @@ from typing import Any
 
 import jax
 
-KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
-"""Compiler options for CPUs. There XLA removes optimization barriers before it plans memory, then merges what
-should be recomputed or gathered again with the first computation, and keeps that in memory."""
-
 
 def compile(
     fn: Callable[..., Any],
@@ -27,7 +23,7 @@ def compile(
       args: one sharding, or a pytree prefix of shardings, for each argument.
       out: the same, for the result.
       donate: positions of arguments whose buffers the result may reuse.
-      options: of XLA's compiler, such as ``KEEP_BARRIERS``.
+      options: of XLA's compiler, from ``sharding.compiler_options``.
     """
     return jax.jit(
         fn,
