@@ -38,7 +38,7 @@ class Hlo(NamedTuple):
     computations: dict[str, list[Op]]
 
 
-def read_hlo(hlo: str, mesh: Mesh | AbstractMesh) -> Hlo:
+def read_hlo(hlo: str, mesh: Mesh | AbstractMesh | None = None) -> Hlo:
     """Parse a compiled program.
 
     Raises:
@@ -48,11 +48,11 @@ def read_hlo(hlo: str, mesh: Mesh | AbstractMesh) -> Hlo:
     ... ENTRY %main (p: f32[8]) -> f32[8] {
     ...   ROOT %p = f32[8]{0} parameter(0)
     ... }'''
-    >>> read_hlo(text, AbstractMesh((1,), ("data",)))
+    >>> read_hlo(text)
     Hlo(entry='main', computations={'main': [Op(name='p', shape='f32[8]{0}', opcode='parameter', rest='0)')]})
     """
     partitions = re.match(r"HloModule .*\bnum_partitions=(\d+)", hlo)
-    if partitions and int(partitions[1]) != mesh.size:
+    if mesh is not None and partitions and int(partitions[1]) != mesh.size:
         raise InputError(
             f"the program is partitioned over {partitions[1]} devices and the mesh has {mesh.size}: "
             "pass the mesh that it was compiled for"
