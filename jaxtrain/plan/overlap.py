@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from jax.sharding import AbstractMesh, Mesh
 
-from jaxtrain.plan.collectives import collective_of
+from jaxtrain.plan.collectives import Collective, collective_of
 from jaxtrain.plan.gpu_kernels import ATTENTION, COLLECTIVE, CONVOLUTION, PRODUCT, classify, launches
 from jaxtrain.plan.hlo import Hlo, Op, called, operands
 
@@ -94,3 +95,16 @@ def _between(ops: list[Op], start: Op) -> list[Op]:
         elif op.opcode.endswith("-done") and waits & {*operands(op)}:
             return ops[at + 1 : end]
     return []
+
+
+def exposed_collectives(overlaps: Sequence[Overlap]) -> tuple[Collective, ...]:
+    """Return the collectives that no kernel overlaps: computation waits for them.
+
+    >>> exposed_collectives([Overlap("all-reduce", ("data",), 3, 900, overlapped=1, overlapped_bytes=800)])
+    (Collective(kind='all-reduce', axes=('data',), bytes=100, count=2),)
+    """
+    return tuple(
+        Collective(one.kind, one.axes, one.bytes - one.overlapped_bytes, one.count - one.overlapped)
+        for one in overlaps
+        if one.count > one.overlapped
+    )
