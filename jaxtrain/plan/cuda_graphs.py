@@ -54,8 +54,9 @@ def compile_with_graphs(
     with tempfile.TemporaryDirectory(prefix="jaxtrain-plan-") as folder:
         dump: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         compiled = lowered.compile(compiler_options={**(options or {}), **dump})
-        files = Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt")
-        texts = [file.read_text() for file in files]
+        # XLA writes the second list only where it captured something.
+        lists = ("*.thunk_sequence_after_thunk_passes.txt", "*.thunk_sequence.txt")
+        texts = next(filter(None, ([file.read_text() for file in Path(folder).glob(n)] for n in lists)), [])
     return compiled, read_graphs(max(texts, key=len)) if texts else None
 
 

@@ -50,7 +50,8 @@ def launches(program: Hlo, ops: Iterable[Op] | None = None) -> Iterator[Launch]:
     """Yield what a program launches: in loops once per iteration, not what is inside of fusions.
 
     A loop of unknown length counts as one iteration. Of the branches of a conditional the one with most
-    launches counts. A memory copy is a launch, the end of an asynchronous operation is none.
+    launches counts. A memory copy is a launch, the end of an asynchronous operation is none. A sort, which
+    also copies its input, counts as one.
 
     Args:
       program: from ``read_hlo``.
@@ -117,8 +118,9 @@ def _classify_fusion(op: Op, program: Hlo) -> tuple[str, str]:
     for found, kind in (("dot", PRODUCT), ("scaled-dot", PRODUCT), ("convolution", CONVOLUTION)):
         if found in inside:
             return kind, backend or "fusion"
-    if SCATTER in inside:
-        return SCATTER, "fusion"
+    for kind in (SORT, SCATTER):
+        if kind in inside:
+            return kind, "fusion"
     direct = {each.opcode for each in program.computations.get(fused, ())} - {*NOT_LAUNCHED}
     if direct and direct <= {*MOVES}:
         return COPY, next(name for name in MOVES if name in direct)

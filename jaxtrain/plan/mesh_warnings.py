@@ -19,7 +19,7 @@ MIN_SECONDS = 1e-3
 class _Datasheet:
     """What ``Rates`` asks for, of "NVIDIA H100 Tensor Core GPU" (datasheet, SXM) and "NVIDIA DGX H100"."""
 
-    name: str = "h100"
+    name: str = "an H100"
     bandwidth: float = 3.35e12
     link: float = 450e9
     network: float = 50e9
