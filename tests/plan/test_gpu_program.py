@@ -159,6 +159,13 @@ CONTROL = """
 KNOWN = 'backend_config={"known_trip_count":{"n":"5"}}'
 
 
+TWICE = """
+%two (v: f32[16]) -> f32[16] {
+  ROOT %w.2 = (s32[], f32[16]{0}) while(%s0), condition=%less, body=%again, KNOWN3
+}
+""".replace("KNOWN3", KNOWN.replace("5", "3"))
+
+
 def test_loops_count_by_iteration_and_branches_by_the_longest() -> None:
     loop = "%w = (s32[], f32[16]{0}) while(%s0), condition=%less, body=%body"
     branches = "%b = f32[16]{0} conditional(%p, %x, %x), branch_computations={%one, %two}"
@@ -168,6 +175,10 @@ def test_loops_count_by_iteration_and_branches_by_the_longest() -> None:
         Kernels("copy", "copy", 7, 7 * 128),
         Kernels("other", "compare", 7, 7 * (4 + 1)),
     )
+    nested = CONTROL.replace("%c.7 = f32[16]{0} copy(%v)", f"%c.7 = f32[16]{{0}} call(%v), to_apply=%two")
+    assert read(f"{loop}, {KNOWN}", before=nested).launches == 5 * 2
+    inner = f"{nested.replace('%two (', '%again (')}{TWICE}"
+    assert read(f"{loop}, {KNOWN}", before=inner).launches == 5 * 3 * 2
     assert read(branches, before=CONTROL).launches == 2
     assert read(call, branches, before=CONTROL).launches == 4
 
@@ -204,7 +215,22 @@ def test_overlap_is_what_runs_between_start_and_done() -> None:
     assert overlaps(*GATHER, *OTHER, *DONE, *PRODUCT) == (behind_one,)
     behind_two = none(behind_one, behind_products=1, behind_products_bytes=256, products=1)
     assert overlaps(*GATHER, *PRODUCT, *OTHER, *DONE) == (behind_two,)
+    assert exposed_collectives([behind_two]) == ()
     assert overlaps(*GATHER, *PRODUCT, *OTHER, *DONE, is_sync="true") == (gather,)
+
+
+def test_overlap_in_a_loop_counts_by_iteration() -> None:
+    lines = "\n".join(f"  {line}" for line in (*GATHER, *OTHER, *DONE)).replace("IS_SYNC", "false")
+    body = f"%round (p: f32[16]) -> f32[16] {{\n{lines}\n}}\n"
+    loop = f"%w = f32[16]{{0}} while(%p), condition=%less, body=%round, {KNOWN}"
+    [found] = read(loop, before=f"{FUSED}\n{body}", mesh=EIGHT).overlaps
+    assert (found.count, found.bytes, found.overlapped, found.overlapped_bytes, found.others) == (
+        5,
+        5 * 256,
+        5,
+        5 * 256,
+        5,
+    )
 
 
 def test_another_collective_does_not_count_as_computation() -> None:
