@@ -175,7 +175,7 @@ def test_loops_count_by_iteration_and_branches_by_the_longest() -> None:
         Kernels("copy", "copy", 7, 7 * 128),
         Kernels("other", "compare", 7, 7 * (4 + 1)),
     )
-    nested = CONTROL.replace("%c.7 = f32[16]{0} copy(%v)", f"%c.7 = f32[16]{{0}} call(%v), to_apply=%two")
+    nested = CONTROL.replace("%c.7 = f32[16]{0} copy(%v)", "%c.7 = f32[16]{0} call(%v), to_apply=%two")
     assert read(f"{loop}, {KNOWN}", before=nested).launches == 5 * 2
     inner = f"{nested.replace('%two (', '%again (')}{TWICE}"
     assert read(f"{loop}, {KNOWN}", before=inner).launches == 5 * 3 * 2
