@@ -3,6 +3,7 @@
 from jaxtrain.plan.collectives import Collective, collectives
 from jaxtrain.plan.cuda_graphs import CudaGraphs, compile_with_graphs
 from jaxtrain.plan.gpu_program import GpuProgram, Kernels, read_gpu_program
+from jaxtrain.plan.gpu_step import GpuStep, read_gpu_step
 from jaxtrain.plan.measure import Plan, for_device_memory, measure, with_open_data
 from jaxtrain.plan.nearest import Nearest, find_nearest
 from jaxtrain.plan.overlap import Overlap, exposed_collectives
@@ -15,6 +16,7 @@ __all__ = [
     "Collective",
     "CudaGraphs",
     "GpuProgram",
+    "GpuStep",
     "Kernels",
     "LowerBound",
     "Nearest",
@@ -35,6 +37,7 @@ __all__ = [
     "make_trial",
     "measure",
     "read_gpu_program",
+    "read_gpu_step",
     "search_all",
     "variant_of",
     "with_open_data",

@@ -9,35 +9,28 @@ from typing import Any
 from jaxtrain.core.text import size_text
 from jaxtrain.models.attention_choices import AttentionChoice
 from jaxtrain.plan.gpu_program import GpuProgram
+from jaxtrain.plan.gpu_step import GpuStep
 from jaxtrain.plan.overlap import Overlap
 from jaxtrain.plan.roofline import LowerBound
 from jaxtrain.program.memory_text import table
 
 
-def as_text(
-    program: GpuProgram, bound: LowerBound | None = None, choices: Sequence[AttentionChoice] = ()
-) -> str:
-    """Format kernels, launches, overlap, attention that is not cuDNN's, and the lower bound of a step.
-
-    Args:
-      program: from ``read_gpu_program``.
-      bound: from ``roofline.lower_bound``; None where the FLOPs are unknown.
-      choices: from ``record_attention``.
-    """
+def as_text(step: GpuStep) -> str:
+    """Format kernels, launches, overlap, attention that is not cuDNN's, and the lower bound of a step."""
+    program = step.program
     blocks = [_kernels(program), _launches(program)]
     if program.overlaps:
         blocks.append(_overlaps(program.overlaps))
-    if any(one.kernel == "xla" for one in choices):
-        blocks.append(_fallbacks(choices))
-    if bound is not None:
-        blocks.append(_bound(bound))
+    if any(one.kernel == "xla" for one in step.attention):
+        blocks.append(_fallbacks(step.attention))
+    if step.bound is not None:
+        blocks.append(_bound(step.bound))
     return "\n\n".join(blocks)
 
 
-def as_json(
-    program: GpuProgram, bound: LowerBound | None = None, choices: Sequence[AttentionChoice] = ()
-) -> dict[str, Any]:
-    """Return the same as JSON; seconds and bytes without units in the values."""
+def as_json(step: GpuStep) -> dict[str, Any]:
+    """Return the same as JSON, in bytes and seconds."""
+    program, bound = step.program, step.bound
     graphs = program.graphs
     more = {} if graphs is None else {"host_launches": graphs.host_launches}
     limits = {} if bound is None else {"seconds": bound.seconds, "limit": bound.limit, "mfu": bound.mfu}
@@ -50,7 +43,7 @@ def as_json(
         "aliased": program.aliased,
         "outputs": program.outputs,
         "host": list(program.host),
-        "attention": [dataclasses.asdict(one) | {"shape": list(one.shape)} for one in choices],
+        "attention": [dataclasses.asdict(one) | {"shape": list(one.shape)} for one in step.attention],
         "lower_bound": None if bound is None else dataclasses.asdict(bound) | limits,
     }
 

@@ -9,10 +9,13 @@ from collections.abc import Mapping, Sequence
 from jaxtrain import sharding
 from jaxtrain.core.text import size_text
 from jaxtrain.plan.collectives import Collective
-from jaxtrain.plan.roofline import GPUS_PER_HOST, Rates, collective_seconds
+from jaxtrain.plan.roofline import GPUS_PER_HOST, Rates, collective_seconds, peak_name
 
 MIN_SECONDS = 1e-3
 """Communication below this is not warned about: so short a step waits for other things."""
+
+
+H100 = {"bfloat16": 989.5e12, "float16": 989.5e12, "tf32": 494.5e12, "float32": 67e12}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +26,7 @@ class _Datasheet:
     bandwidth: float = 3.35e12
     link: float = 450e9
     network: float = 50e9
-    peak: Mapping[str, float] = dataclasses.field(
-        default_factory=lambda: {"bfloat16": 989.5e12, "float16": 989.5e12, "tf32": 494.5e12}
-    )
+    peak: Mapping[str, float] = dataclasses.field(default_factory=lambda: H100)
 
 
 def mesh_warnings(
@@ -58,7 +59,7 @@ def mesh_warnings(
     if not flops:
         return []
     rates: Rates = card or _Datasheet()
-    peak = rates.peak["tf32" if precision == "float32" else precision]
+    peak = rates.peak[peak_name(precision)]
     compute = flops / math.prod(mesh.values()) / peak
     lines = []
     for axes in dict.fromkeys(one.axes for one in collectives):

@@ -9,11 +9,13 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
+import jax
 import numpy as np
 
 from jaxtrain.plan.collectives import Collective
 
 GPUS_PER_HOST = 8
+EXACT = ("highest", "float32", "F32_F32_F32")  # values of jax_default_matmul_precision
 
 
 class Rates(Protocol):
@@ -77,6 +79,16 @@ class LowerBound:
         return self.flops / self.peak / self.seconds if self.seconds else 0.0
 
 
+def peak_name(precision: str) -> str:
+    """Return which of ``Rates.peak`` a run reaches at most: JAX rounds float32 products to TF32 by default.
+
+    >>> peak_name("float32"), peak_name("bfloat16")
+    ('tf32', 'bfloat16')
+    """
+    exact = getattr(jax.config, "jax_default_matmul_precision", None) in EXACT
+    return ("float32" if exact else "tf32") if precision == "float32" else precision
+
+
 def lower_bound(
     flops: float,
     traffic: int | None,
@@ -101,7 +113,7 @@ def lower_bound(
       exposed: of these, those that no kernel overlaps (``exposed_collectives``).
       mesh: size by axis, in the mesh's order: the last axis is on neighbouring devices.
       card: the speed of each device.
-      peak: which of ``card.peak``; float32 products use ``tf32`` unless full precision is asked for.
+      peak: which of ``card.peak`` (``peak_name``).
       gpus_per_host: devices of a host.
 
     >>> import types

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 
 import pytest
 from jax.sharding import AbstractMesh
@@ -11,6 +12,7 @@ from jax.sharding import AbstractMesh
 from jaxtrain.core.errors import InputError
 from jaxtrain.plan.cuda_graphs import CudaGraphs, read_graphs
 from jaxtrain.plan.gpu_program import GpuProgram, Kernels, read_gpu_program
+from jaxtrain.plan.gpu_step import read_gpu_step
 from jaxtrain.plan.overlap import Overlap, exposed_collectives
 from jaxtrain.plan.reductions import half_precision_reductions
 
@@ -360,3 +362,20 @@ def test_half_precision_reductions_are_found_inside_of_fusions() -> None:
         ("maximum", (64, 256, 384), (64, 256), (2,), 384),
     ]
     assert found[0].op_name == "jit(f)/b/sum" and {one.dtype for one in found} == {"bf16"}
+
+
+def test_step_of_a_card() -> None:
+    """An all-gather of 256 bytes over 4 of 8 devices, overlapped by nothing; 1 GFLOP on each."""
+    card = types.SimpleNamespace(bandwidth=1e3, link=1e3, network=1.0, peak={"tf32": 1e9, "bfloat16": 4e9})
+    lines = "\n".join(f"  {line}" for line in (*GATHER, *DONE)).replace("IS_SYNC", "false")
+    hlo = f"HloModule jit_step\nENTRY %main (p: f32[16]) -> f32[64] {{\n{lines}\n}}"
+    step = read_gpu_step(hlo, EIGHT, card, 8e9, "bfloat16", graphs=CudaGraphs(0, 0, 1))
+    assert step.program.graphs == CudaGraphs(0, 0, 1) and step.attention == ()
+    assert step.bound is not None
+    assert (step.bound.compute, step.bound.memory) == (0.25, (64 + 256) / 1e3)
+    assert step.bound.communication == step.bound.exposed == pytest.approx(3 / 4 * 256 / 1e3)
+    assert step.bound.seconds == pytest.approx(0.32 + 0.192)
+    assert read_gpu_step(hlo, EIGHT, card, 8e9, "float32").bound.compute == 1  # type: ignore[union-attr]
+    assert read_gpu_step(hlo, EIGHT, card, None, "float32").bound is None
+    two_hosts = read_gpu_step(hlo, EIGHT, card, 8e9, "float32", gpus_per_host=2).bound
+    assert two_hosts is not None and two_hosts.communication == pytest.approx(1 / 2 * 256 / 2 / 1.0)

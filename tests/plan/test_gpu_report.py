@@ -8,6 +8,7 @@ from jaxtrain.models.attention_choices import AttentionChoice
 from jaxtrain.plan.cuda_graphs import CudaGraphs
 from jaxtrain.plan.gpu_program import GpuProgram, Kernels
 from jaxtrain.plan.gpu_report import as_json, as_text
+from jaxtrain.plan.gpu_step import GpuStep
 from jaxtrain.plan.overlap import Overlap
 from jaxtrain.plan.roofline import LowerBound
 from jaxtrain.program.memory_text import WIDTH
@@ -28,10 +29,10 @@ BOUND = LowerBound(
     compute=1e-3, memory=2.5e-3, communication=4e-4, exposed=1e-4, flops=9.895e11, peak=9.895e14
 )
 WHY = "it takes float16 and bfloat16, and this is float32"
-CHOICES = [
+CHOICES = (
     *(AttentionChoice(f"block{i}", (64, 256, 6, 64), "float32", "xla", WHY) for i in range(6)),
     AttentionChoice("head", (64, 256, 6, 64), "bfloat16", "cudnn", ""),
-]
+)
 
 TEXT = """\
 GPU program: kernels of a step on each device
@@ -63,13 +64,13 @@ lower bound of a step, from datasheet speeds: not measured
 
 
 def test_text() -> None:
-    assert as_text(PROGRAM, BOUND, CHOICES) == TEXT
+    assert as_text(GpuStep(PROGRAM, CHOICES, BOUND)) == TEXT
     assert max(map(len, TEXT.splitlines())) <= WIDTH
 
 
 def test_text_of_one_device_leaves_out_what_is_not_there() -> None:
     alone = GpuProgram(PROGRAM.kernels[:1], (), 84, 85, ("infeed",))
-    text = as_text(alone, choices=CHOICES[-1:])
+    text = as_text(GpuStep(alone, CHOICES[-1:]))
     assert text == (
         "GPU program: kernels of a step on each device\n"
         "  kind            name           launches  read and written\n"
@@ -82,7 +83,7 @@ def test_text_of_one_device_leaves_out_what_is_not_there() -> None:
 
 
 def test_json_has_every_figure() -> None:
-    found = json.loads(json.dumps(as_json(PROGRAM, BOUND, CHOICES)))
+    found = json.loads(json.dumps(as_json(GpuStep(PROGRAM, CHOICES, BOUND))))
     assert found["launches"] == 44 and found["traffic"] == 4_519_549_248
     assert found["kernels"][0] == {
         "kind": "matrix product",
@@ -95,5 +96,5 @@ def test_json_has_every_figure() -> None:
     assert found["attention"][0]["shape"] == [64, 256, 6, 64] and found["attention"][-1]["kernel"] == "cudnn"
     assert found["lower_bound"]["seconds"] == 2.6e-3 and found["lower_bound"]["limit"] == "memory"
     assert (found["aliased"], found["outputs"], found["host"]) == (84, 85, [])
-    alone = as_json(PROGRAM)
+    alone = as_json(GpuStep(PROGRAM))
     assert alone["lower_bound"] is None and alone["attention"] == []
