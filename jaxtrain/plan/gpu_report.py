@@ -91,24 +91,24 @@ def _fallbacks(choices: Sequence[AttentionChoice]) -> str:
 
 
 def _bound(bound: LowerBound) -> str:
-    rows = [("computation", _milliseconds(bound.compute), f"at {bound.peak / 1e12:,.4g} TFLOP/s")]
+    rows = [("computation", _duration(bound.compute), f"at {bound.peak / 1e12:,.4g} TFLOP/s")]
     if bound.memory is not None:
-        rows.append(
-            ("memory", _milliseconds(bound.memory), "all reads and writes, as if without an L2 cache")
-        )
+        rows.append(("memory", _duration(bound.memory), "all reads and writes, as if without an L2 cache"))
     if bound.communication:
-        alone = f"of which {_milliseconds(bound.exposed)} without overlap"
-        rows.append(("communication", _milliseconds(bound.communication), alone))
+        alone = f"of which {_duration(bound.exposed)} without overlap"
+        rows.append(("communication", _duration(bound.communication), alone))
     mfu = f"limited by {bound.limit}; MFU at most {100 * bound.mfu:.0f} %"
-    rows.append(("step, at least", _milliseconds(bound.seconds), mfu))
+    rows.append(("step, at least", _duration(bound.seconds), mfu))
     return table("lower bound of a step, from datasheet speeds: not measured", rows, "<><")
 
 
-def _milliseconds(seconds: float) -> str:
-    """Write a time in ms with three digits.
+def _duration(seconds: float) -> str:
+    """Write a time with three digits.
 
-    >>> _milliseconds(0.0123456), _milliseconds(1.5)
-    ('12.3 ms', '1,500 ms')
+    >>> _duration(0.0123456), _duration(1.5), _duration(2e-6), _duration(0)
+    ('12.3 ms', '1.5 s', '2 µs', '0 s')
     """
-    value = 1e3 * seconds
-    return f"{value:,.0f} ms" if value >= 999.5 else f"{value:.3g} ms"
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= 0.9995 * size:
+            return f"{seconds / size:,.3g} {unit}" if seconds < 999.5 else f"{seconds:,.0f} s"
+    return f"{seconds / 1e-9:.3g} ns" if seconds else "0 s"

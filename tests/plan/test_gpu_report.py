@@ -59,7 +59,7 @@ attention with XLA's kernel
 lower bound of a step, from datasheet speeds: not measured
   computation       1 ms  at 989.5 TFLOP/s
   memory          2.5 ms  all reads and writes, as if without an L2 cache
-  communication   0.4 ms  of which 0.1 ms without overlap
+  communication   400 µs  of which 100 µs without overlap
   step, at least  2.6 ms  limited by memory; MFU at most 38 %"""
 
 
