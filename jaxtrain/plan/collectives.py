@@ -12,21 +12,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.errors import RunError
+from jaxtrain.plan.hlo import Op, array_bytes, called, read_hlo, result_shape, trips
 
 # Groups of these number replicas, of which a jitted program has one, unless use_global_device_ids=true.
 OF_REPLICAS = ("all-reduce", "all-gather", "reduce-scatter")
 OF_PARTITIONS = ("all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
 
-COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+)(?: .*)?\{$")
-INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.-]+ = (.+?) ([a-z][\w-]*)\((.*)")
-CALLED = re.compile(r", (calls|to_apply|body|condition|\w+_computations?)=(?:\{([^}]*)\}|%?([\w.-]+))")
-ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\]")
 LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}")
 IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=(\S+?)(?:, |$)")
 MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S*)\))? \{([^}]*)\}")
@@ -55,14 +51,6 @@ class Collective:
     count: int
 
 
-class _Op(NamedTuple):
-    """An instruction, ``shape opcode(rest``; ``rest`` starts with the operands."""
-
-    shape: str
-    opcode: str
-    rest: str
-
-
 def collectives(hlo: str, mesh: Mesh | AbstractMesh) -> tuple[Collective, ...]:
     """Return the collectives of a compiled step, those with most bytes first.
 
@@ -86,55 +74,27 @@ def collectives(hlo: str, mesh: Mesh | AbstractMesh) -> tuple[Collective, ...]:
     >>> collectives(text, AbstractMesh((2, 4), ("data", "model")))
     (Collective(kind='all-reduce', axes=('data',), bytes=32, count=1),)
     """
-    partitions = re.match(r"HloModule .*\bnum_partitions=(\d+)", hlo)
-    if partitions and int(partitions[1]) != mesh.size:
-        raise InputError(
-            f"the program is partitioned over {partitions[1]} devices and the mesh has {mesh.size}: "
-            "pass the mesh that it was compiled for"
-        )
-    entry, computations = _read(hlo)
+    entry, computations = read_hlo(hlo, mesh)
     cache: dict[str, _Totals] = {}
 
-    def total(name: str) -> _Totals:
-        if name not in cache:
+    def total(computation: str) -> _Totals:
+        if computation not in cache:
             sums: _Totals = {}
-            for op in computations.get(name, ()):
-                _add(sums, _collective(op, mesh))
+            for op in computations.get(computation, ()):
+                if one := collective_of(op, mesh):
+                    _add(sums, {(one.kind, one.axes): (one.bytes, one.count)})
                 if op.opcode == "conditional":
-                    branches = [total(called) for called in _called(op)]
+                    branches = [total(name) for name in called(op)]
                     _add(sums, max(branches, key=lambda branch: sum(size for size, _ in branch.values())))
                 elif not op.opcode.endswith(("-done", "-update")):  # counted at its start
-                    times = _trips(op, computations) if op.opcode == "while" else 1
-                    for called in _called(op):
-                        _add(sums, total(called), times)
-            cache[name] = sums
-        return cache[name]
+                    times = trips(op, computations) if op.opcode == "while" else 1
+                    for name in called(op):
+                        _add(sums, total(name), times)
+            cache[computation] = sums
+        return cache[computation]
 
     found = [Collective(kind, axes, size, n) for (kind, axes), (size, n) in total(entry).items()]
     return tuple(sorted(found, key=lambda one: (-one.bytes, one.kind, one.axes)))
-
-
-def _read(hlo: str) -> tuple[str, dict[str, list[_Op]]]:
-    """Return the name of the entry computation, and the instructions of each computation."""
-    entry, ops = "", list[_Op]()
-    computations: dict[str, list[_Op]] = {}
-    for line in hlo.splitlines():
-        if head := COMPUTATION.match(line):
-            ops = computations[head[2]] = []
-            entry = head[2] if head[1] else entry
-        elif op := INSTRUCTION.match(line):
-            ops.append(_Op(op[1], op[2], op[3]))
-    if not entry:
-        raise InputError(
-            "no ENTRY in the program's text: pass that of the compiled program, compiled.as_text()"
-        )
-    return entry, computations
-
-
-def _called(op: _Op) -> list[str]:
-    """Return the computations that an instruction calls; an all-reduce calls only the sum of two numbers."""
-    found = CALLED.findall(op.rest)
-    return [name.strip(" %") for _, many, one in found for name in (one or many).split(",")]
 
 
 def _add(sums: _Totals, more: _Totals, times: int = 1) -> None:
@@ -143,56 +103,18 @@ def _add(sums: _Totals, more: _Totals, times: int = 1) -> None:
         sums[key] = (before[0] + times * size, before[1] + times * count)
 
 
-def _trips(loop: _Op, computations: dict[str, list[_Op]]) -> int:
-    """Return a loop's trip count: XLA's own, or n of a condition ``i < n``; 1 where it is unknown."""
-    if known := re.search(r"known_trip_count\W+n\W+(\d+)", loop.rest):
-        return int(known[1])
-    [condition] = [one for name, _, one in CALLED.findall(loop.rest) if name == "condition"]
-    ops = computations[condition]
-    ops = ops + [inner for op in ops for name in _called(op) for inner in computations[name]]
-    compared = [op.rest for op in ops if op.opcode == "compare"]
-    limits = [op.rest for op in ops if op.opcode == "constant" and re.match(r"[su]\d+\[\]", op.shape)]
-    if len(compared) != 1 or len(limits) != 1 or "direction=LT" not in compared[0]:
-        return 1
-    return int(limits[0].partition(")")[0])
-
-
-def _collective(op: _Op, mesh: Mesh | AbstractMesh) -> _Totals:
-    """Return what one instruction moves; empty for most."""
+def collective_of(op: Op, mesh: Mesh | AbstractMesh) -> Collective | None:
+    """Return what one instruction moves; None for most, and where each group is one device."""
     kind = op.opcode.removesuffix("-start")
     if kind not in OF_REPLICAS + OF_PARTITIONS:
-        return {}
+        return None
     groups = _groups(kind, op.rest, mesh.size)
     positions = np.unravel_index(groups, tuple(mesh.shape.values()))
     axes = tuple(name for name, at in zip(mesh.axis_names, positions, strict=True) if np.any(at != at[:, :1]))
-    size = _bytes(_result(op)) * (groups.shape[1] if kind == "reduce-scatter" else 1)  # of its operand
-    return {(kind, axes): (size, 1)} if axes else {}
-
-
-def _result(op: _Op) -> str:
-    """Return the shape of the result; that of an asynchronous start is ``(operands, results, ...)``."""
-    if not op.opcode.endswith("-start") or not op.shape.startswith("("):
-        return op.shape
-    parts, depth = [""], 0
-    for char in op.shape[1:-1]:
-        depth += (char in "([{") - (char in ")]}")
-        if char == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += char
-    # The shape of an all-reduce-start is its results only, unless XLA prints an async-start under that name.
-    results_only = op.opcode == "all-reduce-start" and not parts[0].startswith("(")
-    return op.shape if results_only else parts[1]
-
-
-def _bytes(shape: str) -> int:
-    """Return the bytes of an array or of a tuple of arrays; sub-byte types are packed, a token has none."""
-    total = 0
-    for dtype, dims in ARRAY.findall(shape):
-        bits = re.match(r"[a-z]+(\d+)", dtype)
-        width = 8 if dtype == "pred" else int(bits[1]) if bits else 0
-        total += math.ceil(width * math.prod(int(n.lstrip("<=")) for n in dims.split(",") if n) / 8)
-    return total
+    size = array_bytes(result_shape(op)) * (
+        groups.shape[1] if kind == "reduce-scatter" else 1
+    )  # of its operand
+    return Collective(kind, axes, size, 1) if axes else None
 
 
 def _groups(kind: str, text: str, devices: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from jaxtrain.data import Arrays, Source, Subset, holdout
 from jaxtrain.data.checked import CheckedSource
 from jaxtrain.experiment import Experiment
 from jaxtrain.plan.collectives import Collective, collectives
+from jaxtrain.plan.mesh_warnings import mesh_warnings
 from jaxtrain.program import Program, splits
 from jaxtrain.program.device_limits import Limit
 from jaxtrain.program.memory import DeviceArray, abstract_batch, bytes_stored, device_arrays, mesh_of
@@ -92,6 +93,7 @@ def measure(program: Program, resident: Mapping[str, bool] | None = None, *, cou
     sizes["outputs"] = max(0, int(stats.output_size_in_bytes - stats.alias_size_in_bytes))
     sizes["batches_ahead"] = exp.max_in_flight * sizes["batch"]
     everything = sorted((one for group in arrays.values() for one in group), key=lambda one: -one.bytes)
+    moved, flops = collectives(compiled.as_text(), mesh), update_flops(program) if count else None
     return Plan(
         mesh=dict(mesh.shape),
         platform=mesh.devices.flat[0].platform,
@@ -102,10 +104,10 @@ def measure(program: Program, resident: Mapping[str, bool] | None = None, *, cou
         resident=tuple(name for name in ("train", "valid", "test") if name in _splits(arrays["data"])),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params)),
         bytes={part: sizes[part] for part in PARTS},
-        flops=update_flops(program) if count else None,
-        collectives=collectives(compiled.as_text(), mesh),
+        flops=flops,
+        collectives=moved,
         largest=tuple(everything[:LARGEST]),
-        notes=(*program.notes, *_notes(exp)),
+        notes=(*program.notes, *_notes(exp), *mesh_warnings(moved, flops, dict(mesh.shape), exp.precision)),
     )
 
 

@@ -19,7 +19,7 @@ from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.text import size_text
 from jaxtrain.experiment import Experiment
 from jaxtrain.monitor.console import Plain
-from jaxtrain.plan import measure
+from jaxtrain.plan import measure, mesh_warnings
 from jaxtrain.program import abstract_state, assemble, device_limits, flops, memory_text
 from jaxtrain.program.memory import abstract_batch, bytes_per_device, device_arrays
 from jaxtrain.train import loop, out_of_memory
@@ -159,6 +159,14 @@ def test_flops_of_an_mlp(change):
     hand = dense((1024, 512, 256, 8), 64)
     for mesh, devices in (("data=1", 1), ("fsdp=8", 8)):
         assert flops.model_flops(assemble(exp, mesh_of_text(mesh, devices))) == pytest.approx(hand, rel=0.04)
+
+
+def test_mesh_that_moves_more_than_it_computes_is_noted(monkeypatch):
+    program = assemble(MLP, mesh_of_text("data=8"))
+    monkeypatch.setattr(mesh_warnings, "MIN_SECONDS", 0.0)  # its collectives take microseconds
+    [note] = [note for note in measure(program).notes if "moves" in note]
+    assert note.startswith("data moves ") and note.endswith("try a larger batch, or fewer devices")
+    program.close()
 
 
 def test_flops_of_a_gpt_are_six_per_parameter_and_token():

@@ -1,0 +1,116 @@
+"""Programs that are compiled here for an H100, without one: the readers against XLA's own list of thunks."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtrain.plan.collectives import collectives
+from jaxtrain.plan.cuda_graphs import CudaGraphs, compile_with_graphs
+from jaxtrain.plan.gpu_program import read_gpu_program
+
+# openxla/xla, xla/backends/gpu/target_config/specs/h100_sxm.txtpb
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84942979072
+  cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  device_vendor: "NVIDIA Corporation" device_address_bits: 64 pcie_bandwidth: 34359738368 ecc_enabled: true
+  name: "NVIDIA H100 80GB HBM3" driver_version: "13.0.0" runtime_version: "12.9.0"
+  compile_time_toolkit_version: "12.9.0" dnn_version: "9.10.0" device_interconnect_info { active_links: 18 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+runtime_version { major: 12 minor: 9 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+WHEELS = ("jax_plugins.xla_cuda12", "nvidia.cuda_nvcc")
+
+
+def h100s(count: int) -> Mesh:
+    """Return a mesh of devices that are not here."""
+    from jax.experimental import topologies
+
+    for name in WHEELS:
+        try:
+            found = importlib.util.find_spec(name)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            pytest.skip(f"{name} is not installed: compiling for a GPU needs jax[cuda12]")
+    described = topologies.get_topology_desc(platform="cuda", target_config=H100, topology=f"1x1x{count}")
+    return Mesh(np.array(described.devices), ("data",))
+
+
+def compile_step(mesh: Mesh, train: Any, *shapes: tuple[tuple[int, ...], tuple[str, ...]]) -> Any:
+    arrays = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+        for shape, spec in shapes
+    ]
+    compiled, graphs = compile_with_graphs(jax.jit(train, donate_argnums=0).lower(*arrays))
+    return compiled.as_text(), graphs
+
+
+def mlp(params: Any, inputs: Any, x: Any, y: Any) -> Any:
+    def loss(pair: Any) -> Any:
+        return jnp.mean((jnp.tanh(x @ pair[0]) @ pair[1] - y) ** 2)
+
+    return jax.tree.map(lambda p, g: p - 0.1 * g, (params, inputs), jax.grad(loss)((params, inputs)))
+
+
+MLP = (((256, 512), ()), ((512, 256), ()), ((128, 256), ("data",)), ((128, 256), ("data",)))
+
+
+@pytest.mark.full("tests/plan/test_gpu_program.py::test_kernels_by_kind_with_the_bytes_that_they_move")
+@pytest.mark.parametrize("devices", [1, 2])
+def test_network_for_h100(devices: int) -> None:
+    mesh = h100s(devices)
+    text, graphs = compile_step(mesh, mlp, *MLP)
+    found = read_gpu_program(text, mesh, graphs)
+    assert graphs is not None and found.launches == graphs.inside + graphs.outside  # two sources agree
+    assert found.of_kind("matrix product")[0] == 5  # two forward, three backward
+    assert found.host == () and found.outputs == 2 and found.aliased == 1  # the first argument is donated
+    weights = 4 * 2 * 256 * 512
+    batch = 4 * 2 * 128 * 256 // devices
+    assert found.traffic >= 2 * weights + batch  # every parameter and input is read, and written
+    if devices == 1:
+        assert found.overlaps == () and graphs == CudaGraphs(1, found.launches, 0)
+    else:
+        [moved] = found.overlaps
+        assert (moved.kind, moved.axes, moved.bytes) == ("all-reduce", ("data",), weights)
+        [same] = collectives(text, mesh)
+        assert (same.bytes, same.count) == (moved.bytes, moved.count)
+        assert graphs.outside >= 1  # the collective
+
+
+@pytest.mark.full("tests/plan/test_gpu_program.py::test_library_calls_by_name")
+def test_convolution_for_h100() -> None:
+    mesh = h100s(1)
+
+    def conv(kernel: Any, images: Any) -> Any:
+        def loss(k: Any) -> Any:
+            out = jax.lax.conv_general_dilated(
+                images, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            return jnp.sum(jnp.tanh(out))
+
+        return kernel - 0.1 * jax.grad(loss)(kernel)
+
+    text, graphs = compile_step(mesh, conv, ((3, 3, 32, 64), ()), ((32, 16, 16, 32), ()))
+    found = read_gpu_program(text, mesh, graphs)
+    names = {one.name: one.count for one in found.kernels if one.kind == "convolution"}
+    assert names == {"__cudnn$convForward": 1, "__cudnn$convBackwardFilter": 1}
+    assert graphs == CudaGraphs(0, 0, found.launches)  # XLA captures no convolution, nor few kernels
+    assert sum(len(re.findall(name.replace("$", r"\$"), text)) for name in names) == 2
