@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -14,13 +15,19 @@ from jaxtrain.core.text import first_line
 from jaxtrain.data import Arrays, Source, Subset, holdout
 from jaxtrain.data.checked import CheckedSource
 from jaxtrain.experiment import Experiment
+from jaxtrain.plan.absent_data import AbsentData
 from jaxtrain.plan.collectives import Collective, collectives
 from jaxtrain.program import Program, splits
 from jaxtrain.program.device_limits import Limit
 from jaxtrain.program.memory import DeviceArray, abstract_batch, bytes_stored, device_arrays, mesh_of
 from jaxtrain.program.throughput import update_flops
+from jaxtrain.sharding import described
+from jaxtrain.sharding.cards import Card
 
 LARGEST = 10
+WORKSPACE = 4 * 2**30
+"""Bytes that XLA lets one call of cuDNN use beside the program's own memory: the limit of its
+``RedzoneAllocator``, with which it times cuDNN's algorithms on the GPU. It is not part of ``temporaries``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +48,10 @@ class Plan:
       collectives: what the devices send each other in an update.
       largest: the arrays that take most memory of a device.
       notes: warnings printed before training, one per line.
+      card: the GPU that it was compiled for without one; None on real or simulated devices.
+      cudnn_calls: calls of cuDNN in the step. The workspace of each, up to ``WORKSPACE``, is known on the GPU
+        only and is not in ``bytes``; one is in use at a time.
+      gpu: what the compiled GPU program consists of; None where it was compiled for something else.
     """
 
     mesh: dict[str, int]
@@ -56,6 +67,9 @@ class Plan:
     collectives: tuple[Collective, ...]
     largest: tuple[DeviceArray, ...]
     notes: tuple[str, ...]
+    card: Card | None = None
+    cudnn_calls: int = 0
+    gpu: object | None = None
 
     @property
     def total(self) -> int:
@@ -91,6 +105,7 @@ def measure(program: Program, resident: Mapping[str, bool] | None = None, *, cou
     sizes["temporaries"] = int(stats.temp_size_in_bytes)
     sizes["outputs"] = max(0, int(stats.output_size_in_bytes - stats.alias_size_in_bytes))
     sizes["batches_ahead"] = exp.max_in_flight * sizes["batch"]
+    text = compiled.as_text()
     everything = sorted((one for group in arrays.values() for one in group), key=lambda one: -one.bytes)
     return Plan(
         mesh=dict(mesh.shape),
@@ -103,9 +118,11 @@ def measure(program: Program, resident: Mapping[str, bool] | None = None, *, cou
         parameters=sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params)),
         bytes={part: sizes[part] for part in PARTS},
         flops=update_flops(program) if count else None,
-        collectives=collectives(compiled.as_text(), mesh),
+        collectives=collectives(text, mesh),
         largest=tuple(everything[:LARGEST]),
         notes=(*program.notes, *_notes(exp)),
+        card=described.card_of(mesh),
+        cudnn_calls=text.count('custom_call_target="__cudnn$'),
     )
 
 
@@ -153,7 +170,7 @@ def with_open_data(experiment: Experiment, mesh: Mesh) -> Experiment:
 
 def _is_resident(source: Source, limit: Limit) -> bool:
     """Decide as ``program.splits`` does."""
-    if hasattr(source, "draw"):
+    if hasattr(source, "draw") or (isinstance(source, AbsentData) and not source.known):
         return False
     return (
         isinstance(source, Arrays) or bytes_stored(source, len(source)) <= limit.bytes // splits.RESIDENT_PART
@@ -170,12 +187,14 @@ def _sources(exp: Experiment) -> dict[str, Source]:
 
 def _compile(program: Program, mesh: Mesh) -> Any:
     """Compile the step as a run does; on a CPU without LLVM's optimizations, which change no figure."""
+    compile_only = described.card_of(mesh) is not None
     lowered = program.train_step.lower(  # type: ignore[attr-defined]
         program.abstract_state, abstract_batch(program), program.key
     )
     options = {"xla_backend_optimization_level": "0"} if mesh.devices.flat[0].platform == "cpu" else None
     try:
-        return lowered.compile(compiler_options=options)
+        with described.without_compilation_cache() if compile_only else contextlib.nullcontext():
+            return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         line = first_line(error)
         raise RunError(f"XLA cannot compile the train step: {line[:300]} (--debug shows where)") from error
