@@ -1,7 +1,7 @@
 """Keep JAX's CUDA plugin quiet where it is installed without an NVIDIA driver, to compile for GPUs.
 
-There the plugin logs that it finds no GPU: at the import of JAX from C++, which no log level affects, and with a
-traceback when JAX starts its backends. With a driver nothing is hidden: then the user must know.
+There the plugin logs that it finds no GPU: from C++ at the import of JAX, which no log level affects, and
+with a traceback when JAX starts its backends. With a driver nothing is hidden: then the user must know.
 """
 
 from __future__ import annotations

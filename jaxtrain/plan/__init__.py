@@ -1,6 +1,6 @@
 """Plan a run by compiling it: memory, FLOPs, communication, and what fits."""
 
-from jaxtrain.plan.absent_data import describe_absent
+from jaxtrain.plan.absent_data import describe_absent, length_known
 from jaxtrain.plan.collectives import Collective, collectives
 from jaxtrain.plan.measure import Plan, for_device_memory, measure, with_open_data
 from jaxtrain.plan.nearest import Nearest, find_nearest
@@ -19,6 +19,7 @@ __all__ = [
     "describe_absent",
     "find_nearest",
     "for_device_memory",
+    "length_known",
     "make_trial",
     "measure",
     "search_all",

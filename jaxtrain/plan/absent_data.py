@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -24,13 +23,11 @@ class AbsentData:
 
     Attributes:
       fields: one example, leading axis 1.
-      n: the number of examples, made up where ``known`` is False.
-      known: whether ``n`` is the source's own; otherwise the data are planned as streamed.
+      n: the number of examples.
     """
 
     fields: Mapping[str, np.ndarray]
     n: int
-    known: bool
 
     def __len__(self) -> int:
         return self.n
@@ -41,6 +38,21 @@ class AbsentData:
             name: np.broadcast_to(array, (len(indices), *array.shape[1:]))
             for name, array in self.fields.items()
         }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StreamedAbsentData(AbsentData):
+    """Zeros that are streamed, in place of a source with ``draw`` or one of unknown size.
+
+    Attributes:
+      known: whether ``n`` is the source's, not made up.
+    """
+
+    known: bool
+
+    def draw(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+        """Return ``gather(indices)``."""
+        return self.gather(indices)
 
 
 def describe_absent(experiment: Experiment) -> tuple[Experiment, tuple[str, ...]]:
@@ -59,11 +71,16 @@ def describe_absent(experiment: Experiment) -> tuple[Experiment, tuple[str, ...]
         if reason is not None:
             stand_in = _stand_in(split, source, reason, experiment)
             changes[split] = stand_in
-            size = "" if stand_in.known else "; their number is unknown, so they are planned as streamed"
-            notes.append(f"{split}: {reason}; shapes are those that the source describes{size}")
+            how = "" if length_known(stand_in) else ", as streamed"
+            notes.append(f"{split}: {reason}: planned from its description{how}")
     if not changes:
         return experiment, ()
     return dataclasses.replace(experiment, workers=0, **changes), tuple(notes)
+
+
+def length_known(source: Source) -> bool:
+    """Return whether ``len(source)`` is that of the data, here or not."""
+    return not isinstance(source, StreamedAbsentData) or source.known
 
 
 def _absence(source: Source) -> str | None:
@@ -71,14 +88,14 @@ def _absence(source: Source) -> str | None:
     name = getattr(source, "name", type(source).__name__)
     prepared = getattr(source, "prepared", None)
     if prepared is not None and not prepared():
-        return f"{name} is not prepared on this machine"
+        return f"{name} is not prepared here"
     if not callable(getattr(source, "example", None)):
         return None
     try:
         len(source)
         source.gather(np.zeros(1, np.int64))
     except Exception as error:  # of a user's own source, too
-        return f"{name} cannot be read on this machine ({first_line(error)[:120]})"
+        return f"{name} cannot be read here ({first_line(error)[:120]})"
     return None
 
 
@@ -90,7 +107,16 @@ def _stand_in(split: str, source: Source, reason: str, experiment: Experiment) -
             f"{split}: {reason}, and the shapes of its examples are unknown without it: prepare it, or give "
             "the source a method example() that returns one example, leading axis 1"
         )
-    n, known = BATCHES * max(experiment.batch, experiment.eval_batch or 0), False
-    with contextlib.suppress(Exception):  # it counts what is not here
-        n, known = len(source), not hasattr(source, "draw")
-    return AbsentData({name: np.asarray(array) for name, array in example.items()}, n, known)
+    fields, n = {name: np.asarray(array) for name, array in example.items()}, _length(source)
+    if n is not None and not hasattr(source, "draw"):
+        return AbsentData(fields, n)
+    made_up = BATCHES * max(experiment.batch, experiment.eval_batch or 0)
+    return StreamedAbsentData(fields, n or made_up, n is not None)
+
+
+def _length(source: Source) -> int | None:
+    expected = getattr(source, "expected_length", None)
+    try:
+        return len(source) if expected is None else expected()
+    except Exception:  # it counts what is not here
+        return None

@@ -15,7 +15,6 @@ from jaxtrain.core.text import first_line
 from jaxtrain.data import Arrays, Source, Subset, holdout
 from jaxtrain.data.checked import CheckedSource
 from jaxtrain.experiment import Experiment
-from jaxtrain.plan.absent_data import AbsentData
 from jaxtrain.plan.collectives import Collective, collectives
 from jaxtrain.program import Program, splits
 from jaxtrain.program.device_limits import Limit
@@ -170,7 +169,7 @@ def with_open_data(experiment: Experiment, mesh: Mesh) -> Experiment:
 
 def _is_resident(source: Source, limit: Limit) -> bool:
     """Decide as ``program.splits`` does."""
-    if hasattr(source, "draw") or (isinstance(source, AbsentData) and not source.known):
+    if hasattr(source, "draw"):
         return False
     return (
         isinstance(source, Arrays) or bytes_stored(source, len(source)) <= limit.bytes // splits.RESIDENT_PART

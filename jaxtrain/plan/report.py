@@ -58,10 +58,8 @@ def _workspace_lines(plan: Plan, limit: Limit) -> list[str]:
     left = limit.bytes - plan.total
     if plan.card is None or not plan.cudnn_calls or left < 0:
         return []
-    allowance = f"a workspace of cuDNN, at most {size_text(WORKSPACE)} for one call, is not in this figure"
-    if left >= WORKSPACE:
-        return [f"  {allowance}: {size_text(left)} are left"]
-    return [f"  UNCERTAIN: {allowance}, and {size_text(left)} are left"]
+    line = f"not in it is a workspace of cuDNN, at most {size_text(WORKSPACE)}; {size_text(left)} are left"
+    return [f"  {line}" if left >= WORKSPACE else f"  UNCERTAIN: {line}"]
 
 
 def nearest_text(nearest: Nearest, given: Variant) -> str:

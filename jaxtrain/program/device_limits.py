@@ -45,7 +45,7 @@ def limit_of(mesh: Mesh, device_memory: str | None = None) -> Limit | None:
     card = described.card_of(mesh)
     if card is not None:
         fraction, source = sharding.memory_fraction()
-        text = f"{100 * fraction:g} % of the {size_text(card.memory)} of an {card.device_kind}, {source}"
+        text = f"{100 * fraction:g} % of the card's {size_text(card.memory)}, {source}"
         return Limit(int(card.memory * fraction), text)
     device = mesh.local_devices[0]
     stats = device.memory_stats()

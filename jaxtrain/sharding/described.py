@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from jaxtrain.sharding.cards import Card
 
 ASSEMBLER = "nvidia-cuda-nvcc-cu12"
 CUDNN = (9, 10, 0)  # the version that the program is compiled for
+LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 TARGET = """\
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {threads_per_core}
@@ -67,7 +69,7 @@ def described_devices(card: Card, hosts: int = 1, per_host: int = 1) -> list[jax
     if reason is not None:
         raise InputError(f"compiling for {card.name} {reason}")
     try:
-        with cuda_plugin.quiet_without_driver():
+        with cuda_plugin.quiet_without_driver(), _quiet_compiler():
             found = topologies.get_topology_desc(
                 platform="cuda", target_config=target_text(card), topology=f"1x{hosts}x{per_host}"
             )
@@ -96,6 +98,19 @@ def abstract_key(sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     """Return the shape of a random key with a sharding."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding)
+
+
+@contextlib.contextmanager
+def _quiet_compiler() -> Iterator[None]:
+    """Let XLA log nothing to stderr, if its library is loaded in the block: errors are exceptions."""
+    before = os.environ.get(LOG_LEVEL)
+    os.environ[LOG_LEVEL] = "3"
+    try:
+        yield
+    finally:
+        del os.environ[LOG_LEVEL]
+        if before is not None:
+            os.environ[LOG_LEVEL] = before
 
 
 @contextlib.contextmanager

@@ -92,7 +92,8 @@ def test_unsupported_cases_use_xla(hopper, module, precision, found):
 def test_without_cudnn_it_is_xla(monkeypatch):
     monkeypatch.setattr(attention, "lowest_capability", lambda: (9, 0))
     attention._jax_refusal.cache_clear()
-    assert cudnn_refusal((2, 24, 2, 64), jnp.bfloat16, True) == "cuDNN is not detected"
+    refusal = cudnn_refusal((2, 24, 2, 64), jnp.bfloat16, True)
+    assert refusal in ("cuDNN is not detected", "cuDNN not found")  # without and with the CUDA plugin
     assert "cudnn" not in lower_gradient(NET, "bfloat16", TOKENS)
     attention._jax_refusal.cache_clear()
 
