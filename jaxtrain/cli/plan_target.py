@@ -116,10 +116,7 @@ def _described_mesh(args: argparse.Namespace, card: Card) -> Mesh:
     count = _device_count(args)
     count = hosts if count is None else count
     if hosts < 1 or count % hosts:
-        raise InputError(
-            f"--hosts {hosts} with {count} devices: each host has the same number of them, so give a divisor of "
-            f"{count}"
-        )
+        raise InputError(f"--hosts {hosts} with {count} devices: each host has the same number of them")
     if count > devices.MAX_SIMULATED:
         raise InputError(
             f"--devices {count}: plan describes at most {devices.MAX_SIMULATED}; give fewer, and extrapolate"

@@ -1,7 +1,7 @@
 """Keep JAX's CUDA plugin quiet where it is installed without an NVIDIA driver, to compile for GPUs.
 
-There the plugin logs that it finds no GPU: from C++ at the import of JAX, which no log level affects, and
-with a traceback when JAX starts its backends. With a driver nothing is hidden: then the user must know.
+There the plugin prints that it finds no GPU: from C++ when JAX is imported and when its backends start, which
+no log level affects, and with a traceback. With a driver nothing is hidden: then the user must know.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib
 import importlib.util
-import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 NOISE = (b"All log messages before absl::InitializeLog()", b"Could not find cuda drivers on your machine")
@@ -22,29 +22,30 @@ NOISE = (b"All log messages before absl::InitializeLog()", b"Could not find cuda
 
 @contextlib.contextmanager
 def quiet_without_driver() -> Iterator[None]:
-    """Drop what the plugin logs about a missing driver, in the block from C++ and later from Python.
+    """Drop what the plugin prints about a missing driver, in the block and when JAX starts its backends.
 
-    Other lines that C++ or Python write to stderr in the block appear at its end. Use it around an import of
-    JAX or the start of a compiler only: a process that crashes inside loses them.
+    Use it around an import of JAX: other lines that are written to stderr in the block appear at its end, and
+    a process that crashes in it loses them.
     """
-    if not is_installed() or has_driver():
+    if not installed_plugins() or has_driver():
         yield
         return
-    logger = logging.getLogger("jax._src.xla_bridge")
-    if _is_other_news not in logger.filters:
-        logger.addFilter(_is_other_news)
     with _without_noise():
         yield
+        if "jax" in sys.modules:
+            for name in installed_plugins():
+                _quiet_start(name)
 
 
 @functools.cache
-def is_installed() -> bool:
-    """Return whether a CUDA plugin of JAX is installed; imports nothing of it."""
+def installed_plugins() -> tuple[str, ...]:
+    """Return the modules of the CUDA plugins of JAX that are installed; imports none of them."""
+    found = []
     for name in PLUGINS:
         with contextlib.suppress(ModuleNotFoundError):  # of the parent package
             if importlib.util.find_spec(name) is not None:
-                return True
-    return False
+                found.append(name)
+    return tuple(found)
 
 
 @functools.cache
@@ -55,6 +56,24 @@ def has_driver() -> bool:
     except OSError:
         return False
     return True
+
+
+def _quiet_start(name: str) -> None:
+    """Let the plugin's ``initialize()``, with which JAX starts it, print nothing and fail silently."""
+    try:
+        plugin = importlib.import_module(name)
+    except ImportError:  # of another version: JAX itself says so
+        return
+    start: Callable[[], None] | None = getattr(plugin, "initialize", None)
+    if start is None or hasattr(start, "quiet"):
+        return
+
+    def initialize() -> None:
+        with _without_noise(), contextlib.suppress(RuntimeError):  # "Unable to load CUDA. Is it installed?"
+            start()
+
+    initialize.quiet = True  # type: ignore[attr-defined]
+    setattr(plugin, "initialize", initialize)  # noqa: B010 - mypy
 
 
 @contextlib.contextmanager
@@ -74,9 +93,3 @@ def _without_noise() -> Iterator[None]:
             for line in collected:
                 if not any(noise in line for noise in NOISE):
                     os.write(2, line)
-
-
-def _is_other_news(record: logging.LogRecord) -> bool:
-    """Return False for the record that the CUDA plugin could not be initialised."""
-    text = record.getMessage()
-    return not ("plugin configuration error" in text and any(name in text for name in PLUGINS))
