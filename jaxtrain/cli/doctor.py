@@ -250,7 +250,7 @@ def _compile_for(card: Any, problems: list[str]) -> dict[str, str]:
         with described.without_compilation_cache():
             lowered.compile()
     except (InputError, RunError, jax.errors.JaxRuntimeError) as error:
-        problems.append(f"cannot compile for {card.name}: {first_line(error)}")
+        problems.append(first_line(error))
         return rows | {"program": "not compiled"}
     return rows | {"program": f"compiled in {time.perf_counter() - began:.2f} s"}
 

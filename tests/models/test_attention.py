@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.types import Model
 from jaxtrain.models import GPT, ViT, as_model, attention, compute_in
 from jaxtrain.models.attention import attend, cudnn_refusal
+from jaxtrain.models.target_gpu import target_capability, trace_for
 
 KEY = jax.random.key(0)
 NET = GPT(vocab=16, context=32, width=128, depth=2, heads=2, dropout=0.1)
@@ -180,3 +182,26 @@ def test_float16_runs_on_a_cpu_and_rounds_less_than_its_precision():
     np.testing.assert_allclose(attend(q, k, v, causal=True), expected, atol=2e-3)
     assert gradient.dtype == jnp.float16 and np.isfinite(gradient).all()
     np.testing.assert_allclose(value, expected.sum(), rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernel"), [((9, 0), "dot_product_attention"), ((7, 5), "dot_general")]
+)
+def test_a_model_is_traced_for_the_gpu_that_is_named(capability, kernel):
+    checks = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    before = checks.check_cudnn_version, checks.check_compute_capability
+
+    def init(key, batch):
+        return {}, {}
+
+    def apply(params, extra, batch, *, train, key):
+        return attend(batch["x"], batch["x"], batch["x"], causal=True), extra
+
+    def total(x):
+        return model.apply({}, {}, {"x": x}, train=True, key=None)[0].astype(jnp.float32).sum()
+
+    model, x = trace_for(Model(init, apply), capability), jnp.zeros((2, 24, 2, 256), jnp.bfloat16)
+    text = str(jax.make_jaxpr(jax.grad(total))(x))  # heads of 256: only on Hopper and later
+    assert kernel in text and ("dot_product_attention_bwd" in text) is (capability == (9, 0))
+    assert (checks.check_cudnn_version, checks.check_compute_capability) == before
+    assert target_capability() is None
