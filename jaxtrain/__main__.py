@@ -6,6 +6,7 @@ import importlib
 import sys
 
 from jaxtrain.cli import SUMMARIES
+from jaxtrain.core import cuda_plugin
 from jaxtrain.core.text import did_you_mean
 
 
@@ -21,7 +22,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"jaxtrain: unknown command {command}: {did_you_mean(command, SUMMARIES)}\n")
         return 2
     module = "jaxtrain.run" if command == "run" else f"jaxtrain.cli.{command}"
-    code: int = importlib.import_module(module).main(argv[1:])
+    with cuda_plugin.quiet_without_driver():
+        imported = importlib.import_module(module)  # most import JAX
+    code: int = imported.main(argv[1:])
     return code
 
 

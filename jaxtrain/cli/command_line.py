@@ -76,9 +76,9 @@ def _exit_code(
     """Call ``run(args)`` and return the exit code, however it ends."""
     try:
         if needs_jax:
-            from jaxtrain.core import cache
+            from jaxtrain.core import cache, cuda_plugin
 
-            with _interrupts_blocked():
+            with _interrupts_blocked(), cuda_plugin.quiet_without_driver():
                 import jax  # noqa: F401
             cache.enable_compilation_cache(warn)
         code = run(args)

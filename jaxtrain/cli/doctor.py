@@ -11,18 +11,22 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxtrain.cli import SUMMARIES, command_line
 from jaxtrain.core import cache
-from jaxtrain.core.errors import InputError
+from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.files import user_path
 from jaxtrain.core.process import cores
+from jaxtrain.core.text import first_line
 
 PACKAGES = (
     "jaxtrain",
     "jax",
     "jaxlib",
     "jax-cuda12-plugin",
+    "jax-cuda12-pjrt",
+    "nvidia-cuda-nvcc-cu12",
     "jax-cuda13-plugin",
     "flax",
     "optax",
@@ -43,7 +47,14 @@ GLIBC = (2, 35)  # the first version with the tunable
 
 def make_parser() -> command_line.Parser:
     """Make the parser of this command."""
-    return command_line.Parser("jaxtrain doctor", SUMMARIES["doctor"])
+    parser = command_line.Parser("jaxtrain doctor", SUMMARIES["doctor"])
+    parser.add_argument(
+        "--for",
+        dest="card",
+        metavar="CARD",
+        help="also check that this machine can compile for a GPU that it does not have (plan --for)",
+    )
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,12 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     from jaxtrain.monitor import make_console
 
-    console = make_console()
+    console, card = make_console(), _card(args.card)
     problems: list[str] = []
     console.summary("versions", _versions())
     console.summary("devices", _devices(problems))
     console.summary("storage", _storage(problems))
     console.summary("one step", _step(problems))
+    if card is not None:
+        console.summary(f"compiling for {card.name}", _compile_for(card, problems))
     if problems:
         console.note("\n".join(["", "problems", *(f"  - {problem}" for problem in problems)]))
         return 3
@@ -202,6 +215,44 @@ def _step(problems: list[str]) -> dict[str, str]:
         "second step": f"{1e3 * (times[1] - times[0]):.1f} ms",
         "loss": f"{loss:.4f}",
     }
+
+
+def _card(name: str | None) -> Any:
+    """Load the card of ``--for``; JAX then starts on the CPU where there is no driver."""
+    import jax
+
+    from jaxtrain.core import cuda_plugin
+    from jaxtrain.sharding import cards
+    from jaxtrain.sharding.initialize import in_use
+
+    if name is None:
+        return None
+    card = cards.load_card(name)
+    if not in_use() and not cuda_plugin.has_driver():
+        jax.config.update("jax_platforms", "cpu")
+    return card
+
+
+def _compile_for(card: Any, problems: list[str]) -> dict[str, str]:
+    """Compile a matrix product for ``card``: it needs XLA's compiler, NVIDIA's math library and assembler."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxtrain.sharding import described
+
+    rows = {"device": f"{card.device_kind}, compute capability {card.capability[0]}.{card.capability[1]}"}
+    began = time.perf_counter()
+    try:
+        [device] = described.described_devices(card)
+        where = jax.sharding.SingleDeviceSharding(device)
+        x = jax.ShapeDtypeStruct((128, 128), jnp.float32, sharding=where)
+        lowered = jax.jit(lambda x: jnp.tanh(x @ x)).lower(x)
+        with described.without_compilation_cache():
+            lowered.compile()
+    except (InputError, RunError, jax.errors.JaxRuntimeError) as error:
+        problems.append(first_line(error))
+        return rows | {"program": "not compiled"}
+    return rows | {"program": f"compiled in {time.perf_counter() - began:.2f} s"}
 
 
 def _driver() -> str | None:

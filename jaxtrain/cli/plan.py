@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
-from jax.sharding import Mesh
-
 from jaxtrain import sharding
-from jaxtrain.cli import SUMMARIES, command_line, devices, experiments, flags
-from jaxtrain.core.errors import InputError
+from jaxtrain.cli import SUMMARIES, command_line, experiments, flags, plan_target
 from jaxtrain.core.files import not_finite, null_line, to_json
+from jaxtrain.experiment import Experiment
+from jaxtrain.monitor import Console
 
 
 def make_parser() -> command_line.Parser:
@@ -23,6 +20,16 @@ def make_parser() -> command_line.Parser:
     parser = command_line.Parser("jaxtrain plan", SUMMARIES["plan"])
     flags.add_experiment(parser)
     flags.add(parser)
+    parser.add_argument(
+        "--for",
+        dest="card",
+        metavar="CARD",
+        help="compile for this GPU, which need not be here: a100, h100, h200, b200, l40s, rtx4090, or a TOML "
+        "file with the figures of another; needs the extra gpu-compile",
+    )
+    parser.add_argument(
+        "--hosts", type=int, metavar="N", help="with --for: the devices are on N hosts; default: 1"
+    )
     parser.add_argument(
         "--device-memory",
         metavar="SIZE",
@@ -54,22 +61,26 @@ def _plan(args: argparse.Namespace, out: TextIO) -> int:
     from jaxtrain.plan import measure, report
     from jaxtrain.program import assemble, device_limits
 
+    card = plan_target.chosen_card(args)
     name, _, experiment = experiments.load_experiment(args.experiment, args.set)
     if args.device_memory is not None:
         device_limits.parse_size(args.device_memory, "--device-memory")
-    mesh, simulated = _mesh(args)
+    target = plan_target.make_target(args, card)
+    mesh = target.mesh
     limit, console = device_limits.limit_of(mesh, args.device_memory), make_console(quiet=args.json)
-    experiments.ensure_prepared(experiment, console)
+    experiment, absent = _with_data(experiment, target, console)
+    counted = plan.length_known(experiment.train)
     experiment, resident = plan.for_device_memory(experiment, limit)
     experiment = plan.with_open_data(experiment, mesh)
     program = assemble(experiment, mesh)
     try:
-        found, steps = measure(program, resident), program.steps
+        found, steps = measure(program, resident), program.steps if counted else None
     finally:
         program.close()
         del program  # frees its data on the devices
-    notes = [*_notes(mesh, simulated, experiment, limit), *found.notes]
-    title = f"{name} on {sharding.describe_mesh(mesh)}, batch {found.batch:,}, {steps:,} steps"
+    notes = [*target.notes(experiment.placement, limit), *absent, *found.notes]
+    length = "" if steps is None else f", {steps:,} steps"
+    title = f"{name} on {sharding.describe_mesh(mesh)}, batch {found.batch:,}{length}"
     console.note("\n".join([title, *(f"  {note}" for note in notes)]))
     console.note(f"\n{report.as_text(found)}\n\n{report.verdict_text(found, limit)}")
 
@@ -86,8 +97,7 @@ def _plan(args: argparse.Namespace, out: TextIO) -> int:
         more = report.nearest_json(nearest, variant)
         console.note(f"\n{report.nearest_text(nearest, variant)}")
     if args.json:
-        kind = {"count": mesh.size, "kind": mesh.devices.flat[0].device_kind, "simulated": simulated}
-        about = {"experiment": name, "devices": kind, "steps": steps}
+        about = {"experiment": name, **target.as_json(), "steps": steps}
         body = about | report.as_json(found, limit) | {"notes": notes} | more
         if names := not_finite(body):
             command_line.warn(null_line("this JSON", names))
@@ -95,41 +105,16 @@ def _plan(args: argparse.Namespace, out: TextIO) -> int:
     return 0
 
 
-def _mesh(args: argparse.Namespace) -> tuple[Mesh, bool]:
-    """Make the mesh, simulated if it needs more devices than there are; returns it and whether it is."""
-    import jax
-    from jax.extend.backend import clear_backends
+def _with_data(
+    experiment: Experiment, target: plan_target.Target, console: Console
+) -> tuple[Experiment, tuple[str, ...]]:
+    """Prepare missing data; to compile for a card, describe them instead. Returns notes, too."""
+    from jaxtrain import plan
 
-    if args.simulate_devices is not None:
-        return devices.make_mesh(args), True
-    count = args.devices
-    if count is not None and count < 1:
-        raise InputError(f"--devices {count}: give at least 1")
-    sizes = re.findall(r"=\s*(\d+)\s*(?:,|$)", args.mesh or "")
-    if count is None and sizes and "*" not in args.mesh:
-        count = math.prod(map(int, sizes))
-    if count is None or count <= len(jax.devices()):
-        return devices.make_mesh(args), False
-    if count > devices.MAX_SIMULATED:
-        raise InputError(
-            f"this machine has no {count} devices, and plan simulates at most {devices.MAX_SIMULATED}: give "
-            "fewer, and extrapolate"
-        )
-    clear_backends()
-    devices.simulate_devices(count)
-    return devices.make_mesh(args), True
-
-
-def _notes(mesh: Mesh, simulated: bool, experiment: Any, limit: Any) -> list[str]:
-    if not simulated:
-        return []
-    lines = [f"simulated: {mesh.size} CPU devices stand for the real ones"]
-    if experiment.placement == "auto" and limit is None:
-        lines.append(
-            "this machine's memory decides whether data is resident on the devices; give that of the real "
-            "ones with --device-memory"
-        )
-    return lines
+    if target.card is not None:
+        return plan.describe_absent(experiment)
+    experiments.ensure_prepared(experiment, console)
+    return experiment, ()
 
 
 def _progress(base: Any) -> Callable[[Any], None]:

@@ -96,6 +96,15 @@ class TFDS:
             return None
         return {"image": np.zeros((1, *original.shape), np.uint8), "label": np.zeros(1, np.int32)}
 
+    def expected_length(self) -> int | None:
+        """Return the number of examples of a split that is not prepared yet; None if it is not known.
+
+        >>> TFDS("cifar10", "test").expected_length()
+        10000
+        """
+        original = ORIGINALS.get(parse_name(self.name)[0])
+        return None if original is None else original.examples.get(self.split)
+
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Return the examples at ``indices`` as arrays whose leading axis is ``len(indices)``.
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.text import first_line
 from jaxtrain.models.attention_choices import add_choice
+from jaxtrain.models.target_gpu import target_capability
 
 Attention = Literal["auto", "xla", "cudnn"]
 """``auto`` uses cuDNN's kernel if it supports the shapes, ``xla`` never does, ``cudnn`` always does."""
@@ -30,7 +31,8 @@ def attend(
     scores ``[batch, heads, length, length]`` for the backward pass; cuDNN's recomputes them and, if causal,
     computes only half of them (Dao et al., arXiv:2205.14135).
 
-    The kernel is selected while tracing, for the devices that JAX runs on; the program contains one of them.
+    The kernel is selected while tracing, for the devices that JAX runs on or those of
+    ``target_gpu.trace_for``; the program contains one of them.
 
     Args:
       q: queries.
@@ -83,11 +85,11 @@ def cudnn_refusal(shape: tuple[int, ...], dtype: Any, causal: bool) -> str | Non
         return "JAX runs on no NVIDIA GPU here"
     if lowest < MIN_CAPABILITY:
         return f"it needs compute capability 8.0 or more, and a GPU here has {lowest[0]}.{lowest[1]}"
-    return _jax_refusal(tuple(shape), dtype, causal, lowest)
+    return _jax_refusal(tuple(shape), dtype, causal, (lowest, target_capability()))
 
 
 @functools.lru_cache(maxsize=64)  # called by every block of a model
-def _jax_refusal(shape: tuple[int, ...], dtype: Any, causal: bool, _: tuple[int, int]) -> str | None:
+def _jax_refusal(shape: tuple[int, ...], dtype: Any, causal: bool, _: Any) -> str | None:
     """Return what JAX's own checks say (cuDNN installed, head size, versions), forward and backward."""
 
     def total(q: jax.Array) -> jax.Array:
@@ -102,7 +104,10 @@ def _jax_refusal(shape: tuple[int, ...], dtype: Any, causal: bool, _: tuple[int,
 
 
 def lowest_capability() -> tuple[int, int] | None:
-    """Return the lowest compute capability of the GPUs that JAX uses; None without NVIDIA GPUs."""
+    """Return the lowest compute capability of the GPUs that are traced for; None without NVIDIA GPUs."""
+    target = target_capability()
+    if target is not None:
+        return target
     chosen = getattr(jax.config, "jax_default_device", None)
     if getattr(chosen, "platform", chosen) not in (None, "gpu", "cuda") or jax.default_backend() != "gpu":
         return None

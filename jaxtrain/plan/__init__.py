@@ -1,5 +1,6 @@
 """Plan a run by compiling it: memory, FLOPs, communication, and what fits."""
 
+from jaxtrain.plan.absent_data import describe_absent, length_known
 from jaxtrain.plan.collectives import Collective, collectives
 from jaxtrain.plan.cuda_graphs import CudaGraphs, compile_with_graphs
 from jaxtrain.plan.gpu_program import GpuProgram, Kernels, read_gpu_program
@@ -29,10 +30,12 @@ __all__ = [
     "attempts",
     "collectives",
     "compile_with_graphs",
+    "describe_absent",
     "exposed_collectives",
     "find_nearest",
     "for_device_memory",
     "half_precision_reductions",
+    "length_known",
     "lower_bound",
     "make_trial",
     "measure",

@@ -33,7 +33,7 @@ class GpuStep:
 def read_gpu_step(
     hlo: str,
     mesh: Mesh | AbstractMesh,
-    card: Rates,
+    card: Rates | None,
     flops: float | None,
     precision: str,
     graphs: CudaGraphs | None = None,
@@ -45,7 +45,7 @@ def read_gpu_step(
     Args:
       hlo: ``compiled.as_text()``.
       mesh: the mesh that it was compiled for.
-      card: the speed of each device.
+      card: the speed of each device; None gives no lower bound.
       flops: of a step, all devices together; None gives no lower bound.
       precision: of the run: ``float32``, ``bfloat16`` or ``float16``.
       graphs: from ``compile_with_graphs``.
@@ -54,7 +54,7 @@ def read_gpu_step(
     """
     program = read_gpu_program(hlo, mesh, graphs)
     bound = None
-    if flops:
+    if flops and card is not None:
         moved, alone = collectives(hlo, mesh), exposed_collectives(program.overlaps)
         sizes, peak = dict(mesh.shape), peak_name(precision)
         bound = lower_bound(flops, program.traffic, moved, alone, sizes, card, peak, gpus_per_host)

@@ -15,13 +15,20 @@ from jaxtrain.data import Arrays, Source, Subset, holdout
 from jaxtrain.data.checked import CheckedSource
 from jaxtrain.experiment import Experiment
 from jaxtrain.plan.collectives import Collective, collectives
+from jaxtrain.plan.cuda_graphs import CudaGraphs, compile_with_graphs
+from jaxtrain.plan.gpu_step import GpuStep, read_gpu_step
 from jaxtrain.plan.mesh_warnings import mesh_warnings
 from jaxtrain.program import Program, splits
 from jaxtrain.program.device_limits import Limit
 from jaxtrain.program.memory import DeviceArray, abstract_batch, bytes_stored, device_arrays, mesh_of
 from jaxtrain.program.throughput import update_flops
+from jaxtrain.sharding import described
+from jaxtrain.sharding.cards import Card
 
 LARGEST = 10
+WORKSPACE = 4 * 2**30
+"""Bytes that XLA lets one call of cuDNN use beside the program's own memory: the limit of its
+``RedzoneAllocator``, with which it times cuDNN's algorithms on the GPU. It is not part of ``temporaries``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +49,11 @@ class Plan:
       collectives: what the devices send each other in an update.
       largest: the arrays that take most memory of a device.
       notes: warnings printed before training, one per line.
+      card: the GPU that it was compiled for without one; None on real or simulated devices.
+      cudnn_calls: calls of cuDNN in the step. The workspace of each, up to ``WORKSPACE``, is known on the GPU
+        only and is not in ``bytes``; one is in use at a time.
+      gpu: what the compiled GPU program consists of; None where it was compiled for something else, or FLOPs
+        were not counted.
     """
 
     mesh: dict[str, int]
@@ -57,6 +69,9 @@ class Plan:
     collectives: tuple[Collective, ...]
     largest: tuple[DeviceArray, ...]
     notes: tuple[str, ...]
+    card: Card | None = None
+    cudnn_calls: int = 0
+    gpu: GpuStep | None = None
 
     @property
     def total(self) -> int:
@@ -83,7 +98,7 @@ def measure(program: Program, resident: Mapping[str, bool] | None = None, *, cou
     exp, mesh = program.experiment, mesh_of(program)
     arrays = device_arrays(program, resident)
     sizes = {part: sum(one.bytes for one in group) for part, group in arrays.items()}
-    compiled = _compile(program, mesh)
+    compiled, graphs, compile_notes = _compile(program, mesh)
     stats = compiled.memory_analysis()
     if stats is None:
         raise RunError(
@@ -92,10 +107,18 @@ def measure(program: Program, resident: Mapping[str, bool] | None = None, *, cou
     sizes["temporaries"] = int(stats.temp_size_in_bytes)
     sizes["outputs"] = max(0, int(stats.output_size_in_bytes - stats.alias_size_in_bytes))
     sizes["batches_ahead"] = exp.max_in_flight * sizes["batch"]
+    text = compiled.as_text()
     everything = sorted((one for group in arrays.values() for one in group), key=lambda one: -one.bytes)
-    moved, flops = collectives(compiled.as_text(), mesh), update_flops(program) if count else None
+    moved, flops = collectives(text, mesh), update_flops(program) if count else None
+    card, sizes_of_mesh, per_host = described.card_of(mesh), dict(mesh.shape), _devices_per_host(mesh)
+    gpu = None
+    if count and mesh.devices.flat[0].platform == "gpu":
+        gpu = read_gpu_step(
+            text, mesh, card, flops, exp.precision, graphs, program.attention, gpus_per_host=per_host
+        )
+    warnings = mesh_warnings(moved, flops, sizes_of_mesh, exp.precision, card, per_host)
     return Plan(
-        mesh=dict(mesh.shape),
+        mesh=sizes_of_mesh,
         platform=mesh.devices.flat[0].platform,
         batch=exp.batch,
         accumulate=exp.accumulate,
@@ -107,7 +130,10 @@ def measure(program: Program, resident: Mapping[str, bool] | None = None, *, cou
         flops=flops,
         collectives=moved,
         largest=tuple(everything[:LARGEST]),
-        notes=(*program.notes, *_notes(exp), *mesh_warnings(moved, flops, dict(mesh.shape), exp.precision)),
+        notes=(*program.notes, *_notes(exp), *compile_notes, *warnings),
+        card=card,
+        cudnn_calls=text.count('custom_call_target="__cudnn$'),
+        gpu=gpu,
     )
 
 
@@ -170,17 +196,39 @@ def _sources(exp: Experiment) -> dict[str, Source]:
     return {name: source for name, source in named.items() if source is not None}
 
 
-def _compile(program: Program, mesh: Mesh) -> Any:
-    """Compile the step as a run does; on a CPU without LLVM's optimizations, which change no figure."""
+def _compile(program: Program, mesh: Mesh) -> tuple[Any, CudaGraphs | None, tuple[str, ...]]:
+    """Compile the step as a run does; on a CPU without LLVM's optimizations, which change no figure.
+
+    Also returns the CUDA graphs of a program for described GPUs, and notes.
+    """
     lowered = program.train_step.lower(  # type: ignore[attr-defined]
         program.abstract_state, abstract_batch(program), program.key
     )
-    options = {"xla_backend_optimization_level": "0"} if mesh.devices.flat[0].platform == "cpu" else None
     try:
-        return lowered.compile(compiler_options=options)
+        if described.card_of(mesh) is not None:
+            return _compile_for_card(lowered)
+        cpu = mesh.devices.flat[0].platform == "cpu"
+        options = {"xla_backend_optimization_level": "0"} if cpu else None
+        return lowered.compile(compiler_options=options), None, ()
     except jax.errors.JaxRuntimeError as error:
         line = first_line(error)
         raise RunError(f"XLA cannot compile the train step: {line[:300]} (--debug shows where)") from error
+
+
+def _compile_for_card(lowered: Any) -> tuple[Any, CudaGraphs | None, tuple[str, ...]]:
+    """Compile for a GPU that is not here, and so without the trials that choose tiles of Triton's kernels."""
+    with described.without_compilation_cache():
+        try:
+            return *compile_with_graphs(lowered), ()
+        except jax.errors.JaxRuntimeError as error:
+            if "tile sizes" not in str(error):
+                raise
+        compiled, graphs = compile_with_graphs(lowered, {"xla_gpu_enable_triton_gemm": False})
+    return compiled, graphs, ("matrix products are cuBLAS's: XLA finds no tiles for Triton without a GPU",)
+
+
+def _devices_per_host(mesh: Mesh) -> int:
+    return mesh.size // len({device.process_index for device in mesh.devices.flat})
 
 
 def _splits(arrays: list[DeviceArray]) -> set[str]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from jaxtrain import sharding
 from jaxtrain.core.text import size_text
-from jaxtrain.plan.measure import Plan
+from jaxtrain.plan import gpu_report
+from jaxtrain.plan.measure import WORKSPACE, Plan
 from jaxtrain.plan.nearest import Nearest
 from jaxtrain.plan.search import SearchResult
 from jaxtrain.plan.variants import Trial, Variant
@@ -23,6 +24,7 @@ def as_text(plan: Plan) -> str:
         memory_text(plan.bytes, _remarks(plan)),
         _compute(plan),
         _communication(plan),
+        *([] if plan.gpu is None else [gpu_report.as_text(plan.gpu)]),
         _largest(plan.largest),
     ]
     return "\n\n".join(blocks)
@@ -49,7 +51,17 @@ def verdict_text(plan: Plan, limit: Limit | None) -> str:
     line = (
         f"verdict: {'fits' if fits else 'DOES NOT FIT'}: {size_text(plan.total)} of {size_text(limit.bytes)}"
     )
-    return f"{line} ({100 * plan.total / limit.bytes:.0f} %) on each device\n  limit: {limit.text}"
+    lines = [f"{line} ({100 * plan.total / limit.bytes:.0f} %) on each device", f"  limit: {limit.text}"]
+    return "\n".join(lines + _workspace_lines(plan, limit))
+
+
+def _workspace_lines(plan: Plan, limit: Limit) -> list[str]:
+    """Compare what is left with the workspace of cuDNN that only the GPU knows."""
+    left = limit.bytes - plan.total
+    if plan.card is None or not plan.cudnn_calls or left < 0:
+        return []
+    line = f"not in it is a workspace of cuDNN, at most {size_text(WORKSPACE)}; {size_text(left)} are left"
+    return [f"  {line}" if left >= WORKSPACE else f"  UNCERTAIN: {line}"]
 
 
 def nearest_text(nearest: Nearest, given: Variant) -> str:
@@ -109,6 +121,10 @@ def as_json(plan: Plan, limit: Limit | None) -> dict[str, Any]:
         "bytes_per_device": {**plan.bytes, "total": plan.total},
         "flops": None if plan.flops is None else {"step": plan.flops, "example": plan.flops / plan.batch},
         "collectives": [dataclasses.asdict(one) for one in plan.collectives],
+        "cudnn": None
+        if plan.card is None
+        else {"calls": plan.cudnn_calls, "workspace_at_most": WORKSPACE if plan.cudnn_calls else 0},
+        "gpu": None if plan.gpu is None else gpu_report.as_json(plan.gpu),
         "largest": [dataclasses.asdict(one) for one in plan.largest],
         "limit": None if limit is None else dataclasses.asdict(limit),
         "fits": None if limit is None else plan.total <= limit.bytes,
@@ -138,6 +154,8 @@ def search_json(searched: SearchResult, given: Variant, limit: Limit | None) -> 
 
 def _remarks(plan: Plan) -> dict[str, str]:
     figure = "XLA's figure for the compiled step"
+    if plan.card is not None and plan.cudnn_calls:
+        figure = f"a lower bound: without the workspace of {plan.cudnn_calls} cuDNN calls"
     if plan.platform == "cpu":
         figure = "XLA's figure, compiled for CPU: a GPU's will differ"
     return {

@@ -16,14 +16,19 @@ from jaxtrain.core.types import Batch, Metrics, Model, Names, State
 from jaxtrain.data import Order, Sequential, Source, compose
 from jaxtrain.experiment import Experiment
 from jaxtrain.models import as_model, compute_in
+from jaxtrain.models.attention_choices import AttentionChoice, record_attention
+from jaxtrain.models.target_gpu import trace_for
 from jaxtrain.program import check_contract, check_fields, check_values, splits, update
 from jaxtrain.program.cadence import Cadence
 from jaxtrain.program.check_values import ValueCheck
 from jaxtrain.program.loader import EXAMPLE_ID, Check, Loader, Resident
 from jaxtrain.program.program import Program, Split
+from jaxtrain.sharding import described
 from jaxtrain.step import make_eval_step, make_init, scan_steps
 from jaxtrain.step.contract import check_names, check_pair
 from jaxtrain.step.packing import PackedMetrics, pack_metrics
+
+_CompiledStep = Callable[..., tuple[State, PackedMetrics]]
 
 
 def assemble(
@@ -39,7 +44,8 @@ def assemble(
 
     Args:
       experiment: what to run.
-      mesh: the devices.
+      mesh: the devices. For described ones (``sharding.described``) the steps can be compiled and nothing can
+        run: the key and the batches are shapes.
       metrics_fn: ``(outputs, batch) -> metrics`` to report in evaluations, in addition to the loss's own.
       inspect: called with the opened sources by the name of their split, before anything is made of them; it
         may raise an error to refuse them.
@@ -47,7 +53,7 @@ def assemble(
     Raises:
       InputError: the data, the model, the loss and the mesh do not fit together.
     """
-    exp, model = experiment, _compute_model(experiment)
+    exp, model = experiment, _compute_model(experiment, mesh)
     eval_batch = exp.eval_batch or exp.batch
     check_fields.check_splits(exp)
     sharding.check_batch(exp.batch, mesh, accumulate=exp.accumulate)
@@ -69,11 +75,11 @@ def assemble(
     )
     abstract, not_sharded = _abstract_state(init_fn, examples, mesh, exp, model)
     init = sharding.compile(init_fn, args=(replicated, replicated), out=_shardings(abstract))
-    traced, model = model, _compute_model(exp, abstract)  # the shardings are known now
+    traced, model = model, _compute_model(exp, mesh, abstract)  # the shardings are known now
     prepare = compose(lambda batch, _: train.fetch(batch), *exp.augment, *exp.preprocess)
     loss_metric = check_contract.find_loss_metric(exp, model, sources["train"])
     step = update.build_train_step(exp, mesh, model, tx, prepare, post_update, loss_metric)
-    train_step, train_steps = _compile_train_steps(
+    train_step, train_steps, attention = _compile_train_steps(
         step, train, mesh, abstract, key, update.compiler_options(exp, mesh, abstract)
     )
     report = check_fields.find_report(exp)
@@ -109,6 +115,7 @@ def assemble(
         ),
         learning_rates=update.learning_rates(exp, steps),
         abstract_outputs=outputs,
+        attention=attention,
     )
 
 
@@ -121,7 +128,7 @@ def abstract_state(experiment: Experiment, mesh: Mesh, example: Batch) -> State:
       example: arrays of one raw example's shapes, with a leading axis.
     """
     exp, steps = experiment, 1000  # any number: no shape depends on it
-    model, prepare = _compute_model(exp), compose(*exp.preprocess)
+    model, prepare = _compute_model(exp, mesh), compose(*exp.preprocess)
     init_fn = make_init(
         model,
         update.build_optimizer(exp, steps),
@@ -163,16 +170,23 @@ def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> tuple[An
     return outputs, prepared
 
 
-def _compute_model(exp: Experiment, abstract: State | None = None) -> Model:
+def _compute_model(exp: Experiment, mesh: Mesh, abstract: State | None = None) -> Model:
     """Return the model with ``exp.remat`` and ``exp.precision``; given the state, gathers FSDP parameters."""
+    card = described.card_of(mesh)
     model = as_model(exp.model, exp.remat)
     if abstract is not None:
         model = sharding.gather_params(model, _shardings(abstract.params), regather=exp.remat != "none")
-    return compute_in(model, exp.precision)
+    model = compute_in(model, exp.precision)
+    return model if card is None else trace_for(model, card.capability)
 
 
-def _init_and_step_keys(seed: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
-    """Make two replicated keys. Compiled, because no process can place an array on the devices of another."""
+def _init_and_step_keys(seed: int, mesh: Mesh) -> tuple[Any, Any]:
+    """Make two replicated keys. Compiled, because no process can place an array on the devices of another.
+
+    For described devices they are shapes.
+    """
+    if described.card_of(mesh) is not None:
+        return (described.abstract_key(sharding.replicated(mesh)),) * 2
     split = sharding.compile(
         lambda: tuple(jax.random.split(jax.random.key(seed))), args=(), out=sharding.replicated(mesh)
     )
@@ -209,8 +223,11 @@ def _compile_train_steps(
     abstract: State,
     key: jax.Array,
     options: dict[str, str],
-) -> tuple[Callable[..., tuple[State, PackedMetrics]], Callable[..., tuple[State, PackedMetrics]]]:
-    """Compile ``step`` for one update and, scanned, for several; both donate the state."""
+) -> tuple[_CompiledStep, _CompiledStep, tuple[AttentionChoice, ...]]:
+    """Compile ``step`` for one update and, scanned, for several; both donate the state.
+
+    Also returns the kernels that its attention layers chose while it was traced.
+    """
     replicated, state = sharding.replicated(mesh), _shardings(abstract)
     batches, shared = train.stacked_shardings
     one, several = (
@@ -220,8 +237,9 @@ def _compile_train_steps(
             (scan_steps(pack_metrics(step)), (batches, replicated, shared)),
         )
     )
-    check_fields.trace(one, abstract, train.batch(0), key, what="the train step")
-    return one, several
+    with record_attention() as choices:
+        check_fields.trace(one, abstract, train.batch(0), key, what="the train step")
+    return one, several, tuple(choices)
 
 
 def _compile_eval_step(

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 
 from jax.sharding import Mesh
 
+from jaxtrain import sharding
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.text import size_text
+from jaxtrain.sharding import described
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-FRACTION = 0.75
-"""The fraction of a GPU's memory that JAX preallocates: https://docs.jax.dev/en/latest/gpu_memory_allocation.html"""
-FRACTION_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # new name, old name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +40,13 @@ def limit_of(mesh: Mesh, device_memory: str | None = None) -> Limit | None:
       InputError: ``device_memory`` is not a size, or the environment variable not a fraction.
     """
     if device_memory is not None:
-        size, (fraction, source) = parse_size(device_memory, "--device-memory"), _fraction()
+        size, (fraction, source) = parse_size(device_memory, "--device-memory"), sharding.memory_fraction()
         return Limit(int(size * fraction), f"{100 * fraction:g} % of {device_memory.strip()}, {source}")
+    card = described.card_of(mesh)
+    if card is not None:
+        fraction, source = sharding.memory_fraction()
+        text = f"{100 * fraction:g} % of the card's {size_text(card.memory)}, {source}"
+        return Limit(int(card.memory * fraction), text)
     device = mesh.local_devices[0]
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
@@ -68,18 +72,3 @@ def parse_size(text: str, flag: str) -> int:
     if match is None or unit is None or not float(match[1]):
         raise InputError(f"{flag} {text}: give a number above 0 and a unit ({', '.join(UNITS)})")
     return round(float(match[1]) * unit)
-
-
-def _fraction() -> tuple[float, str]:
-    """The fraction of a GPU's memory that JAX takes, and where this number comes from."""
-    for name in FRACTION_NAMES:
-        text = os.environ.get(name)
-        if text:
-            try:
-                fraction = float(text)
-            except ValueError:
-                fraction = 0
-            if not 0 < fraction <= 1:
-                raise InputError(f"{name}={text}: give a number in (0, 1], such as 0.9")
-            return fraction, f"set by {name}"
-    return FRACTION, f"JAX's default; {FRACTION_NAMES[0]} changes it"

@@ -72,7 +72,7 @@ class Resident:
     """
 
     def __init__(self, arrays: Arrays, order: Order | Sequential, mesh: Mesh) -> None:
-        self._order = order
+        self._order, self._global = order, multihost.makes_global_arrays(mesh)
         self._data = multihost.put_replicated(dict(arrays.fields), sharding.replicated(mesh))
         split = sharding.batch_split(mesh)
         self._rows = multihost.local_rows(split, order.batch)
@@ -87,7 +87,7 @@ class Resident:
         else:
             rows, mask = self._order.rows(step)
             sent = {"rows": rows.astype(np.int32), "mask": mask}
-        if multihost.process_count() > 1:  # one process leaves the copy of NumPy arrays to the call
+        if self._global:  # one process leaves the copy of NumPy arrays to the call
             sent = {name: array[self._rows] for name, array in sent.items()}
             sent = multihost.put_local_rows(sent, self.shardings["rows"], self._order.batch)
         return {"data": self._data, **sent}
@@ -95,7 +95,7 @@ class Resident:
     def batches(self, step: int, count: int) -> tuple[Any, Any]:
         assert isinstance(self._order, Order)  # only training stacks batches
         rows = np.stack([_ids_and_epochs(self._order, step + k) for k in range(count)])
-        if multihost.process_count() > 1:
+        if self._global:
             rows = multihost.put_local_rows(
                 rows[:, self._rows], self.stacked_shardings[0]["rows"], self._order.batch, axis=1
             )

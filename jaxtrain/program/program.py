@@ -14,6 +14,7 @@ from jaxtrain.core.types import State
 from jaxtrain.data import Order, holdout
 from jaxtrain.data.checked import CheckedSource
 from jaxtrain.experiment import Experiment
+from jaxtrain.models.attention_choices import AttentionChoice
 from jaxtrain.program.cadence import Cadence
 from jaxtrain.program.loader import EPOCH, EXAMPLE_ID, Loader
 from jaxtrain.step.packing import PackedMetrics
@@ -49,6 +50,7 @@ class Program:
       notes: warnings printed before training, one per line.
       learning_rates: of every update, float [steps]; None when the optimizer has no ``lr``.
       abstract_outputs: shapes of the model's outputs for a training batch.
+      attention: the kernel of each attention layer in the train step, and why.
     """
 
     experiment: Experiment
@@ -65,6 +67,7 @@ class Program:
     notes: tuple[str, ...]
     learning_rates: np.ndarray | None
     abstract_outputs: Any
+    attention: tuple[AttentionChoice, ...] = ()
 
     @property
     def steps(self) -> int:

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.text import did_you_mean
-from jaxtrain.sharding import multihost
+from jaxtrain.sharding import described, multihost
 
 AXES = ("data", "fsdp", "model")
 """``data`` shards the batch; ``fsdp`` the batch, parameters and optimizer state; ``model`` is tensor
@@ -21,6 +21,9 @@ Every mesh has all three axes, unused ones with size 1."""
 
 BATCH_AXES = ("data", "fsdp")
 RESERVED = "replica"  # for independent seeds in one program
+FRACTION = 0.75
+"""The fraction of a GPU's memory that JAX preallocates: https://docs.jax.dev/en/latest/gpu_memory_allocation.html"""
+FRACTION_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # new name, old name
 
 
 def parse_mesh(text: str, devices: int) -> dict[str, int]:
@@ -174,12 +177,37 @@ def check_batch(batch: int, mesh: Mesh, name: str = "batch", accumulate: int = 1
 
 
 def device_memory(mesh: Mesh) -> int:
-    """Return the bytes of memory of one device of the mesh; CPU devices share the host's."""
+    """Return the bytes of memory of one device of the mesh; CPU devices share the host's.
+
+    Of a described device, those that JAX would take.
+    """
+    card = described.card_of(mesh)
+    if card is not None:
+        return int(card.memory * memory_fraction()[0])
     stats = mesh.local_devices[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return total // len(mesh.local_devices)
+
+
+def memory_fraction() -> tuple[float, str]:
+    """Return the fraction of a GPU's memory that JAX takes, and where this number comes from.
+
+    Raises:
+      InputError: an environment variable sets it to something else than a fraction.
+    """
+    for name in FRACTION_NAMES:
+        text = os.environ.get(name)
+        if text:
+            try:
+                fraction = float(text)
+            except ValueError:
+                fraction = 0
+            if not 0 < fraction <= 1:
+                raise InputError(f"{name}={text}: give a number in (0, 1], such as 0.9")
+            return fraction, f"set by {name}"
+    return FRACTION, f"JAX's default; {FRACTION_NAMES[0]} changes it"
 
 
 def _check_axis(axis: str, text: str) -> None:
@@ -197,4 +225,7 @@ def describe_mesh(mesh: Mesh) -> str:
     text = f"{mesh.size} × {mesh.devices.flat[0].device_kind}"
     if mesh.shape["data"] < mesh.size:
         text += f" ({mesh_text(mesh.shape)})"
+    if described.card_of(mesh) is not None:
+        hosts = len({device.process_index for device in mesh.devices.flat})
+        return text + (f", {hosts} hosts" if hosts > 1 else "")
     return text + (f", {multihost.process_count()} processes" if multihost.process_count() > 1 else "")

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.text import first_line
+from jaxtrain.sharding import described
 from jaxtrain.sharding.initialize import start
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "is_process_0",
     "local_rows",
     "lost_process_error",
+    "makes_global_arrays",
     "on_process_0",
     "process_count",
     "process_index",
@@ -177,8 +179,13 @@ def local_rows(sharding: NamedSharding, n: int, axis: int = 0) -> np.ndarray:
     return rows
 
 
+def makes_global_arrays(mesh: Mesh) -> bool:
+    """Return whether batches must be made by ``put_local_rows``, not sent as NumPy arrays by the call."""
+    return process_count() > 1 or described.card_of(mesh) is not None
+
+
 def put_local_rows(tree: Any, shardings: Any, n: int, axis: int = 0) -> Any:
-    """Make global arrays [n, ...] from this process's rows of them.
+    """Make global arrays [n, ...] from this process's rows of them; only their shapes for described devices.
 
     Args:
       tree: arrays [local, ...] on the host, whose rows are those of ``local_rows``.
@@ -190,11 +197,15 @@ def put_local_rows(tree: Any, shardings: Any, n: int, axis: int = 0) -> Any:
       ValueError: an array with another number of rows.
     """
     shapes = jax.tree.map(lambda x: (*x.shape[:axis], n, *x.shape[axis + 1 :]), tree)
+    if described.card_of(jax.tree.leaves(shardings)[0].mesh) is not None:
+        return _abstract(tree, shardings, shapes)
     return jax.make_array_from_process_local_data(shardings, tree, shapes)
 
 
 def put_replicated(tree: Any, sharding: NamedSharding) -> Any:
     """Make global arrays of ``tree``, which every process has with the same values.
+
+    For described devices (``sharding.described``) these are shapes only.
 
     Unlike ``jax.device_put``, which compares the values of all processes, this does not communicate.
 
@@ -202,7 +213,20 @@ def put_replicated(tree: Any, sharding: NamedSharding) -> Any:
       tree: arrays, random keys among them.
       sharding: where they go, usually ``replicated``.
     """
+    if described.card_of(sharding.mesh) is not None:
+        return _abstract(tree, sharding, jax.tree.map(jnp.shape, tree))
     return jax.make_array_from_process_local_data(sharding, tree, jax.tree.map(jnp.shape, tree))
+
+
+def _abstract(tree: Any, shardings: Any, shapes: Any) -> Any:
+    """Return ``tree`` as shapes with dtypes and shardings (a pytree prefix)."""
+    dtypes = jax.eval_shape(lambda tree: tree, tree)
+    return jax.tree.map(
+        lambda x, where, shape: jax.ShapeDtypeStruct(shape, x.dtype, sharding=where),
+        dtypes,
+        jax.tree.broadcast(shardings, dtypes),
+        shapes,
+    )
 
 
 def lost_process_error(error: BaseException) -> RunError | None:

@@ -8,13 +8,27 @@ import re
 import pytest
 
 from jaxtrain.cli import doctor
+from jaxtrain.sharding import cards, described
 
 
 def test_doctor_finds_no_problem_here(python):
-    done = python("-m", "jaxtrain", "doctor", devices=8)
+    compiles = described.compiler_problem() is None
+    done = python("-m", "jaxtrain", "doctor", *(["--for", "h100"] if compiles else []), devices=8)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^  program +compiled in \d+\.\d\d s$", done.stdout, re.M) or not compiles
     assert "no problem found" in done.stdout and "second step" in done.stdout
     assert re.search(r"^  huge pages +\S", done.stdout, re.M)
+
+
+def test_doctor_says_how_to_compile_for_a_card(monkeypatch, capsys):
+    monkeypatch.setattr(described, "compiler_problem", lambda: "needs XLA's GPU compiler: pip install it")
+    problems = list[str]()
+    rows = doctor._compile_for(cards.load_card("b200"), problems)
+    assert rows == {"device": "NVIDIA B200, compute capability 10.0", "program": "not compiled"}
+    reason = "compiling for b200 needs XLA's GPU compiler: pip install it"
+    assert problems == [reason]
+    assert doctor.main(["--for", "b20"]) == 2
+    assert "--for b20: no card has this name: did you mean b200?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

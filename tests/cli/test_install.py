@@ -67,6 +67,8 @@ def test_a_wheel_installed_elsewhere_finds_the_shipped_experiments(tree, tmp_pat
     install(python, next(tmp_path.glob("*.whl")))
     where = [python, "-c", "import jaxtrain; print(jaxtrain.__file__, jaxtrain.__version__)"]
     assert str(tmp_path / "venv") in subprocess.check_output(where, text=True, cwd=tmp_path)
+    data = [python, "-c", "from jaxtrain.sharding.cards import load_card; print(load_card('h100').memory)"]
+    assert int(subprocess.check_output(data, text=True, cwd=tmp_path)) > 8e10
     shipped = {path.stem for path in (ROOT / "experiments").glob("[!_]*.py")}
     out = list_experiments(python, tmp_path)
     assert shipped <= set(re.findall(r"^\w+", out, re.M))

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.types import Model
 from jaxtrain.models import GPT, ViT, as_model, attention, compute_in
 from jaxtrain.models.attention import attend, cudnn_refusal
 from jaxtrain.models.attention_choices import record_attention
+from jaxtrain.models.target_gpu import target_capability, trace_for
 
 KEY = jax.random.key(0)
 NET = GPT(vocab=16, context=32, width=128, depth=2, heads=2, dropout=0.1)
@@ -93,7 +95,8 @@ def test_unsupported_cases_use_xla(hopper, module, precision, found):
 def test_without_cudnn_it_is_xla(monkeypatch):
     monkeypatch.setattr(attention, "lowest_capability", lambda: (9, 0))
     attention._jax_refusal.cache_clear()
-    assert cudnn_refusal((2, 24, 2, 64), jnp.bfloat16, True) == "cuDNN is not detected"
+    refusal = cudnn_refusal((2, 24, 2, 64), jnp.bfloat16, True)
+    assert refusal in ("cuDNN is not detected", "cuDNN not found")  # without and with the CUDA plugin
     assert "cudnn" not in lower_gradient(NET, "bfloat16", TOKENS)
     attention._jax_refusal.cache_clear()
 
@@ -205,3 +208,26 @@ def test_choices_outside_of_the_recording_are_not_recorded():
         attend(q, q, q, True, "xla")
     attend(q, q, q, False)
     assert [(one.layer, one.kernel, one.reason) for one in choices] == [("", "xla", "attention=xla")]
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernel"), [((9, 0), "dot_product_attention"), ((7, 5), "dot_general")]
+)
+def test_a_model_is_traced_for_the_gpu_that_is_named(capability, kernel):
+    checks = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    before = checks.check_cudnn_version, checks.check_compute_capability
+
+    def init(key, batch):
+        return {}, {}
+
+    def apply(params, extra, batch, *, train, key):
+        return attend(batch["x"], batch["x"], batch["x"], causal=True), extra
+
+    def total(x):
+        return model.apply({}, {}, {"x": x}, train=True, key=None)[0].astype(jnp.float32).sum()
+
+    model, x = trace_for(Model(init, apply), capability), jnp.zeros((2, 24, 2, 256), jnp.bfloat16)
+    text = str(jax.make_jaxpr(jax.grad(total))(x))  # heads of 256: only on Hopper and later
+    assert kernel in text and ("dot_product_attention_bwd" in text) is (capability == (9, 0))
+    assert (checks.check_cudnn_version, checks.check_compute_capability) == before
+    assert target_capability() is None

@@ -100,12 +100,14 @@ class Original(DataSetInfo):
       parse: from the contents of the members by name to arrays.
       pickled: file names of the authors' Python-pickle version, which is refused.
       shape: of one image, [height, width, channel].
+      examples: their number by split.
       ids: whether examples have the feature ``id`` of the stock TFDS builder.
     """
 
     members: tuple[Member, ...]
     parse: Callable[[Mapping[str, bytes]], Parsed]
     shape: tuple[int, int, int]
+    examples: Mapping[str, int]
     pickled: tuple[str, ...] = ()
     ids: bool = False
 
@@ -215,6 +217,7 @@ ORIGINALS: dict[str, Original] = {
             ),
             parse=_cifar10,
             shape=(32, 32, 3),
+            examples={"train": 50_000, "test": 10_000},
             pickled=("cifar-10-python.tar.gz", "cifar-10-batches-py", "data_batch_1"),
             ids=True,
         ),
@@ -235,6 +238,7 @@ ORIGINALS: dict[str, Original] = {
             ),
             parse=_cifar100,
             shape=(32, 32, 3),
+            examples={"train": 50_000, "test": 10_000},
             pickled=("cifar-100-python.tar.gz", "cifar-100-python"),
             ids=True,
         ),
@@ -255,6 +259,7 @@ ORIGINALS: dict[str, Original] = {
             ),
             parse=_mnist,
             shape=(28, 28, 1),
+            examples={"train": 60_000, "test": 10_000},
         ),
         Original(
             name="fashion_mnist",
@@ -274,6 +279,7 @@ ORIGINALS: dict[str, Original] = {
             ),
             parse=_fashion,
             shape=(28, 28, 1),
+            examples={"train": 60_000, "test": 10_000},
         ),
     )
 }

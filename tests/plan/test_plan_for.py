@@ -1,0 +1,221 @@
+"""python -m jaxtrain plan --for CARD: the program of a GPU that is not here, and the errors before it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from gpu_compiler import needs_compiler
+
+from jaxtrain import __main__ as commands
+from jaxtrain import data, plan
+from jaxtrain.core.errors import InputError
+from jaxtrain.core.text import size_text
+from jaxtrain.experiment import find
+from jaxtrain.plan import report
+from jaxtrain.plan.absent_data import AbsentData, StreamedAbsentData
+from jaxtrain.plan.measure import WORKSPACE
+from jaxtrain.program.device_limits import Limit
+from jaxtrain.sharding import cards
+
+TINY = str(Path(__file__).parents[1] / "tiny.py")
+HOST = (
+    "xla_ffi_python",
+    "xla_python_gpu_callback",
+    "SendToHost",
+    "RecvFromHost",
+    "infeed",
+    "outfeed",
+    "S(5)",
+)
+OWN = '''
+"""A user's experiment: its data are on another machine."""
+import numpy as np
+from jaxtrain import Experiment, data, losses, models, optim
+
+
+class Tokens:
+    def __len__(self):
+        return 5000
+
+    def gather(self, indices):
+        raise FileNotFoundError("tokens.npy is not here")
+
+    def example(self):
+        return {"tokens": np.zeros((1, 64), np.int32), "label": np.zeros((1, 64), np.int32)}
+
+
+EXPERIMENT = Experiment(
+    model=models.GPT(vocab=128, context=64, width=64, depth=1, heads=1, dropout=0.0),
+    train=Tokens(), test=Tokens(), loss=losses.CrossEntropy(), optimizer=optim.AdamW(lr=1e-3),
+    batch=32, epochs=1, precision="bfloat16",
+)
+'''
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """Collect ``(program, compiled)`` of everything that is measured."""
+    module, found = importlib.import_module("jaxtrain.plan.measure"), []
+    compile_step = module._compile
+
+    def collect(program, mesh):
+        found.append((program, compile_step(program, mesh)))
+        return found[-1][1]
+
+    monkeypatch.setattr(module, "_compile", collect)
+    return found
+
+
+def plan_for(capsys, *args) -> dict:
+    assert commands.main(["plan", "--json", "--experiment", *args]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@needs_compiler
+def test_digits_cnn_is_compiled_for_an_h100(capsys, programs):
+    assert commands.main(["plan", "--experiment", "digits_cnn", "--for", "h100"]) == 0
+    out = capsys.readouterr().out
+    [(program, compiled)] = programs
+    text = compiled.as_text()
+    leaves = len(jax.tree.leaves(program.abstract_state))
+    assert len(re.findall("(?:may|must)-alias", text.partition("\n")[0])) == leaves  # donated
+    assert not [name for name in HOST if name in text]
+    calls = text.count('custom_call_target="__cudnn$')
+    assert calls > 3
+
+    stats = compiled.memory_analysis()
+    size = re.escape(size_text(stats.temp_size_in_bytes))
+    remark = f"a lower bound: without the workspace of {calls} cuDNN calls"
+    assert re.search(rf"^  temporaries +{size} +\d+ %  {remark}$", out, re.M)
+    assert out.startswith("digits_cnn on 1 × NVIDIA H100 80GB HBM3, batch 128, 330 steps\n")
+    assert re.search(r"^verdict: fits: [\d.]+ MB of 63.71 GB \(0 %\) on each device$", out, re.M)
+    assert "  limit: 75 % of the card's 84.94 GB, JAX's default" in out
+    assert re.search(r"^  not in it is a workspace of cuDNN, at most 4.29 GB; 63.\d+ GB are left$", out, re.M)
+    assert "CPU figures" not in out and max(map(len, out.splitlines())) < 100
+
+
+def test_a_plan_for_cpus_says_where_the_figures_of_a_gpu_are(capsys):
+    assert commands.main(["plan", "--experiment", TINY, "--devices", "1"]) == 0
+    assert "  CPU figures: temporaries are 1.4 to 4 times those of a GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--for", "h10"], "--for h10: no card has this name: did you mean h100?"),
+        (["--for", "mine.toml"], "--for mine.toml: the file cannot be read: No such file or directory"),
+        (["--hosts", "2"], "--hosts 2 needs --for"),
+        (["--for", "h100", "--devices", "3", "--hosts", "2"], "--hosts 2 with 3 devices: each host has the"),
+        (["--for", "h100", "--mesh", "data=4", "--hosts", "0"], "--hosts 0 with 4 devices"),
+        (["--for", "h100", "--devices", "0"], "--devices 0: give at least 1"),
+        (["--for", "h100", "--devices", "4000"], "--devices 4000: plan describes at most 1024"),
+        (["--for", "h100", "--devices", "8", "--mesh", "data=4"], "--mesh data=4 uses 4 of 8 devices"),
+        (["--for", "h100", "--simulate-devices", "8"], "--simulate-devices 8 does not go with --for"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(args, says, capsys):
+    assert commands.main(["plan", "--experiment", TINY, *args]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_a_small_remainder_makes_the_verdict_uncertain():
+    found = plan.Plan(
+        mesh={},
+        platform="gpu",
+        batch=1,
+        accumulate=1,
+        remat="none",
+        precision="float32",
+        resident=(),
+        parameters=1,
+        bytes={"temporaries": 10, "outputs": 0},
+        flops=None,
+        collectives=(),
+        largest=(),
+        notes=(),
+        card=cards.load_card("h100"),
+        cudnn_calls=2,
+    )
+    enough, little = (report.verdict_text(found, Limit(10 + n, "")) for n in (WORKSPACE, WORKSPACE - 1))
+    assert "UNCERTAIN" not in enough and "  UNCERTAIN: not in it is a workspace of cuDNN" in little
+
+
+def test_absent_data_are_planned_from_their_description(monkeypatch, tmp_path):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    experiment, notes = plan.describe_absent(find("mnist_keras_cnn").load()[0])
+    assert notes == tuple(
+        f"{split}: mnist is not prepared here: planned from its description" for split in ("train", "test")
+    )
+    assert type(experiment.train) is AbsentData and plan.length_known(experiment.train)
+    assert (len(experiment.train), len(experiment.test)) == (60_000, 10_000)
+    two = experiment.train.gather(np.arange(2))
+    assert two["image"].shape == (2, 28, 28, 1) and two["image"].dtype == np.uint8
+
+    experiment, notes = plan.describe_absent(find("sentiment_lstm").load()[0])
+    assert isinstance(experiment.train, StreamedAbsentData) and not plan.length_known(experiment.train)
+    assert all(note.endswith(", as streamed") for note in notes)
+    changed, resident = plan.for_device_memory(experiment, Limit(10**12, ""))
+    assert changed.placement == "stream" and not any(resident.values())
+
+    digits = find("digits_cnn").load()[0]
+    assert plan.describe_absent(digits) == (digits, ())
+
+
+def test_absent_data_without_a_description_are_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    digits = find("digits_cnn").load()[0]
+    unknown = dataclasses.replace(digits, train=data.TFDS("kitti", "train"))
+    with pytest.raises(InputError, match=r"^train: kitti is not prepared here, and the shapes .* prepare it"):
+        plan.describe_absent(unknown)
+
+
+@needs_compiler
+@pytest.mark.full("tests/plan/test_plan_for.py::test_digits_cnn_is_compiled_for_an_h100")
+def test_a_users_file_without_its_data_on_eight_gpus_of_two_hosts(capsys, programs, tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    found = plan_for(capsys, str(path), "--for", "a100", "--mesh", "data=2,fsdp=4", "--hosts", "2")
+    assert found["for"] == {
+        "card": "a100",
+        "hosts": 2,
+        "devices_per_host": 4,
+        "memory": cards.load_card("a100").memory,
+        "compute_capability": [8, 0],
+    }
+    assert found["devices"] == {"count": 8, "kind": "NVIDIA A100-SXM4-80GB", "simulated": False}
+    assert found["compiled_for"] == "gpu" and found["steps"] == 157 and found["fits"] is True
+    moved = {(one["kind"], tuple(one["axes"])) for one in found["collectives"]}
+    assert {("all-gather", ("fsdp",)), ("reduce-scatter", ("fsdp",))} <= moved
+    assert found["cudnn"] == {"calls": 2, "workspace_at_most": WORKSPACE}  # attention, forward and backward
+    assert found["notes"][0].startswith("train: Tokens cannot be read here (tokens.npy is not here)")
+    [(program, _)] = programs
+    assert program.train.batch(0)["data"]["tokens"].shape == (5000, 64)  # a shape: nothing is stored
+
+
+@needs_compiler
+@pytest.mark.full("tests/plan/test_plan_for.py::test_digits_cnn_is_compiled_for_an_h100")
+def test_search_and_nearest_change_compile_for_the_card(capsys, monkeypatch):
+    module = importlib.import_module("jaxtrain.plan.search")
+    monkeypatch.setattr(module, "MOST", 3)
+    found = plan_for(capsys, TINY, "--for", "l40s", "--devices", "2", "--search")["search"]
+    assert len(found["found"]) == 3 and all(one["fits"] for one in found["found"])
+    assert len({tuple(one["mesh"].values()) for one in found["found"]}) == 3
+
+    found = plan_for(capsys, "digits_cnn", "--for", "h100", "--device-memory", "4MB")
+    assert found["fits"] is False and found["limit"]["bytes"] == 3_000_000
+    assert found["change"]["flags"] and found["change"]["total"] <= 3_000_000

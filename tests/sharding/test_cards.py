@@ -1,0 +1,151 @@
+"""jaxtrain.sharding.cards and described: figures of GPUs, and meshes of GPUs that are not here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+
+import jax
+import numpy as np
+import pytest
+from gpu_compiler import needs_compiler
+
+from jaxtrain import sharding
+from jaxtrain.core import cuda_plugin
+from jaxtrain.core.errors import InputError
+from jaxtrain.models import target_gpu
+from jaxtrain.monitor import peak_flops
+from jaxtrain.program import device_limits
+from jaxtrain.sharding import cards, described, multihost
+
+GOOD = """
+device_kind = "NVIDIA X1"
+memory = 24_000_000_000
+bandwidth = 1_000_000_000_000
+capability = [8, 9]
+link = 32_000_000_000
+network = 1_000_000_000
+peak = { bfloat16 = 100e12, float16 = 100e12, tf32 = 50e12, float32 = 25e12 }
+cores = 100
+fpus_per_core = 128
+clock = 2
+l2_cache = 50_000_000
+shared_memory_per_block = 101_376
+shared_memory_per_core = 102_400
+nvlinks = 0
+sources = ["made up"]
+"""
+
+
+@pytest.mark.parametrize("name", cards.card_names())
+def test_a_card_agrees_with_the_peaks_of_mfu(name):
+    card = cards.load_card(name)
+    assert card.name == name and card.sources
+    for precision, figure in (("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "tf32")):
+        found = peak_flops.datasheet_peak(card.device_kind, precision)
+        assert found.flops == card.peak[figure], precision
+    with jax.default_matmul_precision("highest"):
+        assert peak_flops.datasheet_peak(card.device_kind, "float32").flops == card.peak["float32"]
+
+
+def test_a_file_describes_another_card(tmp_path):
+    path = tmp_path / "x1.toml"
+    path.write_text(GOOD)
+    card = cards.load_card(str(path))
+    assert (card.name, card.device_kind, card.capability) == ("x1", "NVIDIA X1", (8, 9))
+    assert card.clock == 2.0 and card.nvlinks == 0 and card.peak["tf32"] == 50e12
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("memory = 24_000_000_000", "", "memory missing: give every figure"),
+        ("memory =", "memroy =", "no field is called memroy: did you mean memory?"),
+        ("24_000_000_000", '"24GB"', "memory is '24GB': give a whole number above 0"),
+        ("24_000_000_000", "0", "memory is 0: give a whole number above 0"),
+        ("clock = 2", "clock = true", "clock is True: give a number above 0"),
+        ("[8, 9]", "8.9", "capability is 8.9: give the major and the minor number, such as [9, 0]"),
+        ("tf32 = 50e12, ", "", "give FLOP/s above 0 for each of bfloat16, float16, tf32, float32"),
+        ('["made up"]', '"made up"', "sources is 'made up': give a list of texts"),
+        ("memory =", "memory", "is not a TOML file"),
+    ],
+)
+def test_a_wrong_file_is_one_line(old, new, says, tmp_path):
+    path = tmp_path / "x1.toml"
+    assert GOOD.count(old) == 1
+    path.write_text(GOOD.replace(old, new))
+    with pytest.raises(InputError) as caught:
+        cards.load_card(str(path))
+    message = str(caught.value)
+    assert says in message and "x1.toml" in message and "\n" not in message
+
+
+def test_an_unknown_card_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="--for h10: no card has this name: did you mean h100"):
+        cards.load_card("h10")
+    with pytest.raises(InputError, match="cannot be read: No such file"):
+        cards.load_card(str(tmp_path / "missing.toml"))
+
+
+def test_missing_or_other_wheels_are_one_line_with_the_command(monkeypatch):
+    def versions(**found):
+        def version(package):
+            if package not in found:
+                raise importlib.metadata.PackageNotFoundError(package)
+            return found[package]
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+
+    jax_wheels = {"jax-cuda12-plugin": jax.__version__, "jax-cuda12-pjrt": jax.__version__}
+    install = f"pip install jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
+    for found in ({}, {**jax_wheels, "jax-cuda12-pjrt": "0.9.0"}, jax_wheels):
+        versions(**found)
+        with pytest.raises(InputError, match=r"^compiling for h100 needs ") as caught:
+            described.described_devices(cards.load_card("h100"))
+        assert install in str(caught.value) and "\n" not in str(caught.value)
+    versions(**jax_wheels, **{"nvidia-cuda-nvcc-cu12": "12.9.86"})
+    assert described.compiler_problem() is None
+
+
+@needs_compiler
+def test_a_mesh_of_described_devices_has_shapes_for_arrays(monkeypatch):
+    card = cards.load_card("h200")
+    mesh = sharding.make_mesh(described.described_devices(card, hosts=2, per_host=2), {"data": 2, "fsdp": 2})
+    assert described.card_of(mesh) == card and jax.default_backend() == "cpu"
+    assert sharding.describe_mesh(mesh) == "4 × NVIDIA H200 (data=2,fsdp=2), 2 hosts"
+    assert [device.process_index for device in mesh.devices.flat] == [0, 0, 1, 1]
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    limit = device_limits.limit_of(mesh)
+    assert limit.bytes == sharding.device_memory(mesh) == int(0.75 * card.memory)
+    assert "75 % of the card's 151.40 GB" in limit.text
+    assert device_limits.limit_of(mesh, "80GB").bytes == 60_000_000_000
+
+    rows = np.zeros((2, 3), np.float64)  # those of the first host
+    split = sharding.batch_split(mesh)
+    made = multihost.put_local_rows({"x": rows}, split, 4)["x"]
+    assert made.shape == (4, 3) and made.dtype == np.float32 and made.sharding == split
+    whole = multihost.put_replicated(rows, sharding.replicated(mesh))
+    assert whole.shape == (2, 3) and isinstance(whole, jax.ShapeDtypeStruct)
+
+
+def test_attention_is_chosen_for_the_version_of_cudnn_that_xla_is_told():
+    major, minor, patch = described.CUDNN
+    assert 10_000 * major + 100 * minor + patch == target_gpu.CUDNN
+
+
+@needs_compiler
+@pytest.mark.skipif(cuda_plugin.has_driver(), reason="this machine has an NVIDIA driver")
+@pytest.mark.parametrize("platforms", ["", "cpu"])
+def test_the_plugin_is_quiet_without_a_driver(platforms, python):
+    code = """
+import sys
+from jaxtrain.core import cuda_plugin
+with cuda_plugin.quiet_without_driver():
+    import jax
+    sys.stderr.write("kept\\n")
+print(jax.default_backend())
+"""
+    done = python("-c", code, JAX_PLATFORMS=platforms, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cpu\n", "kept\n")
