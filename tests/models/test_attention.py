@@ -207,5 +207,6 @@ def test_choices_outside_of_the_recording_are_not_recorded():
     with record_attention() as choices:
         attend(q, q, q, True, "xla")
         attend(q, q, q, True)
-    attend(q, q, q, False)
-    assert [(one.layer, one.kernel) for one in choices] == [("", "xla")]
+        attend(q, q, q, True)  # the same again
+    attend(q[:, :3], q[:, :3], q[:, :3], True)
+    assert [(one.layer, one.kernel, one.shape) for one in choices] == [("", "xla", (1, 4, 2, 8))]
