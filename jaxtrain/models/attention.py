@@ -52,11 +52,14 @@ def attend(
     names = typing.get_args(Attention)
     if attention not in names:
         raise InputError(f"attention is {attention!r}: it must be one of {', '.join(names)}")
-    reason = "attention=xla" if attention == "xla" else cudnn_refusal(q.shape, q.dtype, causal)
-    if reason is not None and attention == "cudnn":
-        raise InputError(f"attention=cudnn and cuDNN refuses: {reason}; set model.attention=auto")
-    implementation: Literal["xla", "cudnn"] = "cudnn" if reason is None else "xla"
-    add_choice(q.shape, q.dtype, implementation, reason or "")
+    implementation: Literal["xla", "cudnn"] = "xla"
+    if attention != "xla":
+        reason = cudnn_refusal(q.shape, q.dtype, causal)
+        if reason is None:
+            implementation = "cudnn"
+        elif attention == "cudnn":
+            raise InputError(f"attention=cudnn and cuDNN refuses: {reason}; set model.attention=auto")
+        add_choice(q.shape, q.dtype, implementation, reason or "")
 
     def kernel(*qkv: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(*qkv, is_causal=causal, implementation=implementation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,8 +40,9 @@ _record: contextvars.ContextVar[list[AttentionChoice] | None] = contextvars.Cont
 def record_attention() -> Iterator[list[AttentionChoice]]:
     """Collect the choices of what this thread traces, each once, in the order of the layers.
 
-    Open it around the call that traces, such as ``jitted.lower(...)``: a function that is traced already is
-    not traced again, and then nothing is collected. Initialisation always uses XLA's kernel.
+    Open it around everything that may trace the model, such as ``program.assemble`` and the compilation: what
+    has been traced is not traced again. Layers with ``attention="xla"`` are not collected: initialisation,
+    and models whose user chose it.
 
     >>> from jaxtrain.models.attention import attend
     >>> q = jnp.ones((1, 4, 2, 8))
@@ -68,8 +70,14 @@ def add_choice(shape: tuple[int, ...], dtype: Any, kernel: str, reason: str) -> 
 
 
 def _layer() -> str:
-    """Return the path of modules that is being traced; ``jvp(GPT)/block0/block0._attend`` is ``block0``."""
+    """Return the path of the module that is being traced.
+
+    It is ``block0`` for ``jvp(GPT)/block0/block0._attend``, ``GPT/block0/block0._attend`` and, with
+    rematerialisation, ``block0/block0._attend``.
+    """
     from jax.extend import source_info_util  # only where someone records
 
     parts = str(source_info_util.current_name_stack()).split("/")
+    if re.fullmatch(r"[A-Z][A-Za-z]*", parts[0]):  # the class of the model; Flax names its parts Block_0
+        del parts[0]
     return "/".join(part for part in parts if part and not {*"(."} & {*part})

@@ -18,7 +18,7 @@ from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Model
 from jaxtrain.models import GPT, ViT, as_model, attention, compute_in
 from jaxtrain.models.attention import attend, cudnn_refusal
-from jaxtrain.models.attention_choices import record_attention
+from jaxtrain.models.attention_choices import AttentionChoice, record_attention
 from jaxtrain.models.target_gpu import target_capability, trace_for
 
 KEY = jax.random.key(0)
@@ -185,29 +185,34 @@ def test_float16_runs_on_a_cpu_and_rounds_less_than_its_precision():
     np.testing.assert_allclose(value, expected.sum(), rtol=2e-3)
 
 
-def test_choices_are_recorded_by_layer_with_the_reason(hopper):
-    with record_attention() as refused:
-        lower_gradient(NET, "float32", TOKENS)
-    assert [(one.layer, one.kernel, one.dtype) for one in refused[-2:]] == [
-        ("block0", "xla", "float32"),
-        ("block1", "xla", "float32"),
-    ]
-    assert refused[-1].reason == "it takes float16 and bfloat16, and this is float32"
-    assert refused[-1].shape == (2, 24, 2, 64)
-    with record_attention() as taken:
-        lower_gradient(NET, "bfloat16", TOKENS, remat="nothing_saveable")
-    assert [(one.layer, one.kernel, one.reason) for one in taken if one.dtype == "bfloat16"] == [
-        ("block0", "cudnn", ""),
-        ("block1", "cudnn", ""),
-    ]
+@pytest.mark.parametrize("remat", ["none", "nothing_saveable"])
+def test_choices_are_recorded_once_by_layer_with_the_reason(hopper, remat):
+    """Initialisation, which uses XLA's kernel, is not among them."""
+    why = "it takes float16 and bfloat16, and this is float32"
+    for precision, kernel, reason in (("float32", "xla", why), ("bfloat16", "cudnn", "")):
+        with record_attention() as choices:
+            lower_gradient(NET, precision, TOKENS, remat=remat)
+        assert choices == [
+            AttentionChoice(f"block{i}", (2, 24, 2, 64), precision, kernel, reason) for i in range(2)
+        ]
+
+
+def test_choices_of_an_application_without_gradients(hopper):
+    model = as_model(NET)
+    params, _ = jax.eval_shape(model.init, KEY, TOKENS)
+    with record_attention() as choices:
+        jax.eval_shape(lambda p, b: model.apply(p, {}, b, train=False, key=None)[0], params, TOKENS)
+    assert [one.layer for one in choices] == ["block0", "block1"]
 
 
 def test_choices_outside_of_the_recording_are_not_recorded():
     q = jnp.ones((1, 4, 2, 8))
     with record_attention() as choices:
         attend(q, q, q, True, "xla")
-    attend(q, q, q, False)
-    assert [(one.layer, one.kernel, one.reason) for one in choices] == [("", "xla", "attention=xla")]
+        attend(q, q, q, True)
+        attend(q, q, q, True)  # the same again
+    attend(q[:, :3], q[:, :3], q[:, :3], True)
+    assert [(one.layer, one.kernel, one.shape) for one in choices] == [("", "xla", (1, 4, 2, 8))]
 
 
 @pytest.mark.parametrize(
