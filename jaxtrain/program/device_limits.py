@@ -7,10 +7,10 @@ import re
 
 from jax.sharding import Mesh
 
-from jaxtrain import sharding
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.text import size_text
 from jaxtrain.sharding import described
+from jaxtrain.sharding.mesh import memory_fraction
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -40,11 +40,11 @@ def limit_of(mesh: Mesh, device_memory: str | None = None) -> Limit | None:
       InputError: ``device_memory`` is not a size, or the environment variable not a fraction.
     """
     if device_memory is not None:
-        size, (fraction, source) = parse_size(device_memory, "--device-memory"), sharding.memory_fraction()
+        size, (fraction, source) = parse_size(device_memory, "--device-memory"), memory_fraction()
         return Limit(int(size * fraction), f"{100 * fraction:g} % of {device_memory.strip()}, {source}")
     card = described.card_of(mesh)
     if card is not None:
-        fraction, source = sharding.memory_fraction()
+        fraction, source = memory_fraction()
         text = f"{100 * fraction:g} % of the card's {size_text(card.memory)}, {source}"
         return Limit(int(card.memory * fraction), text)
     device = mesh.local_devices[0]

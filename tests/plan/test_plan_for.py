@@ -73,8 +73,9 @@ def programs(monkeypatch):
     compile_step = module._compile
 
     def collect(program, mesh):
-        found.append((program, compile_step(program, mesh)))
-        return found[-1][1]
+        compiled = compile_step(program, mesh)
+        found.append((program, compiled[0]))
+        return compiled
 
     monkeypatch.setattr(module, "_compile", collect)
     return found
@@ -105,6 +106,9 @@ def test_digits_cnn_is_compiled_for_an_h100(capsys, programs):
     assert re.search(r"^verdict: fits: [\d.]+ MB of 63.71 GB \(0 %\) on each device$", out, re.M)
     assert "  limit: 75 % of the card's 84.94 GB, JAX's default" in out
     assert re.search(r"^  not in it is a workspace of cuDNN, at most 4.29 GB; 63.\d+ GB are left$", out, re.M)
+    assert re.search(r"^  convolution +__cudnn\$convBackwardFilter +\d", out, re.M)
+    assert re.search(rf"^  outputs that reuse an input +{leaves}  of {leaves + 1} outputs", out, re.M)
+    assert re.search(r"^  waits for the host +0$", out, re.M) and "  step, at least  " in out
     assert "CPU figures" not in out and max(map(len, out.splitlines())) < 100
 
 
@@ -219,3 +223,21 @@ def test_search_and_nearest_change_compile_for_the_card(capsys, monkeypatch):
     found = plan_for(capsys, "digits_cnn", "--for", "h100", "--device-memory", "4MB")
     assert found["fits"] is False and found["limit"]["bytes"] == 3_000_000
     assert found["change"]["flags"] and found["change"]["total"] <= 3_000_000
+
+
+def test_products_are_those_of_cublas_where_triton_has_no_tiles(monkeypatch):
+    module = importlib.import_module("jaxtrain.plan.measure")
+    asked = []
+
+    def compile_with_graphs(lowered, options=None):
+        asked.append(options)
+        if not options:
+            raise jax.errors.JaxRuntimeError(
+                "INTERNAL: Couldn't find output tile sizes that satisfy hlo: ..."
+            )
+        return "compiled", None
+
+    monkeypatch.setattr(module, "compile_with_graphs", compile_with_graphs)
+    compiled, _, notes = module._compile_for_card("lowered")
+    assert compiled == "compiled" and asked == [None, {"xla_gpu_enable_triton_gemm": False}]
+    assert notes == ("matrix products are cuBLAS's: XLA finds no tiles for Triton without a GPU",)
