@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from typing import Any
 
@@ -10,48 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_compiler import needs_compiler
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.plan.collectives import collectives
 from jaxtrain.plan.cuda_graphs import CudaGraphs, compile_with_graphs
 from jaxtrain.plan.gpu_program import read_gpu_program
-
-# openxla/xla, xla/backends/gpu/target_config/specs/h100_sxm.txtpb
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84942979072
-  cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  device_vendor: "NVIDIA Corporation" device_address_bits: 64 pcie_bandwidth: 34359738368 ecc_enabled: true
-  name: "NVIDIA H100 80GB HBM3" driver_version: "13.0.0" runtime_version: "12.9.0"
-  compile_time_toolkit_version: "12.9.0" dnn_version: "9.10.0" device_interconnect_info { active_links: 18 }
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-runtime_version { major: 12 minor: 9 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-WHEELS = ("jax_plugins.xla_cuda12", "nvidia.cuda_nvcc")
+from jaxtrain.sharding import described
+from jaxtrain.sharding.cards import load_card
 
 
 def h100s(count: int) -> Mesh:
     """Return a mesh of devices that are not here."""
-    from jax.experimental import topologies
-
-    for name in WHEELS:
-        try:
-            found = importlib.util.find_spec(name)
-        except ModuleNotFoundError:
-            found = None
-        if found is None:
-            pytest.skip(f"{name} is not installed: compiling for a GPU needs jax[cuda12]")
-    described = topologies.get_topology_desc(platform="cuda", target_config=H100, topology=f"1x1x{count}")
-    return Mesh(np.array(described.devices), ("data",))
+    return Mesh(np.array(described.described_devices(load_card("h100"), 1, count)), ("data",))
 
 
 def compile_step(mesh: Mesh, train: Any, *shapes: tuple[tuple[int, ...], tuple[str, ...]]) -> Any:
@@ -73,6 +43,7 @@ def mlp(params: Any, inputs: Any, x: Any, y: Any) -> Any:
 MLP = (((256, 512), ()), ((512, 256), ()), ((128, 256), ("data",)), ((128, 256), ("data",)))
 
 
+@needs_compiler
 @pytest.mark.full("tests/plan/test_gpu_program.py::test_kernels_by_kind_with_the_bytes_that_they_move")
 @pytest.mark.parametrize("devices", [1, 2])
 def test_network_for_h100(devices: int) -> None:
@@ -95,6 +66,7 @@ def test_network_for_h100(devices: int) -> None:
         assert graphs.outside >= 1  # the collective
 
 
+@needs_compiler
 @pytest.mark.full("tests/plan/test_gpu_program.py::test_library_calls_by_name")
 def test_convolution_for_h100() -> None:
     mesh = h100s(1)

@@ -110,6 +110,24 @@ def test_digits_cnn_is_compiled_for_an_h100(capsys, programs):
     assert re.search(rf"^  outputs that reuse an input +{leaves}  of {leaves + 1} outputs", out, re.M)
     assert re.search(r"^  waits for the host +0$", out, re.M) and "  step, at least  " in out
     assert "CPU figures" not in out and max(map(len, out.splitlines())) < 100
+    titles = ("GPU program: kernels of a step on each device", "launches", "lower bound of a step")
+    assert all(f"\n\n{title}" in out for title in titles)
+
+
+@needs_compiler
+@pytest.mark.full("tests/plan/test_gpu_report.py::test_json_has_every_figure")
+def test_json_has_the_gpu_program_with_attention_by_layer(capsys, tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    options = ("--for", "h100", "--devices", "2", "--set", "precision=float32")
+    found = plan_for(capsys, str(tmp_path / "own.py"), *options)["gpu"]
+    graphs = found["cuda_graphs"]
+    assert found["launches"] == sum(one["count"] for one in found["kernels"])
+    assert found["launches"] == graphs["inside"] + graphs["outside"]
+    [layer] = found["attention"]
+    assert (layer["layer"], layer["kernel"], layer["shape"]) == ("block0", "xla", [32, 64, 1, 64])
+    assert layer["reason"] == "it takes float16 and bfloat16, and this is float32"
+    assert found["overlap"][0]["axes"] == ["data"] and found["host"] == []
+    assert found["lower_bound"]["seconds"] > 0 and found["lower_bound"]["peak"] == 494.5e12
 
 
 def test_a_plan_for_cpus_says_where_the_figures_of_a_gpu_are(capsys):
