@@ -11,18 +11,21 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 from gpu_compiler import needs_compiler
 
 from jaxtrain import __main__ as commands
-from jaxtrain import data, plan
+from jaxtrain import data, plan, sharding
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.text import size_text
 from jaxtrain.experiment import find
 from jaxtrain.plan import report
 from jaxtrain.plan.absent_data import AbsentData, StreamedAbsentData
 from jaxtrain.plan.measure import WORKSPACE
+from jaxtrain.program import assemble, device_limits
 from jaxtrain.program.device_limits import Limit
-from jaxtrain.sharding import cards
+from jaxtrain.program.memory import abstract_args
+from jaxtrain.sharding import cards, described
 
 TINY = str(Path(__file__).parents[1] / "tiny.py")
 HOST = (
@@ -227,6 +230,23 @@ def test_a_users_file_without_its_data_on_eight_gpus_of_two_hosts(capsys, progra
     assert found["notes"][0].startswith("train: Tokens cannot be read here (tokens.npy is not here)")
     [(program, _)] = programs
     assert program.train.batch(0)["data"]["tokens"].shape == (5000, 64)  # a shape: nothing is stored
+
+
+@needs_compiler
+@pytest.mark.full("tests/plan/test_plan_for.py::test_digits_cnn_is_compiled_for_an_h100")
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "experiments").glob("[!_]*.py")))
+def test_every_shipped_experiment_is_lowered_for_two_gpus_without_its_data(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    experiment, notes = plan.describe_absent(find(name).load()[0])
+    assert bool(notes) is (name != "digits_cnn")
+    mesh = sharding.make_mesh(described.described_devices(cards.load_card("h100"), per_host=2))
+    experiment, _ = plan.for_device_memory(experiment, device_limits.limit_of(mesh))
+    program = assemble(plan.with_open_data(experiment, mesh), mesh)
+    try:
+        text = program.train_step.lower(*abstract_args(program)).as_text()
+    finally:
+        program.close()
+    assert "mhlo.num_partitions = 2" in text and not [one for one in HOST if one in text]
 
 
 @needs_compiler

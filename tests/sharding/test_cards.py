@@ -130,6 +130,13 @@ def test_a_mesh_of_described_devices_has_shapes_for_arrays(monkeypatch):
     assert whole.shape == (2, 3) and isinstance(whole, jax.ShapeDtypeStruct)
 
 
+def test_programs_that_jax_cannot_load_again_are_not_cached():
+    before = jax.config.jax_enable_compilation_cache
+    with described.without_compilation_cache():
+        assert not jax.config.jax_enable_compilation_cache
+    assert jax.config.jax_enable_compilation_cache == before
+
+
 def test_attention_is_chosen_for_the_version_of_cudnn_that_xla_is_told():
     major, minor, patch = described.CUDNN
     assert 10_000 * major + 100 * minor + patch == target_gpu.CUDNN
