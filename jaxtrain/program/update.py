@@ -45,7 +45,10 @@ def build_train_step(
     arguments = (model, loss, tx, prepare, post_update)
     if exp.step_factory is not None:
         _check_factory(factory, arguments, options)
-    return guard_step(_checked(factory(*arguments, **options)), exp.guard)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    replicated = mesh.shape.get("data") == mesh.size
+    step = _checked(factory(*arguments, **options))
+    return guard_step(step, exp.guard, merge_norms=replicated and not on_cpu)
 
 
 def _check_factory(factory: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:

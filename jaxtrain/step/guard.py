@@ -37,6 +37,8 @@ Policy = Literal["stop", "skip", "off"]
 GUARD = "guard"  # the name of the guard's values among a step's metrics
 BAD_LABELS = "labels_out_of_range"
 GUARD_VALUES = ("loss", "grad_norm", "update_norm", BAD_LABELS)
+LEAVES_PER_SUM = 20  # XLA fuses 96 operands; AdamW's update of a parameter reads four arrays
+ROW = 256  # elements that one row of a merged sum adds up
 
 Step = Callable[[State, Batch, jax.Array], tuple[State, Metrics]]
 
@@ -81,16 +83,17 @@ def count_bad_labels(loss_fn: Any) -> Any:
     return CountBadLabels(loss_fn) if hasattr(loss_fn, "outside") else loss_fn
 
 
-def guard_step(train_step: Step, policy: Policy) -> Step:
+def guard_step(train_step: Step, policy: Policy, merge_norms: bool = False) -> Step:
     """Make ``train_step`` leave the state unchanged on a bad update, except for ``state.step``.
 
     ``state.step`` is the position in the data, and always advances. The values it checks are added to the
     metrics as ``guard``. An overflow that ``optim.LossScale`` handles is not bad: it reports no gradient norm
     and changes no parameter.
 
-    The update is bit-for-bit that of the step without a guard, because a barrier keeps XLA from fusing the
-    two. On CPUs that needs the compiler options ``sharding.KEEP_BARRIERS``; without them the last bits may
-    differ.
+    On CPUs the update is bit-for-bit that of the step without a guard, because a barrier keeps XLA from
+    fusing the two. That needs the compiler options ``sharding.KEEP_BARRIERS``; without them the last bits may
+    differ. Elsewhere there is no barrier: the selection is part of the kernels that compute the update, and
+    the last bits may differ.
 
     Args:
       train_step: pure ``(state, batch, key) -> (state, metrics)``. Its metrics ``loss`` and ``grad_norm``,
@@ -98,27 +101,32 @@ def guard_step(train_step: Step, policy: Policy) -> Step:
         checked.
       policy: ``"skip"`` drops the metrics of a bad update and reports ``skipped`` (0 or 1); ``"off"``
         returns ``train_step`` unchanged.
+      merge_norms: sum the squares of many parameters in one kernel instead of one for each, which takes fewer
+        launches on a GPU. For parameters that are not sharded: sharded ones would be gathered.
     """
     if policy == "off":
         return train_step
 
     def step(state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
-        new, metrics = jax.lax.optimization_barrier(train_step(state, batch, key))
+        new, metrics = jax.lax.platform_dependent(
+            train_step(state, batch, key), cpu=jax.lax.optimization_barrier, default=lambda result: result
+        )
         bad_labels = metrics.get(BAD_LABELS)
         metrics = {name: metric for name, metric in metrics.items() if name != BAD_LABELS}
-        values = jnp.stack(
-            [
-                _scalar(metrics.get("loss")),
-                _scalar(metrics.get("grad_norm")),
-                optax.tree.norm(jax.tree.map(_difference, new.params, state.params)),
-                _scalar(bad_labels),
-            ]
-        )
-        good = jnp.isfinite(values).all() & (values[-1] == 0)
+        difference = jax.tree.map(_difference, new.params, state.params)
+        values = [
+            _scalar(metrics.get("loss")),
+            _scalar(metrics.get("grad_norm")),
+            _merged_norm(difference) if merge_norms else optax.tree.norm(difference),
+            _scalar(bad_labels),
+        ]
+        good = values[-1] == 0
+        for value in values:
+            good &= jnp.isfinite(value)
         guarded = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, state)
         if policy == "skip":
             metrics = _drop_unless(good, metrics)
-        return guarded.replace(step=new.step), {**metrics, GUARD: GuardValues(values)}
+        return guarded.replace(step=new.step), {**metrics, GUARD: GuardValues(jnp.stack(values))}
 
     return step
 
@@ -149,6 +157,26 @@ def _scalar(metric: Any) -> jax.Array:
 def _difference(after: jax.Array, before: jax.Array) -> jax.Array:
     dtype = jnp.promote_types(after.dtype, jnp.float32)
     return after.astype(dtype) - before.astype(dtype)
+
+
+def _merged_norm(tree: Any) -> jax.Array:
+    """Return the norm of all leaves, with the squares of ``LEAVES_PER_SUM`` leaves summed at once."""
+    squares = [jnp.square(jnp.abs(_as_cudnn(leaf))).reshape(-1) for leaf in jax.tree.leaves(tree)]
+    rows = []
+    for start in range(0, len(squares), LEAVES_PER_SUM):
+        part = jnp.concatenate(squares[start : start + LEAVES_PER_SUM])
+        rows.append(jnp.pad(part, (0, -part.size % ROW)).reshape(-1, ROW).sum(1))
+    # Without a barrier XLA rewrites the sum of a concatenation as one sum for each leaf.
+    return jnp.sqrt(jax.lax.optimization_barrier(jnp.concatenate(rows)).sum())
+
+
+def _as_cudnn(leaf: jax.Array) -> jax.Array:
+    """Move the output channels of a convolution's kernel first, as cuDNN returns its gradient.
+
+    In another order each kernel's squares would be transposed by a launch of its own.
+    """
+    square_kernel = leaf.ndim == 4 and leaf.shape[0] == leaf.shape[1]
+    return jnp.moveaxis(leaf, -1, 0) if square_kernel else leaf
 
 
 def _drop_unless(good: jax.Array, metrics: Metrics) -> Metrics:
