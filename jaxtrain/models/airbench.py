@@ -15,7 +15,8 @@ from flax import linen as nn
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Batch, Names
-from jaxtrain.models.layers import CONV_AXES, check_image, check_rates, max_pool
+from jaxtrain.models.layers import CONV_AXES, check_image, check_rates
+from jaxtrain.models.pooling import max_pool
 
 WHITEN = "whiten"
 

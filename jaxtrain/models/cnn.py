@@ -13,8 +13,8 @@ from jaxtrain.models.layers import (
     Activation,
     check_image,
     check_rates,
-    max_pool,
 )
+from jaxtrain.models.pooling import max_pool
 
 
 class CNN(nn.Module):

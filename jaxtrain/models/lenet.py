@@ -17,8 +17,8 @@ from jaxtrain.models.layers import (
     check_image,
     check_rates,
     dense_axes,
-    max_pool,
 )
+from jaxtrain.models.pooling import max_pool
 
 
 class ConvNet(nn.Module):

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.models.layers import CONV_AXES, check_image, check_rates
+from jaxtrain.models.pooling import max_pool
 from jaxtrain.models.remat import Remat, remat_block
 
 BlockKind = Literal["basic", "bottleneck"]
@@ -66,7 +67,7 @@ class ResNet(nn.Module):
         x = _conv(image, self.width, 7 if large else 3, 2 if large else 1, "stem_conv")
         x = nn.relu(_norm(x, train, self.bn_momentum, "stem_norm"))
         if large:
-            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+            x = max_pool(x, 3, 2, ((1, 1), (1, 1)))
         block = remat_block(ResidualBlock, remat)
         for stage, blocks in enumerate(self.stages):
             for number in range(blocks):

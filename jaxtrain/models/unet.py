@@ -10,7 +10,8 @@ from flax import linen as nn
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Names
-from jaxtrain.models.layers import CONV_AXES, check_image, check_rates, max_pool
+from jaxtrain.models.layers import CONV_AXES, check_image, check_rates
+from jaxtrain.models.pooling import max_pool
 from jaxtrain.models.remat import Remat, remat_block
 
 
