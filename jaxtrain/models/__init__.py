@@ -3,6 +3,7 @@
 from jaxtrain.models.adapter import as_model
 from jaxtrain.models.airbench import Airbench, TestTimeViews, Whiten
 from jaxtrain.models.cnn import CNN
+from jaxtrain.models.dropout import Dropout
 from jaxtrain.models.gpt import GPT
 from jaxtrain.models.lenet import ConvNet
 from jaxtrain.models.matrix_factorization import Factors
@@ -22,6 +23,7 @@ __all__ = [
     "MLP",
     "Airbench",
     "ConvNet",
+    "Dropout",
     "Factors",
     "GRUForecaster",
     "LSTMClassifier",

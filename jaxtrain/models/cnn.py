@@ -7,6 +7,7 @@ from flax import linen as nn
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.models.cpu_conv import conv
+from jaxtrain.models.dropout import Dropout
 from jaxtrain.models.layers import (
     ACTIVATIONS,
     CONV_AXES,
@@ -66,7 +67,7 @@ class CNN(nn.Module):
                 x = self._conv(x, width, train, f"stage{stage}_conv{number}")
             if self.residual and self.convs > 1:
                 x = x + first
-        x = nn.Dropout(self.dropout, deterministic=not train)(x.mean((1, 2)))
+        x = Dropout(self.dropout, deterministic=not train)(x.mean((1, 2)))
         return nn.Dense(self.classes, name="head")(x)
 
     def _conv(self, x: jax.Array, width: int, train: bool, name: str, pool: bool = False) -> jax.Array:

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Names
+from jaxtrain.models.dropout import Dropout
 from jaxtrain.models.layers import CONV_AXES, check_image, check_rates
 from jaxtrain.models.pooling import max_pool
 from jaxtrain.models.remat import Remat, remat_block
@@ -63,7 +64,7 @@ class UNet(nn.Module):
             skips.append(x)
             x = max_pool(x)
         x = run(self, x, self.widths[-1], train, "bottom")
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = Dropout(self.dropout, deterministic=not train)(x)
         for level in reversed(range(len(skips))):
             width = self.widths[level]
             x = jnp.concatenate([skips[level], self._upsample(x, width, f"up{level}")], -1)
