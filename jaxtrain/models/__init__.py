@@ -2,6 +2,7 @@
 
 from jaxtrain.models.adapter import as_model
 from jaxtrain.models.airbench import Airbench, TestTimeViews, Whiten
+from jaxtrain.models.batch_norm import BatchNorm
 from jaxtrain.models.cnn import CNN
 from jaxtrain.models.dropout import Dropout
 from jaxtrain.models.gpt import GPT
@@ -22,6 +23,7 @@ __all__ = [
     "GPT",
     "MLP",
     "Airbench",
+    "BatchNorm",
     "ConvNet",
     "Dropout",
     "Factors",

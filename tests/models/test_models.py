@@ -246,6 +246,7 @@ CASES: dict[type, dict[str, Any]] = {
         "residual": False,
         "batch_norm": False,
         "bn_momentum": 0.5,
+        "bn_groups": 2,
         "dropout": 0.5,
         "activation": "tanh",
     },
