@@ -2,12 +2,14 @@
 
 from jaxtrain.models.adapter import as_model
 from jaxtrain.models.airbench import Airbench, TestTimeViews, Whiten
+from jaxtrain.models.batch_norm import BatchNorm
 from jaxtrain.models.cnn import CNN
+from jaxtrain.models.dropout import Dropout
 from jaxtrain.models.gpt import GPT
-from jaxtrain.models.layers import max_pool
 from jaxtrain.models.lenet import ConvNet
 from jaxtrain.models.matrix_factorization import Factors
 from jaxtrain.models.mlp import MLP
+from jaxtrain.models.pooling import max_pool
 from jaxtrain.models.precision import Precision, check_precision, compute_in
 from jaxtrain.models.recurrent import GRUForecaster, LSTMClassifier
 from jaxtrain.models.remat import Remat, check_remat, remat_block
@@ -21,7 +23,9 @@ __all__ = [
     "GPT",
     "MLP",
     "Airbench",
+    "BatchNorm",
     "ConvNet",
+    "Dropout",
     "Factors",
     "GRUForecaster",
     "LSTMClassifier",

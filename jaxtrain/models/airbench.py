@@ -15,7 +15,9 @@ from flax import linen as nn
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Batch, Names
-from jaxtrain.models.layers import CONV_AXES, check_image, check_rates, max_pool
+from jaxtrain.models.batch_norm import BatchNorm
+from jaxtrain.models.layers import CONV_AXES, check_image, check_rates
+from jaxtrain.models.pooling import max_pool
 
 WHITEN = "whiten"
 
@@ -39,6 +41,8 @@ class Airbench(nn.Module):
         ``Whiten``.
       scale: factor that multiplies the logits.
       bn_momentum: decay rate of BatchNorm's running statistics, in [0, 1).
+      bn_groups: slices of the batch that have BatchNorm statistics of their own, at least 1
+        (``models.BatchNorm``); 1 is the global batch.
 
     Call with ``image: float [batch, height, width, channel]``; returns logits ``[batch, classes]``.
 
@@ -55,6 +59,7 @@ class Airbench(nn.Module):
     whiten: int = 24
     scale: float = 1 / 9
     bn_momentum: float = 0.6
+    bn_groups: int = 1
 
     logical_axes: ClassVar[dict[str, Names]] = {
         "whiten/kernel$": (None,) * 4,
@@ -96,7 +101,9 @@ class Airbench(nn.Module):
         return nn.Conv(width, (3, 3), use_bias=False, kernel_init=identity_init, name=name)(x)
 
     def _batch_norm(self, x: jax.Array, train: bool, name: str) -> jax.Array:
-        norm = nn.BatchNorm(momentum=self.bn_momentum, epsilon=1e-12, use_scale=False, name=name)
+        norm = BatchNorm(
+            momentum=self.bn_momentum, groups=self.bn_groups, epsilon=1e-12, use_scale=False, name=name
+        )
         return norm(x, use_running_average=not train)
 
 

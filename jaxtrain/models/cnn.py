@@ -6,22 +6,25 @@ import jax
 from flax import linen as nn
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.models.batch_norm import BatchNorm
 from jaxtrain.models.cpu_conv import conv
+from jaxtrain.models.dropout import Dropout
 from jaxtrain.models.layers import (
     ACTIVATIONS,
     CONV_AXES,
     Activation,
     check_image,
     check_rates,
-    max_pool,
 )
+from jaxtrain.models.pooling import max_pool
 
 
 class CNN(nn.Module):
     """Stages of conv 3×3 → max-pool 2 → BatchNorm → activation, then global average pooling and a dense head.
 
     Further convolutions of a stage work at the pooled size. Convolutions before a BatchNorm have no bias,
-    which BatchNorm would cancel. BatchNorm statistics are over the global batch.
+    which BatchNorm would cancel. BatchNorm statistics are over ``bn_groups`` slices of the
+    global batch.
 
     Attributes:
       widths: output channels of each stage; image sides must be at least ``2 ** len(widths)``.
@@ -30,6 +33,8 @@ class CNN(nn.Module):
       residual: add a stage's first activation to its last; no effect if ``convs`` is 1.
       batch_norm: use BatchNorm after every convolution; without it convolutions have biases.
       bn_momentum: decay rate of BatchNorm's running statistics, in [0, 1).
+      bn_groups: slices of the batch that have BatchNorm statistics of their own, at least 1
+        (``models.BatchNorm``); 1 is the global batch.
       dropout: dropout rate before the head, in [0, 1); active only in training.
       activation: ``relu``, ``gelu``, ``silu`` or ``tanh``.
 
@@ -48,6 +53,7 @@ class CNN(nn.Module):
     residual: bool = True
     batch_norm: bool = True
     bn_momentum: float = 0.9
+    bn_groups: int = 1
     dropout: float = 0.0
     activation: Activation = "relu"
 
@@ -66,7 +72,7 @@ class CNN(nn.Module):
                 x = self._conv(x, width, train, f"stage{stage}_conv{number}")
             if self.residual and self.convs > 1:
                 x = x + first
-        x = nn.Dropout(self.dropout, deterministic=not train)(x.mean((1, 2)))
+        x = Dropout(self.dropout, deterministic=not train)(x.mean((1, 2)))
         return nn.Dense(self.classes, name="head")(x)
 
     def _conv(self, x: jax.Array, width: int, train: bool, name: str, pool: bool = False) -> jax.Array:
@@ -74,6 +80,11 @@ class CNN(nn.Module):
         if pool:
             x = max_pool(x)
         if self.batch_norm:
-            norm = nn.BatchNorm(use_running_average=not train, momentum=self.bn_momentum, name=f"{name}_norm")
+            norm = BatchNorm(
+                use_running_average=not train,
+                momentum=self.bn_momentum,
+                groups=self.bn_groups,
+                name=f"{name}_norm",
+            )
             x = norm(x)
         return ACTIVATIONS[self.activation](x)

@@ -15,6 +15,7 @@ from jaxtrain.core.chunked_logits import ChunkedLogits
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Names
 from jaxtrain.models.attention import Attention
+from jaxtrain.models.dropout import Dropout
 from jaxtrain.models.layers import check_rates
 from jaxtrain.models.remat import Remat, remat_block
 from jaxtrain.models.transformer import BLOCK_AXES, Block, check_heads
@@ -87,7 +88,7 @@ class GPT(nn.Module):
         if self.positions == "learned":
             table = self.param("position_table", init, (self.context, self.width))
             x = x + table[None, : tokens.shape[1]].astype(x.dtype)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = Dropout(self.dropout, deterministic=not train)(x)
         layer = remat_block(Block, remat)
         for number in range(self.depth):
             block = layer(

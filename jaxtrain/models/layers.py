@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxtrain.core.errors import InputError
@@ -29,47 +28,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
     "tanh": nn.tanh,
 }
-
-
-def max_pool(x: jax.Array, size: int = 2) -> jax.Array:
-    """Max-pool without overlap: float ``[batch, h, w, c]`` → ``[batch, h // size, w // size, c]``.
-
-    The values are those of ``flax.linen.max_pool(x, (size, size), (size, size))``. They are computed from
-    strided slices, because on a CPU the gradient of XLA's ``reduce_window`` is several times slower. Equal
-    maxima of a window share its gradient.
-
-    >>> import jax.numpy as jnp
-    >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0].tolist()
-    [[5.0, 7.0], [13.0, 15.0]]
-    """
-    b, h, w, c = x.shape
-    rows, columns = h // size, w // size
-    windows = x[:, : rows * size, : columns * size].reshape(b, rows, size, columns, size, c)
-    parts = [windows[:, :, i, :, j] for i in range(size) for j in range(size)]
-    while len(parts) > 1:  # as a tree, so that equal elements of a 2×2 window share the gradient equally
-        pairs = [_larger(*parts[k : k + 2]) for k in range(0, len(parts) - 1, 2)]
-        parts = pairs + parts[len(pairs) * 2 :]
-    return parts[0]
-
-
-@jax.custom_jvp
-def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.maximum(a, b)
-
-
-@_larger.defjvp
-def _larger_jvp(
-    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """Return the tangent of the larger one, or the mean of both if they are equal.
-
-    JAX's own rules compare each element with the maximum. XLA may compute an element twice, for the maximum
-    and for the comparison, and round it differently; then none is equal, and the gradient is lost or, for
-    ``max`` over an axis, 0 / 0. This rule compares two elements: even if they differ in the last bit only,
-    the gradient goes to one of them.
-    """
-    (a, b), (da, db) = primals, tangents
-    return jnp.maximum(a, b), jnp.where(a == b, 0.5 * (da + db), jnp.where(a > b, da, db))
 
 
 def dense_axes(*layers: str) -> dict[str, Names]:

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Names
 from jaxtrain.models.cpu_conv import conv
+from jaxtrain.models.dropout import Dropout
 from jaxtrain.models.layers import (
     ACTIVATIONS,
     CONV_AXES,
@@ -17,8 +18,8 @@ from jaxtrain.models.layers import (
     check_image,
     check_rates,
     dense_axes,
-    max_pool,
 )
+from jaxtrain.models.pooling import max_pool
 
 
 class ConvNet(nn.Module):
@@ -73,11 +74,11 @@ class ConvNet(nn.Module):
             x = conv(width, self.kernel, padding=self.padding, name=f"conv{layer}")(x)
             # Pool first: less work, and for a monotonic activation (relu, tanh) the same values.
             x = act(max_pool(x, self.pool) if self.pool > 1 else x)
-        x = nn.Dropout(self.channel_dropout, broadcast_dims=(1, 2), deterministic=not train)(x)
+        x = Dropout(self.channel_dropout, broadcast_dims=(1, 2), deterministic=not train)(x)
         x = x.reshape(x.shape[0], -1)
         for layer, width in enumerate(self.hidden):
             x = act(nn.Dense(width, name=f"dense{layer}")(x))
-            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+            x = Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.classes, name="head")(x)
 
     def _smallest(self) -> int:

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Batch, Names
+from jaxtrain.models.dropout import Dropout
 from jaxtrain.models.layers import check_rates, dense_axes
 
 # Small: test RMSE on made-up ratings of rank 5 with noise 0.3 (600 × 400, 20 % seen, width 64, AdamW, best
@@ -80,7 +81,7 @@ class Factors(nn.Module):
         x = nn.Embed(size, self.width, embedding_init=init, name=name)(index)
         for layer, width in enumerate(self.hidden):
             x = nn.Dense(width, name=f"{name}_dense{layer}")(nn.relu(x) if layer else x)
-        return nn.Dropout(self.dropout, deterministic=not train)(x)
+        return Dropout(self.dropout, deterministic=not train)(x)
 
     def _bias(self, index: jax.Array, size: int, name: str) -> jax.Array:
         return nn.Embed(size, 1, embedding_init=nn.initializers.zeros, name=f"{name}_bias")(index)[:, 0]

@@ -7,6 +7,7 @@ from flax import linen as nn
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Names
+from jaxtrain.models.dropout import Dropout
 from jaxtrain.models.layers import ACTIVATIONS, Activation, check_rates, dense_axes
 
 
@@ -45,5 +46,5 @@ class MLP(nn.Module):
         x = image.reshape(image.shape[0], -1)
         for layer, width in enumerate(self.widths):
             x = ACTIVATIONS[self.activation](nn.Dense(width, name=f"dense{layer}")(x))
-            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+            x = Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.classes, name="head")(x)

@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Batch
+from jaxtrain.models.dropout import Dropout
 from jaxtrain.models.layers import check_rates
 
 
@@ -71,10 +72,10 @@ class LSTMClassifier(nn.Module):
         x = nn.Embed(self.vocab, self.embedding, name="embedding")(jnp.where(real, tokens, 0))
         for layer in range(self.layers):
             if layer:
-                x = nn.Dropout(self.dropout, deterministic=not train)(x)
+                x = Dropout(self.dropout, deterministic=not train)(x)
             x = self._layer(x, length, f"layer{layer}")
         x = self._pool(x, length, real)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.classes, name="head")(x)
 
     def _layer(self, x: jax.Array, length: jax.Array, name: str) -> jax.Array:
@@ -177,11 +178,11 @@ class GRUForecaster(nn.Module):
         x = series - series[:, -1:] if self.residual else series
         for layer in range(self.layers):
             if layer:
-                x = nn.Dropout(self.dropout, deterministic=not train)(x)
+                x = Dropout(self.dropout, deterministic=not train)(x)
             zero = jnp.zeros((x.shape[0], self.width), x.dtype)
             rnn: Any = nn.RNN(nn.GRUCell(self.width, name=f"layer{layer}"))
             x = rnn(x, initial_carry=zero)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x[:, -1])
+        x = Dropout(self.dropout, deterministic=not train)(x[:, -1])
         x = nn.Dense(self.horizon * self.variables, name="head")(x)
         x = x.reshape(-1, self.horizon, self.variables)
         return x + series[:, -1:] if self.residual else x

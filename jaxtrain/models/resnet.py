@@ -8,7 +8,9 @@ import jax
 from flax import linen as nn
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.models.batch_norm import BatchNorm
 from jaxtrain.models.layers import CONV_AXES, check_image, check_rates
+from jaxtrain.models.pooling import max_pool
 from jaxtrain.models.remat import Remat, remat_block
 
 BlockKind = Literal["basic", "bottleneck"]
@@ -24,7 +26,8 @@ class ResNet(nn.Module):
     ``stages=(3, 4, 6, 3)`` with bottlenecks is ResNet-50, ``(2, 2, 2, 2)`` with basic blocks ResNet-18. The
     last BatchNorm of every residual branch starts at scale 0, so that each block starts as the identity, and
     the head at a standard deviation of 0.01 (Goyal et al., arXiv:1706.02677, section 5.1). BatchNorm
-    statistics are over the global batch. Padding is symmetric, as in PyTorch, so PyTorch weights can be used.
+    statistics are over ``bn_groups`` slices of the global batch. Padding is symmetric, as in PyTorch, so
+    PyTorch weights can be used.
 
     Attributes:
       stages: number of residual blocks in each stage; every stage but the first halves the sides and doubles
@@ -34,6 +37,8 @@ class ResNet(nn.Module):
       width: channels of the stem, and of the first stage's 3×3 convolutions.
       classes: number of classes, the size of the output.
       bn_momentum: decay rate of BatchNorm's running statistics, in [0, 1).
+      bn_groups: slices of the batch that have BatchNorm statistics of their own, at least 1
+        (``models.BatchNorm``); 1 is the global batch.
 
     Call with ``image: float [batch, height, width, channel]``; returns logits ``[batch, classes]``.
 
@@ -53,6 +58,7 @@ class ResNet(nn.Module):
     width: int = 64
     classes: int = 1000
     bn_momentum: float = 0.9
+    bn_groups: int = 1
 
     logical_axes = CONV_AXES
 
@@ -64,9 +70,9 @@ class ResNet(nn.Module):
         large = self.stem == "imagenet"
         check_image(image, (4 if large else 1) * 2 ** (len(self.stages) - 1), "ResNet")
         x = _conv(image, self.width, 7 if large else 3, 2 if large else 1, "stem_conv")
-        x = nn.relu(_norm(x, train, self.bn_momentum, "stem_norm"))
+        x = nn.relu(_norm(x, train, self, "stem_norm"))
         if large:
-            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+            x = max_pool(x, 3, 2, ((1, 1), (1, 1)))
         block = remat_block(ResidualBlock, remat)
         for stage, blocks in enumerate(self.stages):
             for number in range(blocks):
@@ -75,6 +81,7 @@ class ResNet(nn.Module):
                     stride=2 if stage and not number else 1,
                     kind=self.block,
                     bn_momentum=self.bn_momentum,
+                    bn_groups=self.bn_groups,
                     name=f"stage{stage}_block{number}",
                 )(x, train)
         return nn.Dense(self.classes, kernel_init=nn.initializers.normal(0.01), name="head")(x.mean((1, 2)))
@@ -91,6 +98,7 @@ class ResidualBlock(nn.Module):
     stride: int
     kind: BlockKind
     bn_momentum: float
+    bn_groups: int
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -102,12 +110,12 @@ class ResidualBlock(nn.Module):
         branch, last = x, len(kernels) - 1
         for i, (kernel, width) in enumerate(zip(kernels, widths, strict=True)):
             branch = _conv(branch, width, kernel, self.stride if i == strided else 1, f"conv{i}")
-            branch = _norm(branch, train, self.bn_momentum, f"norm{i}", zero=i == last)
+            branch = _norm(branch, train, self, f"norm{i}", zero=i == last)
             if i < last:
                 branch = nn.relu(branch)
         if branch.shape != x.shape:
             x = _conv(x, widths[-1], 1, self.stride, "shortcut_conv")
-            x = _norm(x, train, self.bn_momentum, "shortcut_norm")
+            x = _norm(x, train, self, "shortcut_norm")
         return nn.relu(x + branch)
 
 
@@ -120,7 +128,15 @@ def _conv(x: jax.Array, width: int, kernel: int, stride: int, name: str) -> jax.
     return conv(x)
 
 
-def _norm(x: jax.Array, train: bool, momentum: float, name: str, zero: bool = False) -> jax.Array:
+def _norm(
+    x: jax.Array, train: bool, model: ResNet | ResidualBlock, name: str, zero: bool = False
+) -> jax.Array:
     scale = nn.initializers.zeros if zero else nn.initializers.ones
-    norm = nn.BatchNorm(use_running_average=not train, momentum=momentum, scale_init=scale, name=name)
+    norm = BatchNorm(
+        use_running_average=not train,
+        momentum=model.bn_momentum,
+        groups=model.bn_groups,
+        scale_init=scale,
+        name=name,
+    )
     return norm(x)

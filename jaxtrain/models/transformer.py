@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Names
 from jaxtrain.models.attention import Attention, attend
+from jaxtrain.models.dropout import Dropout
 
 BLOCK_AXES: dict[str, Names] = {
     "qkv/kernel$": ("embed", None, "heads", None),
@@ -57,7 +58,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         width = x.shape[-1]
-        drop = nn.Dropout(self.dropout, deterministic=not train)
+        drop = Dropout(self.dropout, deterministic=not train)
         read, write = _kernels(self.std), _kernels(self.residual_std)
 
         h = nn.LayerNorm(name="norm0")(x)

@@ -10,7 +10,10 @@ from flax import linen as nn
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Names
-from jaxtrain.models.layers import CONV_AXES, check_image, check_rates, max_pool
+from jaxtrain.models.batch_norm import BatchNorm
+from jaxtrain.models.dropout import Dropout
+from jaxtrain.models.layers import CONV_AXES, check_image, check_rates
+from jaxtrain.models.pooling import max_pool
 from jaxtrain.models.remat import Remat, remat_block
 
 
@@ -26,6 +29,8 @@ class UNet(nn.Module):
       classes: number of classes, the size of the output.
       batch_norm: use BatchNorm after every 3×3 convolution; without it convolutions have biases.
       bn_momentum: decay rate of BatchNorm's running statistics, in [0, 1).
+      bn_groups: slices of the batch that have BatchNorm statistics of their own, at least 1
+        (``models.BatchNorm``); 1 is the global batch.
       dropout: dropout rate at the coarsest level, in [0, 1); active only in training.
 
     Call with ``image: float [batch, height, width, channel]``; returns logits
@@ -42,6 +47,7 @@ class UNet(nn.Module):
     classes: int = 3
     batch_norm: bool = True
     bn_momentum: float = 0.9
+    bn_groups: int = 1
     dropout: float = 0.0
 
     logical_axes: ClassVar[dict[str, Names]] = {
@@ -62,7 +68,7 @@ class UNet(nn.Module):
             skips.append(x)
             x = max_pool(x)
         x = run(self, x, self.widths[-1], train, "bottom")
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = Dropout(self.dropout, deterministic=not train)(x)
         for level in reversed(range(len(skips))):
             width = self.widths[level]
             x = jnp.concatenate([skips[level], self._upsample(x, width, f"up{level}")], -1)
@@ -73,8 +79,11 @@ class UNet(nn.Module):
         for conv in ("conv0", "conv1"):
             x = nn.Conv(width, (3, 3), use_bias=not self.batch_norm, name=f"{name}_{conv}")(x)
             if self.batch_norm:
-                x = nn.BatchNorm(
-                    use_running_average=not train, momentum=self.bn_momentum, name=f"{name}_{conv}_norm"
+                x = BatchNorm(
+                    use_running_average=not train,
+                    momentum=self.bn_momentum,
+                    groups=self.bn_groups,
+                    name=f"{name}_{conv}_norm",
                 )(x)
             x = nn.relu(x)
         return x

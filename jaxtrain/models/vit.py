@@ -11,6 +11,7 @@ from flax import linen as nn
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Names
 from jaxtrain.models.attention import Attention
+from jaxtrain.models.dropout import Dropout
 from jaxtrain.models.layers import check_image, check_rates
 from jaxtrain.models.remat import Remat, remat_block
 from jaxtrain.models.transformer import BLOCK_AXES, Block, check_heads
@@ -77,7 +78,7 @@ class ViT(nn.Module):
             table = self.param("position_table", init, (rows * columns, self.width))
         else:
             table = sincos(rows, columns, self.width)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x + table[None].astype(x.dtype))
+        x = Dropout(self.dropout, deterministic=not train)(x + table[None].astype(x.dtype))
         layer = remat_block(Block, remat)
         for number in range(self.depth):
             block = layer(self.heads, self.mlp, self.dropout, attention=self.attention, name=f"block{number}")

@@ -490,6 +490,7 @@ CASES: dict[Any, dict[str, Any]] = {
         "whiten": 12,
         "scale": 1.0,
         "bn_momentum": 0.5,
+        "bn_groups": 2,
     },
     TestTimeViews(SMALL): {"net": SMALL.clone(scale=1.0), "shift": 2},
 }

@@ -17,7 +17,7 @@ from flax import linen as nn
 from jaxtrain import sharding
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Model
-from jaxtrain.models import CNN, MLP, as_model, max_pool
+from jaxtrain.models import CNN, MLP, as_model
 from jaxtrain.models.layers import ACTIVATIONS, Activation
 
 RNG = np.random.default_rng(0)
@@ -229,28 +229,6 @@ def test_convolutions_have_a_bias_unless_batch_norm_follows(batch_norm: bool) ->
 # --- layers
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize(("height", "width"), [(6, 6), (8, 7)])
-def test_max_pool_equals_flax_in_values_and_gradient(height: int, width: int, size: int) -> None:
-    x = jnp.array(RNG.permutation(2 * height * width * 3).reshape(2, height, width, 3), jnp.float32)
-    window = (size, size)
-
-    def weighted(pool: Any) -> Any:
-        def total(x: jax.Array) -> Any:
-            out = pool(x)
-            return (out * jnp.arange(out.size).reshape(out.shape)).sum(), out
-
-        return jax.jit(jax.grad(total, has_aux=True))(x)
-
-    ours, theirs = weighted(lambda x: max_pool(x, size)), weighted(lambda x: nn.max_pool(x, window, window))
-    chex.assert_trees_all_equal(ours, theirs)
-
-
-def test_max_pool_shares_the_gradient_of_a_tie() -> None:
-    gradient = jax.grad(lambda x: max_pool(x).sum())(jnp.array([[1.0, 7.0], [7.0, 2.0]]).reshape(1, 2, 2, 1))
-    assert gradient.ravel().tolist() == [0, 0.5, 0.5, 0]
-
-
 def test_activation_names_are_different_functions() -> None:
     assert set(ACTIVATIONS) == set(typing.get_args(Activation))
     x = jnp.linspace(-2, 2, 9)
@@ -268,6 +246,7 @@ CASES: dict[type, dict[str, Any]] = {
         "residual": False,
         "batch_norm": False,
         "bn_momentum": 0.5,
+        "bn_groups": 2,
         "dropout": 0.5,
         "activation": "tanh",
     },

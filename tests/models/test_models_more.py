@@ -179,7 +179,14 @@ FIELDS: dict[type, dict[str, Any]] = {
         "mean": 2.0,
         "dropout": 0.5,
     },
-    UNet: {"widths": (2, 4), "classes": 2, "batch_norm": False, "bn_momentum": 0.5, "dropout": 0.5},
+    UNet: {
+        "widths": (2, 4),
+        "classes": 2,
+        "batch_norm": False,
+        "bn_momentum": 0.5,
+        "bn_groups": 2,
+        "dropout": 0.5,
+    },
 }
 NAMES = [(cls, f.name) for cls in FIELDS for f in dataclasses.fields(cls) if f.name not in ("parent", "name")]
 

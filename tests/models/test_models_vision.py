@@ -274,6 +274,7 @@ CASES: dict[type, dict[str, Any]] = {
         "width": 3,
         "classes": 5,
         "bn_momentum": 0.5,
+        "bn_groups": 2,
     },
     ViT: {
         "patch": 4,
