@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
 
 HALF = (jnp.dtype("bfloat16"), jnp.dtype("float16"))
-# Operations that only move a gradient on its way to its parameter, or add two of them: none has a dtype
-# among its settings.
+# Operations that only move a gradient on its way to its parameter, or add some: none has a dtype among its
+# settings. The gradient of ``x[None]`` is a ``reduce_sum``.
 MOVES = frozenset({"add_any", "concatenate", "copy", "optimization_barrier", "pad"}) | frozenset(
-    {"reshape", "sharding_constraint", "slice", "squeeze", "transpose"}
+    {"reduce_sum", "reshape", "sharding_constraint", "slice", "squeeze", "transpose"}
 )
 CALLS = frozenset({"checkpoint", "jit", "remat2"})
 
