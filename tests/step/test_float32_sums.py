@@ -13,6 +13,9 @@ from flax import linen as nn
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.data import Digits
+from jaxtrain.experiment import Experiment
+from jaxtrain.losses import CrossEntropy
 from jaxtrain.metrics import Mean
 from jaxtrain.models import (
     CNN,
@@ -27,6 +30,9 @@ from jaxtrain.models import (
     as_model,
     compute_in,
 )
+from jaxtrain.optim import SGD
+from jaxtrain.program.update import build_train_step
+from jaxtrain.sharding import make_mesh
 from jaxtrain.step import make_init, make_train_step
 from jaxtrain.step.float32_sums import HALF, sum_in_float32
 
@@ -247,3 +253,42 @@ def test_an_unknown_grad_reduce_dtype_is_refused() -> None:
     message = "grad_reduce_dtype is 'bfloat16': it must be one of float32, compute"
     with pytest.raises(InputError, match=message):
         make_train_step(MLP(), total, optax.sgd(0.1), grad_reduce_dtype="bfloat16")  # type: ignore[arg-type]
+
+
+def own_factory(model: Any, loss_fn: Any, tx: Any, prepare: Any, post_update: Any, **settings: Any) -> Any:
+    """A step factory that differentiates by itself."""
+
+    def step(state: Any, batch: Any, key: jax.Array) -> Any:
+        def objective(params: Any) -> Any:
+            outputs, _ = model.apply(params, state.extra, batch, train=True, key=key)
+            return loss_fn(outputs, batch)
+
+        grads, metrics = jax.grad(objective, has_aux=True)(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    assert settings in ({}, {"grad_reduce_dtype": "compute"})
+    return step
+
+
+@pytest.mark.parametrize("dtype", ["float32", "compute"])
+def test_the_step_factory_of_an_experiment_is_covered(dtype: str) -> None:
+    exp = Experiment(
+        model=MLP(widths=(6,), classes=10),
+        train=Digits("train"),
+        test=Digits("test"),
+        loss=CrossEntropy(),
+        optimizer=SGD(lr=0.1),
+        batch=8,
+        epochs=1,
+        precision="bfloat16",
+        step_factory=own_factory,
+        grad_reduce_dtype=dtype,  # type: ignore[arg-type]
+    )
+    batch = {"image": jnp.ones((8, 8, 8, 1)), "label": jnp.zeros(8, jnp.int32)}
+    model, tx = compute_in(exp.model, "bfloat16"), optax.sgd(0.1)
+    state = jax.eval_shape(make_init(model, tx), KEY, batch)
+    step = build_train_step(exp, make_mesh(jax.devices()[:1]), model, tx, lambda batch, key: batch, ())
+    assert half_sums(jax.make_jaxpr(own_factory(model, exp.loss, tx, None, ()))(state, batch, KEY))
+    assert half_sums(jax.make_jaxpr(step)(state, batch, KEY)) == []
