@@ -41,7 +41,8 @@ def sum_in_float32(fn: Compute, gradients: Callable[[Any], Any] | None = None) -
     ``checkpoint``, ``scan``, ``while_loop`` and ``cond``. Products and convolutions accumulate in float32 by
     themselves. Not covered are ``shard_map``, ``lax.reduce`` with a function of one's own, and what is
     differentiated later: apply it last, as in ``sum_in_float32(jax.grad(loss))``. A function without
-    half-precision numbers is evaluated unchanged.
+    half-precision numbers is evaluated unchanged. Under ``jax.disable_jit()``, which is for debugging, ``fn``
+    is called as it is.
 
     Args:
       fn: a pure function of pytrees of arrays.
@@ -53,6 +54,8 @@ def sum_in_float32(fn: Compute, gradients: Callable[[Any], Any] | None = None) -
 
     @functools.wraps(fn)
     def wrapped(*args: Any) -> Any:
+        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+            return fn(*args)
         closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
         flat = jax.tree.leaves(args)
         if _has_half(closed.jaxpr):
