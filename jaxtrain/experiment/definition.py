@@ -11,6 +11,7 @@ from jaxtrain.core.errors import InputError
 from jaxtrain.data import Source
 from jaxtrain.models import Precision, Remat, check_precision, check_remat
 from jaxtrain.sharding import Rule
+from jaxtrain.step.gradients import ReduceDtype, check_reduce_dtype
 from jaxtrain.step.guard import Policy
 
 
@@ -52,8 +53,13 @@ class Experiment:
         Saves activation memory. The gradient is the same, except that BatchNorm statistics and dropout are
         those of each microbatch. The loss must report itself as a ``metrics.Mean``, whose count weights the
         microbatches.
-      precision: dtype of the activations: ``"float32"``, ``"bfloat16"`` or ``"float16"``. Parameters,
-        gradients and statistics stay float32. ``"float16"`` adds dynamic loss scaling (``optim.LossScale``).
+      precision: dtype of the activations: ``"float32"``, ``"bfloat16"`` or ``"float16"``. Parameters and
+        statistics are float32, and sums accumulate in float32. ``"float16"`` adds dynamic loss scaling
+        (``optim.LossScale``).
+      grad_reduce_dtype: with another precision than float32, the dtype in which devices add up the gradients
+        of matrices (kernels of dense layers and attention, embeddings): ``"float32"``, or ``"compute"``, that
+        of ``precision``, which moves half the bytes between devices. Gradients of biases, scales and tables
+        are added up in float32, those of convolution kernels in ``precision``.
       remat: which activations are saved for the backward pass; the rest is recomputed, which costs up to a
         third more time. ``"none"`` saves all; the other values are names in ``jax.checkpoint_policies``:
         ``"nothing_saveable"``, ``"dots_saveable"`` and ``"dots_with_no_batch_dims_saveable"``.
@@ -71,9 +77,9 @@ class Experiment:
         one batch if it has none. The tree structure of ``params`` must not change. None: no change.
       step_factory: replacement for ``jaxtrain.step.make_train_step``. It is called as ``step_factory(model,
         loss, tx, prepare, post_update)`` and returns a pure ``(state, batch, key) -> (state, metrics)``. It
-        also gets ``accumulate=`` and ``unroll=`` if ``accumulate`` is above 1, and ``loss_scale=`` in
-        float16. The guard is added around the result. Optax expects the conjugate of what ``jax.grad``
-        returns for complex parameters. None: ``make_train_step``.
+        also gets ``accumulate=`` and ``unroll=`` if ``accumulate`` is above 1, ``loss_scale=`` in float16,
+        and ``grad_reduce_dtype=`` if that is ``"compute"``. The guard is added around the result. Optax
+        expects the conjugate of what ``jax.grad`` returns for complex parameters. None: ``make_train_step``.
       guard: what to do with a bad update: one whose loss, gradient norm or update norm is not finite, or
         whose batch has labels outside the model's classes. ``"stop"`` ends the run; ``"skip"`` continues with
         the next batch, and ends the run at the sixth bad update in a row; in both the bad update is not
@@ -129,6 +135,7 @@ class Experiment:
     post_update: tuple[Any, ...] = ()
     accumulate: int = 1
     precision: Precision = "float32"
+    grad_reduce_dtype: ReduceDtype = "float32"
     remat: Remat = "none"
     seed: int = 0
     drop_remainder: bool = False
@@ -159,6 +166,7 @@ class Experiment:
                 f"steps_per_execution is {self.steps_per_execution}: it must be at least 1, or auto"
             )
         check_precision(self.precision)
+        check_reduce_dtype(self.grad_reduce_dtype)
         check_remat(self.remat)
         _check_guard(self)
         for name in ("epochs", "save_every", "eval_every"):

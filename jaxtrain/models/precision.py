@@ -16,10 +16,12 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 
 def compute_in(model: Any, precision: Precision) -> Model:
-    """Return ``model`` with activations in ``precision``; parameters, gradients and statistics stay float32.
+    """Return ``model`` with activations in ``precision``; parameters and statistics stay float32.
 
     Parameters and float inputs are cast to ``precision`` before the model, and its outputs back to float32,
-    so loss, optimizer and checkpoints are not affected (mixed precision, arXiv:1710.03740). bfloat16 has the
+    so loss, optimizer and checkpoints are not affected (mixed precision, arXiv:1710.03740). Gradients arrive
+    as float32, but JAX computes them in ``precision``: ``make_train_step`` makes their sums float32, and
+    ``step.float32_sums.sum_in_float32`` does it for a loop of your own. bfloat16 has the
     range of float32. float16 has more digits but only the range from about 6e-8 to 65,504, so it needs loss
     scaling (``optim.LossScale``).
 

@@ -22,6 +22,7 @@ from jaxtrain.optim import LossScale, Schedule
 from jaxtrain.optim import rate as optim_rate
 from jaxtrain.step import make_train_step
 from jaxtrain.step.contract import check_state_unchanged
+from jaxtrain.step.float32_sums import sum_in_float32
 from jaxtrain.step.guard import count_bad_labels, guard_step
 
 Update = Callable[[State, Batch, jax.Array], tuple[State, Metrics]]
@@ -45,9 +46,11 @@ def build_train_step(
     arguments = (model, loss, tx, prepare, post_update)
     if exp.step_factory is not None:
         _check_factory(factory, arguments, options)
+    step = _checked(factory(*arguments, **options))
+    if exp.step_factory is not None:  # make_train_step does it itself
+        step = sum_in_float32(step)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     replicated = mesh.shape.get("data") == mesh.size
-    step = _checked(factory(*arguments, **options))
     return guard_step(step, exp.guard, merge_norms=replicated and not on_cpu)
 
 
@@ -104,11 +107,13 @@ def build_optimizer(exp: Experiment, steps: int) -> optax.GradientTransformation
 
 def _factory_options(exp: Experiment, mesh: Mesh) -> dict[str, Any]:
     """Keyword arguments of the step factory: only those in use, so that a factory may lack the others."""
-    if exp.accumulate == 1:
-        return loss_scaling(exp)
-    # XLA:CPU runs convolutions several times slower inside a loop.
-    unroll = mesh.devices.flat[0].platform == "cpu"
-    return {"accumulate": exp.accumulate, "unroll": unroll, **loss_scaling(exp)}
+    options = loss_scaling(exp)
+    if exp.grad_reduce_dtype != "float32":
+        options["grad_reduce_dtype"] = exp.grad_reduce_dtype
+    if exp.accumulate > 1:
+        # XLA:CPU runs convolutions several times slower inside a loop.
+        options |= {"accumulate": exp.accumulate, "unroll": mesh.devices.flat[0].platform == "cpu"}
+    return options
 
 
 def loss_scaling(exp: Experiment) -> dict[str, Any]:

@@ -32,7 +32,14 @@ from jaxtrain.metrics import Mean
 from jaxtrain.models import as_model
 from jaxtrain.optim import LossScale
 from jaxtrain.step.contract import check_names, check_state_unchanged, check_trainable, without_weak_types
-from jaxtrain.step.gradients import LossFn, accumulate_gradients, evaluation_metrics, gradient_of
+from jaxtrain.step.gradients import (
+    LossFn,
+    ReduceDtype,
+    accumulate_gradients,
+    check_reduce_dtype,
+    evaluation_metrics,
+    gradient_of,
+)
 from jaxtrain.step.guard import Policy, count_bad_labels, guard_step
 
 PostUpdate = Callable[[State], State]
@@ -105,6 +112,7 @@ def make_train_step(
     unroll: bool = False,
     guard: Policy = "off",
     loss_metric: str = "loss",
+    grad_reduce_dtype: ReduceDtype = "float32",
 ) -> Callable[[State, Batch, jax.Array], tuple[State, Metrics]]:
     """Make the pure function ``(state, batch, key) -> (state, metrics)`` of one update.
 
@@ -129,6 +137,8 @@ def make_train_step(
         (``jaxtrain.step.guard``). With ``"skip"`` the other metrics of such an update are dropped, and
         ``skipped`` is reported.
       loss_metric: with ``accumulate``, the name of the ``Mean`` among the loss's metrics that is the loss.
+      grad_reduce_dtype: dtype in which devices add up the gradients of a model that computes in half
+        precision: ``"float32"``, or ``"compute"``, the dtype of the model's activations.
 
     Raises:
       InputError: while tracing, for a loss that is not a scalar, a metric that cannot be merged, integer
@@ -137,7 +147,9 @@ def make_train_step(
     """
     if accumulate < 1:
         raise InputError(f"accumulate is {accumulate}: it must be at least 1")
-    gradient = gradient_of(as_model(model), loss_fn if guard == "off" else count_bad_labels(loss_fn))
+    check_reduce_dtype(grad_reduce_dtype)
+    loss_fn = loss_fn if guard == "off" else count_bad_labels(loss_fn)
+    gradient = gradient_of(as_model(model), loss_fn, grad_reduce_dtype)
     if accumulate > 1:
         gradient = accumulate_gradients(gradient, accumulate, unroll, loss_metric)
 

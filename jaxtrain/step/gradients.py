@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import collections
 import functools
+import typing
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,14 @@ from jaxtrain.core.types import Batch, Metrics, Model, leaf_paths, split_extra
 from jaxtrain.metrics import Mean, merge
 from jaxtrain.metrics.mean import check_mergeable
 from jaxtrain.step.contract import check_pair
+from jaxtrain.step.float32_sums import sum_in_float32
 
 LossFn = Callable[[Any, Batch], tuple[jax.Array, Metrics]]
+
+ReduceDtype = Literal["float32", "compute"]
+"""The dtype in which devices add up the gradients of matrices in half-precision products. ``float32``:
+the products write float32, so all-reduce and reduce-scatter have float32 operands. ``compute``: both have the
+dtype that the model computes in, for half the bytes."""
 
 
 class Gradient(NamedTuple):
@@ -42,8 +49,23 @@ GradientFn = Callable[[Any, dict[str, Any], Batch, jax.Array, jax.Array | None],
 the backward pass and divides the gradient after it."""
 
 
-def gradient_of(model: Model, loss_fn: LossFn) -> GradientFn:
-    """Make the gradient function of ``loss_fn`` over a batch in one pass."""
+def check_reduce_dtype(grad_reduce_dtype: str) -> None:
+    """Raise InputError unless ``grad_reduce_dtype`` is one of the names in ``ReduceDtype``."""
+    names = typing.get_args(ReduceDtype)
+    if grad_reduce_dtype not in names:
+        raise InputError(f"grad_reduce_dtype is {grad_reduce_dtype!r}: it must be one of {', '.join(names)}")
+
+
+def gradient_of(model: Model, loss_fn: LossFn, grad_reduce_dtype: ReduceDtype = "float32") -> GradientFn:
+    """Make the gradient function of ``loss_fn`` over a batch in one pass.
+
+    Sums of half-precision numbers accumulate in float32 (``step.float32_sums``).
+
+    Args:
+      model: computes the outputs.
+      loss_fn: ``(outputs, batch) -> (loss, metrics)``.
+      grad_reduce_dtype: dtype in which devices add up their gradients (``ReduceDtype``).
+    """
 
     def gradient(
         params: Any, extra: dict[str, Any], batch: Batch, key: jax.Array, scale: jax.Array | None
@@ -57,7 +79,10 @@ def gradient_of(model: Model, loss_fn: LossFn) -> GradientFn:
             loss, metrics = evaluate_loss(loss_fn, outputs, batch)
             return loss if scale is None else loss * scale.astype(loss.dtype), (loss, updated, metrics)
 
-        (_, (loss, updated, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        evaluate = sum_in_float32(
+            jax.value_and_grad(objective, has_aux=True), lambda _: (False, grad_reduce_dtype == "float32")
+        )
+        (_, (loss, updated, metrics)), grads = evaluate(params)
         grads = jax.tree.map(_steepest_ascent, grads)
         if scale is not None:
             grads = jax.tree.map(lambda g: g / scale.astype(g.dtype), grads)

@@ -291,6 +291,7 @@ CASES: dict[str, Any] = {
     "post_update": (optim.EMA(),),
     "accumulate": 2,
     "precision": "bfloat16",
+    "grad_reduce_dtype": "compute",
     "remat": "dots_saveable",
     "seed": 1,
     "drop_remainder": True,
