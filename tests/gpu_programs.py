@@ -1,12 +1,10 @@
 """Train steps compiled for NVIDIA GPUs on a machine without one, and what tests look for in the programs.
 
-XLA needs the wheels ``jax-cuda12-plugin``, ``jax-cuda12-pjrt`` and ``nvidia-cuda-nvcc-cu12``, no driver. It
-shows the operations, their dtypes and the collectives, neither time nor results.
+They show the operations, their dtypes and the collectives, neither time nor results.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,36 +12,22 @@ from typing import Any
 import jax
 import optax
 import pytest
-from jax.experimental import topologies
 
 from jaxtrain import sharding
 from jaxtrain.losses import CrossEntropy
 from jaxtrain.models import as_model, compute_in
+from jaxtrain.sharding import cards, described
 from jaxtrain.step import make_init, make_train_step
 
 needs_compiler = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("jax_plugins", "jax_cuda12_plugin"))),
-    reason="compiling for a GPU needs the wheels jax-cuda12-plugin, jax-cuda12-pjrt, nvidia-cuda-nvcc-cu12",
+    described.compiler_problem() is not None,
+    reason="needs the extra gpu-compile: pip install 'jaxtrain[gpu-compile]'",
 )
-# Public figures of an H100 SXM.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-  fpus_per_core: 128 clock_rate_ghz: 1.98 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  device_memory_size: 84942979072 cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  device_vendor: "NVIDIA Corporation" device_address_bits: 64 pcie_bandwidth: 34359738368 ecc_enabled: true
-  name: "NVIDIA H100 80GB HBM3" driver_version: "13.0.0" runtime_version: "12.9.0"
-  compile_time_toolkit_version: "12.9.0" dnn_version: "9.10.0"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-runtime_version { major: 12 minor: 9 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
+
+
+def h100(count: int = 1) -> list[jax.Device]:
+    """Return ``count`` H100s of one host, to compile for."""
+    return described.described_devices(cards.load_card("h100"), per_host=count)
 
 
 def compile_step(model: Any, batch: Any, mesh: str = "data=1", **settings: Any) -> str:
@@ -58,8 +42,7 @@ def compile_step(model: Any, batch: Any, mesh: str = "data=1", **settings: Any) 
     count = 1
     for size in re.findall(r"\d+", mesh):
         count *= int(size)
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology=f"1x1x{count}")
-    devices = sharding.make_mesh(topology.devices, sharding.parse_mesh(mesh, count))
+    devices = sharding.make_mesh(h100(count), sharding.parse_mesh(mesh, count))
     pair, tx = as_model(model), optax.adam(1e-3)
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(make_init(pair, tx), key, batch)
@@ -68,7 +51,8 @@ def compile_step(model: Any, batch: Any, mesh: str = "data=1", **settings: Any) 
     step = make_train_step(compute_in(gathered, "bfloat16"), CrossEntropy(), tx, guard="stop", **settings)
     rows, copies = sharding.batch_split(devices), sharding.replicated(devices)
     jitted = jax.jit(step, in_shardings=(placed, rows, copies), out_shardings=(placed, copies))
-    return jitted.lower(shapes, batch, key).compile().as_text()
+    with described.without_compilation_cache():
+        return jitted.lower(shapes, batch, key).compile().as_text()
 
 
 def half_reductions(text: str) -> list[str]:

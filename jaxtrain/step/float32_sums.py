@@ -97,7 +97,26 @@ def _wide(jaxpr: Jaxpr, unrounded: Sequence[bool]) -> set[Any]:
         moves = eqn.primitive.name in MOVES or eqn.primitive.name == "convert_element_type"
         follows = moves and len(eqn.outvars) == 1 and eqn.outvars[0] in leads - other
         (leads if follows else other).update(x for x in eqn.invars if isinstance(x, Var))
-    return {x for x in leads - other if _is_half(x)}
+    wide = {x for x in leads - other if _is_half(x)}
+    for eqn in jaxpr.eqns:
+        wide -= {x for i, x in enumerate(eqn.outvars) if x in wide and not _has_float32(eqn, i, wide)}
+    return wide
+
+
+def _has_float32(eqn: Any, output: int, wide: set[Any]) -> bool:
+    """Whether a half-precision result of an operation can be had in float32, not only be converted to it.
+
+    A conversion in front of a sharding constraint would keep XLA from scattering the sum of a convolution's
+    gradient over the devices.
+    """
+    name = eqn.primitive.name
+    if name in ("dot_general", "reduce_sum", "scatter-add", "scan"):
+        return True
+    if name in CALLS:
+        inner = eqn.params["jaxpr"]
+        inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+        return inner.outvars[output] in _wide(inner, [x in wide for x in eqn.outvars])
+    return name in MOVES | {"convert_element_type"} and any(x in wide or not _is_half(x) for x in eqn.invars)
 
 
 def _apply(jaxpr: Jaxpr, eqn: Any, values: list[Any], keep: list[bool]) -> Sequence[Any]:

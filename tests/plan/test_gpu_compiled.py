@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu_compiler import needs_compiler
+from gpu_programs import needs_compiler
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.plan.collectives import collectives

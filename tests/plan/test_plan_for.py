@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
-from gpu_compiler import needs_compiler
+from gpu_programs import needs_compiler
 
 from jaxtrain import __main__ as commands
 from jaxtrain import data, plan, sharding

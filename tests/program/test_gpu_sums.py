@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
+from gpu_programs import collective_dtypes, compile_step, half_reductions, needs_compiler
 
 from jaxtrain.models import GPT, MLP, ResNet, ViT
-from tests.gpu_programs import collective_dtypes, compile_step, half_reductions, needs_compiler
 
 WITNESS = "tests/step/test_float32_sums.py::test_no_sum_of_a_train_step_accumulates_in_half_precision"
 REDUCE = "tests/step/test_float32_sums.py::test_products_for_gradients_write_the_dtype_that_devices_add_up"
@@ -56,3 +56,16 @@ def test_a_small_gpu_program_scatters_every_gradient_that_fsdp_divides() -> None
         full = sum(collective_dtypes(text, "all-reduce").values())
         assert sum(collective_dtypes(text, "reduce-scatter").values()) >= 2 * 256 * 256
         assert full < 256 * 256  # a quarter of each, between the two halves of the mesh
+
+
+@needs_compiler
+@pytest.mark.full(
+    "tests/step/test_float32_sums.py::test_gradients_of_convolution_kernels_stay_in_half_precision"
+)
+def test_gpus_scatter_the_gradients_of_convolution_kernels() -> None:
+    """A conversion to float32 between the sum over the devices and the slice would leave it in full."""
+    model = ResNet(stages=(1,), width=64, classes=10, block="basic", stem="cifar")
+    text = compile_step(model, IMAGES, mesh="data=2,fsdp=4")
+    scattered = collective_dtypes(text, "reduce-scatter").get("bf16", 0)
+    assert scattered >= 2 * 9 * 64 * 64
+    assert sum(collective_dtypes(text, "all-reduce").values()) < scattered / 2

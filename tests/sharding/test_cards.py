@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from gpu_compiler import needs_compiler
+from gpu_programs import needs_compiler
 
 from jaxtrain import sharding
 from jaxtrain.core import cuda_plugin

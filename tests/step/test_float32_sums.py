@@ -292,3 +292,22 @@ def test_the_step_factory_of_an_experiment_is_covered(dtype: str) -> None:
     step = build_train_step(exp, make_mesh(jax.devices()[:1]), model, tx, lambda batch, key: batch, ())
     assert half_sums(jax.make_jaxpr(own_factory(model, exp.loss, tx, None, ()))(state, batch, KEY))
     assert half_sums(jax.make_jaxpr(step)(state, batch, KEY)) == []
+
+
+@pytest.mark.parametrize(("product", "dtype"), [("convolution", "bfloat16"), ("dot", "float32")])
+def test_gradients_of_convolution_kernels_stay_in_half_precision(product: str, dtype: str) -> None:
+    """A gradient that no operation has in float32 is moved as it is, and converted at the end."""
+    shape = (3, 3, 4, 8) if product == "convolution" else (4, 8)
+    x = jnp.ones((2, 6, 6, 4), jnp.bfloat16)
+
+    def loss(kernel: jax.Array) -> jax.Array:
+        kernel = jax.lax.optimization_barrier(kernel.astype(jnp.bfloat16))
+        if product == "dot":
+            return (x @ kernel).astype(jnp.float32).sum()
+        layout = jax.lax.conv_dimension_numbers(x.shape, shape, ("NHWC", "HWIO", "NHWC"))
+        out = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+        return out.astype(jnp.float32).sum()
+
+    jaxpr = jax.make_jaxpr(sum_in_float32(jax.grad(loss), lambda _: True))(jnp.ones(shape)).jaxpr
+    *_, last = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "optimization_barrier")
+    assert last.outvars[0].aval.dtype == dtype and jaxpr.outvars[0].aval.dtype == "float32"

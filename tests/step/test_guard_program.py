@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental import topologies
+from gpu_programs import h100, needs_compiler
 from tiny import EXPERIMENT
 
 from jaxtrain import models, optim
@@ -20,27 +20,6 @@ from jaxtrain.program import update
 from jaxtrain.step import make_init, make_train_step
 from jaxtrain.step.factories import identity
 from jaxtrain.step.guard import LEAVES_PER_SUM, guard_step
-
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84942979072
-  cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  device_vendor: "NVIDIA Corporation" device_address_bits: 64 pcie_bandwidth: 34359738368 ecc_enabled: true
-  name: "NVIDIA H100 80GB HBM3" driver_version: "13.0.0" runtime_version: "12.9.0"
-  compile_time_toolkit_version: "12.9.0" dnn_version: "9.10.0"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-runtime_version { major: 12 minor: 9 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-"""Public figures of the card, for which XLA compiles without one."""
 
 
 def many_leaves(count):
@@ -133,13 +112,12 @@ def launches(text):
     return sum(op not in ("parameter", "constant", "get-tuple-element", "tuple", "bitcast") for op in found)
 
 
+@needs_compiler
 @pytest.mark.full(
     "tests/step/test_guard_program.py::test_merged_norm_adds_as_many_reductions_for_20_parameters_as_for_2"
 )
 def test_guard_adds_at_most_a_tenth_of_the_launches_on_a_gpu():
-    for name in ("jax_cuda12_plugin", "nvidia.cuda_nvcc"):
-        pytest.importorskip(name, reason="compiles for a GPU")
-    (device,) = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1").devices
+    (device,) = h100()
     where = jax.sharding.SingleDeviceSharding(device)
     model = models.GPT(vocab=64, context=32, width=64, depth=2, heads=2, dropout=0.0, attention="xla")
     tx = optim.AdamW(lr=1e-3, clip=1.0).build(100)
