@@ -112,6 +112,7 @@ def test_list_names_files_that_cannot_be_loaded(text, line, tmp_path):
     assert re.match(f"(cannot be loaded: )?{re.escape(line)}", found)
 
 
+@pytest.mark.full("tests/cli/test_listing.py::test_list_names_files_that_cannot_be_loaded")
 def test_long_shows_parameters_and_the_reason_of_each_broken_file(folder, capsys):
     found = rows(capsys, "--long")
     assert re.fullmatch(r"A tiny one\. +arrays +CNN +124", found["mine"])

@@ -210,6 +210,7 @@ def test_every_other_round_is_reversed():
     assert list(interleaved((1, 2), 3)) == [(0, 2), (0, 1), (1, 1), (1, 2), (2, 2), (2, 1)]
 
 
+@pytest.mark.full("tests/cli/test_scaling.py::test_a_lane_trains_like_a_run_and_compiles_once")
 def test_the_command_prints_a_table_and_writes_json(few, tmp_path, capsys):
     words = ["bench", "--scaling", "4,1", *few, "--json", str(tmp_path / "s.json"), "--set", "seed=3"]
     assert commands.main(words) == 0

@@ -43,7 +43,9 @@ def wait_for_step(process, step: int) -> None:
     raise AssertionError(process.stderr.read())
 
 
-@pytest.mark.full("[15-143]")
+@pytest.mark.full(
+    "tests/core/test_stop.py", "tests/train/test_loop.py::test_stop_and_resume_is_bitwise_the_straight_run"
+)
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_prints_how_to_resume(signum, code):
     process = start(*LONG, "--workdir", "my run")

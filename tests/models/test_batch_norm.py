@@ -66,6 +66,7 @@ def test_each_group_is_normalised_as_a_batch_of_its_own(groups: int) -> None:
     np.testing.assert_allclose(updated["var"], 0.75 * stats["var"] + 0.25 * np.mean(variances, 0), rtol=1e-3)
 
 
+@pytest.mark.full("tests/models/test_batch_norm.py::test_each_group_is_normalised_as_a_batch_of_its_own")
 @pytest.mark.parametrize("settings", [{}, {"use_scale": False}, {"use_bias": False, "epsilon": 0.1}])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_groups_of_equal_rows_are_flax_on_one_of_them(settings: Any, dtype: Any) -> None:
@@ -136,6 +137,9 @@ def test_statistics_of_groups_need_no_collective_of_their_own(mesh8: Any) -> Non
     assert all_reduces(net, mesh8) > 3  # and one or more for each BatchNorm
 
 
+@pytest.mark.full(
+    "tests/models/test_batch_norm.py::test_statistics_of_groups_need_no_collective_of_their_own"
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_models_pass_their_groups_on(name: str) -> None:
     module, side = MODELS[name]

@@ -269,7 +269,7 @@ def test_bfloat16_stays_bfloat16(module: Any, train: bool) -> None:
     assert sorted(types) == ["bf16"] * 6 + ["f32"]
 
 
-@pytest.mark.full("[whole]")
+@pytest.mark.full("tests/step/test_float32_sums.py")
 @pytest.mark.parametrize("module", [SMALL, SMALL.clone(head_chunk=4)], ids=["whole", "in chunks"])
 def test_statistics_and_sums_of_a_bfloat16_model_are_float32(module: Any) -> None:
     """Softmax, LayerNorm, loss, and the gradients of 2,048 tokens, compared with float32."""

@@ -118,12 +118,14 @@ def test_disjoint_windows_share_the_gradient_of_a_tie(window: Any, shares: Any) 
     assert gradient[0, :, :, 0].tolist() == shares
 
 
+@pytest.mark.full("tests/models/test_pooling.py::test_disjoint_windows_share_the_gradient_of_a_tie")
 @pytest.mark.parametrize(("sides", "size", "stride", "padding"), DISJOINT)
 def test_shares_of_a_window_sum_to_its_gradient(sides: Any, size: int, stride: int, padding: Any) -> None:
     out, gradient = with_gradient(lambda x: max_pool(x, size, stride, padding), few_values(sides))
     assert float(gradient.sum()) == out.size * (out.size - 1) / 2
 
 
+@pytest.mark.full("tests/models/test_pooling.py::test_overlapping_windows_equal_flax_with_ties")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(("size", "stride"), [(3, 2), (2, 2)])
 def test_half_precision_equals_flax(dtype: Any, size: int, stride: int) -> None:
@@ -151,6 +153,7 @@ def test_gradient_of_windows_of_minus_infinity_equals_flax() -> None:
     chex.assert_trees_all_equal(ours, with_gradient(lambda x: stock(x, 3, 2, "VALID"), x))
 
 
+@pytest.mark.full("tests/models/test_pooling.py::test_overlapping_windows_equal_numpy_with_ties")
 @pytest.mark.parametrize(("size", "stride", "padding"), [(3, 2, STEM), (2, 2, "VALID")])
 def test_forward_mode_and_vmap_equal_flax(size: int, stride: int, padding: Any) -> None:
     x, tangent = different_values((8, 8)), different_values((8, 8))

@@ -183,6 +183,7 @@ class Slow:
         return self._loader.batches(step, count)
 
 
+@pytest.mark.full("tests/monitor/test_profile.py::test_failing_profiler_does_not_end_the_run")
 def test_profile_shows_a_slow_source_and_shares_add_up(program, tmp_path, console, capsys):
     plain = fit(program, tmp_path / "plain", console)
     slow = dataclasses.replace(program, train=Slow(program.train, 0.03))

@@ -202,7 +202,7 @@ def command(capsys, *args) -> tuple[str, str]:
     return captured.out, captured.err
 
 
-@pytest.mark.full("[widths0-512-0.7---set accumulate=]")
+@pytest.mark.full("tests/plan/test_plan_search.py::test_json_of_what_does_not_fit_has_the_change")
 @pytest.mark.parametrize(
     ("widths", "batch", "part", "expected"),
     [
@@ -232,7 +232,9 @@ def test_json_of_what_does_not_fit_has_the_change(mlp, capsys):
     assert body["smallest"] is None and body["tried"] == []  # the state alone is too large
 
 
-@pytest.mark.full("tests/plan/test_plan_search.py::test_suggested_change_fits_when_planned")
+@pytest.mark.full(
+    "tests/plan/test_plan_search.py::test_every_mesh_is_searched_and_impossible_ones_are_listed_once"
+)
 def test_search_lists_impossible_meshes(mlp, capsys, monkeypatch):
     monkeypatch.setattr("jaxtrain.plan.search.MOST", 4)
     out, _ = command(capsys, mlp((129,), 8), "--devices", "2", "--search", "--device-memory", "1MB")

@@ -377,6 +377,7 @@ def test_label_broken_by_a_stage_is_reported_by_field_example_and_value(assemble
     assert bad_examples.locate(assembled("change()"), 2) == []
 
 
+@pytest.mark.full("tests/program/test_checks.py::test_advice_for_less_memory_divides")
 @pytest.mark.parametrize(
     ("changes", "limit", "fix"),
     [

@@ -139,7 +139,7 @@ def scaled(model: Any, loss: Any, config: LossScale, **options: Any) -> Any:
     return start, jax.jit(make_train_step(model, loss, tx, loss_scale=config, **options))
 
 
-@pytest.mark.full("tests/program/test_precision.py::test_float16_training_lowers_the_loss")
+@pytest.mark.full("tests/program/test_precision.py::test_scale_keeps_gradients_that_float16_would_lose")
 def test_scaling_does_not_change_applied_updates() -> None:
     config, tx, batch = LossScale(initial=2.0**10), optax.adam(0.1), images()
     start, step = scaled(NET, CrossEntropy(), config)
@@ -239,6 +239,7 @@ def test_scale_keeps_gradients_that_float16_would_lose() -> None:
     np.testing.assert_allclose(grads[LossScale()], exact, rtol=0.01)
 
 
+@pytest.mark.full("tests/program/test_precision.py::test_scale_keeps_gradients_that_float16_would_lose")
 def test_float16_training_lowers_the_loss() -> None:
     model, config, batch = (
         compute_in(MLP(widths=(16,), classes=2), "float16"),

@@ -146,7 +146,7 @@ def test_each_process_reads_only_its_rows(moved):
             assert halves[step][1 - process] not in done
 
 
-@pytest.mark.full("tests/cli/test_stop_and_resume.py::test_a_signal_saves_and_prints_how_to_resume")
+@pytest.mark.full("tests/core/test_stop.py")
 def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
     (tmp_path / "stop").touch()
     stopped = launch(tmp_path, "--workdir", "run", "--set", "epochs=50")
