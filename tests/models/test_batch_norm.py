@@ -113,7 +113,8 @@ def test_groups_are_the_same_on_any_mesh(groups: int, mesh1: Any, mesh8: Any) ->
         step = sharding.compile(train, args=(replicated, replicated, split), out=replicated)
         return jax.device_get(step(params, stats, x))
 
-    chex.assert_trees_all_close(on(mesh1), on(mesh8), rtol=1e-4, atol=1e-5)
+    # Devices add their sums up in the order in which they arrive.
+    chex.assert_trees_all_close(on(mesh1), on(mesh8), rtol=1e-4, atol=1e-4)
 
 
 def all_reduces(net: nn.Module, mesh: Any) -> int:
