@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -42,7 +43,8 @@ class Plan:
       resident: the splits whose data is resident on each device.
       parameters: the number of parameters.
       bytes: on each device, by part. Exact: ``params``, ``optimizer``, ``other_state`` (step, statistics,
-        averages), ``batch``, ``batches_ahead`` (sent while earlier steps are computed) and resident ``data``.
+        averages), ``batch``, ``prefetched_batches`` (sent while earlier steps are computed) and resident
+        ``data``.
         XLA's figures for the compiled step: ``temporaries``, and ``outputs`` that do not reuse the state's
         memory.
       flops: of an update, all devices together, by the model's formula where it has one; None if not counted.
@@ -106,19 +108,19 @@ def measure(program: Program, resident: Mapping[str, bool] | None = None, *, cou
         )
     sizes["temporaries"] = int(stats.temp_size_in_bytes)
     sizes["outputs"] = max(0, int(stats.output_size_in_bytes - stats.alias_size_in_bytes))
-    sizes["batches_ahead"] = exp.max_in_flight * sizes["batch"]
+    sizes["prefetched_batches"] = exp.max_in_flight * sizes["batch"]
     text = compiled.as_text()
     everything = sorted((one for group in arrays.values() for one in group), key=lambda one: -one.bytes)
     moved, flops = collectives(text, mesh), update_flops(program) if count else None
-    card, sizes_of_mesh, per_host = described.card_of(mesh), dict(mesh.shape), _devices_per_host(mesh)
+    card, mesh_shape, per_host = described.card_of(mesh), dict(mesh.shape), _devices_per_host(mesh)
     gpu = None
     if count and mesh.devices.flat[0].platform == "gpu":
         gpu = read_gpu_step(
             text, mesh, card, flops, exp.precision, graphs, program.attention, gpus_per_host=per_host
         )
-    warnings = mesh_warnings(moved, flops, sizes_of_mesh, exp.precision, card, per_host)
+    warnings = mesh_warnings(moved, flops, mesh_shape, exp.precision, card, per_host)
     return Plan(
-        mesh=sizes_of_mesh,
+        mesh=mesh_shape,
         platform=mesh.devices.flat[0].platform,
         batch=exp.batch,
         accumulate=exp.accumulate,
@@ -142,7 +144,7 @@ PARTS = (
     "optimizer",
     "other_state",
     "batch",
-    "batches_ahead",
+    "prefetched_batches",
     "data",
     "temporaries",
     "outputs",
@@ -216,7 +218,7 @@ def _compile(program: Program, mesh: Mesh) -> tuple[Any, CudaGraphs | None, tupl
 
 
 def _compile_for_card(lowered: Any) -> tuple[Any, CudaGraphs | None, tuple[str, ...]]:
-    """Compile for a GPU that is not here, and so without the trials that choose tiles of Triton's kernels."""
+    """Compile for a GPU that is not here, and so without autotuning."""
     with described.without_compilation_cache():
         try:
             return *compile_with_graphs(lowered), ()
@@ -228,7 +230,7 @@ def _compile_for_card(lowered: Any) -> tuple[Any, CudaGraphs | None, tuple[str, 
 
 
 def _devices_per_host(mesh: Mesh) -> int:
-    return mesh.size // len({device.process_index for device in mesh.devices.flat})
+    return max(collections.Counter(device.process_index for device in mesh.devices.flat).values())
 
 
 def _splits(arrays: list[DeviceArray]) -> set[str]:

@@ -83,7 +83,7 @@ def _try_changes(variant: Variant, plan: Plan, search: _Search) -> None:
 def _halve_batch(variant: Variant, plan: Plan, search: _Search) -> None:
     """Halve the batch until it fits, unless the memory that a batch cannot lower exceeds the limit."""
     smaller, before = variant, None
-    if plan.persistent - plan.bytes["batch"] - plan.bytes["batches_ahead"] <= search.limit:
+    if plan.persistent - plan.bytes["batch"] - plan.bytes["prefetched_batches"] <= search.limit:
         while smaller.batch % (2 * smaller.parts) == 0:
             micro = smaller.batch // smaller.parts // smaller.accumulate
             parts = smaller.accumulate if micro % 2 == 0 else max(1, smaller.accumulate // 2)

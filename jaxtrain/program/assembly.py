@@ -146,7 +146,8 @@ def _loader(
 ) -> Loader:
     every: Check = check.unchanged if name == "train" else check  # no guard covers an evaluation
     first, every = (
-        check_values.with_split_name(name, one) for one in (check_values.check_first(exp, check), every)
+        check_values.with_split_name(name, one, check_values.source_indices(exp, name))
+        for one in (check_values.check_first(exp, check), every)
     )
     return splits.make_loader(source, order, exp, mesh, every, first)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Batch, Model
-from jaxtrain.data import Arrays, Normalise, Series, Source
+from jaxtrain.data import Arrays, Normalise, Series, Source, holdout
 from jaxtrain.experiment import Experiment
 from jaxtrain.program.loader import EPOCH, EXAMPLE_ID, Check
 from jaxtrain.program.missing_values import check_finite
@@ -84,11 +84,12 @@ def check_values(
         in_memory = isinstance(source, Arrays)
         ids = np.arange(len(source)) if in_memory else np.zeros(1, np.int64)
         fields = source.fields if isinstance(source, Arrays) else source.gather(ids)
-        with_split_name(name, checks[name])(fields, ids)
+        indices = source_indices(exp, name)
+        with_split_name(name, checks[name], indices)(fields, ids)
         try:
             if in_memory:
                 noted = functools.partial(_add_note, lines, name)
-                with_split_name(name, check_finite(exp, checks[name].model, noted))(fields, ids)
+                with_split_name(name, check_finite(exp, checks[name].model, noted), indices)(fields, ids)
         except InputError as error:
             if exp.guard == "stop":
                 raise
@@ -98,6 +99,14 @@ def check_values(
 
 def _add_note(lines: list[str], split: str, text: str) -> None:
     lines.append(f"{split}: {text}")
+
+
+def source_indices(exp: Experiment, split: str) -> np.ndarray | None:
+    """Return the indices of a split's examples in ``exp.train`` where a part of it is held out, else None."""
+    if not exp.holdout or split == "test":
+        return None
+    train, valid = holdout(len(exp.train), exp.holdout)
+    return train if split == "train" else valid
 
 
 def check_first(exp: Experiment, check: ValueCheck) -> Check:
@@ -154,12 +163,18 @@ def image_notes(exp: Experiment, source: Source) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def with_split_name(name: str, check: Check) -> Check:
-    """Make ``check`` prefix its errors with the name of the split."""
+def with_split_name(name: str, check: Check, indices: np.ndarray | None = None) -> Check:
+    """Make ``check`` prefix its errors with the name of the split, and name examples as their source does.
+
+    Args:
+      name: of the split.
+      check: the check.
+      indices: of the split's examples in their source (``source_indices``); None: all, in order.
+    """
 
     def named_check(batch: Batch, ids: np.ndarray) -> None:
         try:
-            check(batch, ids)
+            check(batch, ids if indices is None else indices[ids])
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
 

@@ -13,7 +13,7 @@ NAMES = {
     "optimizer": "optimizer state",
     "other_state": "other state",
     "batch": "batch",
-    "batches_ahead": "prefetched batches",
+    "prefetched_batches": "prefetched batches",
     "data": "resident data",
     "temporaries": "temporaries",
     "outputs": "outputs",

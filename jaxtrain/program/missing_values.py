@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.text import first_line
 from jaxtrain.core.types import Batch, Model
 from jaxtrain.data import compose
 from jaxtrain.experiment import Experiment
@@ -40,12 +41,16 @@ def check_finite(exp: Experiment, model: Model, note: Callable[[str], None] = la
     def check(batch: Batch, ids: np.ndarray) -> None:
         for field, rows in not_finite(batch).items():
             where = f"field {field!r} of {format_ids(ids[rows])} holds NaN or infinity"
-            prepared = _prepared(exp, batch, rows)
-            if prepared is not None and not any(map(not_finite, prepared)):
-                continue
-            if prepared is not None and all(_left_out(exp, model, part) for part in prepared):
-                note(f"{where}, which the loss leaves out")
-                continue
+            try:
+                prepared = _prepared(exp, batch, rows)
+            except Exception as error:  # a user's stage, which may need fields that a raw batch lacks
+                where += f" (preprocess cannot be tried on them: {type(error).__name__}: {first_line(error)})"
+            else:
+                if not any(map(not_finite, prepared)):
+                    continue
+                if all(_left_out(exp, model, part) for part in prepared):
+                    note(f"{where}, which the loss leaves out")
+                    continue
             raise InputError(
                 f"{where}: fill the gaps in the source or by a stage of preprocess, leave these examples out "
                 "(data.Subset), give the loss a mask that also keeps its gradient finite, or --set "
@@ -92,22 +97,19 @@ def format_ids(ids: np.ndarray) -> str:
     return f"{len(ids):,} examples ({shown})"
 
 
-def _prepared(exp: Experiment, batch: Batch, rows: np.ndarray) -> list[Batch] | None:
-    """Return these rows after ``preprocess``, in parts of one size; None if its stages cannot take them."""
+def _prepared(exp: Experiment, batch: Batch, rows: np.ndarray) -> list[Batch]:
+    """Return these rows after ``preprocess``, in parts of one size."""
     prepare: Callable[[Any], Any] = jax.jit(lambda raw: compose(*exp.preprocess)(raw, None))
     size, parts = min(TRIED, len(rows)), []
-    try:
-        for start in range(0, len(rows), size):
-            some = rows[np.minimum(np.arange(start, start + size), len(rows) - 1)]
-            raw = {EXAMPLE_ID: some.astype(np.int32), **{name: array[some] for name, array in batch.items()}}
-            parts.append(jax.device_get(prepare(raw)))
-    except Exception:  # a user's stage, which may need fields that a raw batch lacks
-        return None
+    for start in range(0, len(rows), size):
+        some = rows[np.minimum(np.arange(start, start + size), len(rows) - 1)]
+        raw = {EXAMPLE_ID: some.astype(np.int32), **{name: array[some] for name, array in batch.items()}}
+        parts.append(jax.device_get(prepare(raw)))
     return parts
 
 
 def _left_out(exp: Experiment, model: Model, batch: Batch) -> bool:
-    """Does the model not read the fields with NaN, and is the loss finite without them?
+    """Return whether the model runs without the fields with NaN, and loss and gradient are finite with them.
 
     Args:
       exp: its loss is computed for made-up outputs.

@@ -10,16 +10,15 @@ recomputed or gathered again with the first computation, and keeps that in memor
 
 BUCKETS = 8
 SMALLEST_BUCKET, LARGEST_BUCKET = 2**20, 25 * 2**20  # bytes
-"""``DistributedDataParallel`` of PyTorch sums gradients in buckets of 1 MiB (the first) and 25 MiB."""
+"""Those of ``DistributedDataParallel`` in PyTorch: a first bucket of 1 MiB, and ``bucket_cap_mb=25``."""
 
 
 def combine_thresholds(mesh: Mesh | AbstractMesh, bytes_of_params: int) -> dict[str, str]:
     """Return options for GPUs that gather parameters and sum gradients in buckets of several arrays.
 
-    By default XLA combines them to one collective of up to 30 MB, which a model of that size can only start
-    when its whole backward pass is over, and all of whose parameters FSDP gathers before the first layer. In
-    buckets the collectives of one layer run beside the computation of another
-    (``docs/decisions/collective-buckets.md``).
+    By default XLA combines collectives up to 30 MB. A model that small then has one gradient all-reduce after
+    the entire backward pass and, with FSDP, one all-gather before the first layer. In buckets the collectives
+    of one layer overlap with the computation of another (``docs/decisions/collective-buckets.md``).
 
     Args:
       mesh: its axes and sizes. One device communicates nothing and needs no option.

@@ -76,7 +76,7 @@ def described_devices(card: Card, hosts: int = 1, per_host: int = 1) -> list[jax
     except NotImplementedError as error:  # the plugin refuses to start where it finds no CUDA libraries
         raise RunError(
             f"JAX has started without its CUDA plugin, so it cannot compile for {card.name}: set "
-            "JAX_PLATFORMS=cpu before JAX starts"
+            "JAX_PLATFORMS=cpu before JAX starts, so that it does not look for a GPU"
         ) from error
     except jax.errors.JaxRuntimeError as error:
         raise InputError(f"XLA cannot compile for {card.name}: {first_line(error)[:300]}") from error
@@ -102,7 +102,7 @@ def abstract_key(sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
 
 @contextlib.contextmanager
 def _quiet_compiler() -> Iterator[None]:
-    """Let XLA log nothing to stderr, if its library is loaded in the block: errors are exceptions."""
+    """Silence XLA's log, where its library is first loaded in the block. Errors are raised all the same."""
     before = os.environ.get(LOG_LEVEL)
     os.environ[LOG_LEVEL] = "3"
     try:
@@ -115,7 +115,7 @@ def _quiet_compiler() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_compilation_cache() -> Iterator[None]:
-    """Turn off JAX's persistent compilation cache in the block: it cannot load such programs again."""
+    """Turn off JAX's compilation cache in the block: it stores such programs and cannot load them."""
     enabled = getattr(jax.config, "jax_enable_compilation_cache", True)
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # JAX reads the setting once, at its first compilation
@@ -142,17 +142,19 @@ def compiler_problem() -> str | None:
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         return f"needs Linux, and this is {platform.system()} on {platform.machine()}"
     wanted = jax.__version__
-    versions = {
-        cuda: [_version(f"jax-cuda{cuda}-{part}") for part in ("plugin", "pjrt")] for cuda in ("12", "13")
+    installed = {
+        f"jax-cuda{cuda}-{part}": _version(f"jax-cuda{cuda}-{part}")
+        for cuda in ("12", "13")
+        for part in ("plugin", "pjrt")
     }
-    if any(found == [wanted, wanted] for found in versions.values()):
-        if versions["12"][0] is None or _version(ASSEMBLER) is not None:
-            return None
-        return f"needs NVIDIA's assembler: {_pip(wanted)}"
-    found = next((version for pair in versions.values() for version in pair if version is not None), None)
-    if found is None:
+    if all(installed[f"jax-cuda13-{part}"] == wanted for part in ("plugin", "pjrt")):
+        return None
+    if all(installed[f"jax-cuda12-{part}"] == wanted for part in ("plugin", "pjrt")):
+        return None if _version(ASSEMBLER) is not None else f"needs NVIDIA's assembler: {_pip(wanted)}"
+    found = [f"{package} {version}" for package, version in installed.items() if version is not None]
+    if not found:
         return f"needs XLA's GPU compiler, which is not installed: {_pip(wanted)}"
-    return f"needs the CUDA plugin of jax {wanted}, and jax-cuda12-plugin or -pjrt is another: {_pip(wanted)}"
+    return f"needs the CUDA plugin of jax {wanted}, and this is installed: {', '.join(found)}: {_pip(wanted)}"
 
 
 def _pip(version: str) -> str:

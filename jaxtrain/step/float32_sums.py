@@ -1,8 +1,9 @@
 """Sums of half-precision numbers in float32.
 
 JAX's rules for gradients add in the dtype of the activations. The gradient of a bias that is added to
-``[batch, length, width]`` is then a sum of ``batch * length`` numbers in bfloat16, which stops growing after
-some hundred of them. XLA:CPU adds in float32 anyway; on an NVIDIA GPU the compiled kernel does not.
+``[batch, length, width]`` is then a sum of ``batch * length`` numbers in bfloat16, with several times the
+rounding error of one in float32 (``docs/decisions/float32-sums.md``). XLA:CPU adds in float32 anyway; on an
+NVIDIA GPU the compiled kernel does not.
 
 >>> def loss(bias):
 ...     rows = jnp.zeros((4096, 2), jnp.bfloat16)
@@ -39,10 +40,10 @@ def sum_in_float32(fn: Compute, gradients: Callable[[Any], Any] | None = None) -
     Covered are ``reduce_sum``, ``scatter-add`` (the gradient of an embedding) and the sums that the gradient
     of ``lax.scan`` carries from step to step (a recurrent network's parameters), also inside ``jit``,
     ``checkpoint``, ``scan``, ``while_loop`` and ``cond``. Products and convolutions accumulate in float32 by
-    themselves. Not covered are ``shard_map``, ``lax.reduce`` with a function of one's own, and what is
-    differentiated later: apply it last, as in ``sum_in_float32(jax.grad(loss))``. A function without
-    half-precision numbers is evaluated unchanged. Under ``jax.disable_jit()``, which is for debugging, ``fn``
-    is called as it is.
+    themselves. Not covered are ``shard_map``, ``lax.reduce`` with a function of one's own, ``reduce_window``,
+    ``cumsum``, and what is differentiated later: apply it last, as in ``sum_in_float32(jax.grad(loss))``. A
+    function without half-precision numbers is evaluated unchanged. Under ``jax.disable_jit()``, which is for
+    debugging, ``fn`` is called as it is.
 
     Args:
       fn: a pure function of pytrees of arrays.

@@ -90,10 +90,9 @@ def guard_step(train_step: Step, policy: Policy, merge_norms: bool = False) -> S
     metrics as ``guard``. An overflow that ``optim.LossScale`` handles is not bad: it reports no gradient norm
     and changes no parameter.
 
-    On CPUs the update is bit-for-bit that of the step without a guard, because a barrier keeps XLA from
-    fusing the two. That needs the compiler options ``sharding.KEEP_BARRIERS``; without them the last bits may
-    differ. Elsewhere there is no barrier: the selection is part of the kernels that compute the update, and
-    the last bits may differ.
+    On CPUs a good update is bit-for-bit that of the step without a guard, because a barrier keeps XLA from
+    fusing update and selection. That needs the compiler options ``sharding.KEEP_BARRIERS``; without them the
+    last bits may differ. On other platforms XLA fuses them, and the last bits may differ.
 
     Args:
       train_step: pure ``(state, batch, key) -> (state, metrics)``. Its metrics ``loss`` and ``grad_norm``,
@@ -102,7 +101,8 @@ def guard_step(train_step: Step, policy: Policy, merge_norms: bool = False) -> S
       policy: ``"skip"`` drops the metrics of a bad update and reports ``skipped`` (0 or 1); ``"off"``
         returns ``train_step`` unchanged.
       merge_norms: sum the squares of many parameters in one kernel instead of one for each, which takes fewer
-        launches on a GPU. For parameters that are not sharded: sharded ones would be gathered.
+        launches on a GPU. For parameters that are not sharded: sharded ones would be gathered. Runs on GPUs
+        set it (``program.update``), ``make_train_step`` does not.
     """
     if policy == "off":
         return train_step
@@ -162,6 +162,8 @@ def _difference(after: jax.Array, before: jax.Array) -> jax.Array:
 def _merged_norm(tree: Any) -> jax.Array:
     """Return the norm of all leaves, with the squares of ``LEAVES_PER_SUM`` leaves summed at once."""
     squares = [jnp.square(jnp.abs(_as_cudnn(leaf))).reshape(-1) for leaf in jax.tree.leaves(tree)]
+    if not squares:
+        return jnp.float32(0)
     rows = []
     for start in range(0, len(squares), LEAVES_PER_SUM):
         part = jnp.concatenate(squares[start : start + LEAVES_PER_SUM])
@@ -171,7 +173,7 @@ def _merged_norm(tree: Any) -> jax.Array:
 
 
 def _as_cudnn(leaf: jax.Array) -> jax.Array:
-    """Move the output channels of a convolution's kernel first, as cuDNN returns its gradient.
+    """Move the output channels of a square convolution kernel first, as cuDNN returns its gradient.
 
     In another order each kernel's squares would be transposed by a launch of its own.
     """

@@ -39,7 +39,7 @@ def fit(
     strict: bool = False,
     profile_window: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """Train to the last step, from the checkpoint in ``folder`` or from step 0, and evaluate.
+    """Train to the last step, resuming from a checkpoint in ``folder`` if there is one, and evaluate.
 
     Args:
       program: what to run (``jaxtrain.program.assemble``).
@@ -220,7 +220,7 @@ class MetricsConsumer:
 def _evaluate_mid_run(
     program: Program, state: State, step: int, recorder: monitor.Recorder, console: Console
 ) -> float | None:
-    """Evaluate; returns the validation score, or None when only the test set was evaluated."""
+    """Evaluate; returns the validation score, None without a validation set or where it is not finite."""
     split = "valid" if "valid" in program.evals else "test"
     values = evaluate(program, state, split, console)
     recorder.scalars(step, {f"{split}/{name}": value for name, value in values.items()})

@@ -123,10 +123,10 @@ def test_temporaries_match_the_compiled_step_of_a_run():
     data_of_test = sum(
         one.bytes for one in device_arrays(program)["data"] if one.path.startswith("data/test")
     )
-    taken = found.persistent - found.bytes["batches_ahead"] - data_of_test
+    taken = found.persistent - found.bytes["prefetched_batches"] - data_of_test
     assert stats.argument_size_in_bytes == taken  # the key is not used
     assert found.total == sum(found.bytes.values())
-    assert found.bytes["batches_ahead"] == 2 * found.bytes["batch"]
+    assert found.bytes["prefetched_batches"] == 2 * found.bytes["batch"]
     assert [(one.kind, one.axes) for one in found.collectives] == [("all-reduce", ("data",))]
     gradients = sum(x.size for x in jax.tree.leaves(program.abstract_state.params)) * 4
     assert gradients == found.parameters * 4

@@ -14,6 +14,8 @@ from flax import linen as nn
 from jaxtrain import Experiment, assemble, data, losses, optim, sharding
 from jaxtrain.core.errors import InputError
 from jaxtrain.metrics import Mean
+from jaxtrain.models import as_model
+from jaxtrain.program import missing_values
 
 
 class Net(nn.Module):
@@ -42,12 +44,14 @@ class Missing:
         return squared.total / jnp.maximum(squared.count, 1), {"loss": squared}
 
 
-def experiment(loss: Any, field: str = "target", value: float = np.nan, **changes: Any) -> Experiment:
+def experiment(
+    loss: Any, field: str = "target", value: float = np.nan, row: int = 3, **changes: Any
+) -> Experiment:
     rng = np.random.default_rng(0)
     fields = {
         name: rng.normal(size=(32, width)).astype(np.float32) for name, width in (("x", 3), ("target", 2))
     }
-    fields[field][3, 1] = value
+    fields[field][row, 1] = value
     train, test = data.Arrays(fields), data.Arrays({name: x[8:] for name, x in fields.items()})
     return Experiment(
         model=Net(),
@@ -85,3 +89,22 @@ def test_missing_targets_that_the_loss_leaves_out_are_a_note(placement: str) -> 
 def test_other_gaps_are_refused(loss: Any, field: str, value: float) -> None:
     with pytest.raises(InputError, match=f"train: field '{field}' of example 3 holds NaN or infinity: fill"):
         notes(experiment(loss, field, value))
+
+
+def test_examples_are_named_by_their_index_in_the_source_where_some_are_held_out() -> None:
+    exp = dataclasses.replace(experiment(losses.MSE(), row=20), holdout=8)
+    kept, _ = data.holdout(32, 8)
+    assert kept.tolist().index(20) != 20
+    with pytest.raises(InputError, match=r"^train: field 'target' of example 20 holds NaN"):
+        notes(exp)
+
+
+def test_a_stage_that_cannot_be_tried_is_named() -> None:
+    def centre(batch: Any, key: Any) -> Any:
+        return {**batch, "target": batch["target"] - batch["mean"]}
+
+    check = missing_values.check_finite(experiment(losses.MSE(), preprocess=(centre,)), as_model(Net()))
+    with pytest.raises(
+        InputError, match=r"holds NaN or infinity \(preprocess cannot be tried .* KeyError: 'mean'"
+    ):
+        check({"x": np.ones((2, 3)), "target": np.full((2, 2), np.nan)}, np.arange(2))

@@ -106,6 +106,11 @@ def test_missing_or_other_wheels_are_one_line_with_the_command(monkeypatch):
         assert install in str(caught.value) and "\n" not in str(caught.value)
     versions(**jax_wheels, **{"nvidia-cuda-nvcc-cu12": "12.9.86"})
     assert described.compiler_problem() is None
+    cuda13 = {name.replace("12", "13"): version for name, version in jax_wheels.items()}
+    versions(**cuda13, **{"jax-cuda12-plugin": "0.1"})  # a stale one beside it
+    assert described.compiler_problem() is None
+    versions(**{"jax-cuda13-plugin": "0.1"})
+    assert ", and this is installed: jax-cuda13-plugin 0.1: pip install" in str(described.compiler_problem())
 
 
 @needs_compiler

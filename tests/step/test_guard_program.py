@@ -105,6 +105,12 @@ def test_merged_norm_is_the_norm():
     assert np.isnan(norm(change, True))
 
 
+def test_merged_norm_of_no_parameters_is_zero():
+    before = State(jnp.zeros((), jnp.int32), {}, {}, ())
+    step = jax.jit(guard_step(lambda state, batch, key: (state, {}), "stop", merge_norms=True))
+    assert step(before, {}, None)[1]["guard"].by_name()["update_norm"] == 0
+
+
 def launches(text):
     """The number of kernels and copies that the entry computation of a program starts."""
     entry = text[text.index("\nENTRY ") :]
