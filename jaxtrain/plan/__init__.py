@@ -8,7 +8,6 @@ from jaxtrain.plan.gpu_step import GpuStep, read_gpu_step
 from jaxtrain.plan.measure import Plan, for_device_memory, measure, with_open_data
 from jaxtrain.plan.nearest import Nearest, find_nearest
 from jaxtrain.plan.overlap import Overlap, exposed_collectives
-from jaxtrain.plan.reductions import Reduction, half_precision_reductions
 from jaxtrain.plan.roofline import LowerBound, lower_bound
 from jaxtrain.plan.search import SearchResult, attempts, search_all
 from jaxtrain.plan.variants import Trial, Variant, make_trial, variant_of
@@ -23,7 +22,6 @@ __all__ = [
     "Nearest",
     "Overlap",
     "Plan",
-    "Reduction",
     "SearchResult",
     "Trial",
     "Variant",
@@ -34,7 +32,6 @@ __all__ = [
     "exposed_collectives",
     "find_nearest",
     "for_device_memory",
-    "half_precision_reductions",
     "length_known",
     "lower_bound",
     "make_trial",

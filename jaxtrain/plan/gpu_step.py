@@ -12,7 +12,8 @@ from jaxtrain.plan.collectives import collectives
 from jaxtrain.plan.cuda_graphs import CudaGraphs
 from jaxtrain.plan.gpu_program import GpuProgram, read_gpu_program
 from jaxtrain.plan.overlap import exposed_collectives
-from jaxtrain.plan.roofline import GPUS_PER_HOST, LowerBound, Rates, lower_bound, peak_name
+from jaxtrain.plan.roofline import GPUS_PER_HOST, LowerBound, lower_bound, peak_name
+from jaxtrain.sharding.cards import Card
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class GpuStep:
 def read_gpu_step(
     hlo: str,
     mesh: Mesh | AbstractMesh,
-    card: Rates | None,
+    card: Card | None,
     flops: float | None,
     precision: str,
     graphs: CudaGraphs | None = None,

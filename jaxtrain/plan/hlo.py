@@ -133,12 +133,6 @@ def array_bytes(shape: str) -> int:
     return total
 
 
-def op_name(op: Op) -> str:
-    """Return the operation of the user's program that an instruction belongs to; empty where unknown."""
-    found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', op.rest)
-    return found[1].replace("\\'", "'") if found else ""
-
-
 def nested(name: str, computations: dict[str, list[Op]]) -> Iterator[Op]:
     """Yield the instructions of a computation and of those that it calls, such as those of a fusion."""
     for op in computations.get(name, ()):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
 from jaxtrain import sharding
 from jaxtrain.core.text import size_text
 from jaxtrain.plan.collectives import Collective
-from jaxtrain.plan.roofline import GPUS_PER_HOST, Rates, collective_seconds, peak_name
+from jaxtrain.plan.roofline import GPUS_PER_HOST, collective_seconds, peak_name
+from jaxtrain.sharding.cards import Card, load_card
 
 MIN_SECONDS = 1e-3
 """Communication below this is not warned about: so short a step waits for other things."""
@@ -18,23 +18,12 @@ MIN_SECONDS = 1e-3
 H100 = {"bfloat16": 989.5e12, "float16": 989.5e12, "tf32": 494.5e12, "float32": 67e12}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Datasheet:
-    """What ``Rates`` asks for, of "NVIDIA H100 Tensor Core GPU" (datasheet, SXM) and "NVIDIA DGX H100"."""
-
-    name: str = "an H100"
-    bandwidth: float = 3.35e12
-    link: float = 450e9
-    network: float = 50e9
-    peak: Mapping[str, float] = dataclasses.field(default_factory=lambda: H100)
-
-
 def mesh_warnings(
     collectives: Sequence[Collective],
     flops: float | None,
     mesh: Mapping[str, int],
     precision: str = "bfloat16",
-    card: Rates | None = None,
+    card: Card | None = None,
     gpus_per_host: int = GPUS_PER_HOST,
 ) -> list[str]:
     """Return a line for each set of mesh axes whose collectives take longer than the computation of a step.
@@ -48,7 +37,7 @@ def mesh_warnings(
       flops: of a step, all devices together; None where they were not counted: then there is no warning.
       mesh: size by axis, in the mesh's order.
       precision: of the run.
-      card: the speed of a device; None is that of an H100 (SXM).
+      card: the speed of a device; None is ``h100`` of ``sharding.cards``.
       gpus_per_host: devices of a host.
 
     >>> moved = [Collective("all-gather", ("model",), 9_120_000_000, 94)]
@@ -58,22 +47,20 @@ def mesh_warnings(
     """
     if not flops:
         return []
-    rates: Rates = card or _Datasheet()
-    peak = rates.peak[peak_name(precision)]
+    card = card or load_card("h100")
+    peak = card.peak[peak_name(precision)]
     compute = flops / math.prod(mesh.values()) / peak
     lines = []
     for axes in dict.fromkeys(one.axes for one in collectives):
         moved = [one for one in collectives if one.axes == axes]
-        seconds = sum(
-            collective_seconds(one, mesh, rates.link, rates.network, gpus_per_host) for one in moved
-        )
+        seconds = sum(collective_seconds(one, mesh, card.link, card.network, gpus_per_host) for one in moved)
         if seconds <= max(compute, MIN_SECONDS):
             continue
         kinds = ", ".join(f"{one.kind} {size_text(one.bytes)}" for one in moved)
         lines.append(
             f"{'+'.join(axes)} moves {size_text(sum(one.bytes for one in moved))} between devices in a step "
             f"({kinds}): at least {1e3 * seconds:.1f} ms, longer than {1e3 * compute:.1f} ms of computation "
-            f"(peak of {getattr(rates, 'name', 'the card')}); {_alternative(axes, mesh)}"
+            f"(peak of {card.name}); {_alternative(axes, mesh)}"
         )
     return lines
 

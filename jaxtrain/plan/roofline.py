@@ -7,38 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
 
 import jax
 import numpy as np
 
 from jaxtrain.plan.collectives import Collective
+from jaxtrain.sharding.cards import Card
 
 GPUS_PER_HOST = 8
 EXACT = ("highest", "float32", "F32_F32_F32")  # values of jax_default_matmul_precision
-
-
-class Rates(Protocol):
-    """The speed of a GPU: ``sharding.cards.Card``, or anything with these attributes.
-
-    Attributes:
-      bandwidth: of device memory, bytes per second.
-      link: bytes per second that one GPU sends to the others of its host.
-      network: bytes per second that one GPU sends to those of other hosts.
-      peak: FLOP/s of matrix products: ``bfloat16``, ``float16``, ``tf32``, ``float32``.
-    """
-
-    @property
-    def bandwidth(self) -> float: ...
-
-    @property
-    def link(self) -> float: ...
-
-    @property
-    def network(self) -> float: ...
-
-    @property
-    def peak(self) -> Mapping[str, float]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +57,7 @@ class LowerBound:
 
 
 def peak_name(precision: str) -> str:
-    """Return which of ``Rates.peak`` a run reaches at most: JAX rounds float32 products to TF32 by default.
+    """Return which of ``Card.peak`` a run reaches at most: JAX rounds float32 products to TF32 by default.
 
     >>> peak_name("float32"), peak_name("bfloat16")
     ('tf32', 'bfloat16')
@@ -95,7 +72,7 @@ def lower_bound(
     collectives: Sequence[Collective],
     exposed: Sequence[Collective],
     mesh: Mapping[str, int],
-    card: Rates,
+    card: Card,
     peak: str,
     gpus_per_host: int = GPUS_PER_HOST,
 ) -> LowerBound:

@@ -90,7 +90,7 @@ class RunCheck:
         if before is not None and now is not None and now != before:
             self.console.note(
                 f"{source[0]} has changed since this run started from it ({before}; now {now}): this run "
-                "keeps what it started from; --new starts from what is there now"
+                "keeps what it started from; --new starts from the current one"
             )
         return {"init_from": source}
 

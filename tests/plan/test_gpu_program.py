@@ -14,7 +14,6 @@ from jaxtrain.plan.cuda_graphs import CudaGraphs, read_graphs
 from jaxtrain.plan.gpu_program import GpuProgram, Kernels, read_gpu_program
 from jaxtrain.plan.gpu_step import read_gpu_step
 from jaxtrain.plan.overlap import Overlap, exposed_collectives
-from jaxtrain.plan.reductions import half_precision_reductions
 
 ONE = AbstractMesh((1,), ("data",))
 EIGHT = AbstractMesh((2, 4), ("data", "fsdp"))
@@ -323,45 +322,6 @@ def test_cuda_graphs_of_a_list_of_thunks() -> None:
     found = read_graphs(THUNKS)
     assert found == CudaGraphs(count=2, inside=4, outside=4) and found.host_launches == 6
     assert read_graphs("") == CudaGraphs(0, 0, 0)
-
-
-SUMS = """
-HloModule jit_step, is_scheduled=true
-
-%half (x: bf16[], y: bf16[]) -> bf16[] {
-  ROOT %s = bf16[] add(%x, %y)
-}
-
-%most (x: bf16[], y: bf16[]) -> bf16[] {
-  ROOT %m = bf16[] maximum(%x, %y)
-}
-
-%full (x: f32[], y: f32[]) -> f32[] {
-  ROOT %f = f32[] add(%x, %y)
-}
-
-%fused (a: bf16[64,256,384]) -> bf16[384] {
-  %a = bf16[64,256,384]{2,1,0} parameter(0)
-  ROOT %r = bf16[384]{0} reduce(%a, %z), dimensions={0,1}, to_apply=%half, metadata={op_name="jit(f)/b/sum"}
-}
-
-ENTRY %main (p: bf16[64,256,384]) -> bf16[384] {
-  %p = bf16[64,256,384]{2,1,0} parameter(0)
-  %wide = f32[64,256]{1,0} parameter(1)
-  %b = bf16[384]{0} fusion(%p), kind=kInput, calls=%fused
-  %best = bf16[64,256]{1,0} reduce(%p, %low), dimensions={2}, to_apply=%most
-  ROOT %exact = f32[256]{0} reduce(%wide, %z), dimensions={0}, to_apply=%full
-}
-"""
-
-
-def test_half_precision_reductions_are_found_inside_of_fusions() -> None:
-    found = half_precision_reductions(SUMS)
-    assert [(one.reducer, one.operand, one.result, one.dimensions, one.size) for one in found] == [
-        ("add", (64, 256, 384), (384,), (0, 1), 64 * 256),
-        ("maximum", (64, 256, 384), (64, 256), (2,), 384),
-    ]
-    assert found[0].op_name == "jit(f)/b/sum" and {one.dtype for one in found} == {"bf16"}
 
 
 def test_step_of_a_card() -> None:

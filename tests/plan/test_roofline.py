@@ -90,7 +90,7 @@ def test_tensor_parallelism_that_moves_more_than_it_computes_is_warned_about() -
     [line] = mesh_warnings(RESNET, STEP, mesh)
     assert line == (
         "model moves 13.68 GB between devices in a step (all-gather 9.12 GB, reduce-scatter 4.56 GB): "
-        "at least 15.2 ms, longer than 3.2 ms of computation (peak of an H100); try --mesh data=8, or "
+        "at least 15.2 ms, longer than 3.2 ms of computation (peak of h100); try --mesh data=8, or "
         "data=4,fsdp=2 if the state does not fit"
     )
     assert mesh_warnings(RESNET[2:], STEP, mesh) == []
