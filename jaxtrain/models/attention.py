@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import jax
@@ -20,6 +22,21 @@ Attention = Literal["auto", "xla", "cudnn"]
 
 MIN_CAPABILITY = (8, 0)
 """The lowest compute capability with cuDNN's kernel (Ampere). JAX does not check it, and XLA would fail."""
+
+_XLA_ONLY: ContextVar[bool] = ContextVar("trace every attention with XLA's kernel", default=False)
+
+
+@contextlib.contextmanager
+def xla_attention() -> Iterator[None]:
+    """Trace every attention in the block with XLA's kernel, whatever the model says.
+
+    For programs that run on any device: cuDNN's kernel is a call into its library.
+    """
+    token = _XLA_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _XLA_ONLY.reset(token)
 
 
 def attend(
@@ -53,7 +70,7 @@ def attend(
     if attention not in names:
         raise InputError(f"attention is {attention!r}: it must be one of {', '.join(names)}")
     implementation: Literal["xla", "cudnn"] = "xla"
-    if attention != "xla":
+    if attention != "xla" and not _XLA_ONLY.get():
         reason = cudnn_refusal(q.shape, q.dtype, causal)
         if reason is None:
             implementation = "cudnn"
