@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxtrain import sharding
-from jaxtrain.artifact.write import Trained
+from jaxtrain.artifact.trained import Trained
 from jaxtrain.core.types import State, leaf_paths
 from jaxtrain.experiment import Experiment
 from jaxtrain.program import abstract_state

@@ -17,6 +17,8 @@ from jaxtrain.core.text import first_line
 ENGINES = ("jax", "onnxruntime")
 METADATA = "jaxtrain_manifest"
 """The key of an ONNX file's metadata that holds the manifest."""
+WORDS = "jaxtrain_vocabulary"
+"""The key that holds the vocabulary, as Latin-1."""
 
 
 class Engine(Protocol):
@@ -54,7 +56,7 @@ class OnnxModel:
         if METADATA not in metadata:
             raise InputError(f"{path} was not written by python -m jaxtrain export --format onnx")
         self.manifest = parse(metadata[METADATA], str(path))
-        self.words = metadata["vocabulary"].encode("latin-1") if "vocabulary" in metadata else None
+        self.words = metadata[WORDS].encode("latin-1") if WORDS in metadata else None
         self._names = [output.name for output in self._session.get_outputs()]
 
     def __call__(self, inputs: Any) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -71,6 +72,18 @@ def used_arguments(apply: Apply, weights: Weights, inputs: Mapping[str, Any]) ->
     exported = _export(apply, weights, inputs, ("cpu",))
     names = [*sorted(weights), *sorted(inputs)]
     return frozenset(names[index] for index in exported.module_kept_var_idx)
+
+
+def export_fixed(
+    apply: Apply, weights: Weights, inputs: Mapping[str, jax.ShapeDtypeStruct], batch: int
+) -> export.Exported:
+    """Trace ``apply`` for one batch size, as plain StableHLO: the program for GPUs, which may run anywhere.
+
+    Args, raises: as ``export_program``.
+    """
+    shapes = {name: jax.ShapeDtypeStruct((batch, *x.shape), x.dtype) for name, x in inputs.items()}
+    exported = _export(apply, weights, shapes, ("cuda",))
+    return dataclasses.replace(exported, disabled_safety_checks=(export.DisabledSafetyCheck.platform(),))
 
 
 def _export(

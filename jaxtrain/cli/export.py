@@ -50,7 +50,7 @@ def _run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from jaxtrain import sharding
-    from jaxtrain.artifact import write
+    from jaxtrain.artifact import trained, write
     from jaxtrain.artifact.parts import check_new
     from jaxtrain.data.checked import CheckedSource
     from jaxtrain.monitor import make_console
@@ -73,9 +73,8 @@ def _run(args: argparse.Namespace) -> int:
         "metrics": recorded_metrics(run.folder, chosen.step),
         "config": run.record["config"],
     }
-    checked = write.write(
-        args.format, path, write.Trained.of(run.experiment, state, examples, about), args.force
-    )
+    model = trained.Trained.of(run.experiment, state, examples, about)
+    checked = write.write(args.format, path, model, args.force)
     console.note(f"{path}: {run.name}, step {chosen.step:,}, {size_text(path.stat().st_size)}; {checked}")
     return 0
 

@@ -19,6 +19,7 @@ from artifact_cases import make_trained
 
 from jaxtrain import artifact, models
 from jaxtrain.artifact import write
+from jaxtrain.artifact.trained import model_outputs
 
 FOLDER = Path(__file__).resolve().parents[1] / "golden" / "artifacts"
 
@@ -30,7 +31,7 @@ def main() -> int:
     trained = make_trained(dataclasses.replace(tiny.EXPERIMENT, model=model))
     FOLDER.mkdir(parents=True, exist_ok=True)
     sys.stdout.write(write.write("jaxtrain", path, trained, force=True) + "\n")
-    outputs = write.model_outputs(trained)
+    outputs = model_outputs(trained)
     record = {
         "image": np.asarray(trained.examples["image"]).tolist(),
         "probability": np.asarray(outputs["probability"]).round(7).tolist(),

@@ -20,18 +20,19 @@ from conftest import ROOT
 from jaxtrain import InputError, artifact
 from jaxtrain.artifact import parts, program, tensors, write
 from jaxtrain.artifact.manifest import InputSpec, parse
+from jaxtrain.artifact.trained import Trained
 from jaxtrain.core.errors import RunError
 from jaxtrain.core.types import Model
 from jaxtrain.step.factories import eval_state
 
 
 @pytest.fixture(scope="module")
-def trained() -> write.Trained:
+def trained() -> Trained:
     return make_trained(tiny.EXPERIMENT)
 
 
 @pytest.fixture(scope="module")
-def file(trained: write.Trained, tmp_path_factory: Any) -> Path:
+def file(trained: Trained, tmp_path_factory: Any) -> Path:
     path = tmp_path_factory.mktemp("artifact") / "model.jaxtrain"
     assert "largest difference" in write.write("jaxtrain", path, trained)
     return path
@@ -42,7 +43,7 @@ def loaded(file: Path) -> artifact.Artifact:
     return artifact.load(file)
 
 
-def reference(trained: write.Trained, image: np.ndarray) -> np.ndarray:
+def reference(trained: Trained, image: np.ndarray) -> np.ndarray:
     """The probabilities by NumPy, from the logits of the Linen module with the averaged weights."""
     params, extra = eval_state(trained.state)
     variables = {"params": params, "batch_stats": extra["batch_stats"]}
