@@ -89,6 +89,8 @@ def _exit_code(
             traceback.print_exc()
         if not isinstance(error, Stopped) or _multihost().is_process_0():
             print(f"{parser.prog}: {error}", file=sys.stderr)
+        if isinstance(error, Stopped):
+            _multihost().leave()
         return error.exit_code
     except KeyboardInterrupt as interrupt:
         # A save that was cut off leaves coroutines behind, and Python would warn about them.
