@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from jaxtrain.program.check_values import ValueCheck
 from jaxtrain.program.loader import EXAMPLE_ID, Check, Loader, Resident
 from jaxtrain.program.program import Program, Split
 from jaxtrain.sharding import described
+from jaxtrain.sharding.cards import Card
 from jaxtrain.step import make_eval_step, make_init, scan_steps
 from jaxtrain.step.contract import check_names, check_pair
 from jaxtrain.step.packing import PackedMetrics, pack_metrics
@@ -94,7 +96,7 @@ def assemble(
     loaders = {"train": train, **{name: split.loader for name, split in evals.items()}}
     resident = {name: isinstance(loader, Resident) for name, loader in loaders.items()}
     steps_per_epoch = order.n // order.batch if exp.drop_remainder else order.n / order.batch
-    return Program(
+    program = Program(
         experiment=exp,
         cadence=Cadence.of(exp, steps, steps_per_epoch, validates="valid" in evals),
         key=key,
@@ -116,6 +118,24 @@ def assemble(
         learning_rates=update.learning_rates(exp, steps),
         abstract_outputs=outputs,
         attention=attention,
+    )
+    card = described.card_of(mesh)
+    return program if card is None else _compile_only(program, card)
+
+
+def _compile_only(program: Program, card: Card) -> Program:
+    """Return ``program`` with functions that refuse to run: its devices are described."""
+
+    def refuse(fn: Callable[..., Any]) -> Callable[..., Any]:
+        return described.compile_only(fn, card)
+
+    splits = {name: dataclasses.replace(one, step=refuse(one.step)) for name, one in program.evals.items()}
+    return dataclasses.replace(
+        program,
+        init=refuse(program.init),
+        train_step=refuse(program.train_step),
+        train_steps=refuse(program.train_steps),
+        evals=splits,
     )
 
 

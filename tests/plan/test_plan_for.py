@@ -141,13 +141,15 @@ def test_a_plan_for_cpus_says_where_the_figures_of_a_gpu_are(capsys):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--for", "h10"], "--for h10: no card has this name: did you mean h100?"),
+        (["--for", "h10"], "--for h10: no card has this name: "),
         (["--for", "mine.toml"], "--for mine.toml: the file cannot be read: No such file or directory"),
         (["--hosts", "2"], "--hosts 2 needs --for"),
         (["--for", "h100", "--devices", "3", "--hosts", "2"], "--hosts 2 with 3 devices: each host has the"),
-        (["--for", "h100", "--mesh", "data=4", "--hosts", "0"], "--hosts 0 with 4 devices"),
+        (["--for", "h100", "--devices", "3", "--hosts", "2"], "use --devices 2, or another multiple of 2"),
+        (["--for", "h100", "--mesh", "data=4", "--hosts", "0"], "--hosts 0: give at least 1"),
         (["--for", "h100", "--devices", "0"], "--devices 0: give at least 1"),
-        (["--for", "h100", "--devices", "4000"], "--devices 4000: plan describes at most 1024"),
+        (["--for", "h100", "--devices", "4000"], "4000 devices: plan compiles for at most 1024"),
+        (["--for", "h100", "--devices", "4", "--mesh", "fsdp=8"], "than --devices 4: use --devices 8, or"),
         (["--for", "h100", "--devices", "8", "--mesh", "data=4"], "--mesh data=4 uses 4 of 8 devices"),
         (["--for", "h100", "--simulate-devices", "8"], "--simulate-devices 8 does not go with --for"),
     ],
