@@ -49,8 +49,8 @@ def find(folder: str) -> dict[str, Any]:
 
     Returns:
       ``for``: what ``plan --for`` takes, a name or a file written into ``folder``; ``CPU_CARD`` for a CPU.
-      Where figures of a card are missing, ``why`` instead, which says what. ``no_compiler``, if nothing can be
-      compiled for a described card here: the reason.
+      ``why``, in place of it where figures of a card are missing: which. ``no_compiler``, where nothing can
+      be compiled for a described card: the reason.
     """
     import jax
 

@@ -100,8 +100,8 @@ def run_case(session: Session, case: Case, card: Mapping[str, Any], devices: int
 
     Returns:
       What there is: both plans (``described``, ``here``), their ``comparison``, ``step``
-      (``compare.check_bound`` for each plan); and ``errors`` and ``skipped``: reasons by what went wrong or was
-      left out.
+      (``compare.check_bound`` for each plan); and the reasons of what went wrong (``errors``) or was left out
+      (``skipped``).
     """
     limit = session.left() if session.cpu else min(session.left(), CASE_SECONDS)
     own = dataclasses.replace(session, began=time.monotonic(), limit=limit)
