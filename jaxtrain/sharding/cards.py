@@ -66,6 +66,18 @@ def card_names() -> tuple[str, ...]:
     return tuple(_shipped())
 
 
+def find_card(device_kind: str) -> Card | None:
+    """Return the card with a name that JAX calls ``device_kind``; None if there is none, as for a MIG slice.
+
+    >>> find_card("NVIDIA H200").name
+    'h200'
+    >>> find_card("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
+    True
+    """
+    named = (load_card(name) for name in card_names())
+    return next((card for card in named if card.device_kind == device_kind), None)
+
+
 def load_card(name_or_path: str) -> Card:
     """Return the card of this name, or that a TOML file describes: the fields of ``Card`` without ``name``.
 
