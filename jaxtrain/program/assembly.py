@@ -80,7 +80,9 @@ def assemble(
     traced, model = model, _compute_model(exp, mesh, abstract)  # the shardings are known now
     prepare = compose(lambda batch, _: train.fetch(batch), *exp.augment, *exp.preprocess)
     loss_metric = check_contract.find_loss_metric(exp, model, sources["train"])
-    step = update.build_train_step(exp, mesh, model, tx, prepare, post_update, loss_metric)
+    step = update.build_train_step(
+        exp, mesh, model, tx, prepare, post_update, loss_metric, _shardings(abstract.params)
+    )
     train_step, train_steps, attention = _compile_train_steps(
         step, train, mesh, abstract, key, update.compiler_options(exp, mesh, abstract)
     )
