@@ -225,6 +225,12 @@ class LabelledText:
         own = _tfds(self).data_files()
         return tuple(dict.fromkeys((*own, *self._train().data_files()))) if self.words else own
 
+    def vocabulary_words(self) -> tuple[bytes, ...]:
+        """Return the words of the tokens from 256 on; none with ``words=0``. Reads the train split."""
+        if not self.words:
+            return ()
+        return tuple(_vocabulary(self._stamped(), self._train(), self.words))
+
     def _texts(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
         if self.files:
             texts, labels = self._lines()

@@ -1,0 +1,94 @@
+"""``python -m jaxtrain export --workdir RUN --out FILE``: a run's model as one file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtrain.cli import SUMMARIES, command_line, experiments
+from jaxtrain.core.files import user_path
+from jaxtrain.core.text import size_text
+
+FORMATS = ("jaxtrain", "onnx", "stablehlo", "safetensors")
+EXAMPLES = 16
+"""Test examples on which the file is compared with the model."""
+
+
+def make_parser() -> command_line.Parser:
+    """Make the parser of this command."""
+    parser = command_line.Parser("jaxtrain export", SUMMARIES["export"])
+    parser.add_argument("--workdir", required=True, metavar="RUN", help="the folder of a run")
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="the file to write, such as model.jaxtrain"
+    )
+    parser.add_argument(
+        "--format",
+        default="jaxtrain",
+        choices=FORMATS,
+        help="jaxtrain: program, weights, labels and metrics in one file; onnx: for onnxruntime and other "
+        "engines; stablehlo: the program alone, weights as arguments; safetensors: the weights alone; "
+        "default: %(default)s",
+    )
+    command_line.add_checkpoint(parser)
+    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
+    parser.add_argument(
+        "--strict", action="store_true", help="fail if the code has changed since the run started"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    return command_line.main(_run, make_parser(), argv)
+
+
+def _run(args: argparse.Namespace) -> int:
+    import jax
+    import numpy as np
+
+    from jaxtrain import sharding
+    from jaxtrain.artifact import trained, write
+    from jaxtrain.artifact.parts import check_new
+    from jaxtrain.data.checked import CheckedSource
+    from jaxtrain.monitor import make_console
+    from jaxtrain.program import abstract_state
+
+    path = user_path(args.out)
+    check_new(path, args.force)  # before minutes of work
+    run = experiments.open_run(args)
+    console = make_console()
+    experiments.ensure_prepared(run.experiment, console)
+    run.check_code(args.strict)
+    test = CheckedSource("test", run.experiment.test)
+    count = min(EXAMPLES, len(test))
+    examples = test.gather(np.arange(count) * len(test) // count)
+    mesh = sharding.make_mesh(jax.local_devices()[:1])
+    chosen, state = run.restore(args.checkpoint, abstract_state(run.experiment, mesh, examples))
+    about = {
+        "name": run.name,
+        "step": chosen.step,
+        "metrics": recorded_metrics(run.folder, chosen.step),
+        "config": run.record["config"],
+    }
+    model = trained.Trained.of(run.experiment, state, examples, about)
+    checked = write.write(args.format, path, model, args.force)
+    console.note(f"{path}: {run.name}, step {chosen.step:,}, {size_text(path.stat().st_size)}; {checked}")
+    return 0
+
+
+def recorded_metrics(folder: Path, step: int) -> Mapping[str, Any]:
+    """Return the test metrics that ``result.json`` has of this checkpoint; none where it has none."""
+    try:
+        result = json.loads((folder / "result.json").read_text())
+        for entry, at in (
+            (result, result["steps"]),
+            (result.get("best"), result.get("best", {}).get("step")),
+        ):
+            if at == step and isinstance(entry.get("test"), dict):
+                return {"test": entry["test"]}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        pass
+    return {}
