@@ -12,7 +12,7 @@ from conftest import ROOT
 import jaxtrain
 
 GOLDEN = ROOT / "tests" / "golden" / "public_names.txt"
-ROOMS = ("checkpoint", "data", "losses", "metrics", "models", "optim", "sharding", "step")
+ROOMS = ("checkpoint", "compress", "data", "losses", "metrics", "models", "optim", "sharding", "step")
 
 
 def _home(value: object) -> str:

@@ -26,8 +26,9 @@ def init_from(
 ) -> State:
     """Return ``state`` with the parameters and the model's statistics of another run's checkpoint.
 
-    They are those that ``evaluate`` uses: the averages where that run has them. The optimizer state, the step
-    and the rest do not change.
+    They are those that ``evaluate`` uses: the averages where that run has them. Pruning masks
+    (``compress.Prune``) are read where both runs have them. The optimizer state, the step and the rest do not
+    change.
 
     Args:
       source: ``RUN`` or ``RUN:STEP``, the folder of a run; without a step, the best on its validation set or
@@ -168,6 +169,8 @@ def _source_of(path: str, pairs: Sequence[tuple[str, str]], chosen: CheckpointIn
     if root == "extra":
         kind, _, name = name.partition("/")
         root = f"extra/{kind}"
+        if kind == "masks":
+            return _source_of_mask(name, pairs, chosen)
         if kind in NOT_MODEL_STATE:
             return None
     elif root != "params":
@@ -180,6 +183,15 @@ def _source_of(path: str, pairs: Sequence[tuple[str, str]], chosen: CheckpointIn
             break
     averaged = f"extra/ema/{root.removeprefix('extra/')}/{name}"
     return averaged if averaged in chosen.manifest["tree"] else f"{root}/{name}"
+
+
+def _source_of_mask(name: str, pairs: Sequence[tuple[str, str]], chosen: CheckpointInfo) -> str | None:
+    """Return the path of a pruning mask: what is pruned there stays pruned here, if both runs prune."""
+    weights = _source_of(name, pairs, chosen) if name.startswith("params/") else None
+    if weights is None:
+        return None
+    mask = f"extra/masks/{weights.removeprefix('extra/ema/')}"
+    return mask if mask in chosen.manifest["tree"] else None
 
 
 def _under(name: str, prefix: str) -> bool:

@@ -1,0 +1,8 @@
+"""Smaller models: magnitude pruning and distillation.
+
+Each wraps what a run has already, a post-update stage, a loss or a model, and adds no branch to the step.
+"""
+
+from jaxtrain.compress.prune import Prune, sparsity
+
+__all__ = ["Prune", "sparsity"]
