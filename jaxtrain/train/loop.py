@@ -126,6 +126,7 @@ def _restore_or_init(
         return checkpoint.init_from(source, renames, program.init(), console.note)
 
     state, start = checkpoints.restore_or(init, program.abstract_state, resume)
+    state = program.complete(state)
     recorded = 0 if start else folder.recorded_steps()
     if recorded:
         console.note(
@@ -261,7 +262,9 @@ def _final_evaluation(
     result |= recorder.speed()
     best = checkpoints.best()
     if best is not None:
-        chosen = state if best.step == program.steps else checkpoints.restore(best, program.abstract_state)
+        chosen = state
+        if best.step != program.steps:
+            chosen = program.complete(checkpoints.restore(best, program.abstract_state), state)
         test = last if chosen is state else evaluate(program, chosen, "test", console)
         result["best"] = {"step": best.step, "valid": best.score, **_test_result(test), **_sparsity(chosen)}
     elif "valid" in program.evals:
