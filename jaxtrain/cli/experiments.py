@@ -135,8 +135,10 @@ def open_run(args: argparse.Namespace) -> RecordedRun:
     folder = command_line.workdir_path(args.workdir)
     record = run_record.load(folder)
     name, experiment = load_recorded(record, folder, args.experiment)
+    from jaxtrain.program.assembly import without_teacher
+
     digests = code.digests(find(args.experiment or name).module(), experiment)
-    return RecordedRun(folder, record, name, experiment, digests)
+    return RecordedRun(folder, record, name, without_teacher(experiment), digests)
 
 
 def load_recorded(

@@ -220,6 +220,7 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
     start = _Start(start_time, record, existing, source, notes, check)
     program = assemble(experiment, mesh, inspect=lambda sources: record.update(check.data(sources)))
     try:
+        record |= check.teacher(program.teacher)
         result = _run_program(session, program, start)
     finally:
         session.console.end()
