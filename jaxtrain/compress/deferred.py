@@ -100,6 +100,15 @@ def weight(array: Any, shape: jax.ShapeDtypeStruct | None = None) -> Deferred:
     return Deferred(missing, shape)
 
 
+def constant(value: Any) -> Deferred:
+    """Return a ``Deferred`` of a value that is there."""
+    return Deferred(lambda: value)
+
+
+def _item(results: Deferred, number: int) -> Any:
+    return results.get()[number]
+
+
 def force(x: Any) -> Any:
     """Return the array of a ``Deferred``, and anything else as it is."""
     return x.get() if isinstance(x, Deferred) else x
@@ -109,10 +118,10 @@ def _evaluate(
     jaxpr: Jaxpr, consts: Iterable[Any], args: Iterable[Any], product: Product, scope: str
 ) -> list[Any]:
     env: dict[Any, Any] = dict(zip(jaxpr.invars, args, strict=True))
-    env.update(zip(jaxpr.constvars, (Deferred(lambda x=x: x) for x in consts), strict=True))
+    env.update(zip(jaxpr.constvars, map(constant, consts), strict=True))
 
     def read(atom: Any) -> Any:
-        return Deferred(lambda: atom.val) if isinstance(atom, Literal) else env[atom]
+        return constant(atom.val) if isinstance(atom, Literal) else env[atom]
 
     for eqn in jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
@@ -127,7 +136,7 @@ def _equation(jaxpr: Jaxpr, eqn: Any, values: list[Any], product: Product, scope
     bind = functools.partial(_bind, jaxpr, eqn)
     if all(isinstance(x, Deferred) for x in values):
         done = Deferred(lambda: bind(*map(force, values)))
-        return [Deferred(lambda i=i: done.get()[i]) for i in range(len(eqn.outvars))]
+        return [Deferred(functools.partial(_item, done, i)) for i in range(len(eqn.outvars))]
     inner = _inner(eqn)
     if inner is not None:
         return _evaluate(inner.jaxpr, inner.consts, values, product, scope)

@@ -9,8 +9,7 @@ import pytest
 from jax import lax
 
 from jaxtrain import models
-from jaxtrain.compress.quantize import Layer
-from jaxtrain.compress.quantize import dequantize_linear, quantize, quantize_linear
+from jaxtrain.compress.quantize import Layer, dequantize_linear, quantize, quantize_linear
 from jaxtrain.core.errors import InputError
 
 RNG = np.random.default_rng(0)
