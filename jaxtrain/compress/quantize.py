@@ -28,8 +28,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 from jaxtrain.compress import deferred
 from jaxtrain.compress.deferred import Apply, Deferred, Equation
@@ -37,6 +35,7 @@ from jaxtrain.core.errors import InputError
 
 HIGHEST = 127  # of a symmetric 8-bit integer
 INT8, FLOAT = "int8/", "float/"  # prefixes of the names of weights
+CONVOLUTION = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "feature_group_count")
 SMALLEST = float(np.finfo(np.float32).tiny)
 
 
@@ -59,14 +58,11 @@ class Quantized(NamedTuple):
 
     Attributes:
       apply: ``(weights, inputs) -> outputs``; products are of int8 numbers, added up in int32.
-      apply_qdq: the same with rounded numbers in float32 (``quantize_linear`` and ``dequantize_linear``), as
-        ONNX and TensorRT describe a quantized model. Outputs differ by float32 rounding.
       weights: ``int8/NUMBER LAYER/kernel``, ``…/scale`` and ``…/input_scale`` of each ``Layer``, and
         ``float/PATH`` of the arrays of the model that are used elsewhere.
     """
 
     apply: Apply
-    apply_qdq: Apply
     weights: dict[str, Any]
 
 
@@ -102,9 +98,9 @@ def quantize(apply: Apply, weights: Any, batches: Iterable[Any]) -> Quantized:
     run = functools.partial(_apply, apply, treedef, dict(zip(paths, shapes, strict=True)))
     needed: set[str] = set()
     floats = {FLOAT + path: leaf for path, leaf in zip(paths, leaves, strict=True)}
-    jax.eval_shape(functools.partial(run, _integer, needed=needed), layers | floats, last)
+    jax.eval_shape(functools.partial(run, needed=needed), layers | floats, last)
     kept = {path: leaf for path, leaf in floats.items() if path in needed}
-    return Quantized(functools.partial(run, _integer), functools.partial(run, _qdq), layers | kept)
+    return Quantized(run, layers | kept)
 
 
 def _observe(apply: Apply, treedef: Any, leaves: list[Any], batch: Any) -> jax.Array:
@@ -146,9 +142,8 @@ def _quantize_kernels(
         scale = np.maximum(np.abs(array).max(axes, keepdims=True), SMALLEST) / np.float32(HIGHEST)
         kernel = np.clip(np.rint(array / scale), -HIGHEST, HIGHEST).astype(np.int8)
         layer = Layer(np.float32(step), kernel, scale.squeeze(axes).astype(np.float32))
-        prefix = (
-            f"{INT8}{number:04d} {name}".strip()
-        )  # sorted as in the program: JAX sorts the keys of a dict
+        # The number keeps the order of the program: JAX sorts the keys of a dict.
+        prefix = f"{INT8}{number:04d} {name}".strip()
         layers |= {f"{prefix}/{field}": array for field, array in layer._asdict().items()}
     return layers
 
@@ -166,18 +161,17 @@ def _apply(
     apply: Apply,
     treedef: Any,
     shapes: dict[str, jax.ShapeDtypeStruct],
-    compute: Any,
     weights: dict[str, Any],
     inputs: Any,
     needed: set[str] | None = None,
 ) -> Any:
-    """Compute ``apply`` with ``compute(equation, x, layer)`` in place of the quantized products."""
+    """Compute ``apply`` with its products in integers."""
     layers = iter(_layers(weights))
     leaves = [deferred.weight(weights.get(FLOAT + path), shape) for path, shape in shapes.items()]
 
     def product(equation: Equation, x: Any, kernel: Deferred) -> Any:
         if _can_quantize(equation.eqn):
-            return compute(equation.eqn, x, next(layers))
+            return _multiply(equation.eqn, x, next(layers))
         return equation.bind(x, kernel.get())
 
     outputs = deferred.evaluate(apply, leaves, treedef, inputs, product)
@@ -204,7 +198,7 @@ def _summed_axes(eqn: Any) -> tuple[int, ...]:
     return tuple(axis for axis in range(eqn.invars[1].aval.ndim) if axis != numbers.rhs_spec[0])
 
 
-def _integer(eqn: Any, x: Any, layer: Layer) -> Any:
+def _multiply(eqn: Any, x: Any, layer: Layer) -> Any:
     """Multiply int8 with int8, add up in int32, and scale the sums."""
     steps = _round(x.astype(jnp.float32), layer.input_scale)
     numbers, out = eqn.params["dimension_numbers"], eqn.outvars[0].aval
@@ -223,69 +217,6 @@ def _integer(eqn: Any, x: Any, layer: Layer) -> Any:
     return (sums.astype(jnp.float32) * scale).astype(out.dtype)
 
 
-def _qdq(eqn: Any, x: Any, layer: Layer) -> Any:
-    """Multiply numbers rounded to 8 bits in float32."""
-    out = eqn.outvars[0].aval
-    x = dequantize_linear(quantize_linear(x.astype(jnp.float32), layer.input_scale), layer.input_scale)
-    axes = [axis for axis in range(layer.kernel.ndim) if axis not in _summed_axes(eqn)]
-    shape = layer.kernel.shape
-    if len(axes) == 1:
-        kernel = dequantize_linear(layer.kernel, layer.scale, axes[0])
-    else:  # one axis of output channels, as ONNX has it, where they are neighbours
-        flat = layer.kernel.reshape(*shape[: axes[0]], -1, *shape[axes[-1] + 1 :])
-        kernel = dequantize_linear(flat, layer.scale.reshape(-1), axes[0]).reshape(shape)
-    params = {**eqn.params, "preferred_element_type": jnp.dtype("float32")}
-    return eqn.primitive.bind(x, kernel, **params).astype(out.dtype)
-
-
-CONVOLUTION = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "feature_group_count")
-
-
 def _round(x: Any, scale: Any) -> Any:
+    """Return int8 ``round(x / scale)`` within [-128, 127], halves to even, as ONNX's QuantizeLinear."""
     return jnp.clip(jnp.rint(x / scale), -HIGHEST - 1, HIGHEST).astype(jnp.int8)
-
-
-def _unround(x: Any, scale: Any, *, axis: int | None) -> Any:
-    shape = () if axis is None else [-1 if i == axis else 1 for i in range(x.ndim)]
-    return x.astype(jnp.float32) * jnp.reshape(scale, shape)
-
-
-def _primitive(name: str, compute: Any) -> Primitive:
-    """Make a primitive of ``compute`` whose name the exporter to ONNX finds in a program."""
-    primitive = Primitive(name)
-    primitive.def_impl(
-        lambda *args, **settings: jax.jit(functools.partial(primitive.bind, **settings))(*args)
-    )
-    primitive.def_abstract_eval(lambda *args, **settings: _shape(compute, args, settings))
-    mlir.register_lowering(primitive, mlir.lower_fun(compute, multiple_results=False))
-    return primitive
-
-
-def _shape(compute: Any, args: Any, settings: Any) -> Any:
-    out = jax.eval_shape(functools.partial(compute, **settings), *args)
-    return jax.core.ShapedArray(out.shape, out.dtype)
-
-
-_quantize_linear = _primitive("quantize_linear", _round)
-_dequantize_linear = _primitive("dequantize_linear", _unround)
-
-
-def quantize_linear(x: Any, scale: Any) -> jax.Array:
-    """Return int8 ``round(x / scale)`` within [-128, 127], as ONNX's QuantizeLinear: halves to even.
-
-    Args:
-      x: float32, any shape.
-      scale: float32 scalar above 0.
-    """
-    return _quantize_linear.bind(x, jnp.asarray(scale, jnp.float32))
-
-
-def dequantize_linear(x: Any, scale: Any, axis: int | None = None) -> jax.Array:
-    """Return float32 ``x * scale``, as ONNX's DequantizeLinear.
-
-    Args:
-      x: int8, any shape.
-      scale: float32 scalar, or one for each index of ``axis``.
-      axis: None for a scalar scale.
-    """
-    return _dequantize_linear.bind(jnp.asarray(x), jnp.asarray(scale, jnp.float32), axis=axis)
