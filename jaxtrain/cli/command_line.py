@@ -95,7 +95,9 @@ def _exit_code(
     except KeyboardInterrupt as interrupt:
         # A save that was cut off leaves coroutines behind, and Python would warn about them.
         warnings.simplefilter("ignore", RuntimeWarning)
-        print(f"{parser.prog}: interrupted at once; the last checkpoint is intact", file=sys.stderr)
+        second = isinstance(interrupt, SecondSignal)  # of a run, which was saving
+        kept = " at once; the last checkpoint is intact" if second else ""
+        print(f"{parser.prog}: interrupted{kept}", file=sys.stderr)
         return interrupt.exit_code if isinstance(interrupt, SecondSignal) else 130
     except Exception as error:
         return _report(error, parser.prog, args.debug)

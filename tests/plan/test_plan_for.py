@@ -281,3 +281,17 @@ def test_products_are_those_of_cublas_where_triton_has_no_tiles(monkeypatch):
     compiled, _, notes = module._compile_for_card("lowered")
     assert compiled == "compiled" and asked == [None, {"xla_gpu_enable_triton_gemm": False}]
     assert notes == ("matrix products are cuBLAS's: XLA finds no tiles for Triton without a GPU",)
+
+
+@needs_compiler
+def test_data_larger_than_a_small_card_are_refused_with_their_sizes(capsys, tmp_path):
+    text = (
+        (ROOT / "jaxtrain" / "sharding" / "cards.toml")
+        .read_text()
+        .partition("[h200]")[0]
+        .partition("[h100]")[2]
+    )
+    path = tmp_path / "small.toml"
+    path.write_text(text.replace("84_942_979_072", "4_000"))
+    assert commands.main(["plan", "--experiment", TINY, "--for", str(path)]) == 2
+    assert "13.60 KB of examples on each device, which has 3.00 KB: use" in capsys.readouterr().err
