@@ -154,7 +154,7 @@ def _fold_into_convolutions(g: Graph, outputs: Sequence[str]) -> None:
 def _per_channel(
     g: Graph, node: onnx.NodeProto, source: str, kernel: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, str] | None:
-    """Return factor and term per channel, and the constant's name, if a node is ``source * factor + term``."""
+    """Return factor and term per channel, and the constant's name, of ``source * factor + term``."""
     if node.op_type not in AFFINE or len(node.input) != 2:
         return None
     first = node.input[0] == source

@@ -47,8 +47,8 @@ def verify(
             difference = relative_error(got, _rows(expected[info.name], batch))
             if difference > tolerance:
                 raise RunError(
-                    f"ONNX export: output {info.name!r} differs from JAX by {difference:.1e} at batch {batch}; "
-                    f"{tolerance:.0e} is allowed"
+                    f"ONNX export: output {info.name!r} differs from JAX by {difference:.1e} at batch "
+                    f"{batch}; {tolerance:.0e} is allowed"
                 )
             worst = max(worst, difference)
     return worst
