@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from contextvars import ContextVar
 
-_PLAIN: ContextVar[bool] = ContextVar("trace with JAX's own operators", default=False)
+import jax
+
+# Part of the key of JAX's caches: what was traced outside a block is traced anew in one.
+_plain = jax.make_user_context(False)
 
 
 @contextlib.contextmanager
@@ -24,13 +26,10 @@ def plain_operators() -> Iterator[None]:
     >>> [eqn.primitive.name for eqn in jaxpr.eqns]
     ['reduce_window_max']
     """
-    token = _PLAIN.set(True)
-    try:
+    with _plain(True):
         yield
-    finally:
-        _PLAIN.reset(token)
 
 
 def are_plain() -> bool:
     """Whether this is in a ``plain_operators`` block."""
-    return _PLAIN.get()
+    return bool(_plain.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ pytest.importorskip("onnxruntime")
 from jaxtrain.artifact.onnx import check, to_onnx  # noqa: E402
 
 ROWS = 17
+TENSORRT = set(Path(__file__).with_name("tensorrt_operators.txt").read_text().splitlines()[1:])
 HERE = "tests/artifact/test_onnx_models.py"
 
 
@@ -142,6 +144,7 @@ def check_family(family: Family) -> None:
     for tensor in (*model.graph.input, *model.graph.output):
         assert tensor.type.tensor_type.shape.dim[0].dim_param == "batch"
     counts = operators(model)
+    assert set(counts) <= TENSORRT
     assert {kind: counts[kind] for kind in family.counts} == family.counts
 
 

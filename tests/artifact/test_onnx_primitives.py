@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ pytest.importorskip("onnxruntime")
 
 from jaxtrain.artifact.onnx import check, to_onnx  # noqa: E402
 
+TENSORRT = set(Path(__file__).with_name("tensorrt_operators.txt").read_text().splitlines()[1:])
 Cases = dict[str, Callable[[dict[str, Any]], Any]]
 ROWS = 5
 RNG = np.random.default_rng(0)
@@ -47,8 +49,14 @@ def run(cases: Cases, batches: tuple[int, ...] = (1, 3, ROWS)) -> Any:
 
     specs = {name: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for name, value in FEEDS.items()}
     model = to_onnx(apply, {}, specs)
+    assert operators(model.graph) <= TENSORRT
     check(model, FEEDS, jax.jit(apply)({}, FEEDS), batches=batches)
     return model
+
+
+def operators(graph: Any) -> set[str]:
+    inner = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+    return {node.op_type for node in graph.node}.union(*map(operators, inner))
 
 
 def unary(name: str, source: str = "x") -> Callable[[dict[str, Any]], Any]:

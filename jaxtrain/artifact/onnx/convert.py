@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import onnx
+from jax.interpreters import partial_eval
 from onnx import helper
 
 import jaxtrain
@@ -106,7 +107,8 @@ def _trace(apply: Apply, weights: Any, inputs: Mapping[str, Any]) -> tuple[Any, 
             )
         if name in inputs:
             raise InputError(f"ONNX export: {name!r} is an input and an output: rename one of them")
-    return closed, names
+    used, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
+    return closed.replace(jaxpr=used), names
 
 
 def _output(g: Graph, name: str, value: Value) -> onnx.ValueInfoProto:

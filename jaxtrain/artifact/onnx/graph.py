@@ -162,8 +162,11 @@ class Graph:
 
     def fresh(self, kind: str) -> str:
         """Return a new name for a tensor."""
-        self.root.count += 1
-        return f"{kind.lower()}_{self.root.count}"
+        root = self.root
+        root.count += 1
+        while f"{kind.lower()}_{root.count}" in root.depths:
+            root.count += 1
+        return f"{kind.lower()}_{root.count}"
 
     def declare(self, name: str, shape: Shape, dtype: Any) -> Value:
         """Return an input of this graph."""
