@@ -36,3 +36,26 @@ def make_trained(experiment: Experiment, rows: int = 6, **about: Any) -> Trained
     examples = experiment.test.gather(np.arange(count))
     entries = {"name": "example", "step": 7, "metrics": {"test": {"accuracy": 0.5}}, "config": {"batch": "8"}}
     return Trained.of(experiment, random_state(experiment, examples), examples, {**entries, **about})
+
+
+RUNS_ALONE = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        absent = "flax optax orbax tensorflow_datasets grain chex rich sklearn PIL tensorboardX safetensors"
+        if name.partition(".")[0] in absent.split():
+            raise ImportError(f"{name} is not there")
+
+sys.meta_path.insert(0, Block())
+import numpy as np
+from jaxtrain import artifact
+model = artifact.load(sys.argv[1])
+batch = np.load(sys.argv[2])
+np.save(sys.argv[3], np.asarray(model(batch)["logits"]))
+import jax
+assert len(jax.devices()) == 3
+loaded = {name for name in sys.modules if name.startswith("jaxtrain.")}
+assert not any(name.split(".")[1] in {"models", "data", "step", "experiment"} for name in loaded), loaded
+"""
+"""Program ``MODEL INPUT OUTPUT``: run an artifact without what training needs, on three devices."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from artifact_cases import make_trained
+from artifact_cases import RUNS_ALONE, make_trained
 from conftest import ROOT
 
 from jaxtrain import InputError, artifact
@@ -79,28 +79,6 @@ def test_the_same_model_gives_the_same_bytes_which_name_no_source_file(trained, 
     data = file.read_bytes()
     assert (tmp_path / "again").read_bytes() == data
     assert b".py" not in data and str(ROOT).encode() not in data
-
-
-RUNS_ALONE = """
-import sys
-
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        absent = "flax optax orbax tensorflow_datasets grain chex rich sklearn PIL tensorboardX safetensors"
-        if name.partition(".")[0] in absent.split():
-            raise ImportError(f"{name} is not there")
-
-sys.meta_path.insert(0, Block())
-import numpy as np
-from jaxtrain import artifact
-model = artifact.load(sys.argv[1])
-batch = np.load(sys.argv[2])
-np.save(sys.argv[3], np.asarray(model(batch)["logits"]))
-import jax
-assert len(jax.devices()) == 3
-loaded = {name for name in sys.modules if name.startswith("jaxtrain.")}
-assert not any(name.split(".")[1] in {"models", "data", "step", "experiment"} for name in loaded), loaded
-"""
 
 
 def test_it_runs_with_jax_alone_on_another_number_of_devices(file, loaded, python, tmp_path):
