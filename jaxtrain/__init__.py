@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxtrain import artifact, checkpoint, data, losses, metrics, models, optim, sharding, step
+    from jaxtrain import artifact, checkpoint, compress, data, losses, metrics, models, optim, sharding, step
     from jaxtrain.core.errors import InputError, RunError
     from jaxtrain.core.signals import Stopped
     from jaxtrain.core.types import Model, State
@@ -34,6 +34,7 @@ __all__ = [
     "artifact",
     "assemble",
     "checkpoint",
+    "compress",
     "data",
     "fit",
     "losses",

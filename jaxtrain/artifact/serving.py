@@ -20,7 +20,7 @@ from jaxtrain.experiment import Experiment
 from jaxtrain.metrics import Binary, Classification, LanguageModel, MultiLabel, Regression, Segmentation
 from jaxtrain.metrics.task_inputs import logit_of
 from jaxtrain.models import as_model, compute_in
-from jaxtrain.models.attention import xla_attention
+from jaxtrain.models.plain_operators import plain_operators
 from jaxtrain.program import check_fields
 from jaxtrain.program.loader import EXAMPLE_ID
 from jaxtrain.step.factories import eval_state
@@ -106,7 +106,7 @@ def make_serving(experiment: Experiment, state: State, examples: Arrays) -> Serv
             weights[name] if name in weights else jnp.zeros(x.shape, x.dtype) for name, x in absent.items()
         ]
         tree = dict(jax.tree.unflatten(structure, leaves))
-        with xla_attention():
+        with plain_operators():
             outputs = _forward(model, experiment, tree.pop("params"), tree, batch)
         return name_outputs(task, report, outputs)
 

@@ -21,7 +21,7 @@ from jaxtrain.checkpoint.load import flatten, load_arrays
 from jaxtrain.checkpoint.manifest import CheckpointInfo, CorruptCheckpointError
 from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.text import first_line, size_text
-from jaxtrain.core.types import State, leaf_paths
+from jaxtrain.core.types import State, leaf_paths, without_teacher
 from jaxtrain.sharding import multihost
 
 
@@ -110,6 +110,8 @@ class Checkpoints:
     ) -> tuple[State, int]:
         """Restore the newest state and its step, or return ``init()`` and 0 when there is no checkpoint.
 
+        A state that is restored has no teacher (``core.types.TEACHER``).
+
         Args:
           init: creates the first state.
           abstract: its shapes, dtypes and shardings (``jax.ShapeDtypeStruct`` leaves).
@@ -124,7 +126,7 @@ class Checkpoints:
             return self._last_good(abstract) or (init(), 0)
         newest = self.latest()
         if newest is None:
-            state, paths = init(), leaf_paths(abstract)
+            state, paths = init(), leaf_paths(without_teacher(abstract))
             if multihost.process_count() == 1 and not async_save.uses_copies(paths):
                 # The first save would wait for it.
                 self._compiled = self._writer.submit(fingerprint.prepare, paths)
@@ -133,8 +135,11 @@ class Checkpoints:
         return self.restore(newest, abstract), newest.step
 
     def restore(self, saved: CheckpointInfo, abstract: State) -> State:
-        """Restore and verify the state in ``saved``, sharded as ``abstract``. Raises as ``restore_or``."""
-        paths, tree = flatten(abstract)
+        """Restore and verify the state in ``saved``, sharded as ``abstract``; raises as ``restore_or``.
+
+        It has no teacher, which no checkpoint holds.
+        """
+        paths, tree = flatten(without_teacher(abstract))
         manifests.check_same(saved, paths)
         arrays = self.restore_some(saved, paths)
         return jax.tree.unflatten(tree, [arrays[path] for path in paths])
@@ -173,7 +178,7 @@ class Checkpoints:
         for saved, damage in reversed(steps):
             if damage is None:
                 self._check_run(saved)
-                paths, tree = flatten(abstract)
+                paths, tree = flatten(without_teacher(abstract))
                 manifests.check_same(saved, paths)
                 try:
                     arrays = load_arrays(saved, paths, self._log_on_process_0)
@@ -204,6 +209,7 @@ class Checkpoints:
         folder = folders.step_folder(self._folder, step)
         if multihost.broadcast_from_0((folder / "manifest.json").exists(), "checkpoint"):
             return
+        state = without_teacher(state)
         paths, _ = flatten(state)
         manifest = {
             "format": manifests.FORMAT,
@@ -315,10 +321,10 @@ def _is_out_of_space(error: BaseException | None) -> bool:
     return False
 
 
-def space(state: Any) -> int:
+def space(state: State) -> int:
     """Return the bytes on disk that a checkpoint of ``state`` takes at most.
 
     Measured on 10 and on 12 arrays: Orbax adds up to 78 kB.
     """
-    leaves = jax.tree.leaves(state)
+    leaves = jax.tree.leaves(without_teacher(state))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) + 64_000 + 2_000 * len(leaves)

@@ -15,7 +15,7 @@ from jaxtrain.checkpoint import manifest as manifests
 from jaxtrain.checkpoint import store
 from jaxtrain.checkpoint.manifest import CheckpointInfo
 from jaxtrain.core.errors import InputError
-from jaxtrain.core.types import NOT_MODEL_STATE, State, leaf_paths
+from jaxtrain.core.types import NOT_MODEL_STATE, TEACHER, State, leaf_paths
 
 COPIES = ("extra/ema/", "extra/lookahead/")
 """Where a state has averages of parameters and statistics; they start as copies of these."""
@@ -26,8 +26,9 @@ def init_from(
 ) -> State:
     """Return ``state`` with the parameters and the model's statistics of another run's checkpoint.
 
-    They are those that ``evaluate`` uses: the averages where that run has them. The optimizer state, the step
-    and the rest do not change.
+    They are those that ``evaluate`` uses: the averages where that run has them. Pruning masks
+    (``compress.Prune``) are read where both runs have them. The optimizer state, the step and the rest do not
+    change.
 
     Args:
       source: ``RUN`` or ``RUN:STEP``, the folder of a run; without a step, the best on its validation set or
@@ -70,33 +71,66 @@ def check_init_from(source: str, renames: Sequence[str], abstract: State) -> Non
         checkpoints.check(chosen)
 
 
-def identify_source(source: str) -> str:
+def identify_source(source: str, setting: str = "--init-from ") -> str:
     """Return the step that ``source`` means now and the checksum of its manifest, as text to compare.
 
     Args:
       source: ``RUN`` or ``RUN:STEP``, as for ``init_from``.
+      setting: what the user sets to it, for messages.
 
     Raises:
       InputError: there is no such checkpoint.
     """
-    folder, step = _parse(source)
+    folder, step = parse_source(source)
     with store.open(folder) as checkpoints:
-        chosen = _choose(checkpoints, step, f"--init-from {source}")
+        chosen = _choose(checkpoints, step, f"{setting}{source}")
     return f"step {chosen.step}, sha256 {str(chosen.manifest.get('seal'))[:16]}"
+
+
+def load_model(
+    source: str, abstract: State, setting: str, log: Callable[[str], None] = lambda line: None
+) -> State:
+    """Read the parameters and statistics of a run's checkpoint, those that ``evaluate`` uses.
+
+    Args:
+      source: ``RUN`` or ``RUN:STEP``, as for ``init_from``.
+      abstract: shapes, dtypes and shardings of the model's ``params`` and ``extra``; nothing else is read.
+      setting: what the user sets to ``source``, for messages.
+      log: called with a line about a checkpoint without checksums.
+
+    Raises:
+      InputError: there is no such checkpoint, or its arrays have other names or shapes.
+      CorruptCheckpointError: it is damaged.
+    """
+    here = leaf_paths(abstract)
+    with _open_source(source, (), here, log, setting) as (checkpoints, chosen, wanted):
+        arrays = checkpoints.restore_some(chosen, {name: here[path] for path, name in wanted.items()})
+    leaves = [arrays[wanted[path]] if path in wanted else leaf for path, leaf in here.items()]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def check_model(source: str, abstract: State, setting: str) -> None:
+    """Raise the errors of ``load_model`` that need no arrays to be read."""
+    with _open_source(source, (), leaf_paths(abstract), lambda line: None, setting):
+        pass
 
 
 @contextlib.contextmanager
 def _open_source(
-    source: str, renames: Sequence[str], here: dict[str, Any], log: Callable[[str], None]
+    source: str,
+    renames: Sequence[str],
+    here: dict[str, Any],
+    log: Callable[[str], None],
+    setting: str = "--init-from ",
 ) -> Iterator[tuple[store.Checkpoints, CheckpointInfo, dict[str, str]]]:
     """Open the chosen checkpoint; also yield, by path in the state, the path to read in it."""
-    folder, step = _parse(source)
+    folder, step = parse_source(source)
     pairs = [_pair(text) for text in renames]
-    older_hint = f"start from an older one: --init-from {folder}:{{step}}"
+    older_hint = f"use an older one: {setting}{folder}:{{step}}"
     with store.open(folder, log=log, older_hint=older_hint) as checkpoints:
-        chosen = _choose(checkpoints, step, f"--init-from {source}")
+        chosen = _choose(checkpoints, step, f"{setting}{source}")
         wanted = {path: name for path in here if (name := _source_of(path, pairs, chosen)) is not None}
-        _check(chosen, here, wanted, pairs)
+        _check(chosen, here, wanted, pairs, setting)
         yield checkpoints, chosen, wanted
 
 
@@ -114,7 +148,7 @@ def arrays(source: str | Path) -> dict[str, np.ndarray]:
     >>> found["params/Dense_0/kernel"].shape  # doctest: +SKIP
     (64, 128)
     """
-    folder, step = _parse(str(source))
+    folder, step = parse_source(str(source))
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with store.open(folder, older_hint=f"read an older one: {folder}:{{step}}") as checkpoints:
         chosen = _choose(checkpoints, step, str(source))
@@ -129,7 +163,8 @@ def _on_host(leaf: jax.Array) -> np.ndarray:
     return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
 
 
-def _parse(source: str) -> tuple[Path, int | None]:
+def parse_source(source: str) -> tuple[Path, int | None]:
+    """Return the folder and the step of ``RUN:STEP``; the step is None for ``RUN``."""
     folder, _, step = source.rpartition(":")
     if folder and step.isdecimal() and not Path(source).is_dir():
         return Path(folder), int(step)
@@ -168,7 +203,9 @@ def _source_of(path: str, pairs: Sequence[tuple[str, str]], chosen: CheckpointIn
     if root == "extra":
         kind, _, name = name.partition("/")
         root = f"extra/{kind}"
-        if kind in NOT_MODEL_STATE:
+        if kind == "masks":
+            return _source_of_mask(name, pairs, chosen)
+        if kind in NOT_MODEL_STATE or kind == TEACHER:
             return None
     elif root != "params":
         return None
@@ -182,12 +219,25 @@ def _source_of(path: str, pairs: Sequence[tuple[str, str]], chosen: CheckpointIn
     return averaged if averaged in chosen.manifest["tree"] else f"{root}/{name}"
 
 
+def _source_of_mask(name: str, pairs: Sequence[tuple[str, str]], chosen: CheckpointInfo) -> str | None:
+    """Return the path of a pruning mask: what is pruned there stays pruned here, if both runs prune."""
+    weights = _source_of(name, pairs, chosen) if name.startswith("params/") else None
+    if weights is None:
+        return None
+    mask = f"extra/masks/{weights.removeprefix('extra/ema/')}"
+    return mask if mask in chosen.manifest["tree"] else None
+
+
 def _under(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f"{prefix}/")
 
 
 def _check(
-    chosen: CheckpointInfo, here: dict[str, Any], wanted: dict[str, str], pairs: Sequence[tuple[str, str]]
+    chosen: CheckpointInfo,
+    here: dict[str, Any],
+    wanted: dict[str, str],
+    pairs: Sequence[tuple[str, str]],
+    setting: str,
 ) -> None:
     manifests.check_format(chosen)
     names = [path.partition("/")[2] for path in here if path.startswith("params/")]
@@ -199,9 +249,12 @@ def _check(
         have, want = there.get(name, "absent"), manifests.spec(here[path])
         if have != want and not (have != "absent" and _fits(path, name, have, want)):
             top = path.removeprefix("params/").partition("/")[0]
+            fix = f"rename with --init-map OLD=NEW, or keep the new values with --init-map {top}="
+            if not setting.startswith("--"):
+                fix = f"give {setting}RUN a run whose model takes these inputs"
             raise InputError(
                 f"checkpoint {chosen.folder} does not fit: {name} is {have} there and {path} is {want} here; "
-                f"rename with --init-map OLD=NEW, or keep the new values with --init-map {top}="
+                f"{fix}"
             )
 
 

@@ -32,7 +32,7 @@ def make_parser() -> command_line.Parser:
         "engines; stablehlo: the program alone, weights as arguments; safetensors: the weights alone; "
         "default: %(default)s",
     )
-    command_line.add_checkpoint(parser)
+    command_line.add_weights(parser)
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
     parser.add_argument(
         "--strict", action="store_true", help="fail if the code has changed since the run started"
@@ -66,7 +66,7 @@ def _run(args: argparse.Namespace) -> int:
     count = min(EXAMPLES, len(test))
     examples = test.gather(np.arange(count) * len(test) // count)
     mesh = sharding.make_mesh(jax.local_devices()[:1])
-    chosen, state = run.restore(args.checkpoint, abstract_state(run.experiment, mesh, examples))
+    chosen, state = run.restore(args.weights, abstract_state(run.experiment, mesh, examples))
     about = {
         "name": run.name,
         "step": chosen.step,

@@ -26,6 +26,12 @@ Names = tuple[str | None, ...]
 NOT_MODEL_STATE = frozenset({"ema", "lookahead", "masks", "loss_scale"})
 """Names in ``State.extra`` that belong to training, not to the model's statistics."""
 
+TEACHER = "teacher"
+"""Name in ``State.extra`` of the ``params`` and ``extra`` of a teacher (``compress.Distil``).
+
+It is not in checkpoints: it is read again from the teacher's own run.
+"""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +83,11 @@ class Model(NamedTuple):
     axes: Callable[[Batch], Mapping[str, Names]] | None = None
     flops: Callable[[Batch], float | None] | None = None
     dropped: Callable[[], tuple[str, ...]] | None = None
+
+
+def without_teacher(state: State) -> State:
+    """Return the state that a checkpoint holds: ``state`` without its teacher."""
+    return state.replace(extra={name: tree for name, tree in state.extra.items() if name != TEACHER})
 
 
 def leaf_paths(tree: Any) -> dict[str, Any]:

@@ -218,6 +218,10 @@ class LabelledText:
         tokens = np.frombuffer(padded, np.uint8).reshape(len(truncated), self.length)
         return {"tokens": tokens, "length": _count_tokens(truncated), "label": label}
 
+    def text(self, indices: np.ndarray) -> list[str]:
+        """Return the texts of the examples ``indices: int [k]``, in full; bytes not in UTF-8 as U+FFFD."""
+        return [text.decode(errors="replace") for text in self._texts(np.asarray(indices))[0]]
+
     def data_files(self) -> tuple[Path, ...]:
         """Return the files that are read, those of the train split's vocabulary included."""
         if self.files:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import typing
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -15,6 +13,7 @@ import jax.numpy as jnp
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.text import first_line
 from jaxtrain.models.attention_choices import add_choice
+from jaxtrain.models.plain_operators import are_plain
 from jaxtrain.models.target_gpu import target_capability
 
 Attention = Literal["auto", "xla", "cudnn"]
@@ -22,21 +21,6 @@ Attention = Literal["auto", "xla", "cudnn"]
 
 MIN_CAPABILITY = (8, 0)
 """The lowest compute capability with cuDNN's kernel (Ampere). JAX does not check it, and XLA would fail."""
-
-_XLA_ONLY: ContextVar[bool] = ContextVar("trace every attention with XLA's kernel", default=False)
-
-
-@contextlib.contextmanager
-def xla_attention() -> Iterator[None]:
-    """Trace every attention in the block with XLA's kernel, whatever the model says.
-
-    For programs that run on any device: cuDNN's kernel is a call into its library.
-    """
-    token = _XLA_ONLY.set(True)
-    try:
-        yield
-    finally:
-        _XLA_ONLY.reset(token)
 
 
 def attend(
@@ -70,7 +54,7 @@ def attend(
     if attention not in names:
         raise InputError(f"attention is {attention!r}: it must be one of {', '.join(names)}")
     implementation: Literal["xla", "cudnn"] = "xla"
-    if attention != "xla" and not _XLA_ONLY.get():
+    if attention != "xla" and not are_plain():
         reason = cudnn_refusal(q.shape, q.dtype, causal)
         if reason is None:
             implementation = "cudnn"

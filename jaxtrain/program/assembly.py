@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,19 +12,21 @@ from jax.sharding import Mesh
 
 from jaxtrain import sharding
 from jaxtrain.checkpoint.paths import check_paths
+from jaxtrain.compress import Distil, with_teacher
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Batch, Metrics, Model, Names, State
 from jaxtrain.data import Order, Sequential, Source, compose
 from jaxtrain.experiment import Experiment
-from jaxtrain.models import as_model, compute_in
 from jaxtrain.models.attention_choices import AttentionChoice, record_attention
-from jaxtrain.models.target_gpu import trace_for
 from jaxtrain.program import check_contract, check_fields, check_values, splits, update
 from jaxtrain.program.cadence import Cadence
 from jaxtrain.program.check_values import ValueCheck
+from jaxtrain.program.compute_model import compute_model
 from jaxtrain.program.loader import EXAMPLE_ID, Check, Loader, Resident
 from jaxtrain.program.program import Program, Split
+from jaxtrain.program.teacher import Teacher, open_teacher
 from jaxtrain.sharding import described
+from jaxtrain.sharding.cards import Card
 from jaxtrain.step import make_eval_step, make_init, scan_steps
 from jaxtrain.step.contract import check_names, check_pair
 from jaxtrain.step.packing import PackedMetrics, pack_metrics
@@ -53,7 +56,8 @@ def assemble(
     Raises:
       InputError: the data, the model, the loss and the mesh do not fit together.
     """
-    exp, model = experiment, _compute_model(experiment, mesh)
+    exp = without_teacher(experiment)  # only the train step has a teacher
+    model = compute_model(exp, mesh)
     eval_batch = exp.eval_batch or exp.batch
     check_fields.check_splits(exp)
     sharding.check_batch(exp.batch, mesh, accumulate=exp.accumulate)
@@ -61,6 +65,7 @@ def assemble(
     sources, replicated = splits.open_sources(exp, mesh, inspect), sharding.replicated(mesh)
     check_fields.check_fields(sources)
     outputs, prepared = _abstract_outputs(exp, model, sources["train"])
+    teacher = open_teacher(experiment, mesh, prepared, outputs)
     checks = check_values.value_checks(exp, model, outputs, sources)
     data_notes = check_values.check_values(checks, exp, sources)
 
@@ -75,10 +80,14 @@ def assemble(
     )
     abstract, not_sharded = _abstract_state(init_fn, examples, mesh, exp, model)
     init = sharding.compile(init_fn, args=(replicated, replicated), out=_shardings(abstract))
-    traced, model = model, _compute_model(exp, mesh, abstract)  # the shardings are known now
+    traced, model = model, compute_model(exp, mesh, abstract)  # the shardings are known now
+    if teacher is not None:
+        abstract, model = teacher.add_to(abstract), with_teacher(model, teacher.model)
     prepare = compose(lambda batch, _: train.fetch(batch), *exp.augment, *exp.preprocess)
     loss_metric = check_contract.find_loss_metric(exp, model, sources["train"])
-    step = update.build_train_step(exp, mesh, model, tx, prepare, post_update, loss_metric)
+    step = update.build_train_step(
+        experiment, mesh, model, tx, prepare, post_update, loss_metric, _shardings(abstract.params)
+    )
     train_step, train_steps, attention = _compile_train_steps(
         step, train, mesh, abstract, key, update.compiler_options(exp, mesh, abstract)
     )
@@ -94,11 +103,11 @@ def assemble(
     loaders = {"train": train, **{name: split.loader for name, split in evals.items()}}
     resident = {name: isinstance(loader, Resident) for name, loader in loaders.items()}
     steps_per_epoch = order.n // order.batch if exp.drop_remainder else order.n / order.batch
-    return Program(
-        experiment=exp,
+    program = Program(
+        experiment=experiment,
         cadence=Cadence.of(exp, steps, steps_per_epoch, validates="valid" in evals),
         key=key,
-        init=lambda: init(init_key, examples),
+        init=lambda: _with_teacher(init(init_key, examples), teacher),
         abstract_state=abstract,
         train_step=train_step,
         train_steps=train_steps,
@@ -116,7 +125,37 @@ def assemble(
         learning_rates=update.learning_rates(exp, steps),
         abstract_outputs=outputs,
         attention=attention,
+        teacher=teacher,
     )
+    card = described.card_of(mesh)
+    return program if card is None else _compile_only(program, card)
+
+
+def _compile_only(program: Program, card: Card) -> Program:
+    """Return ``program`` with functions that refuse to run: its devices are described."""
+
+    def refuse(fn: Callable[..., Any]) -> Callable[..., Any]:
+        return described.compile_only(fn, card)
+
+    splits = {name: dataclasses.replace(one, step=refuse(one.step)) for name, one in program.evals.items()}
+    return dataclasses.replace(
+        program,
+        init=refuse(program.init),
+        train_step=refuse(program.train_step),
+        train_steps=refuse(program.train_steps),
+        evals=splits,
+    )
+
+
+def without_teacher(experiment: Experiment) -> Experiment:
+    """Return ``experiment`` with the labels' loss alone, to evaluate what it has trained."""
+    if not isinstance(experiment.loss, Distil):
+        return experiment
+    return dataclasses.replace(experiment, loss=experiment.loss.loss)
+
+
+def _with_teacher(state: State, teacher: Teacher | None) -> State:
+    return state if teacher is None else teacher.add_to(state, teacher.load())
 
 
 def abstract_state(experiment: Experiment, mesh: Mesh, example: Batch) -> State:
@@ -128,7 +167,7 @@ def abstract_state(experiment: Experiment, mesh: Mesh, example: Batch) -> State:
       example: arrays of one raw example's shapes, with a leading axis.
     """
     exp, steps = experiment, 1000  # any number: no shape depends on it
-    model, prepare = _compute_model(exp, mesh), compose(*exp.preprocess)
+    model, prepare = compute_model(exp, mesh), compose(*exp.preprocess)
     init_fn = make_init(
         model,
         update.build_optimizer(exp, steps),
@@ -169,16 +208,6 @@ def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> tuple[An
     if not jax.tree.leaves(outputs):
         raise InputError("the model returns nothing (None, or no array): return its outputs for the loss")
     return outputs, prepared
-
-
-def _compute_model(exp: Experiment, mesh: Mesh, abstract: State | None = None) -> Model:
-    """Return the model with ``exp.remat`` and ``exp.precision``; given the state, gathers FSDP parameters."""
-    card = described.card_of(mesh)
-    model = as_model(exp.model, exp.remat)
-    if abstract is not None:
-        model = sharding.gather_params(model, _shardings(abstract.params), regather=exp.remat != "none")
-    model = compute_in(model, exp.precision)
-    return model if card is None else trace_for(model, card.capability)
 
 
 def _init_and_step_keys(seed: int, mesh: Mesh) -> tuple[Any, Any]:

@@ -10,13 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain.core.types import State
+from jaxtrain.core.types import TEACHER, State
 from jaxtrain.data import Order, holdout
 from jaxtrain.data.checked import CheckedSource
 from jaxtrain.experiment import Experiment
 from jaxtrain.models.attention_choices import AttentionChoice
 from jaxtrain.program.cadence import Cadence
 from jaxtrain.program.loader import EPOCH, EXAMPLE_ID, Loader
+from jaxtrain.program.teacher import Teacher
 from jaxtrain.step.packing import PackedMetrics
 
 
@@ -51,6 +52,7 @@ class Program:
       learning_rates: of every update, float [steps]; None when the optimizer has no ``lr``.
       abstract_outputs: shapes of the model's outputs for a training batch.
       attention: the kernel of each attention layer in the train step, and why.
+      teacher: of a loss ``compress.Distil``; None without one.
     """
 
     experiment: Experiment
@@ -68,6 +70,7 @@ class Program:
     learning_rates: np.ndarray | None
     abstract_outputs: Any
     attention: tuple[AttentionChoice, ...] = ()
+    teacher: Teacher | None = None
 
     @property
     def steps(self) -> int:
@@ -77,6 +80,17 @@ class Program:
     def with_cadence(self, **changes: Any) -> Program:
         """Return a copy with some fields of ``cadence`` changed."""
         return dataclasses.replace(self, cadence=dataclasses.replace(self.cadence, **changes))
+
+    def complete(self, state: State, other: State | None = None) -> State:
+        """Return a state from a checkpoint with what no checkpoint holds: the teacher.
+
+        Args:
+          state: the state.
+          other: a state to take it from; None reads it from the teacher's run.
+        """
+        if self.teacher is None or TEACHER in state.extra:
+            return state
+        return self.teacher.add_to(state, self.teacher.load() if other is None else other.extra[TEACHER])
 
     def example_ids(self, step: int) -> np.ndarray:
         """Return the positions of update ``step``'s examples in ``experiment.train``: int64 ``[batch]``."""

@@ -11,7 +11,8 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -79,7 +80,7 @@ def described_devices(card: Card, hosts: int = 1, per_host: int = 1) -> list[jax
             "JAX_PLATFORMS=cpu before JAX starts, so that it does not look for a GPU"
         ) from error
     except jax.errors.JaxRuntimeError as error:
-        raise InputError(f"XLA cannot compile for {card.name}: {first_line(error)[:300]}") from error
+        raise InputError(f"XLA cannot compile for {card.name}: {why_not_compiled(error, card)}") from error
     devices = list(found.devices)
     _CARDS.update(dict.fromkeys(devices, card))
     return devices
@@ -92,6 +93,21 @@ def card_of(mesh: Mesh | AbstractMesh) -> Card | None:
     True
     """
     return None if isinstance(mesh, AbstractMesh) else _CARDS.get(mesh.devices.flat[0])
+
+
+def compile_only(fn: Callable[..., Any], card: Card) -> Callable[..., Any]:
+    """Return ``fn``, which may be jitted, as a function that can be lowered: a call raises InputError."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise InputError(
+            f"this program is for a described {card.device_kind}, which can only be compiled for: use its "
+            "train_step.lower(), or assemble it on a mesh of real devices (jax.devices())"
+        )
+
+    for name in ("lower", "trace", "eval_shape"):
+        if hasattr(fn, name):
+            setattr(refuse, name, getattr(fn, name))
+    return refuse
 
 
 def abstract_key(sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -155,6 +171,19 @@ def compiler_problem() -> str | None:
     if not found:
         return f"needs XLA's GPU compiler, which is not installed: {_pip(wanted)}"
     return f"needs the CUDA plugin of jax {wanted}, and this is installed: {', '.join(found)}: {_pip(wanted)}"
+
+
+def why_not_compiled(error: jax.errors.JaxRuntimeError, card: Card) -> str:
+    """Return in one line why XLA refused a card or a program for it."""
+    if "ptxas too old" in str(error):
+        major, minor = card.capability
+        return (
+            f"NVIDIA's assembler does not know compute capability {major}.{minor}: install a newer one (pip "
+            f"install -U {ASSEMBLER}), or correct the card's capability"
+        )
+    if "Failed to parse GpuTargetConfigProto" in str(error):
+        return "a figure of the card is out of range"
+    return first_line(error)[:300]
 
 
 def _pip(version: str) -> str:

@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
@@ -33,6 +34,7 @@ __all__ = [
     "broadcast_from_0",
     "exit_process",
     "is_process_0",
+    "leave",
     "local_rows",
     "lost_process_error",
     "makes_global_arrays",
@@ -48,6 +50,7 @@ T = TypeVar("T")
 
 BLOCK = 4096  # bytes of one broadcast, for which one program is compiled
 EXIT_DELAY = 1.0  # seconds that process 0 waits after an error, for the others to print theirs
+LEAVE_TIMEOUT = 30.0  # seconds that a process which stops waits for the others
 VOTE_DELAY = 2  # calls until a vote is read
 
 
@@ -239,6 +242,24 @@ def lost_process_error(error: BaseException) -> RunError | None:
         f"process {process_index()}: another process of this run has ended or cannot be reached: see its "
         "own message"
     )
+
+
+def leave(timeout: float = LEAVE_TIMEOUT) -> None:
+    """Leave the group of processes: returns when all have called this, or after ``timeout`` seconds.
+
+    ``barrier`` is a collective: a process can have its result, and exit, while another still receives it and
+    then fails. This waits by JAX's coordination service. Nothing of this module may be called afterwards.
+    """
+    if process_count() == 1:
+        return
+
+    def shut_down() -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError, RuntimeError):  # another process has ended
+            jax.distributed.shutdown()
+
+    waiting = threading.Thread(target=shut_down, daemon=True)
+    waiting.start()
+    waiting.join(timeout)
 
 
 def exit_process(code: int) -> NoReturn:

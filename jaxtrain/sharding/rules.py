@@ -71,7 +71,11 @@ class Placement:
 
 
 def place(
-    state: State, mesh: Mesh, names: Mapping[str, Names] | None = None, rules: Sequence[Rule] = ()
+    state: State,
+    mesh: Mesh,
+    names: Mapping[str, Names] | None = None,
+    rules: Sequence[Rule] = (),
+    check_used: bool = True,
 ) -> Placement:
     """Choose a sharding for every array of ``state``.
 
@@ -81,6 +85,7 @@ def place(
       names: regular expression → logical axes of the parameters and statistics whose path it matches; the
         first match wins. None: the model's names are unknown, and rules for names are not checked.
       rules: in order of precedence, before the built-in ones.
+      check_used: False accepts path rules that match nothing, and a mesh axis ``model`` that splits nothing.
 
     Raises:
       InputError: a rule or a name that matches nothing, sizes that do not divide, or a mesh axis ``model``
@@ -98,7 +103,8 @@ def place(
         large = math.prod(jax.numpy.shape(leaf)) >= SMALLEST
         if large and mesh.shape["fsdp"] > 1 and "fsdp" not in _flat(spec) and not placer.has_rule(path):
             unsplit.append(path)
-    placer.check_used(leaves, specs)
+    if check_used:
+        placer.check_used(leaves, specs)
     shardings = [NamedSharding(mesh, PartitionSpec(*_trim(specs[path]))) for path in leaves]
     return Placement(jax.tree.unflatten(jax.tree.structure(state), shardings), tuple(unsplit))
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtrain.core.errors import InputError
-from jaxtrain.core.types import NOT_MODEL_STATE, State, leaf_paths
+from jaxtrain.core.types import NOT_MODEL_STATE, TEACHER, State, leaf_paths
 
 
 def check_state_unchanged(before: State, after: Any) -> None:
@@ -86,7 +86,7 @@ def check_names(extra: Mapping[str, Any]) -> None:
     jaxtrain.core.errors.InputError: the model's collection 'ema' has a name that the state uses: rename it
     """
     for name in extra:
-        if name in NOT_MODEL_STATE:
+        if name in NOT_MODEL_STATE or name == TEACHER:
             raise InputError(f"the model's collection {name!r} has a name that the state uses: rename it")
 
 

@@ -18,6 +18,7 @@ from jaxtrain.data.identity import UNREADABLE, UNSTABLE, differences, files_of, 
 from jaxtrain.experiment import Experiment
 from jaxtrain.experiment import code as experiment_code
 from jaxtrain.monitor import Console
+from jaxtrain.program.teacher import Teacher
 from jaxtrain.sharding import multihost
 from jaxtrain.train.run_folder import RunFolder
 from jaxtrain.train.run_record import with_entry
@@ -93,6 +94,24 @@ class RunCheck:
                 "keeps what it started from; --new starts from the current one"
             )
         return {"init_from": source}
+
+    def teacher(self, teacher: Teacher | None) -> dict[str, Any]:
+        """Return the entry ``teacher_checkpoint`` of the record, which says which teacher a run learns from.
+
+        Raises:
+          InputError: it is another one than that of the run's start.
+        """
+        if teacher is None:
+            return {}
+        now = multihost.on_process_0(lambda: teacher.identity, "teacher")
+        known = self.record if self.record is not None and self.folder.has_state() else {}
+        before = known.get("teacher_checkpoint", now)
+        if before != now:
+            raise InputError(
+                f"{self.folder}: the teacher {teacher.source} has changed since this run started ({before}; "
+                f"now {now}): restore it, or start a fresh run with --new"
+            )
+        return {"teacher_checkpoint": now}
 
     def data(self, sources: Mapping[str, Source]) -> dict[str, Any]:
         """Show how the data have changed; returns the entries ``data``, ``files``, ``accepted_data``.

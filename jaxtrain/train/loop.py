@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxtrain import __version__, checkpoint, monitor
+from jaxtrain.compress import sparsity
 from jaxtrain.core.signals import GRACE, Request, Stopped, on_signals, watchdog
 from jaxtrain.core.types import Metrics, State
 from jaxtrain.experiment import config_hash
@@ -125,6 +126,7 @@ def _restore_or_init(
         return checkpoint.init_from(source, renames, program.init(), console.note)
 
     state, start = checkpoints.restore_or(init, program.abstract_state, resume)
+    state = program.complete(state)
     recorded = 0 if start else folder.recorded_steps()
     if recorded:
         console.note(
@@ -252,13 +254,19 @@ def _final_evaluation(
     with recorder.paused():
         last = evaluate(program, state, "test", console)
     recorder.scalars(program.steps, {f"test/{name}": value for name, value in last.items()})
-    result: dict[str, Any] = {"steps": program.steps, **_test_result(last)}
+    result: dict[str, Any] = {"steps": program.steps, **_test_result(last), **_sparsity(state)}
+    for path, part in result.get("sparsity", {}).items():
+        recorder.scalars(program.steps, {f"sparsity/{path}": part})
+        name = "all pruned arrays" if path == "total" else path
+        console.note(f"sparsity of {name}: {100 * part:.2f} %")
     result |= recorder.speed()
     best = checkpoints.best()
     if best is not None:
-        chosen = state if best.step == program.steps else checkpoints.restore(best, program.abstract_state)
+        chosen = state
+        if best.step != program.steps:
+            chosen = program.complete(checkpoints.restore(best, program.abstract_state), state)
         test = last if chosen is state else evaluate(program, chosen, "test", console)
-        result["best"] = {"step": best.step, "valid": best.score, **_test_result(test)}
+        result["best"] = {"step": best.step, "valid": best.score, **_test_result(test), **_sparsity(chosen)}
     elif "valid" in program.evals:
         name = program.experiment.select.removeprefix("-")
         console.note(
@@ -266,6 +274,12 @@ def _final_evaluation(
             "that of the last step"
         )
     return result
+
+
+def _sparsity(state: State) -> dict[str, Any]:
+    """Return the entry of a result for a pruned state, which the best one may be less than the last."""
+    parts = sparsity(state)
+    return {"sparsity": parts} if parts else {}
 
 
 def _test_result(values: dict[str, Any]) -> dict[str, Any]:

@@ -286,12 +286,13 @@ def test_nothing_is_written_where_the_outputs_differ_or_a_file_exists(trained, f
 
 
 def test_export_uses_no_cudnn_attention_whatever_the_model_says():
-    from jaxtrain.models.attention import attend, xla_attention
+    from jaxtrain.models.attention import attend
+    from jaxtrain.models.plain_operators import plain_operators
 
     q = jnp.ones((1, 4, 2, 8))
     with pytest.raises(InputError, match="cuDNN refuses"):
         attend(q, q, q, causal=True, attention="cudnn")
-    with xla_attention():
+    with plain_operators():
         assert attend(q, q, q, causal=True, attention="cudnn").shape == q.shape
 
 

@@ -141,6 +141,24 @@ if me == 2:
 multihost.exit_process(4)
 """
 
+STOPPED = """
+import argparse, pathlib
+from jaxtrain.cli import command_line
+from jaxtrain.core.signals import Stopped
+multihost.start("127.0.0.1:" + sys.argv[2], 2, int(sys.argv[1]), warn=print)
+me = multihost.process_index()
+multihost.barrier("the last save")
+def run(args):
+    if me == 0:
+        time.sleep(1)
+        pathlib.Path(__file__).with_name("late").touch()
+    raise Stopped("stopped after step 3 of 9", 15)
+parser = command_line.Parser("run", "")
+code = command_line._exit_code(run, parser, argparse.Namespace(debug=False), needs_jax=False)
+assert pathlib.Path(__file__).with_name("late").exists()
+command_line.exit_process(code)
+"""
+
 
 @pytest.fixture
 def port() -> int:
@@ -196,6 +214,13 @@ def test_three_processes_with_different_numbers_of_rows_and_an_uncaught_error(to
     assert [code for code, _, _ in ended] == [4, 4, 1], ended
     assert all(out.endswith("checked\n") for _, out, _ in ended)
     assert "uncaught" in ended[2][2]
+
+
+@pytest.mark.full("tests/train/test_distributed.py::test_two_processes_train_as_one_device")
+def test_a_process_that_stops_waits_for_the_others(together, port) -> None:
+    zero, one = together(STOPPED, port, [{}, {}])
+    assert (zero[0], one[0]) == (143, 143), (zero, one)
+    assert [text.count("run: stopped after step 3 of 9") for _, _, text in (zero, one)] == [1, 0]
 
 
 def meeting(
