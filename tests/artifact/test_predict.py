@@ -144,6 +144,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, model
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY\1\0")
     np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
+    (tmp_path / "pickle.npy").write_bytes(b"cposix\nmkdir\n(V" + str(tmp_path / "made").encode() + b"\ntR.")
     np.save(tmp_path / "floats.npy", np.zeros((2, 8, 8, 1)))
     (tmp_path / "table.csv").write_text("image\n1\n")
     (tmp_path / "empty").mkdir()
@@ -154,6 +155,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, model
         ([tmp_path / "large.png"], "has 8 × 9 pixels, and the model takes 8 × 8: add --resize"),
         ([tmp_path / "text.png"], "cannot be decoded"),
         ([tmp_path / "cut.npy"], "is not an array that can be read"),
+        ([tmp_path / "pickle.npy"], "is not an array that can be read"),
         ([tmp_path / "objects.npy"], "is not an array that can be read"),
         (
             [tmp_path / "floats.npy"],
@@ -171,6 +173,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, model
     for args, message in cases:
         code, out, err = run(*args)
         assert code == 2 and out == "" and message in err and err.count("\n") == 1, (args, err)
+    assert not (tmp_path / "made").exists(), "a pickle was run"
     code, _, err = run("x", model=tmp_path / "text.png")
     assert code == 2 and "is not an artifact" in err and err.count("\n") == 1
     code, _, err = run("x", "--engine", "jax", model=tmp_path / "model.onnx")
