@@ -250,4 +250,5 @@ def test_program_is_that_of_the_committed_table(key: str, arguments: tuple[str, 
     recorded = json.loads(TABLE.read_text())
     if recorded["jax"] != jax.__version__:
         pytest.skip(f"{TABLE.name} is of jax {recorded['jax']}, and this is {jax.__version__}")
+    assert key in recorded["rows"], "this row is not recorded: python -m benchmarks.gpu_programs"
     assert table.differences(recorded["rows"][key], table.compile_one(arguments, "h100")) == []
