@@ -83,8 +83,8 @@ def _image(experiment: Experiment, spec: jax.ShapeDtypeStruct) -> dict[str, floa
 def _text(experiment: Experiment) -> dict[str, Any] | None:
     source = _base(experiment.test)
     if isinstance(source, LabelledText):
-        return {"tokens": "words" if source.words else "bytes", "length": source.length}
-    return {"tokens": "bytes", "length": source.context} if isinstance(source, TextWindows) else None
+        return {"tokens": "words" if source.words else "bytes"}
+    return {"tokens": "bytes"} if isinstance(source, TextWindows) else None
 
 
 def vocabulary(experiment: Experiment) -> bytes | None:

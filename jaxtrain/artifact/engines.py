@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from jaxtrain.artifact.batch import check_batch
 from jaxtrain.artifact.examples import Example
 from jaxtrain.artifact.manifest import Manifest, parse
 from jaxtrain.core.errors import InputError
@@ -61,8 +62,6 @@ class OnnxModel:
 
     def __call__(self, inputs: Any) -> dict[str, np.ndarray]:
         """Return the outputs for a batch; see ``Artifact``."""
-        from jaxtrain.artifact.reader import check_batch
-
         batch = check_batch(self.manifest, inputs)
         try:
             return dict(zip(self._names, self._session.run(None, batch), strict=True))

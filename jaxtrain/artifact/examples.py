@@ -197,7 +197,8 @@ class Reader:
         name = next((name for name, spec in specs.items() if len(spec.shape) == 2), None)
         if name is None or set(specs) - {name, "length"}:
             raise InputError(f"{where}: text cannot be given to this model: {self._takes()}")
-        length = int(about["length"])
+        axis = specs[name].shape[1]
+        length = self.manifest.sizes[axis] if isinstance(axis, str) else axis
         if about["tokens"] == "words":
             from jaxtrain.data.word_tokenizer import encode
 
@@ -207,8 +208,7 @@ class Reader:
             tokens = list(text[-length:] if language_model else text[:length])
         if not tokens and self.manifest.task == "language_model":
             raise InputError(f"{where} is empty: give at least one character")
-        free = isinstance(specs[name].shape[1], str)
-        row = np.zeros(len(tokens) if free else length, specs[name].numpy_dtype)
+        row = np.zeros(len(tokens) if isinstance(axis, str) else length, specs[name].numpy_dtype)
         row[: len(tokens)] = tokens
         inputs = {name: row}
         if "length" in specs:

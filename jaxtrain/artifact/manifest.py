@@ -69,7 +69,7 @@ class Manifest:
       sizes: the largest size of each named axis other than ``batch``.
       platforms: where it runs: ``cpu``, ``cuda``.
       labels: names of the classes in label order; None where the data set has none.
-      text: how a text becomes tokens: ``{"tokens": "bytes" or "words", "length": N}``; None for other data.
+      text: how a text becomes tokens: ``{"tokens": "bytes"}`` or ``"words"``; None for other data.
       metrics: the figures of the run's evaluation of this checkpoint.
       config: every setting of the experiment, as text.
       versions: of jaxtrain, JAX and the other packages that made the run and the file.
@@ -146,7 +146,7 @@ def parse(data: bytes | str, where: str) -> Manifest:
 
 def _parse(body: dict[str, Any]) -> Manifest:
     labels, text = body["labels"], body["text"]
-    if text is not None and (text["tokens"] not in ("bytes", "words") or not _is_size(text["length"])):
+    if text is not None and text["tokens"] not in ("bytes", "words"):
         raise ValueError("text")
     if not all(_is_size(size) for size in body["sizes"].values()):
         raise ValueError("sizes")

@@ -12,7 +12,8 @@ import numpy as np
 from jax import export
 
 from jaxtrain.artifact import parts, program, tensors
-from jaxtrain.artifact.manifest import BATCH, InputSpec, Manifest, parse
+from jaxtrain.artifact.batch import check_batch
+from jaxtrain.artifact.manifest import Manifest, parse
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.text import first_line
 
@@ -77,63 +78,6 @@ def load(path: str | os.PathLike[str]) -> Artifact:
     exported = program.load_program(contents[parts.PROGRAM], str(path))
     _check_signature(exported, weights, manifest, str(path))
     return Artifact(manifest, exported, weights, contents.get(parts.VOCABULARY))
-
-
-def check_batch(manifest: Manifest, inputs: Any) -> dict[str, Any]:
-    """Return a batch as arrays by name, after a check of names, dtypes, shapes and values.
-
-    Raises:
-      InputError: they are not those of the manifest; the message says what is expected.
-    """
-    specs = manifest.inputs
-    if not isinstance(inputs, Mapping):
-        if len(specs) != 1:
-            raise InputError(f"{manifest.name} takes a dict of the arrays {', '.join(specs)}")
-        inputs = {next(iter(specs)): inputs}
-    if set(inputs) != set(specs):
-        raise InputError(
-            f"{manifest.name} takes {', '.join(specs)}, and the batch has "
-            f"{', '.join(map(str, inputs)) or 'nothing'}"
-        )
-    sizes: dict[str, int] = {}
-    batch = {}
-    for name, spec in specs.items():
-        array = inputs[name] if isinstance(inputs[name], jax.Array) else np.asarray(inputs[name])
-        if array.dtype != spec.numpy_dtype or len(array.shape) != len(spec.shape):
-            raise InputError(_expected(name, spec, array))
-        for expected, size in zip(spec.shape, array.shape, strict=True):
-            if isinstance(expected, str):
-                largest = manifest.sizes.get(expected, size)
-                if not 1 <= size <= largest or sizes.setdefault(expected, size) != size:
-                    raise InputError(_expected(name, spec, array) + _limits(manifest, expected))
-            elif expected != size:
-                raise InputError(_expected(name, spec, array))
-        _check_values(name, spec, array)
-        batch[name] = array
-    return batch
-
-
-def _expected(name: str, spec: InputSpec, array: Any) -> str:
-    return f"{name} must be {spec.text}, and is {array.dtype} {list(array.shape)}"
-
-
-def _limits(manifest: Manifest, axis: str) -> str:
-    if axis == BATCH:
-        return ": at least one example, as many in every input"
-    return f": {axis} is from 1 to {manifest.sizes[axis]}"
-
-
-def _check_values(name: str, spec: InputSpec, array: Any) -> None:
-    """Check tokens and ids: the program would replace those out of range by others, silently."""
-    if spec.minimum is None and spec.maximum is None:
-        return
-    lowest, highest = int(array.min()), int(array.max())
-    if (spec.minimum is not None and lowest < spec.minimum) or (
-        spec.maximum is not None and highest > spec.maximum
-    ):
-        raise InputError(
-            f"{name} has values from {lowest} to {highest}: the model takes {spec.minimum} to {spec.maximum}"
-        )
 
 
 def _check_signature(

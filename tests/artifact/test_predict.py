@@ -208,7 +208,7 @@ def test_tables_have_a_column_for_each_number(tmp_path):
 
 def test_text_becomes_the_tokens_of_the_data_source():
     specs = {"tokens": InputSpec("int32", ("batch", 6)), "length": InputSpec("int32", ("batch",))}
-    about = manifest("classification", specs, text={"tokens": "words", "length": 6})
+    about = manifest("classification", specs, text={"tokens": "words"})
     rows = list(
         examples.Reader(about, b"the\ncat\n").read(["-"], io.BytesIO(b"The cat!\r\nan\n\nthe " + b"x" * 9))
     )
@@ -217,7 +217,7 @@ def test_text_becomes_the_tokens_of_the_data_source():
     assert rows[1].inputs["tokens"].tolist() == [97, 110, 0, 0, 0, 0] and rows[2].inputs["length"] == 0
     assert rows[3].inputs["tokens"].tolist() == [256, *b"xxxxx"]
     free = {"tokens": InputSpec("uint8", ("batch", "length"), 0, 127)}
-    about = manifest("language_model", free, text={"tokens": "bytes", "length": 4}, sizes={"length": 4})
+    about = manifest("language_model", free, text={"tokens": "bytes"}, sizes={"length": 4})
     rows = list(examples.Reader(about).read(["-"], io.BytesIO(b"ab\nabcdef\n")))
     assert [row.inputs["tokens"].tobytes() for row in rows] == [b"ab", b"cdef"]
     with pytest.raises(InputError, match="stdin, line 1 is empty"):
@@ -253,7 +253,7 @@ def test_a_line_says_what_the_outputs_mean():
     assert summary("regression", {"value": 2.5}) == {"id": 0, "value": 2.5}
     logits = np.zeros((3, 128), np.float32)
     logits[1, ord("e")] = np.log(127)
-    text = {"tokens": "bytes", "length": 3}
+    text = {"tokens": "bytes"}
     found = summary("language_model", {"logits": logits}, 2, text=text)
     assert found.pop("probability") == pytest.approx(0.5) and found == {"id": 0, "next": 101, "text": "e"}
 

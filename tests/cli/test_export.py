@@ -58,7 +58,7 @@ def test_bad_input_of_export_is_one_line(export_run, folder, tmp_path, capsys):
     for args, out, message in [
         ([], "there", "exists: add --force to replace it"),
         ([], "no/model", "does not exist: make it first"),
-        (["--checkpoint", "5"], "model", "--checkpoint 5: give best, latest or a saved step"),
+        (["--weights", "5"], "model", "--weights 5: give best, latest or a saved step"),
     ]:
         code, printed, err = export_run(*args, out=out)
         assert code == 2 and printed == "" and message in err and err.count("\n") == 1, err
