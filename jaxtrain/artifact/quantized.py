@@ -39,7 +39,7 @@ def quantize_trained(trained: Trained, examples: int) -> Trained:
 
     Args:
       trained: the model.
-      examples: how many training examples, drawn with a fixed seed, the ranges of activations are measured on.
+      examples: how many training examples, drawn with a fixed seed, to measure activations on.
 
     Raises:
       InputError: as ``quantize``.
