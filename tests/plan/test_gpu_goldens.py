@@ -143,6 +143,7 @@ def test_every_array_of_the_state_is_updated_in_place(step: Compiled) -> None:
 @needs_compiler
 @pytest.mark.full("[digits_cnn]")
 def test_nothing_waits_for_the_host(step: Compiled) -> None:
+    """Memory kinds are not in the program of a GPU that is not here, and JAX's callbacks do not compile."""
     assert not [name for name in HOST if name in step.text]
     assert re.search(r"^  waits for the host +0$", step.output, re.M)
 
