@@ -20,9 +20,10 @@ from jaxtrain.program import check_fields
 from jaxtrain.program.loader import EXAMPLE_ID
 from jaxtrain.step import make_eval_step
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2, "int8": 0.1}
 """Largest difference from the model's outputs, relative to the largest of them, by ``Experiment.precision``.
-On the same device they are equal, or differ by rounding; a GPU may choose other algorithms, with TF32."""
+On the same device they are equal, or differ by rounding; a GPU may choose other algorithms, with TF32. In
+int8, a number between two steps may be rounded to the other one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Trained:
       examples: real examples to compare outputs on, raw fields with a leading axis.
       about: ``name``, ``step``, ``metrics`` and ``config`` of the manifest.
       serving: of the experiment and the state.
+      quantized: the model is in int8.
     """
 
     experiment: Experiment
@@ -42,6 +44,7 @@ class Trained:
     examples: Mapping[str, np.ndarray]
     about: Mapping[str, Any]
     serving: Serving
+    quantized: bool = False
 
     @classmethod
     def of(
@@ -50,9 +53,10 @@ class Trained:
         state: State,
         examples: Mapping[str, np.ndarray],
         about: Mapping[str, Any],
+        quantized: bool = False,
     ) -> Trained:
         """Make it, with the function to export. Raises as ``make_serving``."""
-        return cls(experiment, state, examples, about, make_serving(experiment, state, examples))
+        return cls(experiment, state, examples, about, make_serving(experiment, state, examples), quantized)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +115,7 @@ def compare(run: Callable[[dict[str, Any]], Mapping[str, Any]], trained: Trained
         name: np.asarray(trained.examples[name]).astype(spec.dtype)
         for name, spec in trained.serving.inputs.items()
     }
-    tolerance = TOLERANCE[trained.experiment.precision]
+    tolerance = TOLERANCE["int8" if trained.quantized else trained.experiment.precision]
     difference = largest = 0.0
     for rows in dict.fromkeys((len(next(iter(inputs.values()))), 1)):
         found = {

@@ -14,6 +14,7 @@ from jax import export
 
 from jaxtrain.artifact import describe, engines, parts, program, reader, tensors
 from jaxtrain.artifact.manifest import BATCH, InputSpec, Manifest, Shape
+from jaxtrain.artifact.quantized import quantize_onnx
 from jaxtrain.artifact.serving import Serving
 from jaxtrain.artifact.trained import Trained, compare
 from jaxtrain.core.errors import InputError, RunError
@@ -22,7 +23,7 @@ LENGTH = "length"
 """The name of a text's axis, where it may be shorter than the model's context."""
 
 
-def write(kind: str, path: Path, trained: Trained, force: bool = False) -> str:
+def write(kind: str, path: Path, trained: Trained, force: bool = False, calibrate: int = 0) -> str:
     """Write a trained model to ``path``, which appears only after the file was read and compared.
 
     Args:
@@ -30,6 +31,8 @@ def write(kind: str, path: Path, trained: Trained, force: bool = False) -> str:
       path: the file to write.
       trained: the model.
       force: replace an existing file.
+      calibrate: for int8 in ONNX, the training examples to measure activations on; 0 leaves float32. In the
+        other formats the model itself is in int8 (``quantize_trained``).
 
     Returns:
       What was checked, in one line.
@@ -39,6 +42,8 @@ def write(kind: str, path: Path, trained: Trained, force: bool = False) -> str:
       RunError: the file gives other outputs than the model.
     """
     with parts.new_file(path, force) as part:
+        if kind == "onnx":
+            return _write_onnx(part, trained, calibrate)
         return WRITERS[kind](part, trained)
 
 
@@ -87,11 +92,14 @@ def _describe(
     return describe.describe(trained, axes, sizes, outputs, exported.platforms)
 
 
-def _write_onnx(path: Path, trained: Trained) -> str:
+def _write_onnx(path: Path, trained: Trained, calibrate: int) -> str:
     """Write an ONNX model with the manifest in its metadata, and run it with onnxruntime."""
     converter = importlib.import_module("jaxtrain.artifact.onnx")
     serving = trained.serving
     model = converter.to_onnx(serving.apply, serving.weights, serving.inputs)
+    if calibrate:
+        model = quantize_onnx(model, trained, calibrate)
+        trained = dataclasses.replace(trained, quantized=True)
     outputs = {
         name: InputSpec(spec.dtype.name, (BATCH, *spec.shape)) for name, spec in serving.outputs.items()
     }
@@ -151,7 +159,6 @@ def _write_safetensors(path: Path, trained: Trained) -> str:
 
 WRITERS: dict[str, Callable[[Path, Trained], str]] = {
     "jaxtrain": _write_artifact,
-    "onnx": _write_onnx,
     "stablehlo": _write_stablehlo,
     "safetensors": _write_safetensors,
 }

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtrain.cli import SUMMARIES, command_line, experiments
+from jaxtrain.core.errors import InputError
 from jaxtrain.core.files import user_path
 from jaxtrain.core.text import size_text
+
+if TYPE_CHECKING:
+    from jaxtrain.artifact.trained import Trained
+    from jaxtrain.monitor import Console
 
 FORMATS = ("jaxtrain", "onnx", "stablehlo", "safetensors")
 EXAMPLES = 16
@@ -33,6 +39,18 @@ def make_parser() -> command_line.Parser:
         "default: %(default)s",
     )
     command_line.add_weights(parser)
+    parser.add_argument(
+        "--quantize",
+        choices=("int8",),
+        help="dense layers and convolutions in 8-bit integers, a quarter of the bytes",
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=int,
+        default=512,
+        metavar="N",
+        help="training examples on which --quantize measures the ranges of activations; default: %(default)s",
+    )
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
     parser.add_argument(
         "--strict", action="store_true", help="fail if the code has changed since the run started"
@@ -56,6 +74,8 @@ def _run(args: argparse.Namespace) -> int:
     from jaxtrain.monitor import make_console
     from jaxtrain.program import abstract_state
 
+    if args.calibrate < 1:
+        raise InputError(f"--calibrate {args.calibrate}: give at least 1")
     path = user_path(args.out)
     check_new(path, args.force)  # before minutes of work
     run = experiments.open_run(args)
@@ -74,9 +94,29 @@ def _run(args: argparse.Namespace) -> int:
         "config": run.record["config"],
     }
     model = trained.Trained.of(run.experiment, state, examples, about)
-    checked = write.write(args.format, path, model, args.force)
+    calibrate = args.calibrate if args.quantize and args.format == "onnx" else 0
+    if args.quantize and not calibrate:
+        model = _quantize(model, args.calibrate, console)
+    checked = write.write(args.format, path, model, args.force, calibrate)
     console.note(f"{path}: {run.name}, step {chosen.step:,}, {size_text(path.stat().st_size)}; {checked}")
     return 0
+
+
+def _quantize(model: Trained, examples: int, console: Console) -> Trained:
+    """Return the model in int8, and print what that changes on the test set."""
+    import numpy as np
+
+    from jaxtrain.artifact import quantized
+
+    before, int8 = quantized.test_metrics(model), quantized.quantize_trained(model, examples)
+    after = quantized.test_metrics(int8)
+    sizes = [
+        size_text(sum(np.asarray(x).nbytes for x in one.serving.weights.values())) for one in (model, int8)
+    ]
+    changes = ", ".join([*quantized.compare_metrics(before, after), f"weights {sizes[0]} -> {sizes[1]}"])
+    console.note(f"int8, ranges of {examples:,} training examples; test: {changes}")
+    about = {**int8.about, "metrics": {"test": after}}
+    return dataclasses.replace(int8, about=about)
 
 
 def recorded_metrics(folder: Path, step: int) -> Mapping[str, Any]:

@@ -152,5 +152,5 @@ def _figure(size: tuple[float, float]) -> Any:
 
 def _png(figure: Any) -> bytes:
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=DPI)
+    figure.savefig(out, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.1)
     return out.getvalue()

@@ -23,6 +23,11 @@ SCORES_LEFT_OUT = (
     f"AUROC and average precision are left out: the scores of all examples are more than {LIMIT:,} numbers"
 )
 
+TOO_SLOW = (
+    "AUROC and average precision have no intervals: {:,} resamples of {:,} scores would take minutes: use "
+    "fewer with --ci N"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -126,31 +131,23 @@ def make_report(
     ids, groups = rows.pop(EXAMPLE_ID), rows.pop(GROUP, None)
     if "rank" in rows and "scores" not in rows:
         notes.append(SCORES_LEFT_OUT)
-    examples, rename = figures_of(report, rows), {}
+    examples = figures_of(report, rows)
     numbers, tables = examples.numbers(), examples.tables()
-    if "log_loss" in numbers and _same(numbers["log_loss"], values.get("loss"), 1e-5):
-        rename = {"log_loss": "loss"}
-    reliability = tables.pop("reliability", None)
-    kept |= {k: v for k, v in numbers.items() if k not in figures and k not in values and k not in rename}
+    rename, reliability = _shown_names(numbers, values), tables.pop("reliability", None)
+    kept |= {k: v for k, v in _renamed(numbers, rename).items() if k not in kept and k not in values}
     kept |= {k: v for k, v in tables.items() if k not in figures}
     bootstrap, intervals, by_group = ci, dict[str, Interval](), tuple[Group, ...]()
     if ci is not None:
         intervals = _renamed(ci.intervals(examples, len(ids)), rename)
         if not ci.ranks(examples.ranking_work):
-            notes.append(
-                f"AUROC and average precision have no intervals: {ci.resamples:,} resamples of "
-                f"{examples.ranking_work:,} scores would take minutes: use fewer with --ci N"
-            )
+            notes.append(TOO_SLOW.format(ci.resamples, examples.ranking_work))
     if by is not None and groups is not None:
         bootstrap = ci or Bootstrap()
-        found = group_figures(report, rows, groups, by, bootstrap)
         by_group = tuple(
             dataclasses.replace(
-                group,
-                figures=_renamed(group.figures, rename),
-                intervals=_renamed(group.intervals, rename),
+                group, figures=_renamed(group.figures, rename), intervals=_renamed(group.intervals, rename)
             )
-            for group in found
+            for group in group_figures(report, rows, groups, by, bootstrap)
         )
     made = Report(
         values, kept, reliability, intervals, bootstrap, by if by_group else None, by_group, ids, examples
@@ -173,6 +170,18 @@ def without_repeats(figures: Mapping[str, Any], values: Mapping[str, Any]) -> di
         elif not _same(figure, values[name]):
             kept[f"report_{name}"] = figure
     return kept
+
+
+def _shown_names(numbers: Mapping[str, float], values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the figures that are shown under another name, because the loss reports one of theirs."""
+    names = {
+        name: f"report_{name}"
+        for name, number in numbers.items()
+        if name in values and not _same(number, values[name], 1e-5)
+    }
+    if "log_loss" in numbers and _same(numbers["log_loss"], values.get("loss"), 1e-5):
+        names["log_loss"] = "loss"
+    return names
 
 
 def _renamed(figures: Mapping[str, Any], rename: Mapping[str, str]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def notes_of(report: Report) -> list[str]:
             f"[low, high]: {100 * LEVEL:g} % interval of {report.bootstrap.resamples:,} bootstrap "
             f"resamples of the examples, seed {report.bootstrap.seed}"
         )
-    classes = len(np.asarray(report.figures.get("support", ())))
+    classes = np.size(report.figures.get("support", ()))
     if classes > SHOWN_CLASSES:
         lines.append(f"figures by class of {classes:,} classes: --json prints them")
     return lines

@@ -117,8 +117,8 @@ def test_half_precision_is_computed_in_float32(precision: str) -> None:
     apply, weights = pure(module, precision)
     model = to_onnx(apply, weights, IMAGE)
     exact, _ = pure(module)
-    assert check(model, IMAGES, exact(weights, IMAGES), tolerance=1e-5) <= 1e-5
-    assert 1e-5 < check(model, IMAGES, apply(weights, IMAGES)) < 3e-2
+    assert check(model, IMAGES, jax.jit(exact)(weights, IMAGES), tolerance=1e-5) <= 1e-5
+    assert 1e-5 < check(model, IMAGES, jax.jit(apply)(weights, IMAGES)) < 3e-2
     types = {tensor.data_type for tensor in model.graph.initializer}
     assert types <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
 

@@ -387,3 +387,5 @@ def test_loops_and_branches() -> None:
     kinds = [node.op_type for node in model.graph.node]
     assert kinds.count("Loop") == 5  # two scans, fori and two while; the short scans are written out
     assert kinds.count("If") == 3
+    assert "MatMul" not in kinds  # a branch that is not taken is not computed
+    assert "MatMul" in operators(model.graph)

@@ -87,7 +87,7 @@ def test_keeps_the_latest_and_the_best(tmp_path, mesh1):
 
 def test_no_checkpoint_starts_from_init(tmp_path, mesh1):
     with checkpoint.open(tmp_path) as saved:
-        assert saved.restore_or(lambda: "new", None) == ("new", 0)
+        assert saved.restore_or(lambda: "new", like(make_state(mesh1))) == ("new", 0)
         assert saved.latest() is None and saved.best() is None
 
 

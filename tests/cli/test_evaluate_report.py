@@ -54,9 +54,9 @@ def apply(params, extra, batch, **mode):
 SHIFT = Named({**fields, "image": 150 - image})
 WIDE = Named({**fields, "image": image[:, :, :2]})
 OTHER = Other(fields)
-EXPERIMENT = Experiment(model=(init, apply), train=Named(fields), test=Named(fields), loss=losses.CrossEntropy(),
-                        optimizer=optim.SGD(lr=0.5), batch=16, epochs=2, holdout=0.3,
-                        post_update=(optim.EMA(decay=0.9),))
+EXPERIMENT = Experiment(model=(init, apply), train=Named(fields), test=Named(fields),
+                        loss=losses.CrossEntropy(), optimizer=optim.SGD(lr=0.5), batch=16, epochs=2,
+                        holdout=0.3, post_update=(optim.EMA(decay=0.9),))
 """
 PLOTS = importlib.util.find_spec("matplotlib") is not None
 

@@ -18,7 +18,7 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text()
 PAGES = {
     "README": README,
-    **{name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("parallelism", "deploy")},
+    **{n: (ROOT / "docs" / f"{n}.md").read_text() for n in ("parallelism", "evaluate", "deploy")},
 }
 BLOCK = re.compile(r"^ *```(\w+)([^\n]*)\n(.*?)^ *```", re.M | re.S)
 BLOCKS = [block for page in PAGES.values() for block in BLOCK.findall(page)]
@@ -162,11 +162,8 @@ def test_commands_run_as_written(page, tree, tmp_path):
     install(clean_venv(copy / ".venv"), "-e", copy)
     subprocess.run(["bash", "-c", '. scripts/setup; touch "$(stamp)-base"'], cwd=copy, check=True)
     env = {**os.environ, "PATH": f"{copy}/.venv/bin:{os.environ['PATH']}", "JAX_NUM_CPU_DEVICES": "1"}
-    texts = [
-        text for name, info, text in BLOCK.findall(PAGES[page]) if name == "bash" and "no-run" not in info
-    ]
-    if page == "parallelism":
-        texts = [text for text in texts if text not in README]
+    shown = {name: [block[2] for block in BLOCK.findall(text)] for name, text in PAGES.items()}
+    texts = [t for t in runnable("bash") if next(name for name in shown if t in shown[name]) == page]
     blocks = [re.sub(r"^scripts/test\b.*$", "", text, flags=re.M) for text in texts]
     assert any(block.strip() for block in blocks)
     for block in blocks:

@@ -119,6 +119,16 @@ def test_pruned_weights_stay_zero_after_every_update(tx: Any, first: str) -> Non
     assert sparsity(state) == pytest.approx({**parts, "total": total})
 
 
+def test_an_update_cannot_bring_a_pruned_weight_back() -> None:
+    """Not even one that makes it the largest; the next round counts it as pruned."""
+    stage = Prune(sparsity=0.5, include="w", start=0, end=1, rounds=2).build(2)  # 3, then 4 of 8 zeros
+    state = stage.init(state_of(w=np.arange(1.0, 9.0, dtype=np.float32))).replace(step=jnp.int32(1))
+    state = stage(state)
+    assert state.params["w"].tolist() == [0, 0, 0, 4, 5, 6, 7, 8]
+    state = stage(state.replace(step=jnp.int32(2), params={"w": jnp.full(8, 100.0) - jnp.arange(8)}))
+    assert state.params["w"].tolist() == [0, 0, 0, 97, 96, 95, 94, 0]
+
+
 def test_a_skipped_round_is_made_up_for() -> None:
     """The guard skips the update of the only round; the next one prunes."""
     tx, stage = optax.sgd(0.1), Prune(sparsity=0.5, start=0.2, end=0.2, rounds=1).build(10)

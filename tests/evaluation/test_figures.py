@@ -20,6 +20,8 @@ from jaxtrain.evaluation.collect import ROWS, Collect, example_rows
 from jaxtrain.evaluation.figures import Figures, figures_of
 from jaxtrain.evaluation.groups import group_figures, largest_gaps
 from jaxtrain.evaluation.ranking import Ranking
+from jaxtrain.evaluation.report import make_report
+from jaxtrain.metrics.figures import REPORT
 from jaxtrain.metrics.rows import Rows
 
 N, CLASSES = 240, 7
@@ -236,6 +238,20 @@ def test_groups_have_the_figures_of_their_examples() -> None:
     assert (int(gap.lowest), int(gap.highest)) == (np.argmin(accuracies), np.argmax(accuracies))
     with pytest.raises(InputError, match="240 values of it, and at most 100 groups"):
         group_figures(report, rows, np.arange(N), "id", Bootstrap(resamples=1))
+
+
+def test_an_interval_is_that_of_the_figure_of_its_name() -> None:
+    """The loss reports another accuracy, and the same cross-entropy as ``loss``."""
+    report = metrics.Classification()
+    rows = {"example_id": np.arange(N), **rows_of(report, LOGITS, label=LABEL)}
+    own = classes().numbers()
+    values = {"loss": own["log_loss"], "accuracy": 0.25, REPORT: {"accuracy": own["accuracy"]}, ROWS: rows}
+    made, _ = make_report(report, values, ci=Bootstrap(resamples=20))
+    assert made.figures["report_accuracy"] == own["accuracy"] and "log_loss" not in made.figures
+    assert "accuracy" not in made.intervals and "log_loss" not in made.intervals
+    for name, figure in (("report_accuracy", own["accuracy"]), ("loss", own["log_loss"])):
+        low, high = made.intervals[name]
+        assert low <= figure <= high
 
 
 def test_what_is_collected_is_bounded() -> None:
