@@ -10,8 +10,10 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +26,8 @@ from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.text import first_line
 from jaxtrain.sharding.cards import Card
 
-ASSEMBLER = "nvidia-cuda-nvcc-cu12"
+ASSEMBLERS = {"12": "nvidia-cuda-nvcc-cu12", "13": "nvidia-cuda-nvcc"}
+TOOLKIT = Path("/usr/local/cuda")  # where XLA looks for ptxas beside the wheels and PATH
 CUDNN = (9, 10, 0)  # the version that the program is compiled for
 LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 TARGET = """\
@@ -163,10 +166,15 @@ def compiler_problem() -> str | None:
         for cuda in ("12", "13")
         for part in ("plugin", "pjrt")
     }
-    if all(installed[f"jax-cuda13-{part}"] == wanted for part in ("plugin", "pjrt")):
-        return None
-    if all(installed[f"jax-cuda12-{part}"] == wanted for part in ("plugin", "pjrt")):
-        return None if _version(ASSEMBLER) is not None else f"needs NVIDIA's assembler: {_pip(wanted)}"
+    assemblers = [
+        assembler
+        for cuda, assembler in ASSEMBLERS.items()
+        if all(installed[f"jax-cuda{cuda}-{part}"] == wanted for part in ("plugin", "pjrt"))
+    ]
+    if assemblers:
+        if _has_toolkit() or any(_version(one) is not None for one in assemblers):
+            return None
+        return f"needs NVIDIA's assembler: pip install {assemblers[0]}"
     found = [f"{package} {version}" for package, version in installed.items() if version is not None]
     if not found:
         return f"needs XLA's GPU compiler, which is not installed: {_pip(wanted)}"
@@ -186,8 +194,13 @@ def why_not_compiled(error: jax.errors.JaxRuntimeError, card: Card) -> str:
     return first_line(error)[:300]
 
 
+def _has_toolkit() -> bool:
+    return shutil.which("ptxas") is not None or (TOOLKIT / "bin" / "ptxas").exists()
+
+
 def _pip(version: str) -> str:
-    return f"pip install jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version} '{ASSEMBLER}>=12.9'"
+    assembler = ASSEMBLERS["12"]
+    return f"pip install jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version} '{assembler}>=12.9'"
 
 
 def _version(package: str) -> str | None:

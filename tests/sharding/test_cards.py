@@ -152,17 +152,27 @@ def test_missing_or_other_wheels_are_one_line_with_the_command(monkeypatch):
 
         monkeypatch.setattr(importlib.metadata, "version", version)
 
+    monkeypatch.setattr(described, "_has_toolkit", lambda: False)
     jax_wheels = {"jax-cuda12-plugin": jax.__version__, "jax-cuda12-pjrt": jax.__version__}
     install = f"pip install jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
-    for found in ({}, {**jax_wheels, "jax-cuda12-pjrt": "0.9.0"}, jax_wheels):
+    for found in ({}, {**jax_wheels, "jax-cuda12-pjrt": "0.9.0"}):
         versions(**found)
         with pytest.raises(InputError, match=r"^compiling for h100 needs ") as caught:
             described.described_devices(cards.load_card("h100"))
         assert install in str(caught.value) and "\n" not in str(caught.value)
+    versions(**jax_wheels)
+    assert described.compiler_problem() == "needs NVIDIA's assembler: pip install nvidia-cuda-nvcc-cu12"
     versions(**jax_wheels, **{"nvidia-cuda-nvcc-cu12": "12.9.86"})
     assert described.compiler_problem() is None
     cuda13 = {name.replace("12", "13"): version for name, version in jax_wheels.items()}
     versions(**cuda13, **{"jax-cuda12-plugin": "0.1"})  # a stale one beside it
+    assert described.compiler_problem() == "needs NVIDIA's assembler: pip install nvidia-cuda-nvcc"
+    versions(**cuda13, **jax_wheels, **{"nvidia-cuda-nvcc": "13.0.88"})
+    assert described.compiler_problem() is None
+    versions(**cuda13)
+    monkeypatch.setattr(
+        described, "_has_toolkit", lambda: True
+    )  # its assembler is used in place of the wheel's
     assert described.compiler_problem() is None
     versions(**{"jax-cuda13-plugin": "0.1"})
     assert ", and this is installed: jax-cuda13-plugin 0.1: pip install" in str(described.compiler_problem())
