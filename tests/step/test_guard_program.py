@@ -160,7 +160,7 @@ def test_merged_norm_of_no_parameters_is_zero():
     "tests/step/test_guard_program.py::test_merged_norm_adds_as_many_reductions_for_20_parameters_as_for_2",
     "tests/step/test_guard_program.py::test_merged_norm_of_sharded_leaves_has_two_reductions",
 )
-@pytest.mark.parametrize("text", ["data=1", "data=2,fsdp=4", "data=2,model=4"])
+@pytest.mark.parametrize("text", ["data=1", "data=2,fsdp=4"])
 def test_guard_adds_at_most_a_tenth_of_the_launches_on_gpus(text):
     count = 1 if text == "data=1" else 8
     mesh = sharding.make_mesh(h100(count), sharding.parse_mesh(text, count))
@@ -168,7 +168,9 @@ def test_guard_adds_at_most_a_tenth_of_the_launches_on_gpus(text):
         models.GPT(vocab=64, context=32, width=64, depth=2, heads=4, dropout=0.0, attention="xla")
     )
     tx = optim.AdamW(lr=1e-3, clip=1.0).build(100)
-    tokens = jax.ShapeDtypeStruct((16, 32), jnp.int32)
+    tokens = jax.ShapeDtypeStruct(
+        (512, 32), jnp.int32
+    )  # so that activations, not parameters, are most of the bytes
     batch, key = {"tokens": tokens, "label": tokens}, jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(make_init(model, tx), key, batch)
     placed = sharding.place(state, mesh, model.axes(batch)).shardings
