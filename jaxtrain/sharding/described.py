@@ -185,9 +185,10 @@ def why_not_compiled(error: jax.errors.JaxRuntimeError, card: Card) -> str:
     """Return in one line why XLA refused a card or a program for it."""
     if "ptxas too old" in str(error):
         major, minor = card.capability
+        assembler = ASSEMBLERS["12" if _version("jax-cuda12-plugin") is not None else "13"]
         return (
             f"NVIDIA's assembler does not know compute capability {major}.{minor}: install a newer one (pip "
-            f"install -U {ASSEMBLER}), or correct the card's capability"
+            f"install -U {assembler}), or correct the card's capability"
         )
     if "Failed to parse GpuTargetConfigProto" in str(error):
         return "a figure of the card is out of range"
