@@ -42,7 +42,7 @@ def check_batch(manifest: Manifest, inputs: Any) -> dict[str, Any]:
                     raise InputError(_expected(name, spec, array) + _limits(manifest, expected))
             elif expected != size:
                 raise InputError(_expected(name, spec, array))
-        _check_values(name, spec, array)
+        check_values(name, spec, array)
         batch[name] = array
     return batch
 
@@ -57,8 +57,12 @@ def _limits(manifest: Manifest, axis: str) -> str:
     return f": {axis} is from 1 to {manifest.sizes[axis]}"
 
 
-def _check_values(name: str, spec: InputSpec, array: Any) -> None:
-    """Check tokens and ids: the program would replace those out of range by others, silently."""
+def check_values(name: str, spec: InputSpec, array: Any) -> None:
+    """Check tokens and ids: the program would replace those out of range by others, silently.
+
+    Raises:
+      InputError: a value is out of the range of ``spec``.
+    """
     if spec.minimum is None and spec.maximum is None:
         return
     lowest, highest = int(array.min()), int(array.max())

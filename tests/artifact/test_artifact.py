@@ -215,6 +215,7 @@ def test_a_newer_format_and_a_wrong_manifest_are_refused(file, tmp_path):
         ({"inputs": {"image": {"dtype": "uint8", "shape": [8, 8, 1]}}}, "wrong field"),
         ({"inputs": {"other": {"dtype": "uint8", "shape": ["batch", 8, 8, 1]}}}, "do not fit together"),
         ({"labels": [1]}, "wrong field"),
+        ({"step": float("inf")}, "wrong field"),
         ({"parts": {}}, "its manifest names the parts"),
     ]:
         path = rewrite(file, tmp_path / "other", manifest_json=json.dumps({**body, **changes}).encode())

@@ -145,6 +145,8 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, model
     (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY\1\0")
     np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
     np.save(tmp_path / "floats.npy", np.zeros((2, 8, 8, 1)))
+    np.savez(tmp_path / "archive.npz", PIXELS)
+    (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
     (tmp_path / "table.csv").write_text("image\n1\n")
     (tmp_path / "empty").mkdir()
     (tmp_path / "model.onnx").write_text("no model")
@@ -154,6 +156,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, model
         ([tmp_path / "large.png"], "has 8 × 9 pixels, and the model takes 8 × 8: add --resize"),
         ([tmp_path / "text.png"], "cannot be decoded"),
         ([tmp_path / "cut.npy"], "is not an array that can be read"),
+        ([tmp_path / "archive.npy"], "is not an array that can be read"),
         ([tmp_path / "objects.npy"], "is not an array that can be read"),
         (
             [tmp_path / "floats.npy"],
@@ -180,6 +183,13 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, model
     assert code == 2 and "has 8 × 9 pixels: at most 71 are decoded" in err
 
 
+def test_examples_before_bad_input_are_written(run, folder):
+    (folder / "b" / "5.png").write_text("no image")
+    code, out, err = run(folder)
+    assert code == 2 and "5.png cannot be decoded" in err
+    assert [Path(json.loads(line)["id"]).stem for line in out.splitlines()] == ["0", "1", "2", "3", "4"]
+
+
 def manifest(task: str, inputs: dict[str, InputSpec], **more: Any) -> Manifest:
     empty: dict[str, Any] = {"metrics": {}, "config": {}, "versions": {}}
     fields = {"labels": None, "text": None, "sizes": {}, **empty, **more}
@@ -187,7 +197,7 @@ def manifest(task: str, inputs: dict[str, InputSpec], **more: Any) -> Manifest:
 
 
 def test_tables_have_a_column_for_each_number(tmp_path):
-    inputs = {"user": InputSpec("int32", ("batch",)), "x": InputSpec("float32", ("batch", 2))}
+    inputs = {"user": InputSpec("int32", ("batch",), 0, 9), "x": InputSpec("float32", ("batch", 2))}
     about = manifest("regression", inputs)
     (tmp_path / "a.csv").write_text("x.1,user,x.0,note\n0.5,3,-1e2,hello\n\n2,4,5,\n")
     rows = list(examples.Reader(about).read([str(tmp_path / "a.csv")], io.BytesIO()))
@@ -200,10 +210,22 @@ def test_tables_have_a_column_for_each_number(tmp_path):
         ("user,x.0,x.1\n1,2\n", "row 2: 2 cells for 3 columns"),
         ('user,x.0,x.1\n"1\n', "is not a csv file"),
         ("", "column 'user' is missing"),
+        ("user;x.0;x.1\n1;2;3\n", "column 'user' is missing .* 'user;x.0;x.1'"),
+        ("user,x.0,x.1\n1_0,2,3\n", "'1_0' is not a number for int32"),
+        ("user,x.0,x.1\n1,2,٣\n", "is not a number for float32"),
+        ("user,x.0,x.1\n1,2,1e39\n", "row 2, column x.1: '1e39' is not a number for float32"),
+        ("user,x.0,x.1\n1,2,3\n12,2,3\n", "a.csv:1: user has values from 12 to 12: the model takes 0 to 9"),
     ]:
         (tmp_path / "a.csv").write_text(text)
         with pytest.raises(InputError, match=message):
             list(examples.Reader(about).read([str(tmp_path / "a.csv")], io.BytesIO()))
+
+
+def test_a_table_may_hold_truth_values(tmp_path):
+    about = manifest("regression", {"flag": InputSpec("bool", ("batch",))})
+    (tmp_path / "a.csv").write_text("flag\n0\n1\nFalse\ntrue\n")
+    rows = list(examples.Reader(about).read([str(tmp_path / "a.csv")], io.BytesIO()))
+    assert [row.inputs["flag"].tolist() for row in rows] == [False, True, False, True]
 
 
 def test_text_becomes_the_tokens_of_the_data_source():
