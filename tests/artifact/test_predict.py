@@ -190,6 +190,32 @@ def test_examples_before_bad_input_are_written(run, folder):
     assert [Path(json.loads(line)["id"]).stem for line in out.splitlines()] == ["0", "1", "2", "3", "4"]
 
 
+def test_a_closed_stdin_matters_only_where_it_is_read(run, folder, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert run(folder / "0.png")[0] == 0
+    code, _, err = run("-")
+    assert code == 2 and "-: stdin is closed" in err and err.count("\n") == 1
+
+
+def test_nan_is_told_of_on_stderr(tmp_path, monkeypatch, capsys):
+    class Model:
+        manifest = manifest("regression", {"x": InputSpec("float32", ("batch",))})
+        words = None
+
+        def __call__(self, inputs: Any) -> Any:
+            return {"value": np.where(inputs["x"] > 2, np.inf, inputs["x"])}
+
+    monkeypatch.setattr(engines, "open_model", lambda path, engine: Model())
+    (tmp_path / "a.csv").write_text("x\n1\nnan\n3\n")
+    assert predict.main(["--model", "any", str(tmp_path / "a.csv"), "--format", "csv"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[2] == f"{tmp_path}/a.csv:1,nan"
+    assert captured.err.splitlines() == [
+        f"1 examples hold NaN or infinity, the first {tmp_path}/a.csv:1",
+        f"2 predictions hold NaN or infinity, the first {tmp_path}/a.csv:1",
+    ]
+
+
 def manifest(task: str, inputs: dict[str, InputSpec], **more: Any) -> Manifest:
     empty: dict[str, Any] = {"metrics": {}, "config": {}, "versions": {}}
     fields = {"labels": None, "text": None, "sizes": {}, **empty, **more}
@@ -268,6 +294,10 @@ def test_a_line_says_what_the_outputs_mean():
         "label": 1,
         "probability": 0.75,
     }
+    nan = float("nan")
+    unknown = {"id": 0, "label": None, "probability": pytest.approx(nan, nan_ok=True)}
+    assert summary("classification", {**both, "probability": [nan, nan]}, labels=("cat", "dog")) == unknown
+    assert summary("binary", {"logits": nan, "probability": nan, "label": 0}) == unknown
     assert summary("segmentation", {"logits": [[[1.0]]], "probability": [[[1.0]]], "label": [[2]]}) == {
         "id": 0,
         "label": [[2]],
