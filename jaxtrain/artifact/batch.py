@@ -32,7 +32,10 @@ def check_batch(manifest: Manifest, inputs: Any) -> dict[str, Any]:
     for name, spec in specs.items():
         array = inputs[name]
         if not (hasattr(array, "shape") and hasattr(array, "dtype")):  # a list
-            array = np.asarray(array)
+            try:
+                array = np.asarray(array)
+            except ValueError as error:
+                raise InputError(f"{name} must be {spec.text}, and is a list of unequal lists") from error
         if array.dtype != spec.numpy_dtype or len(array.shape) != len(spec.shape):
             raise InputError(_expected(name, spec, array))
         for expected, size in zip(spec.shape, array.shape, strict=True):

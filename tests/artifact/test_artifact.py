@@ -100,6 +100,7 @@ def test_it_runs_with_jax_alone_on_another_number_of_devices(file, loaded, pytho
         (np.zeros((0, 8, 8, 1), np.uint8), "at least one example"),
         ({"picture": 0}, "example takes image, and the batch has picture"),
         ({}, "the batch has nothing"),
+        ([[1], [1, 2]], "is a list of unequal lists"),
     ],
 )
 def test_a_wrong_input_says_what_is_expected(inputs, message, loaded):
@@ -216,6 +217,8 @@ def test_a_newer_format_and_a_wrong_manifest_are_refused(file, tmp_path):
         ({"inputs": {"image": {"dtype": "object", "shape": ["batch"]}}}, "wrong field"),
         ({"inputs": {"image": {"dtype": "uint8", "shape": [8, 8, 1]}}}, "wrong field"),
         ({"inputs": {"other": {"dtype": "uint8", "shape": ["batch", 8, 8, 1]}}}, "do not fit together"),
+        ({"inputs": {"image": {"dtype": "int8", "shape": ["batch", 8, 8, 1]}}}, "do not fit together"),
+        ({"inputs": {"image": {"dtype": "uint8", "shape": ["batch", 8, 9, 1]}}}, "do not fit together"),
         ({"labels": [1]}, "wrong field"),
         ({"step": float("inf")}, "wrong field"),
         ({"parts": {}}, "its manifest names the parts"),
