@@ -160,6 +160,8 @@ def _check(args: argparse.Namespace, experiment: Experiment, split: str, wanted:
     source, report = splits.split_source(experiment, split), find_report(experiment)
     if args.out is not None and not wanted.flags():
         raise InputError("--out: no file is asked for: add --csv, --png or --mistakes")
+    if args.out is not None and user_path(args.out).exists() and not user_path(args.out).is_dir():
+        raise InputError(f"--out {args.out} is a file: give a folder")
     check_collects(report, _needs_rows(args, wanted))
     files.check_wanted(wanted, report, source)
     return source, report

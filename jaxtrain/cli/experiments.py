@@ -230,7 +230,7 @@ def ensure_prepared(experiment: Experiment, console: Console) -> None:
                 raise InputError(
                     f"{name} is not prepared: run python -m jaxtrain prepare {name} on each host first"
                 )
-            console.note(f"{name} is not prepared: downloading it")
+            command_line.warn(f"{name} is not prepared: downloading it")  # stdout may be for JSON
             with_progress(console, lambda p: prepare(name, data_dir=folder, progress=p))  # noqa: B023
 
 

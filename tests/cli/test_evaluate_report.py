@@ -8,6 +8,7 @@ import importlib.util
 import json
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from sklearn import metrics as sk
 
 from jaxtrain import __main__ as commands
 from jaxtrain import data, run
+from jaxtrain.cli import experiments
 from jaxtrain.cli.command_line import parse_weights
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import State
@@ -26,6 +28,7 @@ from jaxtrain.evaluation import Report, files, plots
 from jaxtrain.evaluation.class_figures import ClassFigures
 from jaxtrain.evaluation.text import confusion_of, number_text
 from jaxtrain.metrics import Classification
+from jaxtrain.monitor import make_console
 from jaxtrain.optim import EMA
 from jaxtrain.step.factories import eval_state, without_average
 
@@ -184,8 +187,9 @@ def test_without_average_evaluation_uses_the_parameters_in_their_dtype() -> None
     ("words", "message"),
     [
         (("--by", "age"), "--by age: the examples have the fields group, image, label"),
-        (("--by", "image"), "--by image: an example has [2, 3, 1] values of it"),
+        (("--by", "image"), "--by image: it has the shape [2, 3, 1] in each example"),
         (("--ci", "0"), "--ci 0: give a number of resamples in 1..1,000,000"),
+        (("--csv", "--out", __file__), "is a file: give a folder"),
         (("--out", "x"), "--out: no file is asked for: add --csv, --png or --mistakes"),
         (("--source", "nowhere"), "no experiment is called nowhere"),
         (("--split", "valid", "--source", "digits_cnn"), "not allowed with argument"),
@@ -260,3 +264,11 @@ def test_numbers_as_text() -> None:
     assert number_text("macro_f1", 0.5) == "50.00 %" and number_text("macro_auroc", 0.5) == "0.5000"
     counts = {"true_negatives": 4, "false_positives": 3, "false_negatives": 2, "true_positives": 1}
     assert (confusion_of(counts) == np.array([[4, 3], [2, 1]])).all()
+
+
+def test_a_download_is_announced_on_stderr_so_that_stdout_is_json_alone(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("jaxtrain.data.prepare.prepare", lambda name, **more: None)
+    source = SimpleNamespace(prepared=lambda: False, name="cifar10", data_dir=None)
+    experiments.ensure_prepared(SimpleNamespace(train=source, valid=None, test=None), make_console())
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == "cifar10 is not prepared: downloading it\n"
