@@ -272,7 +272,7 @@ def read_image(
     Raises:
       InputError: it is no image, larger than ``MAX_PIXELS``, or of another size.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if path.stat().st_size > MAX_BYTES:
         raise InputError(f"{path} is larger than {MAX_BYTES} bytes: it is not read as an image")
@@ -296,6 +296,10 @@ def read_image(
         image = image.convert("L" if channels == 1 else "RGB")
     except InputError:
         raise
+    except UnidentifiedImageError as error:  # its message has the address of an object
+        raise InputError(f"{path} cannot be decoded (it is none of {', '.join(FORMATS)})") from error
+    except Image.DecompressionBombError as error:  # of Pillow, while it reads the header
+        raise InputError(f"{path} has more than {MAX_PIXELS:,} pixels, and is not decoded") from error
     except Exception as error:  # each of Pillow's formats raises its own types
         raise InputError(f"{path} cannot be decoded ({first_line(error)})") from error
     if image.size != size:

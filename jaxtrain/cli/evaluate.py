@@ -135,13 +135,14 @@ def _data(args: argparse.Namespace, experiment: Experiment, console: Console) ->
     """Return an experiment with the data to evaluate, prepared, and the split of it that they are."""
     from jaxtrain.evaluation import splits
 
+    note = command_line.warn if args.json else None  # stdout is for JSON alone
     if args.source is None:
         experiment, split = splits.evaluation_split(experiment, args.split)
-        experiments.ensure_prepared(experiment, console)
+        experiments.ensure_prepared(experiment, console, note)
         return experiment, split
     other = splits.other_source(args.source)
     experiment = dataclasses.replace(experiment, test=other)
-    experiments.ensure_prepared(experiment, console)
+    experiments.ensure_prepared(experiment, console, note)
     splits.check_source(args.source, other, experiment)
     return experiment, "test"
 

@@ -86,7 +86,7 @@ def group_field(batch: Batch, name: str) -> jax.Array:
     values = own[name]
     if values.size != len(values):
         raise InputError(
-            f"--by {name}: it has the shape {list(values.shape[1:])} in each example: choose one with one value"
+            f"--by {name}: it has the shape {list(values.shape[1:])} in each example: it must have one value"
         )
     return values.reshape(len(values))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,8 @@ def test_white_is_that_of_the_data():
 def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, model):
     Image.fromarray(np.zeros((9, 8), np.uint8)).save(tmp_path / "large.png")
     (tmp_path / "text.png").write_text("no image")
+    header = b"BM", 54, 0, 0, 54, 40, 20_000, 20_000, 1, 24, 0, 0, 0, 0, 0, 0
+    (tmp_path / "huge.bmp").write_bytes(struct.pack("<2sIHHIIiiHHIIiiII", *header))
     (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY\1\0")
     np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
     np.save(tmp_path / "floats.npy", np.zeros((2, 8, 8, 1)))
@@ -154,7 +157,8 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, model
         ([], "give at least one INPUT"),
         (["absent.png"], "absent.png: there is no such file or folder"),
         ([tmp_path / "large.png"], "has 8 × 9 pixels, and the model takes 8 × 8: add --resize"),
-        ([tmp_path / "text.png"], "cannot be decoded"),
+        ([tmp_path / "text.png"], "cannot be decoded (it is none of BMP, GIF, JPEG, PNG, TIFF, WEBP)"),
+        ([tmp_path / "huge.bmp"], "huge.bmp has more than 67,108,864 pixels, and is not decoded"),
         ([tmp_path / "cut.npy"], "is not an array that can be read"),
         ([tmp_path / "archive.npy"], "is not an array that can be read"),
         ([tmp_path / "objects.npy"], "is not an array that can be read"),

@@ -8,7 +8,6 @@ import importlib.util
 import json
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from sklearn import metrics as sk
 
 from jaxtrain import __main__ as commands
 from jaxtrain import data, run
-from jaxtrain.cli import experiments
+from jaxtrain.cli import command_line, experiments
 from jaxtrain.cli.command_line import parse_weights
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import State
@@ -28,7 +27,6 @@ from jaxtrain.evaluation import Report, files, plots
 from jaxtrain.evaluation.class_figures import ClassFigures
 from jaxtrain.evaluation.text import confusion_of, number_text
 from jaxtrain.metrics import Classification
-from jaxtrain.monitor import make_console
 from jaxtrain.optim import EMA
 from jaxtrain.step.factories import eval_state, without_average
 
@@ -266,9 +264,11 @@ def test_numbers_as_text() -> None:
     assert (confusion_of(counts) == np.array([[4, 3], [2, 1]])).all()
 
 
-def test_a_download_is_announced_on_stderr_so_that_stdout_is_json_alone(monkeypatch, capsys) -> None:
-    monkeypatch.setattr("jaxtrain.data.prepare.prepare", lambda name, **more: None)
-    source = SimpleNamespace(prepared=lambda: False, name="cifar10", data_dir=None)
-    experiments.ensure_prepared(SimpleNamespace(train=source, valid=None, test=None), make_console())
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err == "cifar10 is not prepared: downloading it\n"
+def test_json_is_alone_on_stdout_where_data_are_downloaded_first(trained, monkeypatch, capsys) -> None:
+    noted = []
+
+    def ensure(experiment: Any, console: Any, note: Any = None) -> None:
+        noted.append(note)
+
+    monkeypatch.setattr(experiments, "ensure_prepared", ensure)
+    assert result(trained, capsys)["examples"] > 0 and noted[0] is command_line.warn
