@@ -32,7 +32,10 @@ def check_batch(manifest: Manifest, inputs: Any) -> dict[str, Any]:
     for name, spec in specs.items():
         array = inputs[name]
         if not (hasattr(array, "shape") and hasattr(array, "dtype")):  # a list
-            array = np.asarray(array)
+            try:
+                array = np.asarray(array)
+            except ValueError as error:
+                raise InputError(f"{name} must be {spec.text}, and is a list of unequal lists") from error
         if array.dtype != spec.numpy_dtype or len(array.shape) != len(spec.shape):
             raise InputError(_expected(name, spec, array))
         for expected, size in zip(spec.shape, array.shape, strict=True):
@@ -42,7 +45,7 @@ def check_batch(manifest: Manifest, inputs: Any) -> dict[str, Any]:
                     raise InputError(_expected(name, spec, array) + _limits(manifest, expected))
             elif expected != size:
                 raise InputError(_expected(name, spec, array))
-        _check_values(name, spec, array)
+        check_values(name, spec, array)
         batch[name] = array
     return batch
 
@@ -57,8 +60,12 @@ def _limits(manifest: Manifest, axis: str) -> str:
     return f": {axis} is from 1 to {manifest.sizes[axis]}"
 
 
-def _check_values(name: str, spec: InputSpec, array: Any) -> None:
-    """Check tokens and ids: the program would replace those out of range by others, silently."""
+def check_values(name: str, spec: InputSpec, array: Any) -> None:
+    """Check tokens and ids: the program would replace those out of range by others, silently.
+
+    Raises:
+      InputError: a value is out of the range of ``spec``.
+    """
     if spec.minimum is None and spec.maximum is None:
         return
     lowest, highest = int(array.min()), int(array.max())

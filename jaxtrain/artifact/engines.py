@@ -131,7 +131,17 @@ def _shapes(example: Example) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 
 def _batched(rows: Iterable[Example], size: int) -> Iterator[tuple[Example, ...]]:
-    """Split into tuples of ``size``, as ``itertools.batched`` of Python 3.12 does."""
-    iterator = iter(rows)
-    while batch := tuple(itertools.islice(iterator, size)):
-        yield batch
+    """Split into tuples of ``size``; examples before one that cannot be read come before its error."""
+    batch: list[Example] = []
+    try:
+        for row in rows:
+            batch.append(row)
+            if len(batch) == size:
+                yield tuple(batch)
+                batch = []
+    except InputError:
+        if batch:
+            yield tuple(batch)
+        raise
+    if batch:
+        yield tuple(batch)

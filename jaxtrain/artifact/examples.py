@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from jaxtrain.artifact.batch import check_values
 from jaxtrain.artifact.manifest import InputSpec, Manifest
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.text import first_line
@@ -61,6 +63,12 @@ class Reader:
         Raises:
           InputError: an input does not exist, cannot be read, or is not what the model takes.
         """
+        for example in self._read(inputs, stdin):
+            for name, array in example.inputs.items():
+                check_values(f"{example.id}: {name}", self.manifest.inputs[name], array)
+            yield example
+
+    def _read(self, inputs: Sequence[str], stdin: IO[bytes]) -> Iterator[Example]:
         for text in inputs:
             if text == STDIN:
                 yield from self._text(stdin, "", "stdin")
@@ -125,7 +133,7 @@ class Reader:
     def _array(self, path: Path) -> Iterator[Example]:
         name, spec = self._only_input(str(path))
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = np.lib.format.open_memmap(path, mode="r")  # np.load would read other formats too
         except (ValueError, EOFError) as error:
             raise InputError(f"{path} is not an array that can be read ({first_line(error)})") from error
         wanted = spec.shape[1:]
@@ -170,8 +178,8 @@ class Reader:
             missing = [column for column in wanted if header.count(column) != 1]
             if missing:
                 raise InputError(
-                    f"{path}: column {missing[0]!r} is missing or appears twice; the model "
-                    f"takes {name}: {spec.text}"
+                    f"{path}: column {missing[0]!r} is missing or appears twice in its first line, "
+                    f"{','.join(header)[:80]!r}; the model takes {name}: {spec.text}"
                 )
             found[name] = [header.index(column) for column in wanted]
         return found
@@ -222,16 +230,29 @@ def _fits(shape: tuple[int, ...], wanted: Sequence[int | str]) -> bool:
     )
 
 
+_BOOLEANS = {"0": False, "1": True, "false": False, "true": True}
+
+
+def _largest(dtype: np.dtype[Any]) -> float:
+    import ml_dtypes  # of JAX; NumPy's finfo does not know bfloat16
+
+    return float(ml_dtypes.finfo(dtype).max)
+
+
 def _number(cell: str, spec: InputSpec, where: str) -> Any:
-    kind = float if np.issubdtype(spec.numpy_dtype, np.floating) else int
+    dtype = spec.numpy_dtype
     try:
-        if kind is float:
-            return float(cell)
-        limits = np.iinfo(spec.numpy_dtype)
-        if not limits.min <= int(cell) <= limits.max:
+        if "_" in cell or not cell.isascii():  # Python reads 1_0 as 10, and the digits of other scripts
             raise ValueError
-        return int(cell)
-    except (ValueError, OverflowError) as error:
+        if np.issubdtype(dtype, np.integer):
+            if np.iinfo(dtype).min <= (whole := int(cell)) <= np.iinfo(dtype).max:
+                return whole
+        elif dtype.kind == "b":
+            return _BOOLEANS[cell.strip().lower()]
+        elif abs(number := float(cell)) <= _largest(dtype) or not math.isfinite(number):
+            return number
+        raise ValueError
+    except (ValueError, KeyError) as error:
         raise InputError(f"{where}: {cell[:40]!r} is not a number for {spec.dtype}") from error
 
 
@@ -251,7 +272,7 @@ def read_image(
     Raises:
       InputError: it is no image, larger than ``MAX_PIXELS``, or of another size.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if path.stat().st_size > MAX_BYTES:
         raise InputError(f"{path} is larger than {MAX_BYTES} bytes: it is not read as an image")
@@ -275,6 +296,10 @@ def read_image(
         image = image.convert("L" if channels == 1 else "RGB")
     except InputError:
         raise
+    except UnidentifiedImageError as error:  # its message has the address of an object
+        raise InputError(f"{path} cannot be decoded (it is none of {', '.join(FORMATS)})") from error
+    except Image.DecompressionBombError as error:  # of Pillow, while it reads the header
+        raise InputError(f"{path} has more than {MAX_PIXELS:,} pixels, and is not decoded") from error
     except Exception as error:  # each of Pillow's formats raises its own types
         raise InputError(f"{path} cannot be decoded ({first_line(error)})") from error
     if image.size != size:

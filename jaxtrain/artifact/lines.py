@@ -22,11 +22,9 @@ def summarize(manifest: Manifest, prediction: Prediction) -> dict[str, Any]:
     outputs, id = prediction.outputs, prediction.example.id
     if manifest.task == "classification" and outputs["label"].ndim == 0:
         number = int(outputs["label"])
-        return {
-            "id": id,
-            "label": _name(manifest, number),
-            "probability": float(outputs["probability"][number]),
-        }
+        likely = float(outputs["probability"][number])
+        label = None if np.isnan(likely) else _name(manifest, number)  # argmax takes NaN for the largest
+        return {"id": id, "label": label, "probability": likely}
     if manifest.task == "language_model":
         last = (prediction.example.tokens or outputs["logits"].shape[0]) - 1
         logits = outputs["logits"][last].astype(np.float64)
@@ -37,7 +35,10 @@ def summarize(manifest: Manifest, prediction: Prediction) -> dict[str, Any]:
     shown = ("label", "probability") if "label" in outputs and "probability" in outputs else tuple(outputs)
     if manifest.task in ("classification", "segmentation"):  # a label for each pixel
         shown = ("label",)
-    return {"id": id, **{name: _plain(outputs[name]) for name in shown}}
+    row = {"id": id, **{name: _plain(outputs[name]) for name in shown}}
+    if manifest.task == "binary" and np.isnan(outputs["probability"]).all():
+        row["label"] = None
+    return row
 
 
 def raw(manifest: Manifest, prediction: Prediction) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def parse(data: bytes | str, where: str) -> Manifest:
         )
     try:
         return _parse(body)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{where} is damaged: its manifest has a wrong field ({error})") from error
 
 

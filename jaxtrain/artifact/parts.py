@@ -107,6 +107,8 @@ def check_new(path: Path, force: bool) -> None:
         raise InputError(f"{path}: the folder {path.parent} does not exist: make it first")
     if path.is_dir():
         raise InputError(f"{path} is a folder: give the name of a file")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is a device or a pipe: give the name of a file")
     if path.exists() and not force:
         raise InputError(f"{path} exists: add --force to replace it, or give another name")
 
@@ -130,7 +132,8 @@ def _check_directory(read, seek, size: int, path: Path) -> None:  # type: ignore
     The end of a zip file says where its directory is. Ours has no comment, so the end is the last 22 bytes,
     and before it, in a file above 4 GB, its 64-bit form.
     """
-    fix = f"{path} is not an artifact: give a file that python -m jaxtrain export wrote"
+    fix = f"{path} is not an artifact: give a file that python -m jaxtrain export wrote "
+    fix += "(--format jaxtrain, the default)"
     if size < _END.size:
         raise InputError(fix)
     seek(0)

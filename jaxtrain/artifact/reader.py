@@ -13,7 +13,7 @@ from jax import export
 
 from jaxtrain.artifact import parts, program, tensors
 from jaxtrain.artifact.batch import check_batch
-from jaxtrain.artifact.manifest import Manifest, parse
+from jaxtrain.artifact.manifest import InputSpec, Manifest, parse
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.text import first_line
 
@@ -90,6 +90,17 @@ def _check_signature(
     fits = exported.in_tree == tree and exported.out_tree == outputs
     if fits:
         found = [(aval.shape, aval.dtype) for aval in exported.in_avals[: len(expected)]]
-        fits = found == expected
+        avals = [*exported.in_avals[len(expected) :], *exported.out_avals]
+        specs = [each[name] for each in (manifest.inputs, manifest.outputs) for name in sorted(each)]
+        fits = found == expected and all(map(_fits, specs, avals))
     if not fits:
         raise InputError(f"{where} is damaged: its program, weights and manifest do not fit together")
+
+
+def _fits(spec: InputSpec, aval: Any) -> bool:
+    """Return whether an input or output of the program has this dtype and shape, where sizes are fixed."""
+    same_rank = aval.dtype == spec.numpy_dtype and len(aval.shape) == len(spec.shape)
+    return same_rank and all(
+        a == b if isinstance(a, int) or isinstance(b, int) else True
+        for a, b in zip(aval.shape, spec.shape, strict=True)
+    )

@@ -78,7 +78,7 @@ def make_serving(experiment: Experiment, state: State, examples: Arrays) -> Serv
       examples: raw fields with a leading axis, as its sources return them.
 
     Raises:
-      InputError: the outputs depend on no input.
+      InputError: the outputs depend on no input, or one has no row for each example.
     """
     params, extra = eval_state(state)
     statistics = split_extra(extra)[0]
@@ -116,6 +116,11 @@ def make_serving(experiment: Experiment, state: State, examples: Arrays) -> Serv
     if not inputs:
         raise InputError("the model's outputs depend on no field of the data: there is nothing to export")
     shapes = jax.eval_shape(apply, weights, _with_batch(inputs, 2))
+    for name, x in shapes.items():
+        if x.shape[:1] != (2,):
+            raise InputError(
+                f"output {name} has shape {list(x.shape)}: it needs a row for each example, [batch, ...]"
+            )
     outputs = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in shapes.items()}
     return Serving(apply, weights, inputs, outputs, task)
 

@@ -130,8 +130,11 @@ def compare(run: Callable[[dict[str, Any]], Mapping[str, Any]], trained: Trained
                 )
             if name == "label":
                 continue  # follows from the probability; where two are equal, rounding decides
-            wide = np.asarray(reference, np.float64)
-            scale, off = float(np.abs(wide).max()), float(np.abs(np.asarray(array, np.float64) - wide).max())
+            if np.isnan(np.asarray(reference, np.float64)).any():
+                raise RunError(
+                    f"the checkpoint's output {name} is NaN on test examples: export another with --weights"
+                )
+            scale, off = _scale_and_difference(reference, array)
             if not off <= tolerance * max(scale, 1e-3):
                 raise RunError(
                     f"the exported model gives other outputs than the model: {name} differs by {off:.3g}, "
@@ -139,3 +142,21 @@ def compare(run: Callable[[dict[str, Any]], Mapping[str, Any]], trained: Trained
                 )
             difference, largest = max(difference, off), max(largest, scale)
     return Checked(len(next(iter(inputs.values()))), difference, largest)
+
+
+def _scale_and_difference(expected: np.ndarray, found: np.ndarray) -> tuple[float, float]:
+    """Return the largest finite absolute value, and the largest difference.
+
+    Infinite elements must be the same ones; otherwise the difference is inf.
+
+    >>> _scale_and_difference(np.array([2, -np.inf]), np.array([2.5, -np.inf]))
+    (2.0, 0.5)
+    >>> _scale_and_difference(np.array([2, -np.inf]), np.array([2, np.inf]))
+    (2.0, inf)
+    """
+    a, b = np.asarray(expected, np.float64), np.asarray(found, np.float64)
+    finite = np.isfinite(a)
+    scale = float(np.abs(a[finite]).max(initial=0))
+    if not np.array_equal(a[~finite], b[~finite]):
+        return scale, float("inf")
+    return scale, float(np.abs(b[finite] - a[finite]).max(initial=0))

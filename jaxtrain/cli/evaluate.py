@@ -135,13 +135,14 @@ def _data(args: argparse.Namespace, experiment: Experiment, console: Console) ->
     """Return an experiment with the data to evaluate, prepared, and the split of it that they are."""
     from jaxtrain.evaluation import splits
 
+    note = command_line.warn if args.json else None  # stdout is for JSON alone
     if args.source is None:
         experiment, split = splits.evaluation_split(experiment, args.split)
-        experiments.ensure_prepared(experiment, console)
+        experiments.ensure_prepared(experiment, console, note)
         return experiment, split
     other = splits.other_source(args.source)
     experiment = dataclasses.replace(experiment, test=other)
-    experiments.ensure_prepared(experiment, console)
+    experiments.ensure_prepared(experiment, console, note)
     splits.check_source(args.source, other, experiment)
     return experiment, "test"
 
@@ -160,6 +161,8 @@ def _check(args: argparse.Namespace, experiment: Experiment, split: str, wanted:
     source, report = splits.split_source(experiment, split), find_report(experiment)
     if args.out is not None and not wanted.flags():
         raise InputError("--out: no file is asked for: add --csv, --png or --mistakes")
+    if args.out is not None and user_path(args.out).exists() and not user_path(args.out).is_dir():
+        raise InputError(f"--out {args.out} is a file: give a folder")
     check_collects(report, _needs_rows(args, wanted))
     files.check_wanted(wanted, report, source)
     return source, report

@@ -214,8 +214,15 @@ def class_names(experiment: Experiment) -> tuple[str, ...] | None:
     return names
 
 
-def ensure_prepared(experiment: Experiment, console: Console) -> None:
+def ensure_prepared(
+    experiment: Experiment, console: Console, note: Callable[[str], None] | None = None
+) -> None:
     """Prepare the data sets of ``experiment`` that are missing.
+
+    Args:
+      experiment: whose data sets are prepared.
+      console: shows progress.
+      note: called with a line before a download; None prints it on the console.
 
     Raises:
       InputError: one is missing and there are several processes, or it cannot be downloaded.
@@ -230,7 +237,7 @@ def ensure_prepared(experiment: Experiment, console: Console) -> None:
                 raise InputError(
                     f"{name} is not prepared: run python -m jaxtrain prepare {name} on each host first"
                 )
-            console.note(f"{name} is not prepared: downloading it")
+            (note or console.note)(f"{name} is not prepared: downloading it")
             with_progress(console, lambda p: prepare(name, data_dir=folder, progress=p))  # noqa: B023
 
 

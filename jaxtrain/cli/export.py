@@ -77,6 +77,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.calibrate < 1:
         raise InputError(f"--calibrate {args.calibrate}: give at least 1")
     path = user_path(args.out)
+    _check_suffix(path, args.format)
     check_new(path, args.force)  # before minutes of work
     run = experiments.open_run(args)
     console = make_console()
@@ -102,6 +103,15 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_suffix(path: Path, format: str) -> None:
+    """Raise InputError unless the name says whether it is ONNX, as ``predict`` reads it."""
+    onnx = path.suffix.lower() == ".onnx"
+    if format == "onnx" and not onnx:
+        raise InputError(f"--out {path.name}: the name of an ONNX file ends in .onnx, which predict needs")
+    if onnx and format != "onnx":
+        raise InputError(f"--out {path.name}: this name is for --format onnx, and the format is {format}")
+
+
 def _quantize(model: Trained, examples: int, console: Console) -> Trained:
     """Return the model in int8, and print what that changes on the test set."""
     import numpy as np
@@ -114,6 +124,7 @@ def _quantize(model: Trained, examples: int, console: Console) -> Trained:
         size_text(sum(np.asarray(x).nbytes for x in one.serving.weights.values())) for one in (model, int8)
     ]
     changes = ", ".join([*quantized.compare_metrics(before, after), f"weights {sizes[0]} -> {sizes[1]}"])
+    examples = min(examples, len(model.experiment.train))
     console.note(f"int8, ranges of {examples:,} training examples; test: {changes}")
     about = {**int8.about, "metrics": {"test": after}}
     return dataclasses.replace(int8, about=about)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from jaxtrain.core.errors import InputError
 from jaxtrain.core.files import user_path
 
 if TYPE_CHECKING:
-    from jaxtrain.artifact.engines import Engine
+    from jaxtrain.artifact.engines import Engine, Prediction
 
 ENGINES = ("jax", "onnxruntime")
 FORMATS = ("jsonl", "csv")
@@ -71,12 +72,29 @@ def _run(args: argparse.Namespace) -> int:
     reader = Reader(model.manifest, model.words, args.resize)
     put = lines.make_writer(args.format, sys.stdout.write)
     describe = lines.raw if args.raw else lines.summarize
-    examples = reader.read(args.inputs, sys.stdin.buffer)
-    for prediction in _with_progress(engines.predict(model, examples, args.batch)):
-        put(describe(model.manifest, prediction))
+    examples = reader.read(args.inputs, sys.stdin.buffer if "-" in args.inputs else io.BytesIO())
+    unusual: dict[str, list[Any]] = {"examples": [], "predictions": []}
+    try:
+        for prediction in _with_progress(engines.predict(model, examples, args.batch)):
+            put(row := describe(model.manifest, prediction))
+            _note_not_finite(unusual, prediction, row)
+    finally:
+        for what, ids in unusual.items():
+            if ids:
+                command_line.warn(f"{len(ids):,} {what} hold NaN or infinity, the first {ids[0]}")
     if reader.skipped:
         command_line.warn(f"{reader.skipped} files in folders are no images and no .npy arrays: skipped")
     return 0
+
+
+def _note_not_finite(unusual: dict[str, list[Any]], prediction: Prediction, row: dict[str, Any]) -> None:
+    """Collect the ids of examples and predictions with NaN or infinity."""
+    from jaxtrain.core.files import not_finite
+
+    if not_finite(prediction.example.inputs):
+        unusual["examples"].append(prediction.example.id)
+    if not_finite(row):
+        unusual["predictions"].append(prediction.example.id)
 
 
 def _bench(args: argparse.Namespace, model: Engine) -> int:
@@ -119,6 +137,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--bench makes its own inputs: leave out INPUT")
     if args.json and not args.bench:
         raise InputError("--json is for --bench: predictions are JSON lines by default")
+    if "-" in args.inputs and sys.stdin is None:
+        raise InputError("-: stdin is closed, and there is no text to read")
     if not args.bench and not args.inputs:
         raise InputError(
             "give at least one INPUT: an image, a folder, a .npy or .csv file, or - for text on stdin"

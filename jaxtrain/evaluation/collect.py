@@ -86,7 +86,7 @@ def group_field(batch: Batch, name: str) -> jax.Array:
     values = own[name]
     if values.size != len(values):
         raise InputError(
-            f"--by {name}: an example has {list(values.shape[1:])} values of it: give a field with one value"
+            f"--by {name}: it has the shape {list(values.shape[1:])} in each example: it must have one value"
         )
     return values.reshape(len(values))
 

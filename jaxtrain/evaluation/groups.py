@@ -75,8 +75,17 @@ def group_figures(
         ids = np.flatnonzero((values == value) | (np.isnan(values) & np.isnan(value)))
         figures = figures_of(report, {name: array[ids] for name, array in rows.items()})
         intervals = bootstrap.intervals(figures, len(ids), stream=number + 1)
-        groups.append(Group(f"{value.item():g}", len(ids), figures.numbers(), intervals))
+        groups.append(Group(_name(value), len(ids), figures.numbers(), intervals))
     return groups
+
+
+def _name(value: Any) -> str:
+    """Return a value as text, different for different values: ``np.float32(0.1)`` is 0.1.
+
+    >>> _name(np.int32(20240101)), _name(np.float32(0.1)), _name(np.float32(2)), _name(np.bool_(True))
+    ('20240101', '0.1', '2', '1')
+    """
+    return str(int(value)) if np.isfinite(value) and value == int(value) else str(value)
 
 
 def largest_gaps(groups: list[Group]) -> dict[str, Gap]:

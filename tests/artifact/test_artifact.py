@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import struct
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,6 +100,7 @@ def test_it_runs_with_jax_alone_on_another_number_of_devices(file, loaded, pytho
         (np.zeros((0, 8, 8, 1), np.uint8), "at least one example"),
         ({"picture": 0}, "example takes image, and the batch has picture"),
         ({}, "the batch has nothing"),
+        ([[1], [1, 2]], "is a list of unequal lists"),
     ],
 )
 def test_a_wrong_input_says_what_is_expected(inputs, message, loaded):
@@ -214,7 +217,10 @@ def test_a_newer_format_and_a_wrong_manifest_are_refused(file, tmp_path):
         ({"inputs": {"image": {"dtype": "object", "shape": ["batch"]}}}, "wrong field"),
         ({"inputs": {"image": {"dtype": "uint8", "shape": [8, 8, 1]}}}, "wrong field"),
         ({"inputs": {"other": {"dtype": "uint8", "shape": ["batch", 8, 8, 1]}}}, "do not fit together"),
+        ({"inputs": {"image": {"dtype": "int8", "shape": ["batch", 8, 8, 1]}}}, "do not fit together"),
+        ({"inputs": {"image": {"dtype": "uint8", "shape": ["batch", 8, 9, 1]}}}, "do not fit together"),
         ({"labels": [1]}, "wrong field"),
+        ({"step": float("inf")}, "wrong field"),
         ({"parts": {}}, "its manifest names the parts"),
     ]:
         path = rewrite(file, tmp_path / "other", manifest_json=json.dumps({**body, **changes}).encode())
@@ -283,6 +289,45 @@ def test_nothing_is_written_where_the_outputs_differ_or_a_file_exists(trained, f
     with pytest.raises(RunError, match="gives other outputs"):
         write.write("jaxtrain", file, trained, force=True)
     assert file.read_bytes() == before
+
+
+def test_a_class_that_the_model_masks_out_is_compared_and_nan_is_not_exported(tmp_path):
+    class Masked(nn.Module):
+        never: float
+
+        @nn.compact
+        def __call__(self, image: jax.Array) -> jax.Array:
+            logits = nn.Dense(3)(image.reshape(image.shape[0], -1).astype(jnp.float32))
+            return jnp.where(jnp.arange(3) == 2, self.never, logits)
+
+    trained = make_trained(dataclasses.replace(tiny.EXPERIMENT, model=Masked(-np.inf)))
+    write.write("jaxtrain", tmp_path / "masked", trained)
+    logits = artifact.load(tmp_path / "masked")(trained.examples["image"])["logits"]
+    assert np.isneginf(np.asarray(logits)[:, 2]).all()
+    trained = make_trained(dataclasses.replace(tiny.EXPERIMENT, model=Masked(np.nan)))
+    with pytest.raises(
+        RunError, match="output logits is NaN on test examples: export another with --weights"
+    ):
+        write.write("jaxtrain", tmp_path / "nan", trained)
+
+
+def test_an_output_without_a_row_for_each_example_is_refused_in_every_format():
+    class Scale(nn.Module):
+        @nn.compact
+        def __call__(self, image: jax.Array) -> Any:
+            return {"mean": image.astype(jnp.float32).mean()}
+
+    def loss(outputs: Any, batch: Any) -> Any:
+        return outputs["mean"], {}
+
+    with pytest.raises(InputError, match=r"output mean has shape \[\]: it needs a row for each example"):
+        make_trained(dataclasses.replace(tiny.EXPERIMENT, model=Scale(), loss=loss))
+
+
+def test_a_pipe_or_device_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is a device or a pipe"):
+        parts.check_new(tmp_path / "pipe", force=True)
 
 
 def test_export_uses_no_cudnn_attention_whatever_the_model_says():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -142,10 +143,14 @@ def test_white_is_that_of_the_data():
 def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, model):
     Image.fromarray(np.zeros((9, 8), np.uint8)).save(tmp_path / "large.png")
     (tmp_path / "text.png").write_text("no image")
+    header = b"BM", 54, 0, 0, 54, 40, 20_000, 20_000, 1, 24, 0, 0, 0, 0, 0, 0
+    (tmp_path / "huge.bmp").write_bytes(struct.pack("<2sIHHIIiiHHIIiiII", *header))
     (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY\1\0")
     np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
     (tmp_path / "pickle.npy").write_bytes(b"cposix\nmkdir\n(V" + str(tmp_path / "made").encode() + b"\ntR.")
     np.save(tmp_path / "floats.npy", np.zeros((2, 8, 8, 1)))
+    np.savez(tmp_path / "archive.npz", PIXELS)
+    (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
     (tmp_path / "table.csv").write_text("image\n1\n")
     (tmp_path / "empty").mkdir()
     (tmp_path / "model.onnx").write_text("no model")
@@ -153,9 +158,11 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, model
         ([], "give at least one INPUT"),
         (["absent.png"], "absent.png: there is no such file or folder"),
         ([tmp_path / "large.png"], "has 8 × 9 pixels, and the model takes 8 × 8: add --resize"),
-        ([tmp_path / "text.png"], "cannot be decoded"),
+        ([tmp_path / "text.png"], "cannot be decoded (it is none of BMP, GIF, JPEG, PNG, TIFF, WEBP)"),
+        ([tmp_path / "huge.bmp"], "huge.bmp has more than 67,108,864 pixels, and is not decoded"),
         ([tmp_path / "cut.npy"], "is not an array that can be read"),
         ([tmp_path / "pickle.npy"], "is not an array that can be read"),
+        ([tmp_path / "archive.npy"], "is not an array that can be read"),
         ([tmp_path / "objects.npy"], "is not an array that can be read"),
         (
             [tmp_path / "floats.npy"],
@@ -183,6 +190,39 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, model
     assert code == 2 and "has 8 × 9 pixels: at most 71 are decoded" in err
 
 
+def test_examples_before_bad_input_are_written(run, folder):
+    (folder / "b" / "5.png").write_text("no image")
+    code, out, err = run(folder)
+    assert code == 2 and "5.png cannot be decoded" in err
+    assert [Path(json.loads(line)["id"]).stem for line in out.splitlines()] == ["0", "1", "2", "3", "4"]
+
+
+def test_a_closed_stdin_matters_only_where_it_is_read(run, folder, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert run(folder / "0.png")[0] == 0
+    code, _, err = run("-")
+    assert code == 2 and "-: stdin is closed" in err and err.count("\n") == 1
+
+
+def test_nan_is_told_of_on_stderr(tmp_path, monkeypatch, capsys):
+    class Model:
+        manifest = manifest("regression", {"x": InputSpec("float32", ("batch",))})
+        words = None
+
+        def __call__(self, inputs: Any) -> Any:
+            return {"value": np.where(inputs["x"] > 2, np.inf, inputs["x"])}
+
+    monkeypatch.setattr(engines, "open_model", lambda path, engine: Model())
+    (tmp_path / "a.csv").write_text("x\n1\nnan\n3\n")
+    assert predict.main(["--model", "any", str(tmp_path / "a.csv"), "--format", "csv"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[2] == f"{tmp_path}/a.csv:1,nan"
+    assert captured.err.splitlines() == [
+        f"1 examples hold NaN or infinity, the first {tmp_path}/a.csv:1",
+        f"2 predictions hold NaN or infinity, the first {tmp_path}/a.csv:1",
+    ]
+
+
 def manifest(task: str, inputs: dict[str, InputSpec], **more: Any) -> Manifest:
     empty: dict[str, Any] = {"metrics": {}, "config": {}, "versions": {}}
     fields = {"labels": None, "text": None, "sizes": {}, **empty, **more}
@@ -190,7 +230,7 @@ def manifest(task: str, inputs: dict[str, InputSpec], **more: Any) -> Manifest:
 
 
 def test_tables_have_a_column_for_each_number(tmp_path):
-    inputs = {"user": InputSpec("int32", ("batch",)), "x": InputSpec("float32", ("batch", 2))}
+    inputs = {"user": InputSpec("int32", ("batch",), 0, 9), "x": InputSpec("float32", ("batch", 2))}
     about = manifest("regression", inputs)
     (tmp_path / "a.csv").write_text("x.1,user,x.0,note\n0.5,3,-1e2,hello\n\n2,4,5,\n")
     rows = list(examples.Reader(about).read([str(tmp_path / "a.csv")], io.BytesIO()))
@@ -203,10 +243,22 @@ def test_tables_have_a_column_for_each_number(tmp_path):
         ("user,x.0,x.1\n1,2\n", "row 2: 2 cells for 3 columns"),
         ('user,x.0,x.1\n"1\n', "is not a csv file"),
         ("", "column 'user' is missing"),
+        ("user;x.0;x.1\n1;2;3\n", "column 'user' is missing .* 'user;x.0;x.1'"),
+        ("user,x.0,x.1\n1_0,2,3\n", "'1_0' is not a number for int32"),
+        ("user,x.0,x.1\n1,2,٣\n", "is not a number for float32"),
+        ("user,x.0,x.1\n1,2,1e39\n", "row 2, column x.1: '1e39' is not a number for float32"),
+        ("user,x.0,x.1\n1,2,3\n12,2,3\n", "a.csv:1: user has values from 12 to 12: the model takes 0 to 9"),
     ]:
         (tmp_path / "a.csv").write_text(text)
         with pytest.raises(InputError, match=message):
             list(examples.Reader(about).read([str(tmp_path / "a.csv")], io.BytesIO()))
+
+
+def test_a_table_may_hold_truth_values(tmp_path):
+    about = manifest("regression", {"flag": InputSpec("bool", ("batch",))})
+    (tmp_path / "a.csv").write_text("flag\n0\n1\nFalse\ntrue\n")
+    rows = list(examples.Reader(about).read([str(tmp_path / "a.csv")], io.BytesIO()))
+    assert [row.inputs["flag"].tolist() for row in rows] == [False, True, False, True]
 
 
 def test_text_becomes_the_tokens_of_the_data_source():
@@ -249,6 +301,10 @@ def test_a_line_says_what_the_outputs_mean():
         "label": 1,
         "probability": 0.75,
     }
+    nan = float("nan")
+    unknown = {"id": 0, "label": None, "probability": pytest.approx(nan, nan_ok=True)}
+    assert summary("classification", {**both, "probability": [nan, nan]}, labels=("cat", "dog")) == unknown
+    assert summary("binary", {"logits": nan, "probability": nan, "label": 0}) == unknown
     assert summary("segmentation", {"logits": [[[1.0]]], "probability": [[[1.0]]], "label": [[2]]}) == {
         "id": 0,
         "label": [[2]],

@@ -18,6 +18,7 @@ from sklearn import metrics as sk
 
 from jaxtrain import __main__ as commands
 from jaxtrain import data, run
+from jaxtrain.cli import command_line, experiments
 from jaxtrain.cli.command_line import parse_weights
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import State
@@ -184,8 +185,9 @@ def test_without_average_evaluation_uses_the_parameters_in_their_dtype() -> None
     ("words", "message"),
     [
         (("--by", "age"), "--by age: the examples have the fields group, image, label"),
-        (("--by", "image"), "--by image: an example has [2, 3, 1] values of it"),
+        (("--by", "image"), "--by image: it has the shape [2, 3, 1] in each example"),
         (("--ci", "0"), "--ci 0: give a number of resamples in 1..1,000,000"),
+        (("--csv", "--out", __file__), "is a file: give a folder"),
         (("--out", "x"), "--out: no file is asked for: add --csv, --png or --mistakes"),
         (("--source", "nowhere"), "no experiment is called nowhere"),
         (("--split", "valid", "--source", "digits_cnn"), "not allowed with argument"),
@@ -260,3 +262,13 @@ def test_numbers_as_text() -> None:
     assert number_text("macro_f1", 0.5) == "50.00 %" and number_text("macro_auroc", 0.5) == "0.5000"
     counts = {"true_negatives": 4, "false_positives": 3, "false_negatives": 2, "true_positives": 1}
     assert (confusion_of(counts) == np.array([[4, 3], [2, 1]])).all()
+
+
+def test_json_is_alone_on_stdout_where_data_are_downloaded_first(trained, monkeypatch, capsys) -> None:
+    noted = []
+
+    def ensure(experiment: Any, console: Any, note: Any = None) -> None:
+        noted.append(note)
+
+    monkeypatch.setattr(experiments, "ensure_prepared", ensure)
+    assert result(trained, capsys)["examples"] > 0 and noted[0] is command_line.warn

@@ -58,6 +58,8 @@ def test_bad_input_of_export_is_one_line(export_run, folder, tmp_path, capsys):
     for args, out, message in [
         ([], "there", "exists: add --force to replace it"),
         ([], "no/model", "does not exist: make it first"),
+        ([], "a.onnx", "this name is for --format onnx, and the format is jaxtrain"),
+        (["--format", "onnx"], "a", "the name of an ONNX file ends in .onnx"),
         (["--weights", "5"], "model", "--weights 5: give best, latest or a saved step"),
     ]:
         code, printed, err = export_run(*args, out=out)
