@@ -221,7 +221,9 @@ def _write(
     from jaxtrain.evaluation import files
 
     part = "".join(c if c.isalnum() or c in "._-" else "-" for c in about["split"])
-    own = Path(run) / "evaluation" / f"{about['step']:06d}-{part.strip('.-')}"
+    kind = command_line.parse_weights(args.weights)[1]  # of weights that were chosen: files of both are kept
+    name = "-".join(filter(None, (f"{about['step']:06d}", part.strip(".-"), kind)))
+    own = Path(run) / "evaluation" / name
     folder = own if args.out is None else user_path(args.out)
     return multihost.on_process_0(
         lambda: files.write_files(wanted, report, source, folder, title, names), "evaluation files"

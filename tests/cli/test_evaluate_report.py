@@ -165,6 +165,9 @@ def test_weights_choose_the_average_or_the_parameters(trained, capsys) -> None:
     assert "--weights 1: give best, latest or a saved step" in refusal(trained, capsys, "--weights", "1")
     with pytest.raises(InputError, match="one of best, latest or a step, and one of ema or params"):
         parse_weights("best,latest")
+    for kind in ("ema", "params"):  # the second does not replace the files of the first
+        result(trained, capsys, "--weights", kind, "--csv")
+        assert list((trained.parent / "r" / "evaluation").glob(f"*-{kind}/examples.csv"))
 
 
 def test_without_average_evaluation_uses_the_parameters_in_their_dtype() -> None:
