@@ -250,6 +250,9 @@ def make_record(
 def main() -> int:
     """Run the checks; returns the exit code."""
     args, began, card = parse_arguments(), time.monotonic(), query_gpu()
+    if not args.names:
+        print(f"nothing was measured: {args.rest} has every part")
+        return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what has been started, too
     env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     env.setdefault("CUDA_VISIBLE_DEVICES", "0")  # measure a single card
