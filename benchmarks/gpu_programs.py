@@ -3,7 +3,8 @@
 A row is what ``python -m jaxtrain plan --for CARD --json`` says of the train step: launches, traffic,
 temporaries, attention, collectives and their overlap. Nothing is run, so nothing is a time. The table is
 written after every row, and rows that it has are left out: the command can be interrupted and repeated. Large
-models take minutes each.
+models take minutes each. ``scripts/test --nightly tests/plan/test_gpu_goldens.py`` compiles every row again
+and compares it with the table.
 
   python -m benchmarks.gpu_programs [--card h100] [--experiment NAME ...] [--again]
 """
@@ -26,6 +27,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "gpu_programs"
 MESHES = ("", "data=8", "data=2,fsdp=4", "data=4,model=2")
 HALF = ("imagenet_resnet50", "imagenet_vit_s16", "shakespeare_gpt")
 """Experiments that are also compiled in bfloat16, where their file has another precision."""
+MARGIN = 1.03
+"""More launches and temporaries than this part of the recorded ones are a difference; fewer are none."""
 
 
 def names() -> list[str]:
@@ -77,6 +80,39 @@ def row(plan: Mapping[str, Any]) -> dict[str, Any]:
         "lower_bound": gpu["lower_bound"],
         "notes": plan["notes"],
     }
+
+
+def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Compare a row of the table with that of a new compilation; returns a line for each difference.
+
+    Exact are attention, the arrays that are updated in place, what waits for the host, and the collectives by
+    kind, axes, count and bytes.
+
+    >>> old = {"launches": 100, "aliased": 9}
+    >>> differences(old, {"launches": 103, "aliased": 9}), differences(old, {"launches": 104, "aliased": 8})
+    ([], ['aliased: 9 before, now 8', 'launches: 100 before, now 104'])
+    """
+    exact = [
+        {name: one.get(name) for name in ("error", "attention", "aliased", "outputs", "waits_for_host")}
+        | {
+            "collectives": [
+                [each[n] for n in ("kind", "axes", "count", "bytes")] for each in one.get("overlap", ())
+            ]
+        }
+        for one in (recorded, found)
+    ]
+    ceilings = [
+        {"launches": one.get("launches"), "temporaries": one.get("bytes_per_device", {}).get("temporaries")}
+        for one in (recorded, found)
+    ]
+    changed = [name for name, value in exact[0].items() if value != exact[1][name]]
+    changed += [
+        name
+        for name, value in ceilings[0].items()
+        if value is not None and (ceilings[1][name] or 0) > MARGIN * value
+    ]
+    before, now = exact[0] | ceilings[0], exact[1] | ceilings[1]
+    return [f"{name}: {before[name]} before, now {now[name]}" for name in changed]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxtrain import checkpoint, compress, data, losses, metrics, models, optim, sharding, step
+    from jaxtrain import artifact, checkpoint, compress, data, losses, metrics, models, optim, sharding, step
     from jaxtrain.core.errors import InputError, RunError
     from jaxtrain.core.signals import Stopped
     from jaxtrain.core.types import Model, State
@@ -31,6 +31,7 @@ __all__ = [
     "RunError",
     "State",
     "Stopped",
+    "artifact",
     "assemble",
     "checkpoint",
     "compress",

@@ -17,20 +17,22 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import parts, runs
+from benchmarks.gpu import parts, programs, runs
 from benchmarks.gpu.session import Failed, Session, Skipped, TimedOut, missing
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = ("jax", "flax", "optax", "orbax", "rich")  # jaxtrain does not start without them
 MIN_SECONDS = 10  # a part is not started with less time left
+CPU_PATIENCE = 10.0  # a CPU that is busy with other work as well: what is tried out there is not the speed
 
 Part = Callable[[Session], dict[str, Any]]
 
@@ -39,6 +41,7 @@ PARTS: dict[str, tuple[Part, float]] = {
     "tests": (parts.tests, 90),
     "exact": (parts.exact, 75),
     "peak": (parts.peak, 45),
+    "programs": (programs.programs, 240),
     "cifar_airbench94": (parts.airbench, 120),
     "gpt": (parts.gpt, 150),
     "resnet50": (parts.resnet50, 130),
@@ -58,6 +61,13 @@ PARTS: dict[str, tuple[Part, float]] = {
     "cifar_cnn": (runs.full("cifar_cnn"), 400),
 }
 """Each part with its time limit in seconds, in the order in which they run."""
+NEEDS = {
+    "gpt": "peak",
+    "resnet50": "peak",
+    "first_step": "prepare",
+    "resume_cifar": "prepare",
+    "cifar_cnn": "prepare",
+}
 
 
 def run_parts(session: Session, names: list[str], save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -74,6 +84,7 @@ def run_parts(session: Session, names: list[str], save: Callable[[dict[str, Any]
     found: dict[str, Any] = {}
     for name in names:
         part, limit = PARTS[name]
+        limit *= session.patience
         session.began = time.monotonic()
         session.limit = min(limit, session.deadline - session.began)
         try:
@@ -110,20 +121,37 @@ def format_part(name: str, part: Mapping[str, Any]) -> str:
     for line in part.get("results", ()):
         goal = f", goal {line['goal']} {'met' if line['met'] else 'MISSED'}" if "goal" in line else ""
         lines.append(f"  {line['name']}: {line['median']:.4g} {line['unit']} (n = {line['n']}){goal}")
+    lines += [f"  {note}" for note in part.get("notes", ())]
     lines += [f"  skipped {what}: {why}" for what, why in part.get("skipped", {}).items()]
     return "\n".join(lines)
 
 
-def query_gpu() -> dict[str, str] | None:
-    """Query name, driver and memory of the first GPU with nvidia-smi; None without one."""
+def query_gpu() -> dict[str, Any] | None:
+    """Query name, driver and memory of the first GPU, and their number, with nvidia-smi; None without one."""
     fields = ("name", "driver_version", "memory.total")
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    first = done.stdout.partition("\n")[0]
-    return dict(zip(fields, map(str.strip, first.split(",")), strict=False)) or None
+    lines = done.stdout.splitlines()
+    if not lines:
+        return None
+    first = dict(zip(fields, map(str.strip, lines[0].split(",")), strict=False))
+    return {**first, "count": len(lines)}
+
+
+def usable_gpus(device: Mapping[str, Any], card: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return how many GPUs one process can use, and the ``CUDA_VISIBLE_DEVICES`` that shows all of them.
+
+    The environment's own ``CUDA_VISIBLE_DEVICES`` decides where it is set. A process can use one MIG slice.
+    """
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if " MIG " in device["device"]:
+        return {"gpus": 1}
+    if given is not None or card is None:
+        return {"gpus": device["count"]}
+    return {"gpus": card["count"], "visible": ",".join(map(str, range(card["count"])))}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -143,20 +171,59 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=8.0, help="total time; default: %(default)g")
     parser.add_argument("--only", metavar="PART,PART", help=f"run only some of {','.join(PARTS)}")
+    parser.add_argument(
+        "--rest",
+        type=Path,
+        metavar="RECORD",
+        help="run only the parts for which the run of RECORD had no time",
+    )
     parser.add_argument("--allow-cpu", action="store_true", help="test this script, shortened, on a CPU")
     args = parser.parse_args()
     if not args.minutes >= 1:
         parser.error(f"--minutes {args.minutes:g}: give at least 1")
     if args.data is not None and not args.data.exists():
         parser.error(f"--data {args.data} does not exist")
+    args.compared = []
     args.names = list(PARTS) if args.only is None else args.only.split(",")
     if unknown := [name for name in args.names if name not in PARTS]:
         parser.error(f"--only {unknown[0]}: there are {', '.join(PARTS)}")
+    if args.rest is not None:
+        try:
+            record = json.loads(args.rest.read_text())
+            args.names = unfinished(record, args.names)
+            args.compared = list(record["figures"].get("programs", {}).get("cases", ()))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"--rest {args.rest} is not a record of this script: {error!r}")
     return args
 
 
+def unfinished(record: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Return those parts for which an earlier run had no time, with what they need of others.
+
+    >>> late = {"status": "skipped", "why": "no time left"}
+    >>> parts = {"gpt": {"status": "ok"}, "prepare": {"status": "ok"}, "resume_cifar": late}
+    >>> unfinished({"parts": parts}, ["gpt", "scan", "prepare", "resume_cifar"])
+    ['scan', 'prepare', 'resume_cifar']
+    """
+    names = list(names)
+    left = set()
+    for name in names:
+        part = record["parts"].get(name, {"why": "no time left"})
+        reasons = (part.get("why", ""), *part.get("skipped", {}).values())
+        cut = "cut" in part and part["took_seconds"] < PARTS[name][1] - 1  # by the end of the run
+        left |= {name} if cut or any(why.startswith("no time left") for why in reasons) else set()
+    left |= {NEEDS[name] for name in left & set(NEEDS)}
+    return [name for name in names if name in left]
+
+
+def free_path(folder: Path, name: str) -> Path:
+    """Return the path of a new record: two runs of one day do not overwrite each other's."""
+    paths = (folder / f"{name}{suffix}.json" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+    return next(path for path in paths if not path.exists())
+
+
 def make_record(
-    device: dict[str, Any], card: dict[str, str] | None, parts: Mapping[str, Any]
+    device: dict[str, Any], card: dict[str, Any] | None, parts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Make the record: like that of ``benchmarks.common.finish``, with the status of every part."""
     skipped = {name: part["why"] for name, part in parts.items() if part["status"] != "ok"}
@@ -183,6 +250,7 @@ def make_record(
 def main() -> int:
     """Run the checks; returns the exit code."""
     args, began, card = parse_arguments(), time.monotonic(), query_gpu()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what has been started, too
     env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     env.setdefault("CUDA_VISIBLE_DEVICES", "0")  # measure a single card
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as folder:
@@ -201,12 +269,14 @@ def main() -> int:
             print(f"{why}: nothing was measured; skipped: {', '.join(args.names)}")
             return 0
         session.memory = device["memory"] or 0
+        session.facts |= usable_gpus(device, card) | {"compared": args.compared}
         if session.cpu:  # compiling takes most of the time, and the figures are not used
             env.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+            session.patience = CPU_PATIENCE
         device = {**device, "device": "cpu"} if session.cpu else device
         slug = re.sub(r"[^a-z0-9]+", "-", device["device"].lower()).strip("-")
-        path = args.out / f"gpu_check-{slug}-{datetime.date.today().isoformat()}.json"
         args.out.mkdir(parents=True, exist_ok=True)
+        path = free_path(args.out, f"gpu_check-{slug}-{datetime.date.today().isoformat()}")
 
         def save(found: dict[str, Any]) -> None:
             record = make_record(device, card, found) | {"seconds": round(time.monotonic() - began, 1)}

@@ -71,6 +71,7 @@ LONGEST = (
     "test_loop",
     "test_real_data",
     "test_sharded_programs",
+    "test_gpu_goldens",
     "test_end_to_end",
 )
 

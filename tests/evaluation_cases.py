@@ -5,6 +5,7 @@ test_exact_evaluation.py also runs this file as a program, in each of two proces
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from jaxtrain.cli import devices
 from jaxtrain.core.types import Model, leaf_paths
 from jaxtrain.experiment import Experiment
 from jaxtrain.metrics import ConfusionMatrix
+from jaxtrain.metrics.rows import Rows
 from jaxtrain.monitor.console import Plain
 from jaxtrain.program import Program, assemble
 from jaxtrain.sharding import multihost
@@ -39,11 +41,23 @@ FAR = 30.0
 """Factor of the inputs of example 0, with copies of which the last batch is padded."""
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ids(Rows):
+    """The example ids of an evaluation, in its order."""
+
+    def compute(self) -> Any:
+        return super().compute()["id"]
+
+
 def count_classes(outputs: Any, batch: Any) -> dict[str, Any]:
-    """Return an extra metric, the counts, for models with classes."""
+    """Return two extra metrics, counts and example ids, for models with classes."""
     if "label" not in batch:
         return {}
-    return {"counts": ConfusionMatrix.of(outputs, batch["label"], batch.get("mask"))}
+    return {
+        "counts": ConfusionMatrix.of(outputs, batch["label"], batch.get("mask")),
+        "ids": Ids.of({"id": batch["example_id"]}, batch["mask"]),
+    }
 
 
 def fields(kind: str, n: int) -> dict[str, np.ndarray]:
@@ -129,7 +143,8 @@ def expected(kind: str, given: dict[str, np.ndarray], params: dict[str, Any]) ->
     for truth, guess in zip(label, logits.argmax(-1), strict=True):
         counts[truth, guess] += 1
     if kind == "sequences":
-        return {"loss": nll.mean(), "accuracy": np.trace(counts) / len(label), "counts": counts}
+        accuracy = np.trace(counts) / len(label)
+        return {"loss": nll.mean(), "accuracy": accuracy, "counts": counts, "ids": np.arange(n)}
     better = (logits > logits[np.arange(n), label][:, None]).sum(-1)
     return {
         "loss": nll.mean(),
@@ -137,6 +152,7 @@ def expected(kind: str, given: dict[str, np.ndarray], params: dict[str, Any]) ->
         "accuracy": np.trace(counts) / n,
         "top2": (better < 2).sum() / n,
         "counts": counts,
+        "ids": np.arange(n),
     }
 
 
@@ -150,7 +166,7 @@ def check(kind: str, n: int, values: dict[str, Any], params: Any) -> None:
     want = expected(kind, fields(kind, n), params)
     assert sorted(values) == sorted(want)
     for name, value in want.items():
-        if name == "counts":
+        if name in ("counts", "ids"):
             np.testing.assert_array_equal(values[name], value)
         elif name in ("loss", "smoothed_loss", "mae", "rmse"):
             np.testing.assert_allclose(values[name], value, rtol=RELATIVE, err_msg=name)

@@ -6,7 +6,7 @@ They show the operations, their dtypes and the collectives, neither time nor res
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ import pytest
 from jaxtrain import sharding
 from jaxtrain.losses import CrossEntropy
 from jaxtrain.models import as_model, compute_in
+from jaxtrain.plan.gpu_kernels import PRODUCT, classify, launches
+from jaxtrain.plan.hlo import Op, called, operands, read_hlo
 from jaxtrain.sharding import cards, described
 from jaxtrain.step import make_init, make_train_step
 
@@ -23,6 +25,16 @@ needs_compiler = pytest.mark.skipif(
     described.compiler_problem() is not None,
     reason="needs the extra gpu-compile: pip install 'jaxtrain[gpu-compile]'",
 )
+HOST = (
+    "xla_ffi_python",
+    "xla_python_gpu_callback",
+    "SendToHost",
+    "RecvFromHost",
+    "infeed",
+    "outfeed",
+    "S(5)",
+)
+"""What the text of a program that waits for the host, or stores arrays there, contains."""
 
 
 def h100(count: int = 1) -> list[jax.Device]:
@@ -80,6 +92,66 @@ def collective_dtypes(text: str, kind: str) -> Mapping[str, int]:
                 count *= int(size)
             totals[dtype] = totals.get(dtype, 0) + count
     return totals
+
+
+def layout_swaps(text: str, state: Iterable[tuple[int, ...]]) -> list[str]:
+    """Return the kernels that write an activation with its dimensions in another order in memory.
+
+    XLA adds them around convolutions and attention whose operands it wants in another layout. What a matrix
+    product reads in another order is left out: it costs no pass over memory.
+
+    Args:
+      text: of a GPU program.
+      state: shapes of the state's arrays, of all devices together and of one. An array whose sizes are those
+        of one of them, in any order, counts as a parameter, and every other one as an activation.
+
+    >>> program = '''
+    ... ENTRY %main (p: bf16[8,4,4,3], w: bf16[3,3,16,32]) -> bf16[3,4,4,8] {
+    ...   %p = bf16[8,4,4,3]{3,2,1,0} parameter(0)
+    ...   %w = bf16[3,3,16,32]{3,2,1,0} parameter(1)
+    ...   %kernel = bf16[32,3,3,16]{3,2,1,0} transpose(%w), dimensions={3,0,1,2}
+    ...   ROOT %image = bf16[3,4,4,8]{3,2,1,0} transpose(%p), dimensions={3,1,2,0}
+    ... }'''
+    >>> layout_swaps(program, [(3, 3, 16, 32)])
+    ['bf16[8,4,4,3] to bf16[3,4,4,8]']
+    """
+    program, parameters = read_hlo(text), {_sizes(shape) for shape in state}
+    found = []
+    for launch in launches(program):
+        fused = launch.op.opcode.removesuffix("-start") == "fusion"
+        if classify(launch.op, program)[0] == PRODUCT:
+            continue
+        ops = program.computations[called(launch.op)[0] if fused else launch.computation]
+        shapes = {op.name: op.shape for op in ops}
+        for op in ops if fused else [launch.op]:
+            source = next((shapes[name] for name in operands(op) if name in shapes), "")
+            if _reorders(op, source) and _sizes(_dims(op.shape)) not in parameters:
+                found += [f"{source.split('{')[0]} to {op.shape.split('{')[0]}"] * launch.times
+    return sorted(found)
+
+
+def _reorders(op: Op, source: str) -> bool:
+    """Whether a transposition or a copy changes the order in memory of dimensions larger than 1."""
+    if op.opcode not in ("transpose", "copy"):
+        return False
+    moved = re.search(r"dimensions=\{([\d,]*)\}", op.rest)
+    to_source = [int(n) for n in moved[1].split(",")] if moved else list(range(len(_dims(op.shape))))
+    before = [n for n in _minor_to_major(source) if _dims(source)[n] > 1]
+    after = [to_source[n] for n in _minor_to_major(op.shape)]
+    return before != [n for n in after if _dims(source)[n] > 1]
+
+
+def _dims(shape: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", shape[shape.index("[") : shape.index("]")]))
+
+
+def _minor_to_major(shape: str) -> list[int]:
+    layout = re.search(r"\]\{([\d,]*)", shape)
+    return [int(n) for n in layout[1].split(",") if n] if layout else list(range(len(_dims(shape))))[::-1]
+
+
+def _sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(n for n in shape if n != 1))
 
 
 def _adds(text: str, computation: str) -> bool:

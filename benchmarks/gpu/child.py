@@ -110,8 +110,16 @@ def from_module(module: str, function: str) -> Callable[..., Iterator[dict[str, 
     return run
 
 
+def card(folder: str) -> dict[str, Any]:
+    """What ``plan --for`` takes to describe the first device; a file of figures is written to ``folder``."""
+    from benchmarks.gpu import card_file
+
+    return card_file.find(folder)
+
+
 FUNCTIONS: dict[str, Callable[..., dict[str, Any] | Iterator[dict[str, Any]]]] = {
     "device": device,
+    "card": card,
     "first_step": first_step,
     "compare": compare,
     "exact": from_module("gpu.exact", "exact"),

@@ -137,14 +137,14 @@ def _throughput(name: str, size: int, session: Session) -> dict[str, Any]:
                 about["torch"] = theirs.answer(reserve=30)
                 if about["torch"]["parameters"] != about["jaxtrain"]["parameters"]:
                     raise Failed("PyTorch's network is not ours: it has other parameters")
-            times = _in_turn(session, sides)
+            times = in_turn(session, sides)
         except Failed as error:
             if "torch" not in sides:
                 raise
             why = str(error)  # which takes nothing from ours
             sides.pop("torch")
             theirs.close()
-            times = _in_turn(session, sides)
+            times = in_turn(session, sides)
         results = _rates(name, about["jaxtrain"], times["jaxtrain"], session.facts.get("peak"))
         if "torch" in times:
             what = f"{name}: speed over torch.compile"
@@ -153,7 +153,7 @@ def _throughput(name: str, size: int, session: Session) -> dict[str, Any]:
         if name == "gpt" and session.left() > (10 if session.cpu else 45):
             with contextlib.suppress(Failed):  # which takes nothing from what there is
                 pair = {kind: (ours, kind) for kind in ("default", "xla attention")}
-                times = _in_turn(session, pair)
+                times = in_turn(session, pair)
                 figures["step_ms in turn"] = common.medians(times, 1e3)
                 what = "gpt: speed of a step with attention as chosen (cuDNN's on a GPU) over XLA's"
                 results.append(common.speedup(what, times["xla attention"], times["default"]))
@@ -161,7 +161,7 @@ def _throughput(name: str, size: int, session: Session) -> dict[str, Any]:
     return {**found, "skipped": {"torch.compile": why}} if why else found
 
 
-def _in_turn(session: Session, sides: dict[str, tuple[Side, str]], most: int = 10) -> dict[str, list[float]]:
+def in_turn(session: Session, sides: dict[str, tuple[Side, str]], most: int = 10) -> dict[str, list[float]]:
     """Seconds of an update of each, in turns (A B B A); about half a second of each in a round."""
 
     def timed(kind: str, updates: int) -> float:

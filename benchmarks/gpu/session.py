@@ -48,6 +48,7 @@ class Session:
     limit: float = 0.0  # seconds for the part that is running
     began: float = 0.0
     memory: int = 0  # bytes of the device, 0 where they are not known
+    patience: float = 1.0  # factor of the parts' time limits, which are for a GPU
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # what later parts need of earlier ones
 
     @property
@@ -84,6 +85,9 @@ class Session:
             raise TimedOut(
                 f"not finished in {self.limit:.0f} s; last output: {tail(output)}", output
             ) from None
+        except BaseException:  # Ctrl-C reaches this process only
+            stop(process)
+            raise
         if process.returncode != want:
             raise Failed(f"exit code {process.returncode} instead of {want}: {tail(output)}")
         return output

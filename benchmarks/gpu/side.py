@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Work = Callable[[int], None]
@@ -65,11 +65,16 @@ def torch_side(name: str, batch: int, tiny: bool) -> tuple[dict[str, Any], dict[
 
 
 def main(kind: str, name: str, batch: str, *flags: str) -> None:
-    """Serve until the input ends."""
+    """Describe the side, and serve until the input ends."""
     make = {"jaxtrain": jaxtrain_side, "torch": torch_side}[kind]
     about, variants = make(name, int(batch), "--tiny" in flags)
-    made: dict[str, Work] = {}
     print(json.dumps(about), flush=True)
+    serve(variants)
+
+
+def serve(variants: Mapping[str, Callable[[], Work]]) -> None:
+    """Answer lines ``NAME UPDATES`` until the input ends; a variant is made when it is first asked for."""
+    made: dict[str, Work] = {}
     for line in sys.stdin:
         variant, _, updates = line.strip().rpartition(" ")
         if variant not in made:

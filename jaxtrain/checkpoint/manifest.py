@@ -144,7 +144,8 @@ def check_same(saved: CheckpointInfo, want: dict[str, Any]) -> None:
         if there.get(path) != here.get(path):
             raise InputError(
                 f"checkpoint {saved.folder} is of another model: {path} is {there.get(path, 'absent')} there "
-                f"and {here.get(path, 'absent')} here: use another --workdir, or --new"
+                f"and {here.get(path, 'absent')} here: restore the code of the run, or train anew with "
+                "another --workdir or --new"
             )
 
 

@@ -7,6 +7,8 @@ SUMMARIES = {
     "prepare": "download a data set, or import its files with --from",
     "evaluate": "exact metrics of a run's checkpoint, and the figures of its task",
     "sample": "generate text with a run's language model",
+    "export": "write a run's model as one file that runs without the experiment's code",
+    "predict": "predictions of an exported model for images, arrays, tables and text",
     "bench": "throughput of a training step by number of devices",
     "doctor": "versions, devices, disk, data folder, and a one-step smoke test",
 }

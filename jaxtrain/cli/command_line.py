@@ -95,7 +95,9 @@ def _exit_code(
     except KeyboardInterrupt as interrupt:
         # A save that was cut off leaves coroutines behind, and Python would warn about them.
         warnings.simplefilter("ignore", RuntimeWarning)
-        print(f"{parser.prog}: interrupted at once; the last checkpoint is intact", file=sys.stderr)
+        second = isinstance(interrupt, SecondSignal)  # of a run, which was saving
+        kept = " at once; the last checkpoint is intact" if second else ""
+        print(f"{parser.prog}: interrupted{kept}", file=sys.stderr)
         return interrupt.exit_code if isinstance(interrupt, SecondSignal) else 130
     except Exception as error:
         return _report(error, parser.prog, args.debug)
@@ -194,13 +196,16 @@ def _multihost() -> ModuleType:
     return multihost
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Add ``--checkpoint``, for ``choose_checkpoint``, and ``--experiment``, for ``load_recorded``."""
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Add ``--weights``, for ``parse_weights``, and ``--experiment``, for ``load_recorded``."""
     parser.add_argument(
+        "--weights",
         "--checkpoint",
         default="best",
-        metavar="best|latest|STEP",
-        help="which checkpoint; default: the best on the validation set, or the latest without one",
+        metavar="best|latest|STEP|ema|params",
+        help="which checkpoint, and with a comma which of its weights: the average (ema) or the parameters "
+        "(params), as in latest,params; default: the best on the validation set, or the latest without one, "
+        "and the average where the run has one",
     )
     parser.add_argument(
         "--experiment",
@@ -209,8 +214,25 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def parse_weights(text: str) -> tuple[str, str | None]:
+    """Return the checkpoint and the kind of weights, ``ema`` or ``params``, that ``--weights`` names.
+
+    Raises:
+      InputError: it names two checkpoints or two kinds of weights.
+
+    >>> parse_weights("latest,params"), parse_weights("ema"), parse_weights("400")
+    (('latest', 'params'), ('best', 'ema'), ('400', None))
+    """
+    parts = text.split(",")
+    kinds = [part for part in parts if part in ("ema", "params")]
+    which = [part for part in parts if part not in kinds]
+    if len(kinds) > 1 or len(which) > 1:
+        raise InputError(f"--weights {text}: give one of best, latest or a step, and one of ema or params")
+    return which[0] if which else "best", kinds[0] if kinds else None
+
+
 def choose_checkpoint(saved: Any, which: str, folder: Path) -> Any:
-    """Return the checkpoint that ``--checkpoint`` names.
+    """Return the checkpoint that ``--weights`` names.
 
     Raises:
       InputError: the run has no checkpoint, or none of that name.
@@ -224,7 +246,7 @@ def choose_checkpoint(saved: Any, which: str, folder: Path) -> Any:
         if which.isdigit() and one.step == int(which):
             return one
     available = ", ".join(str(one.step) for one in steps)
-    raise InputError(f"--checkpoint {which}: give best, latest or a saved step ({available})")
+    raise InputError(f"--weights {which}: give best, latest or a saved step ({available}), ema or params")
 
 
 def warn(line: str) -> None:

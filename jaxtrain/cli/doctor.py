@@ -249,7 +249,10 @@ def _compile_for(card: Any, problems: list[str]) -> dict[str, str]:
         lowered = jax.jit(lambda x: jnp.tanh(x @ x)).lower(x)
         with described.without_compilation_cache():
             lowered.compile()
-    except (InputError, RunError, jax.errors.JaxRuntimeError) as error:
+    except jax.errors.JaxRuntimeError as error:
+        problems.append(f"XLA cannot compile for {card.name}: {described.why_not_compiled(error, card)}")
+        return rows | {"program": "not compiled"}
+    except (InputError, RunError) as error:
         problems.append(first_line(error))
         return rows | {"program": "not compiled"}
     return rows | {"program": f"compiled in {time.perf_counter() - began:.2f} s"}

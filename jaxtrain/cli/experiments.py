@@ -29,6 +29,7 @@ from jaxtrain.experiment import (
 )
 from jaxtrain.monitor import Console
 from jaxtrain.sharding import multihost
+from jaxtrain.step.factories import without_average
 from jaxtrain.train import identity, run_folder, run_record
 
 
@@ -74,7 +75,7 @@ class RecordedRun:
         """Compare the data of ``split`` with the run's, and print a line about those of other splits.
 
         Args:
-          sources: from ``assemble``'s ``inspect``.
+          sources: from ``assemble``'s ``inspect``; those of the run that are compared.
           split: the one that is evaluated.
           accept: record that changed data were accepted, and continue.
 
@@ -85,7 +86,8 @@ class RecordedRun:
         if "data" not in self.record:
             _warn([identity.NOT_RECORDED])
             return
-        changed = identity.data_changes(self.record, identity.describe_data(self.experiment, sources)["data"])
+        known = {"data": {name: parts for name, parts in self.record["data"].items() if name in sources}}
+        changed = identity.data_changes(known, identity.describe_data(self.experiment, sources)["data"])
         source = "train" if split == "valid" and self.experiment.holdout else split
         own = [text for text in changed if text.startswith(f"{source}: ")]
         if own and not accept:
@@ -96,20 +98,27 @@ class RecordedRun:
         if others := [text for text in changed if text not in own]:
             _warn([f"the data have changed since this run started: {identity.shorten(others)}"])
 
-    def restore(self, which: str, abstract: State) -> tuple[checkpoint.CheckpointInfo, State]:
-        """Read the checkpoint that ``--checkpoint`` names; returns its description and its state.
+    def restore(self, weights: str, abstract: State) -> tuple[checkpoint.CheckpointInfo, State]:
+        """Read the checkpoint that ``--weights`` names; returns its description and its state.
 
         Args:
-          which: the value of ``--checkpoint``.
+          weights: the value of ``--weights``.
           abstract: shapes, dtypes and shardings of the state.
 
         Raises:
-          InputError, RunError: there is no such checkpoint, or it cannot be read.
+          InputError, RunError: there is no such checkpoint or average, or it cannot be read.
         """
-        hint = "use an older one with --checkpoint {step}"
+        which, kind = command_line.parse_weights(weights)
+        if kind == "ema" and "ema" not in abstract.extra:
+            raise InputError(
+                f"--weights {weights}: the run in {self.folder} has no average of its weights (no optim.EMA "
+                "in post_update)"
+            )
+        hint = "use an older one with --weights {step}"
         with checkpoint.open(self.folder, log=command_line.warn, older_hint=hint) as saved:
             chosen = command_line.choose_checkpoint(saved, which, self.folder)
-            return chosen, saved.restore(chosen, abstract)
+            state = saved.restore(chosen, abstract)
+        return chosen, without_average(state) if kind == "params" else state
 
 
 def _warn(lines: Sequence[str]) -> None:
@@ -205,8 +214,15 @@ def class_names(experiment: Experiment) -> tuple[str, ...] | None:
     return names
 
 
-def ensure_prepared(experiment: Experiment, console: Console) -> None:
+def ensure_prepared(
+    experiment: Experiment, console: Console, note: Callable[[str], None] | None = None
+) -> None:
     """Prepare the data sets of ``experiment`` that are missing.
+
+    Args:
+      experiment: whose data sets are prepared.
+      console: shows progress.
+      note: called with a line before a download; None prints it on the console.
 
     Raises:
       InputError: one is missing and there are several processes, or it cannot be downloaded.
@@ -221,7 +237,7 @@ def ensure_prepared(experiment: Experiment, console: Console) -> None:
                 raise InputError(
                     f"{name} is not prepared: run python -m jaxtrain prepare {name} on each host first"
                 )
-            console.note(f"{name} is not prepared: downloading it")
+            (note or console.note)(f"{name} is not prepared: downloading it")
             with_progress(console, lambda p: prepare(name, data_dir=folder, progress=p))  # noqa: B023
 
 

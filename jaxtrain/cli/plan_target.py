@@ -115,11 +115,16 @@ def _described_mesh(args: argparse.Namespace, card: Card) -> Mesh:
     hosts = 1 if args.hosts is None else args.hosts
     count = _device_count(args)
     count = hosts if count is None else count
-    if hosts < 1 or count % hosts:
-        raise InputError(f"--hosts {hosts} with {count} devices: each host has the same number of them")
+    if hosts < 1:
+        raise InputError(f"--hosts {hosts}: give at least 1")
+    if count % hosts:
+        raise InputError(
+            f"--hosts {hosts} with {count} devices: each host has the same number of them: use --devices "
+            f"{hosts * max(1, count // hosts)}, or another multiple of {hosts}"
+        )
     if count > devices.MAX_SIMULATED:
         raise InputError(
-            f"--devices {count}: plan describes at most {devices.MAX_SIMULATED}; give fewer, and extrapolate"
+            f"{count} devices: plan compiles for at most {devices.MAX_SIMULATED}; give fewer, and extrapolate"
         )
     sizes = None if args.mesh is None else sharding.parse_mesh(args.mesh, count)
     return sharding.make_mesh(described.described_devices(card, hosts, count // hosts), sizes)
@@ -131,4 +136,12 @@ def _device_count(args: argparse.Namespace) -> int | None:
     if count is not None and count < 1:
         raise InputError(f"--devices {count}: give at least 1")
     sizes = re.findall(r"=\s*(\d+)\s*(?:,|$)", args.mesh or "")
-    return math.prod(map(int, sizes)) if count is None and sizes and "*" not in args.mesh else count
+    if not sizes or "*" in args.mesh:
+        return count
+    product = math.prod(map(int, sizes))
+    if count is not None and product > count:
+        raise InputError(
+            f"--mesh {args.mesh} needs {product} devices, more than --devices {count}: use --devices "
+            f"{product}, or lower a size"
+        )
+    return product if count is None else count

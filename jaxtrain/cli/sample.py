@@ -18,7 +18,7 @@ def make_parser() -> command_line.Parser:
     """Make the parser of this command."""
     parser = command_line.Parser("jaxtrain sample", SUMMARIES["sample"])
     parser.add_argument("--workdir", required=True, metavar="RUN", help="the folder of a run")
-    command_line.add_checkpoint(parser)
+    command_line.add_weights(parser)
     parser.add_argument(
         "--prompt", default="\n", metavar="TEXT", help="start of the text; default: a line break"
     )
@@ -64,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
     prompt = np.frombuffer(os.fsencode(args.prompt), np.uint8)[None, :]
     console = make_console()
     mesh = sharding.make_mesh(jax.local_devices()[:1])  # a single text cannot be sharded
-    _, state = run.restore(args.checkpoint, abstract_state(experiment, mesh, example))
+    _, state = run.restore(args.weights, abstract_state(experiment, mesh, example))
     params, extra = eval_state(state)
     text = generate(
         experiment.model,

@@ -1,9 +1,11 @@
-"""Smaller models: magnitude pruning and distillation.
+"""Smaller models: magnitude pruning, distillation and quantization to int8.
 
-Each wraps what a run has already, a post-update stage, a loss or a model, and adds no branch to the step.
+Each wraps what is there already, a post-update stage, a loss, a model or an inference function, and adds no
+branch to the train step.
 """
 
 from jaxtrain.compress.distil import Distil, DistilOutputs, with_teacher
 from jaxtrain.compress.prune import Prune, sparsity
+from jaxtrain.compress.quantize import Quantized, quantize
 
-__all__ = ["Distil", "DistilOutputs", "Prune", "sparsity", "with_teacher"]
+__all__ = ["Distil", "DistilOutputs", "Prune", "Quantized", "quantize", "sparsity", "with_teacher"]

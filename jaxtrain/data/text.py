@@ -218,12 +218,22 @@ class LabelledText:
         tokens = np.frombuffer(padded, np.uint8).reshape(len(truncated), self.length)
         return {"tokens": tokens, "length": _count_tokens(truncated), "label": label}
 
+    def text(self, indices: np.ndarray) -> list[str]:
+        """Return the texts of the examples ``indices: int [k]``, in full; bytes not in UTF-8 as U+FFFD."""
+        return [text.decode(errors="replace") for text in self._texts(np.asarray(indices))[0]]
+
     def data_files(self) -> tuple[Path, ...]:
         """Return the files that are read, those of the train split's vocabulary included."""
         if self.files:
             return tuple(map(paths.resolve, self.files))
         own = _tfds(self).data_files()
         return tuple(dict.fromkeys((*own, *self._train().data_files()))) if self.words else own
+
+    def vocabulary_words(self) -> tuple[bytes, ...]:
+        """Return the words of the tokens from 256 on; none with ``words=0``. Reads the train split."""
+        if not self.words:
+            return ()
+        return tuple(_vocabulary(self._stamped(), self._train(), self.words))
 
     def _texts(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
         if self.files:

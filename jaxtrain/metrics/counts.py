@@ -7,6 +7,7 @@ one that has no examples recall 0. Macro averages are over the classes that occu
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -114,14 +115,19 @@ class ClassCounts:
         """Return figures by class and over all classes.
 
         By class, ``[classes]``: ``precision``, ``recall`` and ``f1``, 0 where undefined, and ``support``, the
-        number of labels. Over all: ``accuracy``, and ``macro_precision``, ``macro_recall`` and ``macro_f1``,
-        means over the classes that occur as label or as prediction. These four are NaN if nothing counts.
+        number of labels. Over all: ``accuracy``, and of the three figures the means over the classes that
+        occur as label or as prediction (``macro_precision``, ...), the figures of all counts together
+        (``micro_``, here the accuracy) and the means weighted by support (``weighted_``). These ten are NaN
+        if nothing counts.
         """
         by_class = class_figures(self.hits, self.predicted, self.actual)
         del by_class["iou"]
-        macro = {f"macro_{name}": self._mean(values) for name, values in by_class.items()}
-        accuracy = float(ratio(self.hits.sum(), self.actual.sum())) if self.actual.sum() else float("nan")
-        return {"accuracy": accuracy, **macro, **by_class, "support": np.asarray(self.actual, np.int64)}
+        support = np.asarray(self.actual, np.int64)
+        accuracy = float(ratio(self.hits.sum(), support.sum())) if support.sum() else float("nan")
+        averages = {f"macro_{name}": self._mean(values) for name, values in by_class.items()}
+        averages |= {f"micro_{name}": accuracy for name in by_class}
+        averages |= weighted_means(by_class, support)
+        return {"accuracy": accuracy, **averages, **by_class, "support": support}
 
     def _mean(self, by_class: np.ndarray) -> float:
         """Return the mean over the classes that occur; NaN if none does."""
@@ -274,6 +280,19 @@ def class_figures(hits: Any, predicted: Any, actual: Any) -> dict[str, Any]:
         "recall": ratio(hits, actual),
         "f1": ratio(2 * hits, predicted + actual),
         "iou": ratio(hits, predicted + actual - hits),
+    }
+
+
+def weighted_means(by_class: Mapping[str, Any], support: np.ndarray) -> dict[str, float]:
+    """Return the means of figures ``[classes]`` weighted by the number of labels; NaN without labels.
+
+    >>> weighted_means({"recall": np.array([0.5, 1.0])}, np.array([3, 1]))
+    {'weighted_recall': 0.625}
+    """
+    total = support.sum()
+    return {
+        f"weighted_{name}": float((values * support).sum() / total) if total else float("nan")
+        for name, values in by_class.items()
     }
 
 

@@ -27,6 +27,7 @@ from jaxtrain.metrics.counts import (
     RegionCounts,
     count_labels,
     ratio,
+    weighted_means,
 )
 from jaxtrain.metrics.figures import LEFT_OUT, report_figures  # noqa: F401 - the doctests
 from jaxtrain.metrics.mean import Bits, Mean, Perplexity, RootMean, Total, expand_mask
@@ -75,7 +76,7 @@ class Classification:
 
     def __call__(self, outputs: Any, batch: Batch) -> Metrics:
         """Return the metrics of one batch."""
-        logits, label, mask = _class_scores(self, outputs, batch)
+        logits, label, mask = class_scores(self, outputs, batch)
         metrics: Metrics = {"classes": self.counts.of(logits, label, mask, self.ignore)}
         if logits.shape[-1] <= MATRIX_CLASSES:
             metrics["confusion"] = ConfusionMatrix.of(logits, label, mask, self.ignore)
@@ -132,7 +133,7 @@ class Binary:
 
     def __call__(self, outputs: Any, batch: Batch) -> Metrics:
         """Return the metrics of one batch."""
-        logits, label, included, left_out = _decisions(self, outputs, batch)
+        logits, label, included, left_out = binary_logits(self, outputs, batch)
         positive = logits > logit_of(self.threshold)
         return {"binary": BinaryCounts.of(positive, label, included), LEFT_OUT: Total(left_out)}
 
@@ -142,7 +143,8 @@ class MultiLabel(Binary):
     """Report of a model with one logit for each of several labels: precision, recall and F1 by label.
 
     ``accuracy`` is over all labels, ``exact_match`` over examples whose labels are all right; the macro
-    averages are over all labels, and the micro averages count all labels together.
+    averages are over all labels, the micro averages count all labels together, and the weighted averages
+    are weighted by the number of positive labels.
 
     Attributes:
       label: name of the batch field with 0 or 1, of any dtype: ``[batch, ..., labels]``.
@@ -160,7 +162,7 @@ class MultiLabel(Binary):
 
     def __call__(self, outputs: Any, batch: Batch) -> Metrics:
         """Return the metrics of one batch."""
-        logits, label, included, left_out = _decisions(self, outputs, batch)
+        logits, label, included, left_out = binary_logits(self, outputs, batch)
         if logits.ndim < 2:
             raise InputError(
                 f"MultiLabel takes outputs [batch, labels], not {list(logits.shape)}: use metrics.Binary"
@@ -185,14 +187,15 @@ class LabelCounts(BinaryCounts):
     """
 
     def compute(self) -> Any:
-        """Return the figures of ``BinaryCounts`` by label, and ``accuracy``, macro and micro averages."""
+        """Return ``accuracy``, the figures of ``BinaryCounts`` by label, and their averages."""
         by_label = super().compute()
         pooled = BinaryCounts(*(np.sum(getattr(self, f.name)) for f in dataclasses.fields(self))).compute()
         names = ("precision", "recall", "f1")
         macro = {f"macro_{name}": float(ratio(by_label[name].sum(), by_label[name].size)) for name in names}
         micro = {f"micro_{name}": pooled[name] for name in names}
+        weighted = weighted_means({name: by_label[name] for name in names}, by_label["support"])
         shown = {name: by_label[name] for name in (*names, "support")}
-        return {"accuracy": pooled["accuracy"], **shown, **macro, **micro}
+        return {"accuracy": pooled["accuracy"], **shown, **macro, **micro, **weighted}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +222,7 @@ class Regression:
     def __call__(self, outputs: Any, batch: Batch) -> Metrics:
         """Return the metrics of one batch."""
         prediction = select_output(outputs, self.output, "report.output")
-        target, mask = _field(batch, self.target, "target"), batch.get("mask")
+        target, mask = batch_field(batch, self.target, "target"), batch.get("mask")
         error = prediction_error(prediction, target)
         squared = error**2
         return {
@@ -262,8 +265,17 @@ class LanguageModel:
 
     def __call__(self, outputs: Any, batch: Batch) -> Metrics:
         """Return the metrics of one batch."""
+        nll, included, left_out = self.token_losses(outputs, batch)
+        return {
+            "perplexity": Perplexity.of(nll, included),
+            f"bits_per_{self.unit}": Bits.of(nll, included),
+            LEFT_OUT: Total(left_out),
+        }
+
+    def token_losses(self, outputs: Any, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return each token's loss in nats and whether it counts, ``[batch, length]``; how many do not."""
         logits = select_output(outputs, self.output, "report.output")
-        label = _field(batch, self.label, "label")
+        label = batch_field(batch, self.label, "label")
         check_class_shapes(logits.shape, label.shape, self.label)
         label, included, left_out = count_labels(label, logits.shape[-1], batch.get("mask"), self.ignore)
 
@@ -273,19 +285,15 @@ class LanguageModel:
 
         chunks = isinstance(logits, ChunkedLogits)
         nll = logits.map_chunks(surprise, label) if chunks else surprise(logits, label)
-        return {
-            "perplexity": Perplexity.of(nll, included),
-            f"bits_per_{self.unit}": Bits.of(nll, included),
-            LEFT_OUT: Total(left_out),
-        }
+        return nll, included, left_out
 
 
-def _class_scores(
+def class_scores(
     report: Classification, outputs: Any, batch: Batch
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Return logits ``[batch, ..., classes]``, labels ``[batch, ...]`` and their mask."""
     logits = full_logits(select_output(outputs, report.output, "report.output"))
-    label, mask = _field(batch, report.label, "label"), batch.get("mask")
+    label, mask = batch_field(batch, report.label, "label"), batch.get("mask")
     if label.shape == logits.shape and label.ndim > 1:  # one-hot
         has_class = label.astype(bool).any(-1)
         mask = has_class if mask is None else has_class & (expand_mask(mask, has_class.ndim) > 0)
@@ -294,12 +302,12 @@ def _class_scores(
     return logits, label, mask
 
 
-def _decisions(
+def binary_logits(
     report: Binary, outputs: Any, batch: Batch
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Return float32 logits, bool labels, which of them count, and how many were left out."""
     logits = select_output(outputs, report.output, "report.output")
-    logits, label = same_shape(logits, _field(batch, report.label, "label"), report.label)
+    logits, label = same_shape(logits, batch_field(batch, report.label, "label"), report.label)
     positive, wanted, wrong = zero_or_one(label, report.ignore)
     if "mask" in batch:
         wanted &= expand_mask(batch["mask"], label.ndim) > 0
@@ -307,7 +315,7 @@ def _decisions(
     return logits.astype(wide), positive, wanted & ~wrong, (wanted & wrong).sum(dtype=jnp.int32)
 
 
-def _field(batch: Batch, name: str, setting: str) -> jax.Array:
+def batch_field(batch: Batch, name: str, setting: str) -> jax.Array:
     if name not in batch:
         fields = ", ".join(sorted(set(batch) - {"mask"}))
         raise InputError(f"report.{setting} is {name!r}: the batch has the fields {fields}")

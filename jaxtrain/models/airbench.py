@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Batch, Names
 from jaxtrain.models.batch_norm import BatchNorm
-from jaxtrain.models.layers import CONV_AXES, check_image, check_rates
+from jaxtrain.models.layers import check_image, check_rates, conv_axes
 from jaxtrain.models.pooling import max_pool
 
 WHITEN = "whiten"
@@ -61,12 +61,10 @@ class Airbench(nn.Module):
     bn_momentum: float = 0.6
     bn_groups: int = 1
 
-    logical_axes: ClassVar[dict[str, Names]] = {
-        "whiten/kernel$": (None,) * 4,
-        "whiten/bias$": (None,),
-        "head/kernel$": (None, None),  # its inputs are pixels and channels combined
-        **CONV_AXES,
-    }
+    @property
+    def logical_axes(self) -> dict[str, Names]:
+        """Axis names of the parameters, for ``sharding.place``."""
+        return {"whiten/kernel$": (None,) * 4, "whiten/bias$": (None,), **conv_axes(self.convs)}
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:

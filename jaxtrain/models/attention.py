@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.text import first_line
 from jaxtrain.models.attention_choices import add_choice
+from jaxtrain.models.plain_operators import are_plain
 from jaxtrain.models.target_gpu import target_capability
 
 Attention = Literal["auto", "xla", "cudnn"]
@@ -53,7 +54,7 @@ def attend(
     if attention not in names:
         raise InputError(f"attention is {attention!r}: it must be one of {', '.join(names)}")
     implementation: Literal["xla", "cudnn"] = "xla"
-    if attention != "xla":
+    if attention != "xla" and not are_plain():
         reason = cudnn_refusal(q.shape, q.dtype, causal)
         if reason is None:
             implementation = "cudnn"

@@ -6,15 +6,16 @@ import jax
 from flax import linen as nn
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.types import Names
 from jaxtrain.models.batch_norm import BatchNorm
 from jaxtrain.models.cpu_conv import conv
 from jaxtrain.models.dropout import Dropout
 from jaxtrain.models.layers import (
     ACTIVATIONS,
-    CONV_AXES,
     Activation,
     check_image,
     check_rates,
+    conv_axes,
 )
 from jaxtrain.models.pooling import max_pool
 
@@ -57,7 +58,10 @@ class CNN(nn.Module):
     dropout: float = 0.0
     activation: Activation = "relu"
 
-    logical_axes = CONV_AXES
+    @property
+    def logical_axes(self) -> dict[str, Names]:
+        """Axis names of the parameters, for ``sharding.place``."""
+        return conv_axes(self.convs)
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:

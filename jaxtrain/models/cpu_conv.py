@@ -13,6 +13,8 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from jaxtrain.models.plain_operators import are_plain
+
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -67,7 +69,7 @@ def convolve(
     (1, 2, 2, 5)
     """
     plain = {*strides, *lhs_dilation, *rhs_dilation, feature_group_count} == {1}
-    if not plain or image.ndim != 4 or max(kernel.shape[:2]) == 1 or precision is not None:
+    if are_plain() or not plain or image.ndim != 4 or max(kernel.shape[:2]) == 1 or precision is not None:
         return lax.conv_general_dilated(
             image,
             kernel,

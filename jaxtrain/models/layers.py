@@ -13,15 +13,6 @@ from jaxtrain.core.types import Names
 
 Activation = Literal["relu", "gelu", "silu", "tanh"]
 
-CONV_AXES: dict[str, Names] = {
-    r"norm\d*/": ("channels",),
-    r"conv\d*/kernel$": (None, None, None, "channels"),
-    r"conv\d*/bias$": ("channels",),
-    r"head/kernel$": ("channels", "classes"),
-    r"head/bias$": ("classes",),
-}
-"""Logical axes of a convolutional network with global pooling: convolutions are sharded by output channel."""
-
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
     "gelu": nn.gelu,
@@ -44,6 +35,41 @@ def dense_axes(*layers: str) -> dict[str, Names]:
         outputs = None if number % 2 or number == len(layers) - 1 else "mlp"
         axes |= {f"{layer}/kernel$": (inputs, outputs), f"{layer}/bias$": (outputs,)}
     return axes
+
+
+def conv_axes(convs: int) -> dict[str, Names]:
+    """Return logical axes of a network with blocks of ``convs`` convolutions ``conv0``, ``conv1`` and so on.
+
+    Convolutions are sharded in pairs, the first by its output channels and the second by its input channels,
+    so that a pair communicates once in each direction: the sum of the second one's outputs, the sum of the
+    first one's input gradients. What is between them stays where it is computed, a BatchNorm too. All other
+    convolutions are replicated: the gathers of their activations would move more than a pair does
+    (docs/decisions/convolutions-in-pairs.md).
+
+    Args:
+      convs: length of the chain, at least 1; a last one without a partner is replicated. Names may have a
+        prefix (``stage0_conv0``); the norm of ``conv0`` is ``norm0`` or ``conv0_norm``.
+
+    >>> axes = conv_axes(3)
+    >>> [axes.get(f"conv{i}/kernel$") for i in range(3)]
+    [(None, None, None, 'channels'), (None, None, 'channels', None), None]
+    """
+    axes: dict[str, Names] = {}
+    for first in range(0, convs - 1, 2):
+        axes |= {
+            f"conv{first}/kernel$": (None, None, None, "channels"),
+            f"conv{first}/bias$": ("channels",),
+            f"(norm{first}|conv{first}_norm)/": ("channels",),
+            f"conv{first + 1}/kernel$": (None, None, "channels", None),
+        }
+    replicated: dict[str, Names] = {
+        r"norm\d*/": (None,),
+        r"conv\d*/kernel$": (None,) * 4,
+        r"conv\d*/bias$": (None,),
+        "head/kernel$": (None, "classes"),
+        "head/bias$": ("classes",),
+    }
+    return axes | replicated
 
 
 def check_rates(module: nn.Module) -> None:

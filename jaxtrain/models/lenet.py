@@ -13,10 +13,10 @@ from jaxtrain.models.cpu_conv import conv
 from jaxtrain.models.dropout import Dropout
 from jaxtrain.models.layers import (
     ACTIVATIONS,
-    CONV_AXES,
     Activation,
     check_image,
     check_rates,
+    conv_axes,
     dense_axes,
 )
 from jaxtrain.models.pooling import max_pool
@@ -61,7 +61,8 @@ class ConvNet(nn.Module):
     @property
     def logical_axes(self) -> dict[str, Names]:
         """Axis names of the parameters, for ``sharding.place``."""
-        return dense_axes(*(f"dense{layer}" for layer in range(len(self.hidden))), "head") | CONV_AXES
+        dense = dense_axes(*(f"dense{layer}" for layer in range(len(self.hidden))), "head")
+        return conv_axes(len(self.widths)) | dense
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:

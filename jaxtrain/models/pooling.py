@@ -10,9 +10,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax import lax
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.models.plain_operators import are_plain
 
 Padding = Literal["VALID", "SAME"] | tuple[tuple[int, int], tuple[int, int]]
 WORD_BITS = 32
@@ -47,7 +49,10 @@ def max_pool(x: jax.Array, size: int = 2, stride: int | None = None, padding: Pa
     >>> max_pool(x, 3, 2, ((1, 1), (1, 1)))[0, :, :, 0].tolist()
     [[5.0, 7.0], [13.0, 15.0]]
     """
-    return _pool(x, _windows(x, size, size if stride is None else stride, padding))
+    windows = _windows(x, size, size if stride is None else stride, padding)
+    if are_plain():
+        return nn.max_pool(x, (size, size), (windows.stride, windows.stride), windows.pads)
+    return _pool(x, windows)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.models.batch_norm import BatchNorm
-from jaxtrain.models.layers import CONV_AXES, check_image, check_rates
+from jaxtrain.models.layers import check_image, check_rates, conv_axes
 from jaxtrain.models.pooling import max_pool
 from jaxtrain.models.remat import Remat, remat_block
 
@@ -60,7 +60,7 @@ class ResNet(nn.Module):
     bn_momentum: float = 0.9
     bn_groups: int = 1
 
-    logical_axes = CONV_AXES
+    logical_axes = conv_axes(2)  # of a bottleneck the last 1×1 is replicated, as are stem and shortcuts
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False, remat: Remat = "none") -> jax.Array:

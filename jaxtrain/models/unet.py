@@ -12,7 +12,7 @@ from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Names
 from jaxtrain.models.batch_norm import BatchNorm
 from jaxtrain.models.dropout import Dropout
-from jaxtrain.models.layers import CONV_AXES, check_image, check_rates
+from jaxtrain.models.layers import check_image, check_rates, conv_axes
 from jaxtrain.models.pooling import max_pool
 from jaxtrain.models.remat import Remat, remat_block
 
@@ -51,9 +51,9 @@ class UNet(nn.Module):
     dropout: float = 0.0
 
     logical_axes: ClassVar[dict[str, Names]] = {
-        r"up\d+/kernel$": (None, None, None, "channels"),
-        r"up\d+/bias$": (None, None, "channels"),
-        **CONV_AXES,
+        r"up\d+/kernel$": (None,) * 4,
+        r"up\d+/bias$": (None,) * 3,
+        **conv_axes(2),
     }
 
     @nn.compact

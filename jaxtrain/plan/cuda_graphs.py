@@ -7,23 +7,31 @@ does not show them. They are in a file that XLA writes when it is asked to dump;
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from jaxtrain.plan.gpu_kernels import Loop, loops
+from jaxtrain.plan.hlo import read_hlo
+
 STEP = re.compile(r"( *)\d+: (k\w+)")
-NOT_LAUNCHED = ("kCommandBuffer", "kAsyncStart", "kAsyncDone", "kSequential", "kWhile", "kConditional")
+NOT_LAUNCHED = (
+    *("kCommandBuffer", "kAsyncStart", "kAsyncDone", "kSequential", "kWhile", "kConditional"),
+    "kDynamicSliceFusion",  # of the kernel or copy in it
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class CudaGraphs:
-    """What the host launches in a step.
+    """What the host launches in a step, in a loop once per iteration.
 
     Attributes:
-      count: CUDA graphs; each is one launch.
+      count: launches of CUDA graphs.
       inside: kernels and copies in those graphs.
       outside: kernels, copies and collectives that the host launches one by one.
     """
@@ -57,11 +65,20 @@ def compile_with_graphs(
         # XLA writes the second list only where it captured something.
         lists = ("*.thunk_sequence_after_thunk_passes.txt", "*.thunk_sequence.txt")
         texts = next(filter(None, ([file.read_text() for file in Path(folder).glob(n)] for n in lists)), [])
-    return compiled, read_graphs(max(texts, key=len)) if texts else None
+    if not texts:
+        return compiled, None
+    thunks = max(texts, key=len)
+    return compiled, read_graphs(
+        thunks, loops(read_hlo(compiled.as_text() or "")) if "kWhile" in thunks else ()
+    )
 
 
-def read_graphs(thunks: str) -> CudaGraphs:
-    """Read XLA's list of thunks, in which a command buffer is a CUDA graph; loops count once.
+def read_graphs(thunks: str, loops: Iterable[Loop] = ()) -> CudaGraphs:
+    """Read XLA's list of thunks, in which a command buffer is a CUDA graph.
+
+    Args:
+      thunks: the list.
+      loops: of the program, in its order (``gpu_kernels.loops``); the list has no trip counts.
 
     >>> read_graphs('''
     ... 000: kCommandBuffer [source | next=003 (1)]
@@ -72,16 +89,26 @@ def read_graphs(thunks: str) -> CudaGraphs:
     """
     count = inside = outside = 0
     graph: int | None = None  # the indentation of the graph that the line may be in
+    around, rest = list[tuple[int, Loop]](), iter(loops)  # loops that the line is in, with their indentation
+    in_condition = False
     for line in thunks.splitlines():
         step = STEP.match(line)
         if not step:
+            in_condition = line.strip() == "condition:"
             continue
         depth, kind = len(step[1]), step[2]
         if graph is not None and depth <= graph:
             graph = None
-        if kind == "kCommandBuffer" and graph is None:
-            count, graph = count + 1, depth
+        while around and depth <= around[-1][0]:
+            around.pop()
+        times = math.prod(loop.trips for _, loop in around)
+        if in_condition and around and not around[-1][1].tests:
+            continue
+        if kind == "kWhile":
+            around.append((depth, next(rest, Loop(1, tests=True))))
+        elif kind == "kCommandBuffer" and graph is None:
+            count, graph = count + times, depth
         elif kind not in NOT_LAUNCHED:
-            inside += graph is not None
-            outside += graph is None
+            inside += times * (graph is not None)
+            outside += times * (graph is None)
     return CudaGraphs(count, inside, outside)

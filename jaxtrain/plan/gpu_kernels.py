@@ -46,6 +46,28 @@ class Launch(NamedTuple):
     times: int
 
 
+class Loop(NamedTuple):
+    """A loop: its trip count, 1 where it is unknown, and whether its condition is evaluated."""
+
+    trips: int
+    tests: bool
+
+
+def loops(program: Hlo, computation: str | None = None) -> Iterator[Loop]:
+    """Yield the loops of a program in its order, each before those inside of it.
+
+    Args:
+      program: from ``read_hlo``, scheduled.
+      computation: where to begin; None is the entry.
+    """
+    for op in program.computations.get(computation or program.entry, ()):
+        if op.opcode == "while":
+            yield Loop(trips(op, program.computations), "known_trip_count" not in op.rest)
+        if op.opcode in ("while", "conditional", "call", "call-start", "async-start"):
+            for name in called(op):
+                yield from loops(program, name)
+
+
 def launches(program: Hlo, ops: Iterable[Op] | None = None) -> Iterator[Launch]:
     """Yield what a program launches: in loops once per iteration, not what is inside of fusions.
 
@@ -73,12 +95,11 @@ def _launches(program: Hlo, op: Op, computation: str, times: int) -> Iterator[La
     if op.opcode in NOT_LAUNCHED or op.opcode.endswith(("-done", "-update")):
         return
     if op.opcode == "while":
-        known = "known_trip_count" in op.rest  # then the condition is not evaluated
-        count = trips(op, program.computations)
+        count, tests = trips(op, program.computations), "known_trip_count" not in op.rest
         body = re.search(r"body=%?([\w.-]+)", op.rest)
         condition = re.search(r"condition=%?([\w.-]+)", op.rest)
         yield from inside(body[1], count) if body else ()
-        yield from inside(condition[1], count) if condition and not known else ()
+        yield from inside(condition[1], count) if condition and tests else ()
     elif op.opcode == "conditional":
         branches = [list(inside(name)) for name in called(op)]
         yield from max(branches, key=lambda branch: sum(one.times for one in branch), default=[])

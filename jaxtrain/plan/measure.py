@@ -206,15 +206,16 @@ def _compile(program: Program, mesh: Mesh) -> tuple[Any, CudaGraphs | None, tupl
     lowered = program.train_step.lower(  # type: ignore[attr-defined]
         program.abstract_state, abstract_batch(program), program.key
     )
+    card = described.card_of(mesh)
     try:
-        if described.card_of(mesh) is not None:
+        if card is not None:
             return _compile_for_card(lowered)
         cpu = mesh.devices.flat[0].platform == "cpu"
         options = {"xla_backend_optimization_level": "0"} if cpu else None
         return lowered.compile(compiler_options=options), None, ()
     except jax.errors.JaxRuntimeError as error:
-        line = first_line(error)
-        raise RunError(f"XLA cannot compile the train step: {line[:300]} (--debug shows where)") from error
+        why = first_line(error)[:300] if card is None else described.why_not_compiled(error, card)
+        raise RunError(f"XLA cannot compile the train step: {why} (--debug shows where)") from error
 
 
 def _compile_for_card(lowered: Any) -> tuple[Any, CudaGraphs | None, tuple[str, ...]]:

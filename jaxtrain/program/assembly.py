@@ -26,6 +26,7 @@ from jaxtrain.program.loader import EXAMPLE_ID, Check, Loader, Resident
 from jaxtrain.program.program import Program, Split
 from jaxtrain.program.teacher import Teacher, open_teacher
 from jaxtrain.sharding import described
+from jaxtrain.sharding.cards import Card
 from jaxtrain.step import make_eval_step, make_init, scan_steps
 from jaxtrain.step.contract import check_names, check_pair
 from jaxtrain.step.packing import PackedMetrics, pack_metrics
@@ -84,7 +85,9 @@ def assemble(
         abstract, model = teacher.add_to(abstract), with_teacher(model, teacher.model)
     prepare = compose(lambda batch, _: train.fetch(batch), *exp.augment, *exp.preprocess)
     loss_metric = check_contract.find_loss_metric(exp, model, sources["train"])
-    step = update.build_train_step(experiment, mesh, model, tx, prepare, post_update, loss_metric)
+    step = update.build_train_step(
+        experiment, mesh, model, tx, prepare, post_update, loss_metric, _shardings(abstract.params)
+    )
     train_step, train_steps, attention = _compile_train_steps(
         step, train, mesh, abstract, key, update.compiler_options(exp, mesh, abstract)
     )
@@ -100,7 +103,7 @@ def assemble(
     loaders = {"train": train, **{name: split.loader for name, split in evals.items()}}
     resident = {name: isinstance(loader, Resident) for name, loader in loaders.items()}
     steps_per_epoch = order.n // order.batch if exp.drop_remainder else order.n / order.batch
-    return Program(
+    program = Program(
         experiment=experiment,
         cadence=Cadence.of(exp, steps, steps_per_epoch, validates="valid" in evals),
         key=key,
@@ -123,6 +126,24 @@ def assemble(
         abstract_outputs=outputs,
         attention=attention,
         teacher=teacher,
+    )
+    card = described.card_of(mesh)
+    return program if card is None else _compile_only(program, card)
+
+
+def _compile_only(program: Program, card: Card) -> Program:
+    """Return ``program`` with functions that refuse to run: its devices are described."""
+
+    def refuse(fn: Callable[..., Any]) -> Callable[..., Any]:
+        return described.compile_only(fn, card)
+
+    splits = {name: dataclasses.replace(one, step=refuse(one.step)) for name, one in program.evals.items()}
+    return dataclasses.replace(
+        program,
+        init=refuse(program.init),
+        train_step=refuse(program.train_step),
+        train_steps=refuse(program.train_steps),
+        evals=splits,
     )
 
 

@@ -132,9 +132,10 @@ def mesh_notes(
     """
     lines = []
     if experiment.accumulate > 1 and "batch_stats" in state.extra:
+        rows = experiment.batch // experiment.accumulate
         lines.append(
-            f"BatchNorm statistics are over one microbatch, at most {experiment.batch // experiment.accumulate} "
-            f"examples (accumulate={experiment.accumulate}), not over the full batch"
+            f"BatchNorm statistics are over one microbatch, at most {rows} examples "
+            f"(accumulate={experiment.accumulate}), not over the full batch"
         )
     if not_sharded:
         more = f" and {len(not_sharded) - 3} more" if len(not_sharded) > 3 else ""

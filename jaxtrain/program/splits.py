@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jaxtrain import sharding
 from jaxtrain.core.errors import InputError, RunError
-from jaxtrain.core.text import first_line
+from jaxtrain.core.text import first_line, size_text
 from jaxtrain.core.types import Batch
 from jaxtrain.data import Arrays, Order, Sequential, Source, Subset, holdout, in_memory, paths
 from jaxtrain.data.checked import CheckedSource
@@ -94,8 +94,8 @@ def make_loader(
         size, limit = sum(array.nbytes for array in source.fields.values()), sharding.device_memory(mesh)
         if size > limit:
             raise InputError(
-                f"placement={exp.placement} would put {size / 1e9:.2f} GB of examples on each device, which "
-                f"has {limit / 1e9:.2f} GB: use --set placement=stream"
+                f"placement={exp.placement} would put {size_text(size)} of examples on each device, which "
+                f"has {size_text(limit)}: use --set placement=stream"
             )
         return Resident(source, order, mesh)
     return Streamed(source, order, mesh, exp.workers, check, first)

@@ -24,6 +24,7 @@ from jaxtrain.step import make_train_step
 from jaxtrain.step.contract import check_state_unchanged
 from jaxtrain.step.float32_sums import sum_in_float32
 from jaxtrain.step.guard import count_bad_labels, guard_step
+from jaxtrain.step.merged_norm import merged_norm
 
 Update = Callable[[State, Batch, jax.Array], tuple[State, Metrics]]
 
@@ -36,8 +37,12 @@ def build_train_step(
     prepare: Prepare,
     post_update: Any,
     loss_metric: str = "loss",
+    shardings: Any = None,
 ) -> Update:
-    """Build the step with ``exp.step_factory`` and guard it from outside, so a factory needs no guard."""
+    """Build the step with ``exp.step_factory`` and guard it from outside, so a factory needs no guard.
+
+    ``shardings`` are those of the parameters; None: they are not sharded.
+    """
     loss = exp.loss if exp.guard == "off" else count_bad_labels(exp.loss)
     factory = exp.step_factory or make_train_step
     options = _factory_options(exp, mesh)
@@ -49,9 +54,9 @@ def build_train_step(
     step = _checked(factory(*arguments, **options))
     if exp.step_factory is not None:  # make_train_step does it itself
         step = sum_in_float32(step)
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    replicated = mesh.shape.get("data") == mesh.size
-    return guard_step(step, exp.guard, merge_norms=replicated and not on_cpu)
+    if mesh.devices.flat[0].platform == "cpu":
+        return guard_step(step, exp.guard)
+    return guard_step(step, exp.guard, norm=functools.partial(merged_norm, shardings=shardings))
 
 
 def _check_factory(factory: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:

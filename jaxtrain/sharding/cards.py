@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from jaxtrain.core.errors import InputError
+from jaxtrain.core.files import user_path
 from jaxtrain.core.text import did_you_mean, first_line
 
 PEAKS = ("bfloat16", "float16", "tf32", "float32")
+NAME = re.compile(r"[\w .-]{1,100}", re.ASCII)  # of a device: it is part of the target's text, and is printed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,18 @@ def card_names() -> tuple[str, ...]:
     return tuple(_shipped())
 
 
+def find_card(device_kind: str) -> Card | None:
+    """Return the card with a name that JAX calls ``device_kind``; None if there is none, as for a MIG slice.
+
+    >>> find_card("NVIDIA H200").name
+    'h200'
+    >>> find_card("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
+    True
+    """
+    named = (load_card(name) for name in card_names())
+    return next((card for card in named if card.device_kind == device_kind), None)
+
+
 def load_card(name_or_path: str) -> Card:
     """Return the card of this name, or that a TOML file describes: the fields of ``Card`` without ``name``.
 
@@ -76,13 +90,14 @@ def load_card(name_or_path: str) -> Card:
     >>> load_card("h100").capability
     (9, 0)
     """
-    shipped, path = _shipped(), Path(name_or_path).expanduser()
+    shipped = _shipped()
     if name_or_path in shipped:
         return _card(name_or_path, shipped[name_or_path], f"card {name_or_path}")
-    if path.suffix != ".toml":
+    path = user_path(name_or_path)
+    if path.suffix.lower() != ".toml":
         raise InputError(
-            f"--for {name_or_path}: no card has this name: {did_you_mean(name_or_path, shipped)}; another "
-            "card's figures can be given as a file, --for CARD.toml"
+            f"--for {name_or_path}: no card has this name: give the figures of another card as a file, --for "
+            f"CARD.toml; {did_you_mean(name_or_path.lower(), shipped)}"
         )
     try:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -91,7 +106,7 @@ def load_card(name_or_path: str) -> Card:
             f"--for {name_or_path}: the file cannot be read: {error.strerror}; the cards with a name are "
             f"{', '.join(shipped)}"
         ) from error
-    except ValueError as error:  # of TOML, or of UTF-8
+    except (ValueError, RecursionError) as error:  # of TOML, or of UTF-8
         raise InputError(f"--for {name_or_path} is not a TOML file: {first_line(error)}") from error
     return _card(path.stem, fields, f"--for {name_or_path}")
 
@@ -116,7 +131,7 @@ def _card(name: str, fields: dict[str, Any], where: str) -> Card:
 
 def _value(kind: str, value: Any, where: str) -> Any:
     """Return ``value`` as a field of this type; raise InputError where it is something else."""
-    if kind == "str" and isinstance(value, str) and value:
+    if kind == "str" and isinstance(value, str) and NAME.fullmatch(value):
         return value
     if kind == "int" and (_is_number(value, int) or (where.endswith("nvlinks") and value == 0)):
         return value
@@ -124,7 +139,12 @@ def _value(kind: str, value: Any, where: str) -> Any:
         return float(value)
     if kind == "tuple[str, ...]" and isinstance(value, list) and all(isinstance(one, str) for one in value):
         return tuple(value)
-    if kind == "tuple[int, int]" and isinstance(value, list) and [type(one) for one in value] == [int, int]:
+    if (
+        kind == "tuple[int, int]"
+        and isinstance(value, list)
+        and [type(one) for one in value] == [int, int]
+        and value[0] > 0 <= value[1] <= 9
+    ):
         return tuple(value)
     if (
         kind == "dict[str, float]"
@@ -137,9 +157,9 @@ def _value(kind: str, value: Any, where: str) -> Any:
 
 
 _WANTED = {
-    "str": "a text",
+    "str": "a name of at most 100 letters, digits, spaces and . _ -",
     "int": "a whole number above 0",
-    "float": "a number above 0",
+    "float": "a finite number above 0",
     "tuple[str, ...]": "a list of texts",
     "tuple[int, int]": "the major and the minor number, such as [9, 0]",
     "dict[str, float]": f"FLOP/s above 0 for each of {', '.join(PEAKS)}",

@@ -10,8 +10,11 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -23,7 +26,8 @@ from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.text import first_line
 from jaxtrain.sharding.cards import Card
 
-ASSEMBLER = "nvidia-cuda-nvcc-cu12"
+ASSEMBLERS = {"12": "nvidia-cuda-nvcc-cu12", "13": "nvidia-cuda-nvcc"}
+TOOLKIT = Path("/usr/local/cuda")  # where XLA looks for ptxas beside the wheels and PATH
 CUDNN = (9, 10, 0)  # the version that the program is compiled for
 LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 TARGET = """\
@@ -79,7 +83,7 @@ def described_devices(card: Card, hosts: int = 1, per_host: int = 1) -> list[jax
             "JAX_PLATFORMS=cpu before JAX starts, so that it does not look for a GPU"
         ) from error
     except jax.errors.JaxRuntimeError as error:
-        raise InputError(f"XLA cannot compile for {card.name}: {first_line(error)[:300]}") from error
+        raise InputError(f"XLA cannot compile for {card.name}: {why_not_compiled(error, card)}") from error
     devices = list(found.devices)
     _CARDS.update(dict.fromkeys(devices, card))
     return devices
@@ -92,6 +96,21 @@ def card_of(mesh: Mesh | AbstractMesh) -> Card | None:
     True
     """
     return None if isinstance(mesh, AbstractMesh) else _CARDS.get(mesh.devices.flat[0])
+
+
+def compile_only(fn: Callable[..., Any], card: Card) -> Callable[..., Any]:
+    """Return ``fn``, which may be jitted, as a function that can be lowered: a call raises InputError."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise InputError(
+            f"this program is for a described {card.device_kind}, which can only be compiled for: use its "
+            "train_step.lower(), or assemble it on a mesh of real devices (jax.devices())"
+        )
+
+    for name in ("lower", "trace", "eval_shape"):
+        if hasattr(fn, name):
+            setattr(refuse, name, getattr(fn, name))
+    return refuse
 
 
 def abstract_key(sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -147,18 +166,42 @@ def compiler_problem() -> str | None:
         for cuda in ("12", "13")
         for part in ("plugin", "pjrt")
     }
-    if all(installed[f"jax-cuda13-{part}"] == wanted for part in ("plugin", "pjrt")):
-        return None
-    if all(installed[f"jax-cuda12-{part}"] == wanted for part in ("plugin", "pjrt")):
-        return None if _version(ASSEMBLER) is not None else f"needs NVIDIA's assembler: {_pip(wanted)}"
+    assemblers = [
+        assembler
+        for cuda, assembler in ASSEMBLERS.items()
+        if all(installed[f"jax-cuda{cuda}-{part}"] == wanted for part in ("plugin", "pjrt"))
+    ]
+    if assemblers:
+        if _has_toolkit() or any(_version(one) is not None for one in assemblers):
+            return None
+        return f"needs NVIDIA's assembler: pip install {assemblers[0]}"
     found = [f"{package} {version}" for package, version in installed.items() if version is not None]
     if not found:
         return f"needs XLA's GPU compiler, which is not installed: {_pip(wanted)}"
     return f"needs the CUDA plugin of jax {wanted}, and this is installed: {', '.join(found)}: {_pip(wanted)}"
 
 
+def why_not_compiled(error: jax.errors.JaxRuntimeError, card: Card) -> str:
+    """Return in one line why XLA refused a card or a program for it."""
+    if "ptxas too old" in str(error):
+        major, minor = card.capability
+        assembler = ASSEMBLERS["12" if _version("jax-cuda12-plugin") is not None else "13"]
+        return (
+            f"NVIDIA's assembler does not know compute capability {major}.{minor}: install a newer one (pip "
+            f"install -U {assembler}), or correct the card's capability"
+        )
+    if "Failed to parse GpuTargetConfigProto" in str(error):
+        return "a figure of the card is out of range"
+    return first_line(error)[:300]
+
+
+def _has_toolkit() -> bool:
+    return shutil.which("ptxas") is not None or (TOOLKIT / "bin" / "ptxas").exists()
+
+
 def _pip(version: str) -> str:
-    return f"pip install jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version} '{ASSEMBLER}>=12.9'"
+    assembler = ASSEMBLERS["12"]
+    return f"pip install jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version} '{assembler}>=12.9'"
 
 
 def _version(package: str) -> str | None:

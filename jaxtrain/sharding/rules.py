@@ -26,7 +26,7 @@ LOGICAL: Mapping[str, str | None] = {
     "vocab": "model",  # tokens, users, items: rows of an embedding and outputs of a head on them
     "heads": "model",  # attention heads
     "mlp": "model",  # the hidden layer between two dense ones
-    "channels": "model",  # outputs of a convolution
+    "channels": "model",  # between the two convolutions of a pair
     "embed": None,  # the residual stream
     "classes": None,
 }

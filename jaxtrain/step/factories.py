@@ -245,6 +245,25 @@ def make_eval_step(
     return eval_step
 
 
+def without_average(state: State) -> State:
+    """Return ``state`` with its own parameters and statistics in place of their average.
+
+    ``eval_state`` then returns these. Structure and dtypes stay, so a compiled step takes the state.
+    """
+    if "ema" not in state.extra:
+        return state
+    own = {**state.extra, "params": state.params}
+
+    def as_average(mean: jax.Array, x: jax.Array) -> jax.Array:
+        return x if x.dtype == mean.dtype else x.astype(mean.dtype)
+
+    average = {
+        name: tree if name == "updates" else jax.tree.map(as_average, tree, own[name])
+        for name, tree in state.extra["ema"].items()
+    }
+    return state.replace(extra={**state.extra, "ema": average})
+
+
 def eval_state(state: State) -> tuple[Any, dict[str, Any]]:
     """Return the parameters and statistics to evaluate with: the EMA's if the state has them.
 

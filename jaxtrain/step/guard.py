@@ -37,8 +37,6 @@ Policy = Literal["stop", "skip", "off"]
 GUARD = "guard"  # the name of the guard's values among a step's metrics
 BAD_LABELS = "labels_out_of_range"
 GUARD_VALUES = ("loss", "grad_norm", "update_norm", BAD_LABELS)
-LEAVES_PER_SUM = 20  # XLA fuses 96 operands; AdamW's update of a parameter reads four arrays
-ROW = 256  # elements that one row of a merged sum adds up
 
 Step = Callable[[State, Batch, jax.Array], tuple[State, Metrics]]
 
@@ -83,7 +81,7 @@ def count_bad_labels(loss_fn: Any) -> Any:
     return CountBadLabels(loss_fn) if hasattr(loss_fn, "outside") else loss_fn
 
 
-def guard_step(train_step: Step, policy: Policy, merge_norms: bool = False) -> Step:
+def guard_step(train_step: Step, policy: Policy, norm: Callable[[Any], jax.Array] = optax.tree.norm) -> Step:
     """Make ``train_step`` leave the state unchanged on a bad update, except for ``state.step``.
 
     ``state.step`` is the position in the data, and always advances. The values it checks are added to the
@@ -100,9 +98,8 @@ def guard_step(train_step: Step, policy: Policy, merge_norms: bool = False) -> S
         checked.
       policy: ``"skip"`` drops the metrics of a bad update and reports ``skipped`` (0 or 1); ``"off"``
         returns ``train_step`` unchanged.
-      merge_norms: sum the squares of many parameters in one kernel instead of one for each, which takes fewer
-        launches on a GPU. For parameters that are not sharded: sharded ones would be gathered. Runs on GPUs
-        set it (``program.update``), ``make_train_step`` does not.
+      norm: the L2 norm of a tree of arrays, for the update's. Runs on GPUs have ``merged_norm``, which takes
+        fewer launches (``program.update``); ``make_train_step`` has not.
     """
     if policy == "off":
         return train_step
@@ -117,7 +114,7 @@ def guard_step(train_step: Step, policy: Policy, merge_norms: bool = False) -> S
         values = [
             _scalar(metrics.get("loss")),
             _scalar(metrics.get("grad_norm")),
-            _merged_norm(difference) if merge_norms else optax.tree.norm(difference),
+            norm(difference),
             _scalar(bad_labels),
         ]
         good = values[-1] == 0
@@ -157,28 +154,6 @@ def _scalar(metric: Any) -> jax.Array:
 def _difference(after: jax.Array, before: jax.Array) -> jax.Array:
     dtype = jnp.promote_types(after.dtype, jnp.float32)
     return after.astype(dtype) - before.astype(dtype)
-
-
-def _merged_norm(tree: Any) -> jax.Array:
-    """Return the norm of all leaves, with the squares of ``LEAVES_PER_SUM`` leaves summed at once."""
-    squares = [jnp.square(jnp.abs(_as_cudnn(leaf))).reshape(-1) for leaf in jax.tree.leaves(tree)]
-    if not squares:
-        return jnp.float32(0)
-    rows = []
-    for start in range(0, len(squares), LEAVES_PER_SUM):
-        part = jnp.concatenate(squares[start : start + LEAVES_PER_SUM])
-        rows.append(jnp.pad(part, (0, -part.size % ROW)).reshape(-1, ROW).sum(1))
-    # Without a barrier XLA rewrites the sum of a concatenation as one sum for each leaf.
-    return jnp.sqrt(jax.lax.optimization_barrier(jnp.concatenate(rows)).sum())
-
-
-def _as_cudnn(leaf: jax.Array) -> jax.Array:
-    """Move the output channels of a square convolution kernel first, as cuDNN returns its gradient.
-
-    In another order each kernel's squares would be transposed by a launch of its own.
-    """
-    square_kernel = leaf.ndim == 4 and leaf.shape[0] == leaf.shape[1]
-    return jnp.moveaxis(leaf, -1, 0) if square_kernel else leaf
 
 
 def _drop_unless(good: jax.Array, metrics: Metrics) -> Metrics:

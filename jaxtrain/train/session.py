@@ -20,7 +20,7 @@ from jaxtrain.experiment import Experiment
 from jaxtrain.experiment import code as experiment_code
 from jaxtrain.monitor import Console, make_console
 from jaxtrain.program import Program, assemble
-from jaxtrain.sharding import multihost
+from jaxtrain.sharding import described, multihost
 from jaxtrain.train import capacity, environment, loop, out_of_memory, run_length
 from jaxtrain.train.autotune import decide
 from jaxtrain.train.dispatch import compile_in_background
@@ -139,6 +139,11 @@ def fit(
     """
     _check_arguments(experiment, resume)
     mesh = sharding.as_mesh(mesh)
+    if (card := described.card_of(mesh)) is not None:
+        raise InputError(
+            f"mesh describes GPUs that are not here ({card.device_kind}), to compile for: fit needs devices "
+            "of this machine"
+        )
     script = experiment_code.main_module()
     session = Session(
         name=name,

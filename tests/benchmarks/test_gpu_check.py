@@ -73,6 +73,21 @@ def test_part_that_times_out_returns_its_partial_results(session, tmp_path):
         session.child("fails", module="grows")
 
 
+def test_what_a_part_has_started_ends_with_it(session, tmp_path, monkeypatch):
+    (tmp_path / "grows.py").write_text(GROWS)
+    process = session.start("-m", "grows", "hangs")
+    wait = process.communicate
+
+    def communicate(timeout=None):
+        monkeypatch.setattr(process, "communicate", wait)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(process, "communicate", communicate)
+    with pytest.raises(KeyboardInterrupt):
+        session.end(process, 0)
+    assert process.poll() is not None
+
+
 def test_sides_answer_in_turn_and_report_their_last_output(session, tmp_path):
     (tmp_path / "answers.py").write_text(ANSWERS)
     with session.side(module="answers") as one, session.side(module="answers") as other:
@@ -124,6 +139,12 @@ def test_parts_fail_independently_and_a_missed_goal_is_a_result(check, session, 
         "cut": "skipped",
         "later": "skipped",
     }
+    session.patience = 2.0
+    assert check.run_parts(session, ["later"], lambda found: None)["later"]["status"] == "skipped"
+    session.deadline = time.monotonic() + 99
+    assert (
+        check.run_parts(session, ["slow"], lambda found: None)["slow"]["status"] == "skipped"
+    )  # cut at 99 s
     assert [len(record["parts"]) for record in kept] == list(range(1, 8))
     assert kept[-1]["results"] == [missed] and not missed["met"]
     assert kept[-1]["skipped"]["later"] == "no time left" and "measured" not in kept[-1]["skipped"]

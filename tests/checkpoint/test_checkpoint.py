@@ -555,7 +555,7 @@ def test_last_good_resumes_bit_for_bit(tmp_path, capsys):
         (lambda: run.main(words), "--resume last-good"),
         (
             lambda: commands.main(["evaluate", *words, "--checkpoint", "latest"]),
-            "an older one with --checkpoint",
+            "an older one with --weights",
         ),
     ):
         assert command() == 3

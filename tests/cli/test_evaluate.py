@@ -119,7 +119,7 @@ def test_a_report_that_does_not_fit_is_refused_before_the_training(capsys: Any) 
     named = SEVERAL.replace("Classification()", "Classification(output='main')")
     assert train(named) == 0
     out = evaluate(capsys, named)
-    assert "by class" in out and "macro_recall" in out
+    assert "by class" in out and "averages over classes" in out
     found = strict(evaluate(capsys, named, "--json"))
     assert np.sum(found["confusion"]) == 60 and len(found["recall"]) == 2
     assert found["accuracy"] == pytest.approx(np.trace(found["confusion"]) / 60)

@@ -16,9 +16,12 @@ import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-DOCS = (ROOT / "docs" / "parallelism.md").read_text()
+PAGES = {
+    "README": README,
+    **{n: (ROOT / "docs" / f"{n}.md").read_text() for n in ("parallelism", "evaluate", "deploy")},
+}
 BLOCK = re.compile(r"^ *```(\w+)([^\n]*)\n(.*?)^ *```", re.M | re.S)
-BLOCKS = [block for page in (README, DOCS) for block in BLOCK.findall(page)]
+BLOCKS = [block for page in PAGES.values() for block in BLOCK.findall(page)]
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +154,7 @@ def test_no_run_commands_name_existing_scripts_and_experiments():
 
 
 @pytest.mark.full("tests/cli/test_cli.py::test_run_twice_then_new_then_evaluate")
-@pytest.mark.parametrize("page", ["README", "parallelism"])
+@pytest.mark.parametrize("page", PAGES)
 def test_commands_run_as_written(page, tree, tmp_path):
     """In a copy of the tree with an installed environment; ``scripts/test`` itself is left out."""
     copy = tmp_path / "copy"
@@ -159,8 +162,8 @@ def test_commands_run_as_written(page, tree, tmp_path):
     install(clean_venv(copy / ".venv"), "-e", copy)
     subprocess.run(["bash", "-c", '. scripts/setup; touch "$(stamp)-base"'], cwd=copy, check=True)
     env = {**os.environ, "PATH": f"{copy}/.venv/bin:{os.environ['PATH']}", "JAX_NUM_CPU_DEVICES": "1"}
-    in_readme = [text for _, _, text in BLOCK.findall(README)]
-    texts = [text for text in runnable("bash") if (text in in_readme) == (page == "README")]
+    shown = {name: [block[2] for block in BLOCK.findall(text)] for name, text in PAGES.items()}
+    texts = [t for t in runnable("bash") if next(name for name in shown if t in shown[name]) == page]
     blocks = [re.sub(r"^scripts/test\b.*$", "", text, flags=re.M) for text in texts]
     assert any(block.strip() for block in blocks)
     for block in blocks:

@@ -90,7 +90,7 @@ def test_the_text_depends_on_the_seed(sample_run: Any) -> None:
         (["--top-k", "0"], "--top-k 0: give at least 1"),
         (["--seed", str(2**70)], f"--seed {2**70}: it must be in [0, 2**31)"),
         (["--top-k", "129"], "top_k=129 with a vocabulary of 128"),
-        (["--checkpoint", "7"], "--checkpoint 7: give best, latest or a saved step"),
+        (["--checkpoint", "7"], "--weights 7: give best, latest or a saved step"),
     ],
 )
 def test_bad_input_is_one_line(args: list[str], message: str, sample_run: Any) -> None:

@@ -67,6 +67,24 @@ def test_network_for_h100(devices: int) -> None:
 
 
 @needs_compiler
+@pytest.mark.full("tests/plan/test_gpu_program.py::test_a_loop_launches_its_body_once_per_iteration")
+def test_loops_for_h100() -> None:
+    mesh = h100s(1)
+
+    def nested(x: Any) -> Any:
+        def inner(c: Any, _: Any) -> Any:
+            return jnp.tanh(c @ c), None
+
+        def outer(c: Any, _: Any) -> Any:
+            return jax.lax.scan(inner, c + 1, None, length=5)[0], c.sum()
+
+        return jax.lax.scan(outer, x, None, length=12)
+
+    text, graphs = compile_step(mesh, nested, ((64, 64), ()))
+    assert read_gpu_program(text, mesh).launches == graphs.inside + graphs.outside > 60
+
+
+@needs_compiler
 @pytest.mark.full("tests/plan/test_gpu_program.py::test_library_calls_by_name")
 def test_convolution_for_h100() -> None:
     mesh = h100s(1)

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.plan.cuda_graphs import CudaGraphs, read_graphs
+from jaxtrain.plan.gpu_kernels import Loop
 from jaxtrain.plan.gpu_program import GpuProgram, Kernels, read_gpu_program
 from jaxtrain.plan.gpu_step import read_gpu_step
 from jaxtrain.plan.overlap import Overlap, exposed_collectives
@@ -322,6 +323,34 @@ def test_cuda_graphs_of_a_list_of_thunks() -> None:
     found = read_graphs(THUNKS)
     assert found == CudaGraphs(count=2, inside=4, outside=4) and found.host_launches == 6
     assert read_graphs("") == CudaGraphs(0, 0, 0)
+
+
+LOOPS = """
+001: kCopy         [source       | next=004 (3)] kCopy
+004: kWhile        [prev=003 (1) | next=028 (1)]
+condition:
+    005: kCustomKernel [source | sink] loop_compare_fusion_2
+  body:
+    000: kCommandBuffer [source | sink]
+        006: kCopy               [source       | next=007 (1)] kCopy
+    007: kWhile              [prev=006 (1) | next=012 (1)]
+condition:
+        008: kCustomKernel [source | sink] loop_compare_fusion
+      body:
+        009: kCustomKernel [source       | sink        ] loop_add_fusion
+    025: kDynamicSliceFusion [prev=024 (1) | sink        ] params=1, results=1
+        026: kCopy [source | sink] kCopy
+028: kCustomKernel [prev=004 (1) | sink        ] loop_add_fusion_3
+"""
+
+
+def test_a_loop_launches_its_body_once_per_iteration() -> None:
+    """Twelve iterations of a graph, a slice and a loop of five; a condition only where it is evaluated."""
+    known, inner = Loop(12, tests=False), Loop(5, tests=False)
+    assert read_graphs(LOOPS, [known, inner]) == CudaGraphs(count=12, inside=12, outside=2 + 12 + 60)
+    evaluated = Loop(5, tests=True)
+    assert read_graphs(LOOPS, [known, evaluated]).outside == 2 + 12 + 2 * 60
+    assert read_graphs(LOOPS) == CudaGraphs(count=1, inside=1, outside=6)
 
 
 def test_step_of_a_card() -> None:

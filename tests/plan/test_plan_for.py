@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import re
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from conftest import ROOT
-from gpu_programs import needs_compiler
+from gpu_programs import HOST, needs_compiler
 
 from jaxtrain import __main__ as commands
 from jaxtrain import data, plan, sharding
 from jaxtrain.core.errors import InputError
-from jaxtrain.core.text import size_text
 from jaxtrain.experiment import find
 from jaxtrain.plan import report
 from jaxtrain.plan.absent_data import AbsentData, StreamedAbsentData
@@ -28,15 +26,6 @@ from jaxtrain.program.memory import abstract_args
 from jaxtrain.sharding import cards, described
 
 TINY = str(Path(__file__).parents[1] / "tiny.py")
-HOST = (
-    "xla_ffi_python",
-    "xla_python_gpu_callback",
-    "SendToHost",
-    "RecvFromHost",
-    "infeed",
-    "outfeed",
-    "S(5)",
-)
 OWN = '''
 """A user's experiment: its data are on another machine."""
 import numpy as np
@@ -90,34 +79,6 @@ def plan_for(capsys, *args) -> dict:
 
 
 @needs_compiler
-def test_digits_cnn_is_compiled_for_an_h100(capsys, programs):
-    assert commands.main(["plan", "--experiment", "digits_cnn", "--for", "h100"]) == 0
-    out = capsys.readouterr().out
-    [(program, compiled)] = programs
-    text = compiled.as_text()
-    leaves = len(jax.tree.leaves(program.abstract_state))
-    assert len(re.findall("(?:may|must)-alias", text.partition("\n")[0])) == leaves  # donated
-    assert not [name for name in HOST if name in text]
-    calls = text.count('custom_call_target="__cudnn$')
-    assert calls > 3
-
-    stats = compiled.memory_analysis()
-    size = re.escape(size_text(stats.temp_size_in_bytes))
-    remark = f"a lower bound: without the workspace of {calls} cuDNN calls"
-    assert re.search(rf"^  temporaries +{size} +\d+ %  {remark}$", out, re.M)
-    assert out.startswith("digits_cnn on 1 × NVIDIA H100 80GB HBM3, batch 128, 330 steps\n")
-    assert re.search(r"^verdict: fits: [\d.]+ MB of 63.71 GB \(0 %\) on each device$", out, re.M)
-    assert "  limit: 75 % of the card's 84.94 GB, JAX's default" in out
-    assert re.search(r"^  not in it is a workspace of cuDNN, at most 4.29 GB; 63.\d+ GB are left$", out, re.M)
-    assert re.search(r"^  convolution +__cudnn\$convBackwardFilter +\d", out, re.M)
-    assert re.search(rf"^  outputs that reuse an input +{leaves}  of {leaves + 1} outputs", out, re.M)
-    assert re.search(r"^  waits for the host +0$", out, re.M) and "  step, at least  " in out
-    assert "CPU figures" not in out and max(map(len, out.splitlines())) < 100
-    titles = ("GPU program: kernels of a step on each device", "launches", "lower bound of a step")
-    assert all(f"\n\n{title}" in out for title in titles)
-
-
-@needs_compiler
 @pytest.mark.full("tests/plan/test_gpu_report.py::test_json_has_every_figure")
 def test_json_has_the_gpu_program_with_attention_by_layer(capsys, tmp_path):
     (tmp_path / "own.py").write_text(OWN)
@@ -141,13 +102,15 @@ def test_a_plan_for_cpus_says_where_the_figures_of_a_gpu_are(capsys):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--for", "h10"], "--for h10: no card has this name: did you mean h100?"),
+        (["--for", "h10"], "--for h10: no card has this name: "),
         (["--for", "mine.toml"], "--for mine.toml: the file cannot be read: No such file or directory"),
         (["--hosts", "2"], "--hosts 2 needs --for"),
         (["--for", "h100", "--devices", "3", "--hosts", "2"], "--hosts 2 with 3 devices: each host has the"),
-        (["--for", "h100", "--mesh", "data=4", "--hosts", "0"], "--hosts 0 with 4 devices"),
+        (["--for", "h100", "--devices", "3", "--hosts", "2"], "use --devices 2, or another multiple of 2"),
+        (["--for", "h100", "--mesh", "data=4", "--hosts", "0"], "--hosts 0: give at least 1"),
         (["--for", "h100", "--devices", "0"], "--devices 0: give at least 1"),
-        (["--for", "h100", "--devices", "4000"], "--devices 4000: plan describes at most 1024"),
+        (["--for", "h100", "--devices", "4000"], "4000 devices: plan compiles for at most 1024"),
+        (["--for", "h100", "--devices", "4", "--mesh", "fsdp=8"], "than --devices 4: use --devices 8, or"),
         (["--for", "h100", "--devices", "8", "--mesh", "data=4"], "--mesh data=4 uses 4 of 8 devices"),
         (["--for", "h100", "--simulate-devices", "8"], "--simulate-devices 8 does not go with --for"),
     ],
@@ -210,7 +173,7 @@ def test_absent_data_without_a_description_are_one_line(monkeypatch, tmp_path):
 
 
 @needs_compiler
-@pytest.mark.full("tests/plan/test_plan_for.py::test_digits_cnn_is_compiled_for_an_h100")
+@pytest.mark.full("tests/plan/test_gpu_goldens.py::test_command_prints_the_program_of_an_h100")
 def test_a_users_file_without_its_data_on_eight_gpus_of_two_hosts(capsys, programs, tmp_path):
     path = tmp_path / "own.py"
     path.write_text(OWN)
@@ -233,7 +196,7 @@ def test_a_users_file_without_its_data_on_eight_gpus_of_two_hosts(capsys, progra
 
 
 @needs_compiler
-@pytest.mark.full("tests/plan/test_plan_for.py::test_digits_cnn_is_compiled_for_an_h100")
+@pytest.mark.full("tests/plan/test_gpu_goldens.py::test_command_prints_the_program_of_an_h100")
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "experiments").glob("[!_]*.py")))
 def test_every_shipped_experiment_is_lowered_for_two_gpus_without_its_data(name, monkeypatch, tmp_path):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
@@ -250,7 +213,7 @@ def test_every_shipped_experiment_is_lowered_for_two_gpus_without_its_data(name,
 
 
 @needs_compiler
-@pytest.mark.full("tests/plan/test_plan_for.py::test_digits_cnn_is_compiled_for_an_h100")
+@pytest.mark.full("tests/plan/test_gpu_goldens.py::test_command_prints_the_program_of_an_h100")
 def test_search_and_nearest_change_compile_for_the_card(capsys, monkeypatch):
     module = importlib.import_module("jaxtrain.plan.search")
     monkeypatch.setattr(module, "MOST", 3)
@@ -279,3 +242,17 @@ def test_products_are_those_of_cublas_where_triton_has_no_tiles(monkeypatch):
     compiled, _, notes = module._compile_for_card("lowered")
     assert compiled == "compiled" and asked == [None, {"xla_gpu_enable_triton_gemm": False}]
     assert notes == ("matrix products are cuBLAS's: XLA finds no tiles for Triton without a GPU",)
+
+
+@needs_compiler
+def test_data_larger_than_a_small_card_are_refused_with_their_sizes(capsys, tmp_path):
+    text = (
+        (ROOT / "jaxtrain" / "sharding" / "cards.toml")
+        .read_text()
+        .partition("[h200]")[0]
+        .partition("[h100]")[2]
+    )
+    path = tmp_path / "small.toml"
+    path.write_text(text.replace("84_942_979_072", "4_000"))
+    assert commands.main(["plan", "--experiment", TINY, "--for", str(path)]) == 2
+    assert "13.60 KB of examples on each device, which has 3.00 KB: use" in capsys.readouterr().err

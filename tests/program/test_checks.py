@@ -193,7 +193,7 @@ CASES = {
         (
             "r/checkpoints/000003 is of another model",
             "float32[4] there and float32[5] here",
-            "use another --workdir, or --new",
+            "restore the code of the run, or train anew with another --workdir or --new",
         ),
         flags=("--workdir", "r", "--set", "model.widths=5"),
         before=saved(),

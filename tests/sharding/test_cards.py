@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from gpu_programs import needs_compiler
 
-from jaxtrain import sharding
+from jaxtrain import Experiment, assemble, data, fit, losses, models, optim, sharding
 from jaxtrain.core import cuda_plugin
 from jaxtrain.core.errors import InputError
 from jaxtrain.models import target_gpu
@@ -64,8 +65,14 @@ def test_a_file_describes_another_card(tmp_path):
         ("memory =", "memroy =", "no field is called memroy: did you mean memory?"),
         ("24_000_000_000", '"24GB"', "memory is '24GB': give a whole number above 0"),
         ("24_000_000_000", "0", "memory is 0: give a whole number above 0"),
-        ("clock = 2", "clock = true", "clock is True: give a number above 0"),
+        ("clock = 2", "clock = true", "clock is True: give a finite number above 0"),
+        ("clock = 2", "clock = inf", "clock is inf: give a finite number above 0"),
         ("[8, 9]", "8.9", "capability is 8.9: give the major and the minor number, such as [9, 0]"),
+        ("[8, 9]", "[-9, 0]", "capability is [-9, 0]: give the major and the minor number"),
+        ("[8, 9]", "[9, 10]", "capability is [9, 10]: give the major and the minor number"),
+        ("NVIDIA X1", "X1\\ncores", "device_kind is 'X1\\ncores': give a name of at most 100 letters"),
+        ("NVIDIA X1", 'X1\\" cores: 1 name: \\"', "give a name of at most 100 letters, digits, spaces"),
+        ("clock = 2", "clock = " + 9999 * "[", "is not a TOML file"),
         ("tf32 = 50e12, ", "", "give FLOP/s above 0 for each of bfloat16, float16, tf32, float32"),
         ('["made up"]', '"made up"', "sources is 'made up': give a list of texts"),
         ("memory =", "memory", "is not a TOML file"),
@@ -82,10 +89,58 @@ def test_a_wrong_file_is_one_line(old, new, says, tmp_path):
 
 
 def test_an_unknown_card_is_one_line(tmp_path):
-    with pytest.raises(InputError, match="--for h10: no card has this name: did you mean h100"):
-        cards.load_card("h10")
+    for name in ("h10", "H100"):
+        with pytest.raises(InputError, match=rf"--for {name}: no card has this name: .*did you mean h100\?$"):
+            cards.load_card(name)
     with pytest.raises(InputError, match="cannot be read: No such file"):
         cards.load_card(str(tmp_path / "missing.toml"))
+    with pytest.raises(InputError, match=r"^~nobody-here/x.toml: this user has no home folder"):
+        cards.load_card("~nobody-here/x.toml")
+
+
+def test_what_xla_says_about_a_card_is_one_line_that_helps():
+    card = dataclasses.replace(cards.load_card("h100"), capability=(99, 9))
+    old = jax.errors.JaxRuntimeError("UNIMPLEMENTED: /usr/bin/ptxas ptxas too old. Falling back")
+    said = described.why_not_compiled(old, card)
+    assert said.startswith("NVIDIA's assembler does not know compute capability 99.9: install a newer one")
+    other = jax.errors.JaxRuntimeError("INTERNAL: first\nsecond")
+    assert described.why_not_compiled(other, card) == "INTERNAL: first"
+
+
+@needs_compiler
+def test_a_figure_out_of_range_is_one_line():
+    card = dataclasses.replace(cards.load_card("h100"), cores=10**12)
+    with pytest.raises(InputError, match=r"^XLA cannot compile for h100: a figure of the card is out of"):
+        described.described_devices(card)
+
+
+@needs_compiler
+def test_what_would_run_on_described_devices_is_one_line(tmp_path):
+    mesh = sharding.make_mesh(described.described_devices(cards.load_card("h100"), per_host=2), {"fsdp": 2})
+    source = data.Digits("test")
+    experiment = Experiment(
+        model=models.MLP(widths=(8,), classes=10),
+        train=source,
+        test=source,
+        loss=losses.CrossEntropy(),
+        optimizer=optim.SGD(lr=0.1),
+        batch=60,
+        epochs=1,
+    )
+    program = assemble(experiment, mesh)
+    args = (program.abstract_state, program.train.batch(0), program.key)
+    test = program.evals["test"]
+    for run in (
+        program.init,
+        lambda: program.train_step(*args),
+        lambda: test.step(program.abstract_state, test.loader.batch(0)),
+    ):
+        with pytest.raises(InputError, match="described NVIDIA H100 80GB HBM3, which can only be compiled"):
+            run()
+    assert "num_partitions = 2" in program.train_step.lower(*args).as_text()
+    with pytest.raises(InputError, match=r"^mesh describes GPUs that are not here \(NVIDIA H100 80GB HBM3\)"):
+        fit(experiment, folder=tmp_path / "run", mesh=mesh)
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_or_other_wheels_are_one_line_with_the_command(monkeypatch):
@@ -97,17 +152,27 @@ def test_missing_or_other_wheels_are_one_line_with_the_command(monkeypatch):
 
         monkeypatch.setattr(importlib.metadata, "version", version)
 
+    monkeypatch.setattr(described, "_has_toolkit", lambda: False)
     jax_wheels = {"jax-cuda12-plugin": jax.__version__, "jax-cuda12-pjrt": jax.__version__}
     install = f"pip install jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
-    for found in ({}, {**jax_wheels, "jax-cuda12-pjrt": "0.9.0"}, jax_wheels):
+    for found in ({}, {**jax_wheels, "jax-cuda12-pjrt": "0.9.0"}):
         versions(**found)
         with pytest.raises(InputError, match=r"^compiling for h100 needs ") as caught:
             described.described_devices(cards.load_card("h100"))
         assert install in str(caught.value) and "\n" not in str(caught.value)
+    versions(**jax_wheels)
+    assert described.compiler_problem() == "needs NVIDIA's assembler: pip install nvidia-cuda-nvcc-cu12"
     versions(**jax_wheels, **{"nvidia-cuda-nvcc-cu12": "12.9.86"})
     assert described.compiler_problem() is None
     cuda13 = {name.replace("12", "13"): version for name, version in jax_wheels.items()}
     versions(**cuda13, **{"jax-cuda12-plugin": "0.1"})  # a stale one beside it
+    assert described.compiler_problem() == "needs NVIDIA's assembler: pip install nvidia-cuda-nvcc"
+    versions(**cuda13, **jax_wheels, **{"nvidia-cuda-nvcc": "13.0.88"})
+    assert described.compiler_problem() is None
+    versions(**cuda13)
+    monkeypatch.setattr(
+        described, "_has_toolkit", lambda: True
+    )  # its assembler is used in place of the wheel's
     assert described.compiler_problem() is None
     versions(**{"jax-cuda13-plugin": "0.1"})
     assert ", and this is installed: jax-cuda13-plugin 0.1: pip install" in str(described.compiler_problem())

@@ -1,0 +1,319 @@
+"""Read the inputs of ``predict``: image files, folders, .npy arrays, csv tables and lines of text."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from jaxtrain.artifact.batch import check_values
+from jaxtrain.artifact.manifest import InputSpec, Manifest
+from jaxtrain.core.errors import InputError
+from jaxtrain.core.text import first_line
+
+IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow's others may start other programs
+MAX_PIXELS = 2**26
+"""Largest image that is decoded: 67 million pixels."""
+MAX_BYTES = 2**28
+"""Largest image file that is read."""
+MAX_LINE = 2**20
+"""Longest line of text in bytes."""
+STDIN = "-"
+
+
+class Example(NamedTuple):
+    """One example to predict.
+
+    Attributes:
+      id: path, ``path:row`` of an array or table, or the number of a line of text, from 0.
+      inputs: arrays by name, without the batch axis.
+      tokens: the number of tokens of a text, without padding; None for other data.
+    """
+
+    id: str | int
+    inputs: dict[str, Any]
+    tokens: int | None = None
+
+
+class Reader:
+    """Reads examples one by one, in the order of the inputs and, in a folder, of the names.
+
+    Args:
+      manifest: of the model, which says what an example must be.
+      words: the vocabulary of a model of text with words.
+      resize: crop and resize images of another size.
+    """
+
+    def __init__(self, manifest: Manifest, words: bytes | None = None, resize: bool = False) -> None:
+        self.manifest, self.resize = manifest, resize
+        self.skipped = 0
+        lines = [] if words is None else words.split(b"\n")[:-1]
+        self._vocabulary = {word: 256 + rank for rank, word in enumerate(lines)}
+
+    def read(self, inputs: Sequence[str], stdin: IO[bytes]) -> Iterator[Example]:
+        """Yield the examples of files and folders; ``-`` is text from ``stdin``, one example a line.
+
+        Raises:
+          InputError: an input does not exist, cannot be read, or is not what the model takes.
+        """
+        for example in self._read(inputs, stdin):
+            for name, array in example.inputs.items():
+                check_values(f"{example.id}: {name}", self.manifest.inputs[name], array)
+            yield example
+
+    def _read(self, inputs: Sequence[str], stdin: IO[bytes]) -> Iterator[Example]:
+        for text in inputs:
+            if text == STDIN:
+                yield from self._text(stdin, "", "stdin")
+                continue
+            path = Path(text)
+            if path.is_dir():
+                yield from self._folder(path)
+            elif path.exists():
+                yield from self._file(path)
+            else:
+                raise InputError(f"{text}: there is no such file or folder")
+
+    def _folder(self, folder: Path) -> Iterator[Example]:
+        found = False
+        for root, folders, names in os.walk(folder):
+            folders.sort()
+            for name in sorted(names):
+                if Path(name).suffix.lower() in (*IMAGES, ".npy"):
+                    found = True
+                    yield from self._file(Path(root, name))
+                else:
+                    self.skipped += 1
+        if not found:
+            raise InputError(f"{folder} has no image ({', '.join(IMAGES)}) and no .npy file")
+
+    def _file(self, path: Path) -> Iterator[Example]:
+        suffix = path.suffix.lower()
+        try:
+            if suffix in IMAGES:
+                yield Example(str(path), self._image(path))
+            elif suffix == ".npy":
+                yield from self._array(path)
+            elif suffix == ".csv":
+                with path.open(encoding="utf-8-sig", newline="") as file:
+                    yield from self._table(csv.reader(file, strict=True), path)
+            elif suffix == ".txt":
+                with path.open("rb") as binary:
+                    yield from self._text(binary, f"{path}:", str(path))
+            else:
+                raise InputError(
+                    f"{path}: give an image ({', '.join(IMAGES)}), .npy, .csv or .txt file, or a folder"
+                )
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror or error})") from error
+
+    def _only_input(self, what: str) -> tuple[str, InputSpec]:
+        """Return the model's input, where it has one."""
+        if len(self.manifest.inputs) != 1:
+            raise InputError(
+                f"{what}: the model takes {', '.join(self.manifest.inputs)}: give a .csv file with these"
+            )
+        return next(iter(self.manifest.inputs.items()))
+
+    def _image(self, path: Path) -> dict[str, np.ndarray]:
+        name, spec = self._only_input(str(path))
+        shape = spec.shape[1:]
+        if len(shape) != 3 or shape[2] not in (1, 3) or spec.white is None:
+            raise InputError(f"{path} is an image, and the model takes {name}: {spec.text}")
+        height, width, channels = (int(n) for n in shape)
+        return {name: scale_pixels(read_image(path, (width, height), channels, spec.crop, self.resize), spec)}
+
+    def _array(self, path: Path) -> Iterator[Example]:
+        name, spec = self._only_input(str(path))
+        try:
+            array = np.lib.format.open_memmap(path, mode="r")  # np.load would read other formats too
+        except (ValueError, EOFError) as error:
+            raise InputError(f"{path} is not an array that can be read ({first_line(error)})") from error
+        wanted = spec.shape[1:]
+        single = array.ndim == len(wanted)
+        rows = array[None] if single else array
+        if array.dtype != spec.numpy_dtype or not _fits(rows.shape[1:], wanted):
+            raise InputError(
+                f"{path} must be {spec.text}, or one example without the batch axis, and is {array.dtype} "
+                f"{list(array.shape)}"
+            )
+        for row in range(len(rows)):
+            yield Example(str(path) if single else f"{path}:{row}", {name: np.array(rows[row])})
+
+    def _table(self, lines: Any, path: Path) -> Iterator[Example]:
+        try:
+            header = [cell.strip() for cell in next(lines, [])]
+            columns = self._columns(header, path)
+            for row, cells in enumerate(line for line in lines if line):
+                if len(cells) != len(header):
+                    raise InputError(f"{path}, row {row + 2}: {len(cells)} cells for {len(header)} columns")
+                inputs = {}
+                for name, numbers in columns.items():
+                    spec = self.manifest.inputs[name]
+                    values = [
+                        _number(cells[n], spec, f"{path}, row {row + 2}, column {header[n]}") for n in numbers
+                    ]
+                    inputs[name] = np.array(values, spec.numpy_dtype).reshape(spec.shape[1:])  # type: ignore[arg-type]
+                yield Example(f"{path}:{row}", inputs)
+        except (csv.Error, UnicodeError) as error:
+            raise InputError(f"{path} is not a csv file in UTF-8 ({error})") from error
+
+    def _columns(self, header: list[str], path: Path) -> dict[str, list[int]]:
+        """Return the columns of each input: ``NAME``, or ``NAME.0``, ``NAME.1``, ... for several numbers."""
+        found = {}
+        for name, spec in self.manifest.inputs.items():
+            shape = spec.shape[1:]
+            if len(shape) > 1 or not all(isinstance(n, int) for n in shape):
+                raise InputError(
+                    f"{path}: the model takes {name}: {spec.text}, which a table cannot hold: give .npy"
+                )
+            wanted = [f"{name}.{n}" for n in range(int(shape[0]))] if shape else [name]
+            missing = [column for column in wanted if header.count(column) != 1]
+            if missing:
+                raise InputError(
+                    f"{path}: column {missing[0]!r} is missing or appears twice in its first line, "
+                    f"{','.join(header)[:80]!r}; the model takes {name}: {spec.text}"
+                )
+            found[name] = [header.index(column) for column in wanted]
+        return found
+
+    def _text(self, file: IO[bytes], prefix: str, where: str) -> Iterator[Example]:
+        if self.manifest.text is None:
+            raise InputError(f"{where} is text, and {self._takes()}")
+        number = 0
+        while line := file.readline(MAX_LINE):
+            if len(line) == MAX_LINE:
+                raise InputError(f"{where}, line {number + 1} is longer than {MAX_LINE} bytes")
+            text = line.rstrip(b"\r\n")
+            yield self._tokens(text, f"{prefix}{number}" if prefix else number, f"{where}, line {number + 1}")
+            number += 1
+
+    def _takes(self) -> str:
+        inputs = ", ".join(f"{name}: {spec.text}" for name, spec in self.manifest.inputs.items())
+        return f"the model takes {inputs}"
+
+    def _tokens(self, text: bytes, id: str | int, where: str) -> Example:
+        """Return the tokens of a text as its data source makes them."""
+        about, specs = self.manifest.text or {}, self.manifest.inputs
+        name = next((name for name, spec in specs.items() if len(spec.shape) == 2), None)
+        if name is None or set(specs) - {name, "length"}:
+            raise InputError(f"{where}: text cannot be given to this model: {self._takes()}")
+        axis = specs[name].shape[1]
+        length = self.manifest.sizes[axis] if isinstance(axis, str) else axis
+        if about["tokens"] == "words":
+            from jaxtrain.data.word_tokenizer import encode
+
+            tokens = encode(text, self._vocabulary, length)
+        else:
+            language_model = self.manifest.task == "language_model"
+            tokens = list(text[-length:] if language_model else text[:length])
+        if not tokens and self.manifest.task == "language_model":
+            raise InputError(f"{where} is empty: give at least one character")
+        row = np.zeros(len(tokens) if isinstance(axis, str) else length, specs[name].numpy_dtype)
+        row[: len(tokens)] = tokens
+        inputs = {name: row}
+        if "length" in specs:
+            inputs["length"] = np.array(len(tokens), specs["length"].numpy_dtype)
+        return Example(id, inputs, len(tokens))
+
+
+def _fits(shape: tuple[int, ...], wanted: Sequence[int | str]) -> bool:
+    return len(shape) == len(wanted) and all(
+        isinstance(w, str) or n == w for n, w in zip(shape, wanted, strict=True)
+    )
+
+
+_BOOLEANS = {"0": False, "1": True, "false": False, "true": True}
+
+
+def _largest(dtype: np.dtype[Any]) -> float:
+    import ml_dtypes  # of JAX; NumPy's finfo does not know bfloat16
+
+    return float(ml_dtypes.finfo(dtype).max)
+
+
+def _number(cell: str, spec: InputSpec, where: str) -> Any:
+    dtype = spec.numpy_dtype
+    try:
+        if "_" in cell or not cell.isascii():  # Python reads 1_0 as 10, and the digits of other scripts
+            raise ValueError
+        if np.issubdtype(dtype, np.integer):
+            if np.iinfo(dtype).min <= (whole := int(cell)) <= np.iinfo(dtype).max:
+                return whole
+        elif dtype.kind == "b":
+            return _BOOLEANS[cell.strip().lower()]
+        elif abs(number := float(cell)) <= _largest(dtype) or not math.isfinite(number):
+            return number
+        raise ValueError
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{where}: {cell[:40]!r} is not a number for {spec.dtype}") from error
+
+
+def read_image(
+    path: Path, size: tuple[int, int], channels: int, crop: float | None, resize: bool
+) -> np.ndarray:
+    """Decode an image file as the data sources do: uint8 ``[height, width, channels]``.
+
+    Args:
+      path: the file.
+      size: width and height in pixels.
+      channels: 1 (grey) or 3 (RGB); an image of the other kind is converted, and an alpha channel dropped.
+      crop: with ``resize``, the part of the largest centred rectangle of the size's proportions that is kept;
+        None: all of it.
+      resize: crop and resize with Pillow's antialiased bilinear filter; False: the size must be exact.
+
+    Raises:
+      InputError: it is no image, larger than ``MAX_PIXELS``, or of another size.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if path.stat().st_size > MAX_BYTES:
+        raise InputError(f"{path} is larger than {MAX_BYTES} bytes: it is not read as an image")
+    data = path.read_bytes()
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise InputError(
+                f"{path} has {image.width} × {image.height} pixels: at most {MAX_PIXELS:,} are decoded"
+            )
+        if image.size != size and not resize:
+            raise InputError(
+                f"{path} has {image.width} × {image.height} pixels, and the model takes {size[0]} × "
+                f"{size[1]}: add --resize (centre crop, then bilinear)"
+            )
+        if image.mode[0] in "IF":
+            raise InputError(f"{path} has more than 8 bits per channel, which is not supported")
+        image.load()
+        if "transparency" in image.info:
+            image = image.convert("RGBA")
+        image = image.convert("L" if channels == 1 else "RGB")
+    except InputError:
+        raise
+    except UnidentifiedImageError as error:  # its message has the address of an object
+        raise InputError(f"{path} cannot be decoded (it is none of {', '.join(FORMATS)})") from error
+    except Image.DecompressionBombError as error:  # of Pillow, while it reads the header
+        raise InputError(f"{path} has more than {MAX_PIXELS:,} pixels, and is not decoded") from error
+    except Exception as error:  # each of Pillow's formats raises its own types
+        raise InputError(f"{path} cannot be decoded ({first_line(error)})") from error
+    if image.size != size:
+        scale = min(image.width / size[0], image.height / size[1]) * (crop or 1.0)
+        width, height = size[0] * scale, size[1] * scale
+        left, top = (image.width - width) / 2, (image.height - height) / 2
+        image = image.resize(size, Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
+    pixels = np.asarray(image)
+    return pixels[..., None] if channels == 1 else pixels
+
+
+def scale_pixels(pixels: np.ndarray, spec: InputSpec) -> np.ndarray:
+    """Return pixels in 0..255 in the range and dtype of the model's data, whose white is ``spec.white``."""
+    if spec.white != 255:
+        scaled = pixels.astype(np.float64) * (spec.white or 255.0) / 255
+        pixels = np.rint(scaled) if np.issubdtype(spec.numpy_dtype, np.integer) else scaled
+    return pixels.astype(spec.numpy_dtype)
