@@ -57,7 +57,7 @@ def test_the_same_training_examples_are_drawn_again(trained):
     assert any(more[name] != first[name] for name in scales)
 
 
-@pytest.mark.full("test_an_artifact_in_int8_is_the_model_but_for_rounding")
+@pytest.mark.full("tests/artifact/test_quantized.py::test_an_artifact_in_int8_is_the_model_but_for_rounding")
 def test_onnx_in_int8(trained, tmp_path):
     onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     write.write("onnx", tmp_path / "float32.onnx", trained)

@@ -157,6 +157,7 @@ def interrupted(experiment: Experiment, folder: Path, mesh: Mesh, at: int) -> No
             jaxtrain.fit(experiment, folder=folder, mesh=mesh)
 
 
+@pytest.mark.full("tests/compress/test_distil.py::test_the_teacher_is_an_argument_and_is_not_trained")
 def test_a_run_learns_resumes_and_is_evaluated(
     teacher: Path, mesh1: Mesh, tmp_path: Path, capsys: Any
 ) -> None:
@@ -278,7 +279,7 @@ def test_a_mesh_gives_the_same_and_shards_the_teacher(
     assert kernel.sharding.is_fully_replicated == (text == "data=8")
 
 
-@pytest.mark.full("tests/compress/test_prune.py::test_a_run_reports_its_sparsity_and_hands_its_masks_on")
+@pytest.mark.full("tests/compress/test_prune.py::test_pruned_weights_stay_zero_after_every_update")
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_distillation_and_pruning_compose(precision: str, teacher: Path, mesh1: Mesh, tmp_path: Path) -> None:
     """In half precision with an EMA: the teacher computes in it, and the result is pruned."""

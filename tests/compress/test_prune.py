@@ -188,6 +188,7 @@ def pruned(**changes: Any) -> Experiment:
     return dataclasses.replace(EXPERIMENT, **(settings | changes))
 
 
+@pytest.mark.full("tests/compress/test_prune.py::test_pruned_weights_stay_zero_after_every_update")
 def test_a_run_reports_its_sparsity_and_hands_its_masks_on(tmp_path: Path, mesh1: Mesh) -> None:
     """result.json and the records have the sparsity; a run that starts from it keeps the zeros."""
     lines: list[str] = []
