@@ -49,7 +49,7 @@ def test_a_killed_run_resumes_bit_for_bit(capfd):
 def test_two_processes_and_another_mesh(capfd):
     words = ["--experiment", TINY, "--steps", "4", "--simulate-devices", "4"]
     assert commands.main(["verify", *words, "--processes", "2"]) == 0
-    assert commands.main(["verify", *words, "--against-mesh", "data=2,model=2"]) == 0
+    assert commands.main(["verify", *words, "--against-mesh", "data=2,fsdp=2"]) == 0
     assert capfd.readouterr().out.count("verified: equal within 1e-05") == 2
 
 
