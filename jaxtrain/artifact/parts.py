@@ -9,6 +9,7 @@ import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.text import size_text
@@ -65,7 +66,7 @@ def read(path: Path) -> dict[str, bytes]:
     try:
         with path.open("rb") as file, _damaged(path):
             size = os.fstat(file.fileno()).st_size
-            _check_directory(file.read, file.seek, size, path)
+            _check_directory(file, size, path)
             with zipfile.ZipFile(file) as archive:
                 infos = archive.infolist()
                 _check_infos(infos, size, path)
@@ -126,7 +127,7 @@ def _damaged(path: Path) -> Iterator[None]:
         raise InputError(f"{path} is damaged ({error}): export it again, or copy it again") from error
 
 
-def _check_directory(read, seek, size: int, path: Path) -> None:  # type: ignore[no-untyped-def]
+def _check_directory(file: BinaryIO, size: int, path: Path) -> None:
     """Check the number of parts before ``zipfile`` reads the directory, which has as many entries as it says.
 
     The end of a zip file says where its directory is. Ours has no comment, so the end is the last 22 bytes,
@@ -136,18 +137,18 @@ def _check_directory(read, seek, size: int, path: Path) -> None:  # type: ignore
     fix += "(--format jaxtrain, the default)"
     if size < _END.size:
         raise InputError(fix)
-    seek(0)
-    if read(4) != b"PK\3\4":
+    file.seek(0)
+    if file.read(4) != b"PK\3\4":
         raise InputError(fix)
-    seek(size - _END.size)
-    magic, _, _, _, count, directory, _, comment = _END.unpack(read(_END.size))
+    file.seek(size - _END.size)
+    magic, _, _, _, count, directory, _, comment = _END.unpack(file.read(_END.size))
     if magic != b"PK\5\6" or comment:
         raise InputError(f"{path} is damaged or cut off: export it again, or copy it again")
     tail = _LOCATOR.size + _END64.size + _END.size
     if size >= tail:
-        seek(size - tail)
-        end = _END64.unpack(read(_END64.size))
-        if read(4) == b"PK\6\7":
+        file.seek(size - tail)
+        end = _END64.unpack(file.read(_END64.size))
+        if file.read(4) == b"PK\6\7":
             if end[0] != b"PK\6\6":
                 raise InputError(f"{path} is damaged: export it again, or copy it again")
             count, directory = max(count, end[6], end[7]), max(directory, end[8])

@@ -67,7 +67,7 @@ def quantize_trained(trained: Trained, examples: int) -> Trained:
     return Trained.of(exported, state, trained.examples, trained.about, quantized=True)
 
 
-def test_metrics(trained: Trained) -> dict[str, Any]:
+def metrics_on_test_set(trained: Trained) -> dict[str, Any]:
     """Return the loss's metrics of a model on its test set, each example once."""
     experiment = trained.experiment
     model = compute_in(as_model(experiment.model), experiment.precision)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from jax import export
 
 from jaxtrain.artifact import describe, engines, parts, program, reader, tensors
 from jaxtrain.artifact.manifest import BATCH, InputSpec, Manifest, Shape
+from jaxtrain.artifact.onnx import to_onnx
 from jaxtrain.artifact.quantized import quantize_onnx
 from jaxtrain.artifact.serving import Serving
 from jaxtrain.artifact.trained import Trained, compare
@@ -94,12 +94,12 @@ def _describe(
 
 def _write_onnx(path: Path, trained: Trained, calibrate: int) -> str:
     """Write an ONNX model with the manifest in its metadata, and run it with onnxruntime."""
-    converter = importlib.import_module("jaxtrain.artifact.onnx")
     serving = trained.serving
-    model = converter.to_onnx(serving.apply, serving.weights, serving.inputs)
+    model = to_onnx(serving.apply, serving.weights, serving.inputs)
     if calibrate:
         model = quantize_onnx(model, trained, calibrate)
-        trained = dataclasses.replace(trained, quantized=True)
+        # The recorded metrics are those of the float32 model.
+        trained = dataclasses.replace(trained, quantized=True, about={**trained.about, "metrics": {}})
     outputs = {
         name: InputSpec(spec.dtype.name, (BATCH, *spec.shape)) for name, spec in serving.outputs.items()
     }

@@ -118,8 +118,8 @@ def _quantize(model: Trained, examples: int, console: Console) -> Trained:
 
     from jaxtrain.artifact import quantized
 
-    before, int8 = quantized.test_metrics(model), quantized.quantize_trained(model, examples)
-    after = quantized.test_metrics(int8)
+    before, int8 = quantized.metrics_on_test_set(model), quantized.quantize_trained(model, examples)
+    after = quantized.metrics_on_test_set(int8)
     sizes = [
         size_text(sum(np.asarray(x).nbytes for x in one.serving.weights.values())) for one in (model, int8)
     ]

@@ -1,6 +1,6 @@
 """Smaller models: magnitude pruning, distillation and quantization to int8.
 
-Each wraps what is there already, a post-update stage, a loss, a model or an inference function, and adds no
+Each wraps a part of a run, a post-update stage, a loss, a model or an inference function, and adds no
 branch to the train step.
 """
 

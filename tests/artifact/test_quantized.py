@@ -13,6 +13,7 @@ from jaxtrain import artifact
 from jaxtrain.artifact import quantized, write
 from jaxtrain.artifact.trained import Trained, model_outputs
 from jaxtrain.cli import export, run
+from jaxtrain.compress import quantize
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_metrics_are_those_of_every_test_example(trained):
     source = tiny.EXPERIMENT.test
     all_rows = source.gather(np.arange(len(source)))
     logits = np.asarray(trained.serving.apply(trained.serving.weights, all_rows)["logits"])
-    found = quantized.test_metrics(trained)
+    found = quantized.metrics_on_test_set(trained)
     assert found["accuracy"] == pytest.approx(np.mean(logits.argmax(-1) == all_rows["label"]))
 
 
@@ -57,6 +58,13 @@ def test_the_same_training_examples_are_drawn_again(trained):
     assert any(more[name] != first[name] for name in scales)
 
 
+def test_pruned_weights_stay_zero():
+    kernel = np.where(np.arange(64).reshape(8, 8) % 3 == 0, 0, np.linspace(-1, 1, 64).reshape(8, 8))
+    batch = np.linspace(-1, 1, 16, dtype=np.float32).reshape(2, 8)
+    model = quantize(lambda w, x: x @ w, kernel.astype(np.float32), [batch])
+    np.testing.assert_array_equal(model.weights["int8/0000/kernel"][kernel == 0], 0)
+
+
 @pytest.mark.full("tests/artifact/test_quantized.py::test_an_artifact_in_int8_is_the_model_but_for_rounding")
 def test_onnx_in_int8(trained, tmp_path):
     onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
@@ -67,6 +75,7 @@ def test_onnx_in_int8(trained, tmp_path):
     inputs = {name: np.asarray(trained.examples[name]) for name in trained.serving.inputs}
     found, expected = (OnnxModel(tmp_path / f"{name}.onnx")(inputs) for name in ("int8", "float32"))
     assert 0 < relative(found["logits"], expected["logits"]) < 0.1
+    assert not OnnxModel(tmp_path / "int8.onnx").manifest.metrics  # those recorded are of float32
     graph = onnx.load(tmp_path / "int8.onnx").graph
     products = [node for node in graph.node if node.op_type in quantized.PRODUCTS]
     makers = {name: node.op_type for node in graph.node for name in node.output}
