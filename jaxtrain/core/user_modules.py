@@ -55,7 +55,7 @@ class _Siblings:
             return
         if self.folder is not None:
             names = self._names.get(self.folder, set())
-            found = [name for name in sys.modules if name.partition(".")[0] in names]
+            found = [name for name in tuple(sys.modules) if name.partition(".")[0] in names]
             self._aside[self.folder] = {name: sys.modules.pop(name) for name in found}
         self.folder = folder
         sys.modules.update(self._aside.pop(folder, {}))
@@ -125,7 +125,7 @@ class UserModule:
 
     def __init__(self, paths: tuple[str, ...] | None = None) -> None:
         self.paths = _loaded_paths() if paths is None else paths
-        for path in self.paths:
+        for path in paths or ():
             load(path)
 
     def __reduce__(self) -> tuple[type[UserModule], tuple[tuple[str, ...]]]:
@@ -134,7 +134,7 @@ class UserModule:
 
 def _loaded_paths() -> tuple[str, ...]:
     """Return the files loaded so far, those in the current folder last."""
-    modules = [m for name, m in sys.modules.items() if name.startswith(PREFIX)]
+    modules = [m for name, m in sys.modules.copy().items() if name.startswith(PREFIX)]  # threads import too
     paths = [str(m.__file__) for m in modules]
     return tuple(sorted(paths, key=lambda path: str(Path(path).parent) == _siblings.folder))
 

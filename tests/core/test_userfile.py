@@ -173,6 +173,18 @@ def test_worker_process_restores_a_class_from_a_module_beside_a_file(tmp_path: P
     assert done.stdout == "7\n", done.stderr
 
 
+def test_pickling_for_a_worker_changes_no_module_of_this_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loader's thread pickles while the main thread imports: it may not even take modules aside."""
+    for name in ("one", "two"):
+        write(tmp_path / name / "helper.py", f"NAME = {name!r}")
+        load(write(tmp_path / name / "mine.py", "import helper"))
+    monkeypatch.setattr(user_modules, "load", lambda path: pytest.fail(f"loads {path}"))
+    pickle.dumps(UserModule())
+    assert sys.modules["helper"].NAME == "two"
+
+
 @pytest.mark.parametrize("error", ["ValueError()", "SystemExit(3)", "KeyboardInterrupt()"])
 def test_failed_file_leaves_no_module(tmp_path: Path, error: str) -> None:
     path = write(tmp_path / "mine.py", f"FIRST = 1\nraise {error}")
