@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import math
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -76,14 +78,14 @@ class Reader:
             path = Path(text)
             if path.is_dir():
                 yield from self._folder(path)
-            elif path.exists():
+            elif os.path.lexists(path):
                 yield from self._file(path)
             else:
                 raise InputError(f"{text}: there is no such file or folder")
 
     def _folder(self, folder: Path) -> Iterator[Example]:
         found = False
-        for root, folders, names in os.walk(folder):
+        for root, folders, names in os.walk(folder, onerror=_unreadable):
             folders.sort()
             for name in sorted(names):
                 if Path(name).suffix.lower() in (*IMAGES, ".npy"):
@@ -97,6 +99,8 @@ class Reader:
     def _file(self, path: Path) -> Iterator[Example]:
         suffix = path.suffix.lower()
         try:
+            if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait for who writes into it
+                raise InputError(f"{path} is not a file: give - to read text from stdin")
             if suffix in IMAGES:
                 yield Example(str(path), self._image(path))
             elif suffix == ".npy":
@@ -191,6 +195,10 @@ class Reader:
         while line := file.readline(MAX_LINE):
             if len(line) == MAX_LINE:
                 raise InputError(f"{where}, line {number + 1} is longer than {MAX_LINE} bytes")
+            if number == 0:
+                line = line.removeprefix(codecs.BOM_UTF8)
+                if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise InputError(f"{where} is UTF-16: convert it to UTF-8")
             text = line.rstrip(b"\r\n")
             yield self._tokens(text, f"{prefix}{number}" if prefix else number, f"{where}, line {number + 1}")
             number += 1
@@ -222,6 +230,10 @@ class Reader:
         if "length" in specs:
             inputs["length"] = np.array(len(tokens), specs["length"].numpy_dtype)
         return Example(id, inputs, len(tokens))
+
+
+def _unreadable(error: OSError) -> None:
+    raise InputError(f"{error.filename} cannot be read ({error.strerror})") from error
 
 
 def _fits(shape: tuple[int, ...], wanted: Sequence[int | str]) -> bool:

@@ -29,9 +29,9 @@ class InputSpec:
 
     Attributes:
       dtype: name of its dtype, such as ``uint8``.
-      shape: of a batch; the first axis is ``"batch"``, and a name stands for any size.
+      shape: of a batch; the first axis is ``"batch"``, and a name for a size that is free.
       minimum, maximum: the smallest and largest value that the model takes, of tokens and ids; None: any.
-      white: of an image, the value that stands for white (255 where pixels are 0..255, 16 for the digits).
+      white: of an image, the value of white (255 where pixels are 0..255, 16 for the digits).
       crop: of an image, the part of the shorter side that evaluation crops before it resizes; in (0, 1].
 
     >>> InputSpec("uint8", ("batch", 8, 8, 1)).text

@@ -189,7 +189,7 @@ class Checkpoints:
         if steps and state is None:
             raise CorruptCheckpointError(
                 f"all checkpoints in {self._folder} are damaged (step {max(bad)}: {bad[max(bad)]}): restore "
-                "one from a copy, or start again with --new"
+                "one from a copy, or train again with jaxtrain.run --new"
             )
         for step, damage in sorted(bad.items()):
             path = folders.step_folder(self._folder, step)
@@ -282,7 +282,7 @@ class Checkpoints:
         older = [
             s for s in folders.list_checkpoints(self._folder) if s.step < saved.step and s.damage is None
         ]
-        fix = self._older_hint.format(step=older[-1].step) if older else "start again with --new"
+        fix = self._older_hint.format(step=older[-1].step) if older else "train again with jaxtrain.run --new"
         return CorruptCheckpointError(
             f"checkpoint {saved.folder} is damaged: {damage}; restore it from a copy, or {fix}"
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtrain.cli import SUMMARIES, command_line, experiments
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.files import user_path
-from jaxtrain.core.text import size_text
+from jaxtrain.core.text import first_line, size_text
 
 if TYPE_CHECKING:
     from jaxtrain.artifact.trained import Trained
@@ -131,15 +131,22 @@ def _quantize(model: Trained, examples: int, console: Console) -> Trained:
 
 
 def recorded_metrics(folder: Path, step: int) -> Mapping[str, Any]:
-    """Return the test metrics that ``result.json`` has of this checkpoint; none where it has none."""
+    """Return the test metrics that ``result.json`` has of this checkpoint; none where it has none.
+
+    Raises:
+      InputError: the file is damaged.
+    """
+    path = folder / "result.json"
     try:
-        result = json.loads((folder / "result.json").read_text())
-        for entry, at in (
-            (result, result["steps"]),
-            (result.get("best"), result.get("best", {}).get("step")),
-        ):
+        result = json.loads(path.read_text())
+        best = result.get("best") or {}
+        for entry, at in ((result, result["steps"]), (best, best.get("step"))):
             if at == step and isinstance(entry.get("test"), dict):
                 return {"test": entry["test"]}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        pass
+    except FileNotFoundError:  # the run has not ended
+        return {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} cannot be read ({first_line(error)}): restore it, or delete it to export without metrics"
+        ) from error
     return {}

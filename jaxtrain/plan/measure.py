@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxtrain.core.errors import RunError
+from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.text import first_line
 from jaxtrain.data import Arrays, Source, Subset, holdout
 from jaxtrain.data.checked import CheckedSource
@@ -95,6 +95,7 @@ def measure(program: Program, resident: Mapping[str, bool] | None = None, *, cou
       count: also count FLOPs, which may trace and lower the step once more.
 
     Raises:
+      InputError: the step calls Python, and its devices are described (``plan --for``).
       RunError: XLA cannot compile the step, or reports no memory for this platform.
     """
     exp, mesh = program.experiment, mesh_of(program)
@@ -203,10 +204,19 @@ def _compile(program: Program, mesh: Mesh) -> tuple[Any, CudaGraphs | None, tupl
 
     Also returns the CUDA graphs of a program for described GPUs, and notes.
     """
-    lowered = program.train_step.lower(  # type: ignore[attr-defined]
-        program.abstract_state, abstract_batch(program), program.key
-    )
     card = described.card_of(mesh)
+    try:
+        lowered = program.train_step.lower(  # type: ignore[attr-defined]
+            program.abstract_state, abstract_batch(program), program.key
+        )
+    except RuntimeError as error:
+        if card is None or "backend" not in str(error):
+            raise
+        raise InputError(  # JAX asks the client of the GPU, which is not here, to hold the function
+            "the train step calls Python (jax.debug.print, jax.debug.callback, jax.pure_callback or "
+            f"io_callback), which cannot be compiled for {card.name} on a machine without one: leave the "
+            "call out to plan"
+        ) from error
     try:
         if card is not None:
             return _compile_for_card(lowered)

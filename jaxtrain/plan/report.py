@@ -61,7 +61,24 @@ def _workspace_lines(plan: Plan, limit: Limit) -> list[str]:
     if plan.card is None or not plan.cudnn_calls or left < 0:
         return []
     line = f"not in it is a workspace of cuDNN, at most {size_text(WORKSPACE)}; {size_text(left)} are left"
-    return [f"  {line}" if left >= WORKSPACE else f"  UNCERTAIN: {line}"]
+    return [f"  UNCERTAIN: {line}" if _is_uncertain(plan, limit) else f"  {line}"]
+
+
+def _is_uncertain(plan: Plan, limit: Limit) -> bool:
+    """Whether the plan fits, but perhaps not together with a workspace of cuDNN."""
+    return plan.card is not None and plan.cudnn_calls > 0 and 0 <= limit.bytes - plan.total < WORKSPACE
+
+
+def _fits_text(plan: Plan, limit: Limit | None) -> str:
+    if limit is None:
+        return ""
+    return "no" if plan.total > limit.bytes else "uncertain" if _is_uncertain(plan, limit) else "yes"
+
+
+def _fits_json(plan: Plan, limit: Limit | None) -> dict[str, bool | None]:
+    if limit is None:
+        return {"fits": None, "uncertain": None}
+    return {"fits": plan.total <= limit.bytes, "uncertain": _is_uncertain(plan, limit)}
 
 
 def nearest_text(nearest: Nearest, given: Variant) -> str:
@@ -92,10 +109,9 @@ def search_text(searched: SearchResult, limit: Limit | None) -> str:
     for one in searched.found:
         plan = one.plan
         assert plan is not None
-        fits = "" if limit is None else "yes" if plan.total <= limit.bytes else "no"
         moved = sum(each.bytes for each in plan.collectives)
         memory = (size_text(plan.total), size_text(plan.bytes["temporaries"]), size_text(moved))
-        rows.append((one.variant.mesh_text, f"{plan.batch:,}", plan.remat, fits, *memory))
+        rows.append((one.variant.mesh_text, f"{plan.batch:,}", plan.remat, _fits_text(plan, limit), *memory))
     blocks = [table("variants: memory on each device, and bytes communicated per step", rows, "<><<>>>")]
     if searched.impossible:
         reasons = dict.fromkeys((one.variant.mesh_text, one.reason) for one in searched.impossible)
@@ -127,7 +143,7 @@ def as_json(plan: Plan, limit: Limit | None) -> dict[str, Any]:
         "gpu": None if plan.gpu is None else gpu_report.as_json(plan.gpu),
         "largest": [dataclasses.asdict(one) for one in plan.largest],
         "limit": None if limit is None else dataclasses.asdict(limit),
-        "fits": None if limit is None else plan.total <= limit.bytes,
+        **_fits_json(plan, limit),
         "notes": list(plan.notes),
     }
 
@@ -144,7 +160,7 @@ def nearest_json(nearest: Nearest, given: Variant) -> dict[str, Any]:
 def search_json(searched: SearchResult, given: Variant, limit: Limit | None) -> dict[str, Any]:
     """Return the variants found, the impossible ones, and how many were not compiled."""
     found = [
-        _tried_json(one, given) | ({} if limit is None else {"fits": one.plan.total <= limit.bytes})
+        _tried_json(one, given) | ({} if limit is None else _fits_json(one.plan, limit))
         for one in searched.found
         if one.plan
     ]

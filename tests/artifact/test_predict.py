@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -154,6 +156,8 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, model
     (tmp_path / "table.csv").write_text("image\n1\n")
     (tmp_path / "empty").mkdir()
     (tmp_path / "model.onnx").write_text("no model")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "nowhere.png").symlink_to("away.png")
     cases = [
         ([], "give at least one INPUT"),
         (["absent.png"], "absent.png: there is no such file or folder"),
@@ -171,6 +175,8 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, model
         ([tmp_path / "table.csv"], "which a table cannot hold: give .npy"),
         ([tmp_path / "empty"], "has no image"),
         ([model], "give an image"),
+        ([tmp_path / "pipe.png"], "pipe.png is not a file"),
+        ([tmp_path / "nowhere.png"], "nowhere.png cannot be read (No such file or directory)"),
         (["-"], "stdin is text, and the model takes image: uint8 [batch, 8, 8, 1]"),
         (["x", "--batch", "0"], "--batch 0: give at least 1"),
         (["x", "--bench"], "leave out INPUT"),
@@ -195,6 +201,19 @@ def test_examples_before_bad_input_are_written(run, folder):
     code, out, err = run(folder)
     assert code == 2 and "5.png cannot be decoded" in err
     assert [Path(json.loads(line)["id"]).stem for line in out.splitlines()] == ["0", "1", "2", "3", "4"]
+
+
+def test_a_folder_that_cannot_be_read_is_not_skipped(run, folder, monkeypatch):
+    walk = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return walk(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    code, _, err = run(folder)
+    assert code == 2 and f"{folder / 'b'} cannot be read (Permission denied)" in err
 
 
 def test_a_closed_stdin_matters_only_where_it_is_read(run, folder, monkeypatch):
@@ -275,6 +294,10 @@ def test_text_becomes_the_tokens_of_the_data_source():
     about = manifest("language_model", free, text={"tokens": "bytes"}, sizes={"length": 4})
     rows = list(examples.Reader(about).read(["-"], io.BytesIO(b"ab\nabcdef\n")))
     assert [row.inputs["tokens"].tobytes() for row in rows] == [b"ab", b"cdef"]
+    rows = list(examples.Reader(about).read(["-"], io.BytesIO(codecs.BOM_UTF8 + b"ab\n")))
+    assert [row.inputs["tokens"].tobytes() for row in rows] == [b"ab"]
+    with pytest.raises(InputError, match="stdin is UTF-16: convert it to UTF-8"):
+        list(examples.Reader(about).read(["-"], io.BytesIO("ab\n".encode("utf-16"))))
     with pytest.raises(InputError, match="stdin, line 1 is empty"):
         list(examples.Reader(about).read(["-"], io.BytesIO(b"\n")))
     with pytest.raises(InputError, match="line 1 is longer than"):

@@ -306,7 +306,7 @@ def test_last_good_with_all_damaged_is_an_error_and_renames_nothing(tmp_path, me
     save(tmp_path, 1, 2, mesh=mesh1)
     for name in ("000001", "000002"):
         lose_arrays(tmp_path / "checkpoints" / name)
-    with pytest.raises(checkpoint.CorruptCheckpointError, match=r"is damaged.*start again") as error:  # noqa: SIM117
+    with pytest.raises(checkpoint.CorruptCheckpointError, match=r"is damaged.*train again") as error:  # noqa: SIM117
         with checkpoint.open(tmp_path) as saved:
             saved.restore(saved.steps()[0], like(make_state(mesh1)))
     assert "last-good" not in str(error.value)  # there is no older one

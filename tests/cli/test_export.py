@@ -12,6 +12,7 @@ from conftest import ROOT
 
 from jaxtrain import artifact, run
 from jaxtrain.cli import export, predict
+from jaxtrain.core.errors import InputError
 
 TINY = str(ROOT / "tests" / "tiny.py")
 
@@ -67,6 +68,18 @@ def test_bad_input_of_export_is_one_line(export_run, folder, tmp_path, capsys):
     assert export.main(["--workdir", str(tmp_path), "--out", str(tmp_path / "model")]) == 2
     assert "holds no run" in capsys.readouterr().err
     assert (tmp_path / "there").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_metrics_are_those_of_the_checkpoint_and_a_damaged_result_is_one_line(tmp_path):
+    assert export.recorded_metrics(tmp_path, 9) == {}
+    best = {"step": 5, "test": {"loss": 2.0}}
+    (tmp_path / "result.json").write_text(json.dumps({"steps": 9, "test": {"loss": 1.0}, "best": best}))
+    found = [export.recorded_metrics(tmp_path, step) for step in (9, 5, 7)]
+    assert found == [{"test": {"loss": 1.0}}, {"test": {"loss": 2.0}}, {}]
+    for damaged in ('{"steps": 9', "[]", "{}"):
+        (tmp_path / "result.json").write_text(damaged)
+        with pytest.raises(InputError, match=r"result\.json cannot be read .*: restore it, or delete it"):
+            export.recorded_metrics(tmp_path, 9)
 
 
 @pytest.mark.full("tests/artifact/test_formats.py")

@@ -42,7 +42,7 @@ def rows_of(report: Any, outputs: Any, **batch: Any) -> dict[str, np.ndarray]:
 
 
 def repeated(weight: np.ndarray | None) -> np.ndarray:
-    """Return the examples that a weighting stands for."""
+    """Return the examples of a bootstrap weighting, each repeated by its weight."""
     return np.arange(N) if weight is None else np.repeat(np.arange(N), weight)
 
 

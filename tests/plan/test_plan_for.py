@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import textwrap
 from pathlib import Path
 
 import jax
@@ -141,6 +142,37 @@ def test_a_small_remainder_makes_the_verdict_uncertain():
     )
     enough, little = (report.verdict_text(found, Limit(10 + n, "")) for n in (WORKSPACE, WORKSPACE - 1))
     assert "UNCERTAIN" not in enough and "  UNCERTAIN: not in it is a workspace of cuDNN" in little
+    bodies = (report.as_json(found, Limit(10 + n, "")) for n in (WORKSPACE, WORKSPACE - 1, -1))
+    assert [(one["fits"], one["uncertain"]) for one in bodies] == [
+        (True, False),
+        (True, True),
+        (False, False),
+    ]
+
+
+@needs_compiler
+def test_a_step_that_calls_python_is_one_line(capsys, tmp_path):
+    """JAX asks the GPU's client, which is not here, to hold the function."""
+    text = """
+        import dataclasses, jax, numpy as np
+        from jaxtrain import Experiment, data, losses, models, optim
+
+        @dataclasses.dataclass(frozen=True)
+        class Printed:
+            def __call__(self, outputs, batch):
+                jax.debug.print("{}", outputs[0, 0])
+                return losses.CrossEntropy()(outputs, batch)
+
+        SOURCE = data.Arrays({"image": np.zeros((64, 2), np.float32), "label": np.arange(64) % 2})
+        EXPERIMENT = Experiment(
+            model=models.MLP(widths=(4,), classes=2), train=SOURCE, test=SOURCE, loss=Printed(),
+            optimizer=optim.SGD(lr=0.1), batch=8, epochs=1,
+        )
+    """
+    (tmp_path / "own.py").write_text(textwrap.dedent(text))
+    assert commands.main(["plan", "--experiment", str(tmp_path / "own.py"), "--for", "h100"]) == 2
+    error = capsys.readouterr().err
+    assert "the train step calls Python (jax.debug.print" in error and error.count("\n") == 1
 
 
 def test_absent_data_are_planned_from_their_description(monkeypatch, tmp_path):
