@@ -112,7 +112,7 @@ def test_a_step_faster_than_its_bound_shows():
 
 
 class FakeSide:
-    """Stands for the process of ``program_side``: a plan, then the seconds of an update."""
+    """Replaces the process of ``program_side``: a plan, then the seconds of an update."""
 
     def __init__(self, plan, seconds):
         self.plan, self.seconds = plan, seconds
