@@ -291,6 +291,9 @@ def test_nothing_is_written_where_the_outputs_differ_or_a_file_exists(trained, f
     assert file.read_bytes() == before
 
 
+@pytest.mark.full(
+    "tests/artifact/test_artifact.py::test_outputs_are_those_of_the_model_with_the_averaged_weights_and_its_preprocessing"
+)
 def test_a_class_that_the_model_masks_out_is_compared_and_nan_is_not_exported(tmp_path):
     class Masked(nn.Module):
         never: float
@@ -330,6 +333,9 @@ def test_a_pipe_or_device_is_never_replaced(tmp_path):
         parts.check_new(tmp_path / "pipe", force=True)
 
 
+@pytest.mark.full(
+    "tests/artifact/test_artifact.py::test_outputs_are_those_of_the_model_with_the_averaged_weights_and_its_preprocessing"
+)
 def test_export_uses_no_cudnn_attention_whatever_the_model_says():
     from jaxtrain.models.attention import attend
     from jaxtrain.models.plain_operators import plain_operators

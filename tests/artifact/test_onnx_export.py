@@ -96,6 +96,7 @@ def test_only_positive_factors_move_through_a_max_pool(sign: int) -> None:
     assert kinds(model).count("Mul") == (0 if sign > 0 else 1)
 
 
+@pytest.mark.full("tests/artifact/test_onnx_export.py::test_batch_norm_and_bias_are_part_of_the_convolution")
 def test_a_shared_kernel_is_folded_once() -> None:
     net = models.ConvNet(widths=(4,), classes=2)
     apply, weights = pure(net)
@@ -111,6 +112,7 @@ def test_a_shared_kernel_is_folded_once() -> None:
     assert sum(tensor.dims[:1] == [4] and len(tensor.dims) == 4 for tensor in model.graph.initializer) == 1
 
 
+@pytest.mark.full("[float16]")
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_is_computed_in_float32(precision: str) -> None:
     module = models.CNN(widths=(4,), convs=1, classes=3)
@@ -149,6 +151,7 @@ def test_an_equation_that_no_output_needs_is_left_out() -> None:
     assert kinds(to_onnx(apply, {}, LINE)) == ["Add", "Identity"]
 
 
+@pytest.mark.full("tests/artifact/test_onnx_export.py::test_batch_norm_and_bias_are_part_of_the_convolution")
 def test_plain_operators_compute_the_same() -> None:
     apply, weights = pure(models.ConvNet(widths=(4, 4), classes=2))
     usual = jax.make_jaxpr(apply)(weights, IMAGES)

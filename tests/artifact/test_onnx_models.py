@@ -148,6 +148,7 @@ def check_family(family: Family) -> None:
     assert {kind: counts[kind] for kind in family.counts} == family.counts
 
 
+@pytest.mark.full("[lstm]")
 @pytest.mark.parametrize("name", QUICK)
 def test_a_family_computes_what_jax_computes(name: str) -> None:
     check_family(QUICK[name])

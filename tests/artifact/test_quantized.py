@@ -40,6 +40,7 @@ def test_an_artifact_in_int8_is_the_model_but_for_rounding(trained, tmp_path):
     assert 4 * sum(x.nbytes for x in kernels.values()) == sum(np.asarray(x).nbytes for x in before)
 
 
+@pytest.mark.full("tests/artifact/test_quantized.py::test_an_artifact_in_int8_is_the_model_but_for_rounding")
 def test_metrics_are_those_of_every_test_example(trained):
     source = tiny.EXPERIMENT.test
     all_rows = source.gather(np.arange(len(source)))
@@ -84,6 +85,7 @@ def test_onnx_in_int8(trained, tmp_path):
     )
 
 
+@pytest.mark.full("tests/artifact/test_quantized.py::test_an_artifact_in_int8_is_the_model_but_for_rounding")
 def test_the_command_prints_what_int8_costs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run.main(["--experiment", tiny.__file__, "--workdir", "run"]) == 0

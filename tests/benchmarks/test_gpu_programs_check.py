@@ -259,6 +259,7 @@ def check_plan(program, batch):
     return found
 
 
+@pytest.mark.full("tests/plan/test_gpu_goldens.py")
 def test_a_program_is_read_on_this_device():
     program = assemble(workloads.mlp(tiny=True), sharding.make_mesh(jax.devices()[:1]))
     found = check_plan(program, 128)
@@ -267,7 +268,7 @@ def test_a_program_is_read_on_this_device():
     )  # no input gradient
 
 
-@pytest.mark.full("tests/benchmarks/test_gpu_programs_check.py::test_a_program_is_read_on_this_device")
+@pytest.mark.full("tests/plan/test_gpu_goldens.py")
 def test_a_shipped_experiment_is_described_and_compiled_here(tmp_path):
     """Both sides as the script starts them, on the CPU: ``plan --for`` and the process that is timed."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}

@@ -58,6 +58,7 @@ def test_round_trip_between_one_and_eight_devices(tmp_path, mesh1, mesh8):
         assert state.params["head"]["kernel"].sharding == sharding.replicated(there)
 
 
+@pytest.mark.full("tests/checkpoint/test_checkpoint.py::test_round_trip_between_one_and_eight_devices")
 def test_later_steps_do_not_change_a_pending_save(tmp_path, mesh1, mesh8):
     """The next step reuses the state's buffers while the file is still being written."""
     for number, mesh in enumerate((mesh1, mesh8)):
@@ -540,6 +541,9 @@ EXPERIMENT = dataclasses.replace(
 """
 
 
+@pytest.mark.full(
+    "tests/checkpoint/test_checkpoint.py::test_last_good_with_all_damaged_is_an_error_and_renames_nothing"
+)
 def test_last_good_resumes_bit_for_bit(tmp_path, capsys):
     """A finished run loses its result and its newest checkpoint, and gets both back."""
     (tmp_path / "mlp.py").write_text(MLP)

@@ -64,6 +64,9 @@ def test_averages_are_read_and_initialized(source):
     assert len(set(pointers)) == len(pointers)  # or the train step could not donate them
 
 
+@pytest.mark.full(
+    "tests/checkpoint/test_init_from.py::test_reads_the_best_or_the_given_step_without_optimizer_state"
+)
 def test_averages_in_float32_of_half_precision_parameters(tmp_path):
     """The average is read into the parameters, rounded, and the new averages start as copies of it."""
 

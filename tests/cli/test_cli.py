@@ -173,6 +173,7 @@ def test_a_failed_download_names_the_command(capsys, monkeypatch):
     assert "python -m jaxtrain prepare cifar10 --data-dir my/data --from" in error
 
 
+@pytest.mark.full("tests/cli/test_cli.py::test_run_twice_then_new_then_evaluate")
 def test_a_folder_with_another_run_or_other_files_is_refused(capsys):
     assert train("--workdir", "r", "--smoke") == 0  # a smoke test leaves no files
     assert not Path("r").exists()
@@ -196,6 +197,7 @@ def test_smoke_refuses_what_a_run_refuses(capsys):
     assert "more than twice" in refused(capsys, train("--smoke", "--set", "batch=8000000"))
 
 
+@pytest.mark.full("tests/cli/test_cli.py::test_evaluate_refuses_missing_runs_checkpoints_and_splits")
 def test_a_damaged_record_is_exit_3(capsys):
     assert train("--workdir", "r") == 0
     Path("r/result.json").write_text('{"steps": 13}')
@@ -242,6 +244,7 @@ def test_overfit_reaches_full_accuracy_on_its_examples(capsys):
     assert "16 examples" in capsys.readouterr().out
 
 
+@pytest.mark.full("tests/experiment/test_config.py")
 def test_config_json_is_a_record_of_the_run():
     assert train("--workdir", "r", "--set", "optimizer.momentum=0.8") == 0
     record = json.loads(Path("r/config.json").read_text())

@@ -31,7 +31,7 @@ def small(tmp_path, monkeypatch) -> str:
     return "small.py"
 
 
-@pytest.mark.full("tests/cli/test_stop_and_resume.py::test_a_killed_run_resumes_bit_for_bit")
+@pytest.mark.full("tests/train/test_loop.py::test_stop_and_resume_is_bitwise_the_straight_run")
 def test_two_processes_compute_the_same_bits(python, small):
     """Each compiles for itself, with another hash seed. On a CPU no flag is set."""
     records, cores = [], process.cores()

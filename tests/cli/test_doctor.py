@@ -11,6 +11,7 @@ from jaxtrain.cli import doctor
 from jaxtrain.sharding import cards, described
 
 
+@pytest.mark.full("tests/cli/test_cli.py::test_run_twice_then_new_then_evaluate")
 def test_doctor_finds_no_problem_here(python):
     compiles = described.compiler_problem() is None
     done = python("-m", "jaxtrain", "doctor", *(["--for", "h100"] if compiles else []), devices=8)

@@ -83,6 +83,9 @@ def one_line(capsys: Any, code: int) -> str:
     return error
 
 
+@pytest.mark.full(
+    "tests/cli/test_evaluate.py::test_tables_and_nan_among_the_metrics_are_stored_as_strict_json"
+)
 def test_nothing_is_guessed_for_a_loss_of_ones_own_and_a_report_may_be_named_later(capsys: Any) -> None:
     assert train(BINARY) == 0
     out = evaluate(capsys, BINARY)
@@ -108,6 +111,9 @@ EXPERIMENT = experiment(linear(2, lambda z: {"main": z, "aux": -z}), loss, repor
 """
 
 
+@pytest.mark.full(
+    "tests/cli/test_evaluate.py::test_tables_and_nan_among_the_metrics_are_stored_as_strict_json"
+)
 def test_a_report_that_does_not_fit_is_refused_before_the_training(capsys: Any) -> None:
     error = one_line(capsys, train(SEVERAL))
     assert "the model returns 2 outputs (aux, main): name one of them, report.output='aux'" in error
@@ -200,6 +206,7 @@ def test_a_method_or_a_class_of_a_loss_is_no_report() -> None:
     assert found(own, report=metrics.Binary()) == metrics.Binary()
 
 
+@pytest.mark.full("tests/program/test_check_contract.py")
 def test_a_report_of_ones_own_that_counts_padding_is_refused(capsys: Any) -> None:
     """60 examples in batches of 16: the last batch has 4 padding rows."""
     report = """

@@ -134,6 +134,9 @@ def test_the_tables_show_averages_intervals_groups_and_gaps(trained, capsys) -> 
     assert "[low, high]: 95 % interval of 10 bootstrap resamples of the examples, seed 0" in out
 
 
+@pytest.mark.full(
+    "tests/cli/test_evaluate_report.py::test_eight_devices_report_the_same_and_the_csv_has_every_example_once"
+)
 def test_splits_name_examples_by_their_number_in_the_source(trained, capsys, tmp_path) -> None:
     train, valid = holdout(70, 0.3)
     for split, ids in (("valid", valid), ("train", train)):
@@ -157,6 +160,9 @@ def test_another_source_is_evaluated_if_its_fields_and_classes_are_those_of_the_
     )
 
 
+@pytest.mark.full(
+    "tests/cli/test_evaluate_report.py::test_eight_devices_report_the_same_and_the_csv_has_every_example_once"
+)
 def test_weights_choose_the_average_or_the_parameters(trained, capsys) -> None:
     average, own = (result(trained, capsys, "--weights", kind) for kind in ("ema", "best,params"))
     assert result(trained, capsys) == average

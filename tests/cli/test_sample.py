@@ -98,6 +98,7 @@ def test_bad_input_is_one_line(args: list[str], message: str, sample_run: Any) -
     assert code == 2 and out == "" and message in err and err.count("\n") == 1
 
 
+@pytest.mark.full("tests/checkpoint/test_checkpoint.py")
 def test_a_run_of_another_model_is_refused(tmp_path: Any, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     tiny = str(ROOT / "tests" / "tiny.py")

@@ -121,7 +121,7 @@ def refused(capsys, *args) -> str:
     return error
 
 
-@pytest.mark.full("tests/cli/test_scaling.py::test_a_lane_trains_like_a_run_and_compiles_once")
+@pytest.mark.full("tests/cli/test_scaling.py")
 def test_rounds_of_all_device_counts_are_interleaved(experiment, console, rounds):
     found = measure(layouts(experiment, (1, 2, 4)), steps=2, rounds=3, console=console)
     assert [(one.devices, one.mesh, one.batch) for one in found] == [
@@ -137,6 +137,7 @@ def test_rounds_of_all_device_counts_are_interleaved(experiment, console, rounds
     assert later == [*down, *up, *down, *up]  # the first is discarded
 
 
+@pytest.mark.full("tests/cli/test_scaling.py")
 def test_a_lane_trains_like_a_run_and_compiles_once(experiment, mesh8):
     lane = Lane(experiment, mesh8)
     state, program = lane.program.init(), lane.program
@@ -149,7 +150,7 @@ def test_a_lane_trains_like_a_run_and_compiles_once(experiment, mesh8):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(lane.state), jax.device_get(state))
 
 
-@pytest.mark.full("tests/cli/test_scaling.py::test_a_lane_trains_like_a_run_and_compiles_once")
+@pytest.mark.full("tests/cli/test_scaling.py")
 def test_a_round_bounds_its_queue_and_waits_at_its_end(experiment, mesh1, monkeypatch):
     lane, waited, read = Lane(experiment, mesh1), [], []
     monkeypatch.setattr(jax, "block_until_ready", waited.append)
@@ -159,7 +160,7 @@ def test_a_round_bounds_its_queue_and_waits_at_its_end(experiment, mesh1, monkey
     assert waited[-1][0] is lane.state
 
 
-@pytest.mark.full("tests/cli/test_scaling.py::test_a_lane_trains_like_a_run_and_compiles_once")
+@pytest.mark.full("tests/cli/test_scaling.py")
 def test_the_loader_is_closed_if_measuring_fails(experiment, console, monkeypatch):
     closed, real = [], Program.close
     monkeypatch.setattr(Program, "close", lambda self: (closed.append(self), real(self)))
@@ -210,7 +211,7 @@ def test_every_other_round_is_reversed():
     assert list(interleaved((1, 2), 3)) == [(0, 2), (0, 1), (1, 1), (1, 2), (2, 2), (2, 1)]
 
 
-@pytest.mark.full("tests/cli/test_scaling.py::test_a_lane_trains_like_a_run_and_compiles_once")
+@pytest.mark.full("tests/cli/test_scaling.py")
 def test_the_command_prints_a_table_and_writes_json(few, tmp_path, capsys):
     words = ["bench", "--scaling", "4,1", *few, "--json", str(tmp_path / "s.json"), "--set", "seed=3"]
     assert commands.main(words) == 0
@@ -362,7 +363,7 @@ def test_an_unwritable_folder_is_refused(few, unmeasured, tmp_path, capsys, monk
     assert "s.json is not writable: give another file" in error
 
 
-@pytest.mark.full("tests/cli/test_scaling.py::test_a_lane_trains_like_a_run_and_compiles_once")
+@pytest.mark.full("tests/cli/test_scaling.py")
 def test_a_new_process_simulates_its_devices(few, python):
     done = python("-m", "jaxtrain", "bench", "--scaling", "1,2", "--simulate-devices", 2, *few)
     assert done.returncode == 0, done.stderr

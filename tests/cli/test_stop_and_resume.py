@@ -66,7 +66,7 @@ def test_a_signal_saves_and_prints_how_to_resume(signum, code):
     assert f"resuming at step {stopped}/3750" in line
 
 
-@pytest.mark.full("[1]")
+@pytest.mark.full("tests/train/test_loop.py::test_stop_and_resume_is_bitwise_the_straight_run")
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_killed_run_resumes_bit_for_bit(devices):
     """After SIGKILL only the last checkpoint is left; the order of the data is a function of the step."""

@@ -37,7 +37,7 @@ def refused(capsys, *args) -> tuple[int, str]:
     return code, error
 
 
-@pytest.mark.full("tests/cli/test_stop_and_resume.py::test_a_killed_run_resumes_bit_for_bit")
+@pytest.mark.full("tests/train/test_loop.py::test_stop_and_resume_is_bitwise_the_straight_run")
 def test_a_killed_run_resumes_bit_for_bit(capfd):
     assert commands.main(["verify", "--experiment", TINY, "--steps", "6"]) == 0
     out = capfd.readouterr().out

@@ -122,6 +122,7 @@ def student(teacher: Path | str, loss: dict[str, Any] | None = None, **changes: 
     return dataclasses.replace(EXPERIMENT, **(settings | changes))
 
 
+@pytest.mark.full("tests/compress/test_distil.py::test_the_loss_is_that_of_the_definition")
 def test_the_teacher_is_an_argument_and_is_not_trained(teacher: Path, mesh1: Mesh) -> None:
     """No constant of the program has the shape of a teacher's array; its values decide the loss."""
     program = assemble(student(teacher), mesh1)
@@ -157,7 +158,7 @@ def interrupted(experiment: Experiment, folder: Path, mesh: Mesh, at: int) -> No
             jaxtrain.fit(experiment, folder=folder, mesh=mesh)
 
 
-@pytest.mark.full("tests/compress/test_distil.py::test_the_teacher_is_an_argument_and_is_not_trained")
+@pytest.mark.full("tests/compress/test_distil.py::test_the_loss_is_that_of_the_definition")
 def test_a_run_learns_resumes_and_is_evaluated(
     teacher: Path, mesh1: Mesh, tmp_path: Path, capsys: Any
 ) -> None:
@@ -259,7 +260,7 @@ def test_a_damaged_teacher_is_one_line(teacher: Path, mesh1: Mesh, tmp_path: Pat
         assemble(student(tmp_path / "run"), mesh1)
 
 
-@pytest.mark.full("tests/compress/test_distil.py::test_the_teacher_is_an_argument_and_is_not_trained")
+@pytest.mark.full("tests/compress/test_distil.py::test_the_loss_is_that_of_the_definition")
 @pytest.mark.parametrize("text", ["data=8", "fsdp=4,data=2", "model=2,data=4"])
 def test_a_mesh_gives_the_same_and_shards_the_teacher(
     text: str, teacher: Path, mesh1: Mesh, monkeypatch: pytest.MonkeyPatch

@@ -89,6 +89,7 @@ def test_the_schedule_is_the_cubic_one() -> None:
     assert config.counts(10_000)[-1] == 8_000
 
 
+@pytest.mark.full("[prune-momentum]")
 @pytest.mark.parametrize("tx", [optax.adamw(0.05), optax.sgd(0.1, momentum=0.9)], ids=["adamw", "momentum"])
 @pytest.mark.parametrize("first", ["prune", "ema"])
 def test_pruned_weights_stay_zero_after_every_update(tx: Any, first: str) -> None:
@@ -129,6 +130,7 @@ def test_an_update_cannot_bring_a_pruned_weight_back() -> None:
     assert state.params["w"].tolist() == [0, 0, 0, 97, 96, 95, 94, 0]
 
 
+@pytest.mark.full("tests/compress/test_prune.py::test_an_update_cannot_bring_a_pruned_weight_back")
 def test_a_skipped_round_is_made_up_for() -> None:
     """The guard skips the update of the only round; the next one prunes."""
     tx, stage = optax.sgd(0.1), Prune(sparsity=0.5, start=0.2, end=0.2, rounds=1).build(10)

@@ -58,7 +58,7 @@ def valued(loss: Any, chunk: int | None, features: Any, table: Any, batch: Any) 
     return jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))(features, table)
 
 
-@pytest.mark.full("[1-plain]", "[1-mixed, rows masked]")
+@pytest.mark.full("[1-plain]")
 @pytest.mark.parametrize(
     ("loss", "case"),
     [
@@ -79,6 +79,7 @@ def test_chunks_change_nothing_in_float64(loss: Any, case: Any, chunk: int) -> N
         assert abs(expected[1][1]).max() > 0.01
 
 
+@pytest.mark.full("tests/core/test_logits.py::test_chunks_change_nothing_in_float64")
 def test_the_first_of_equal_logits_is_the_prediction() -> None:
     label = np.arange(VOCAB)[None]
     logits = ChunkedLogits.of(jnp.zeros((1, VOCAB, 2)), jnp.ones((VOCAB, 2)), 4)
@@ -87,6 +88,7 @@ def test_the_first_of_equal_logits_is_the_prediction() -> None:
         assert (float(metrics["accuracy"].total), float(metrics["top3"].total)) == (1, 3)
 
 
+@pytest.mark.full("tests/core/test_logits.py::test_chunks_change_nothing_in_float64")
 def test_class_counts_and_labels_of_another_shape_get_full_logits() -> None:
     features, table, batch = example()
     logits = ChunkedLogits.of(jnp.float32(features), jnp.float32(table), 2)
@@ -144,6 +146,7 @@ def test_gpt_with_chunks_trains_and_samples_like_gpt_without() -> None:
     assert sampled.shape == (1, 11)
 
 
+@pytest.mark.full("tests/core/test_logits.py::test_chunks_change_nothing_in_float64")
 def test_experiment_with_chunks_can_be_assembled(mesh1: Any) -> None:
     text = np.random.default_rng(0).integers(0, 11, (16, 9))
     source = data.Arrays({"tokens": text[:, :-1].astype(np.uint8), "label": text[:, 1:].astype(np.int32)})

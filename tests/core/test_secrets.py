@@ -88,6 +88,7 @@ def leaks(*texts: str) -> list[tuple[str, str]]:
     return [(where, secret) for where, data in found.items() for secret in SECRETS if secret.encode() in data]
 
 
+@pytest.mark.full("tests/core/test_secrets.py::test_long_output_is_masked_quickly")
 def test_no_secret_in_the_files_and_the_output_of_a_run(secretive, capfd, monkeypatch):
     monkeypatch.setattr(
         "jaxtrain.core.signals._end", lambda line, code: None

@@ -131,6 +131,7 @@ def test_crop_takes_every_window_of_the_padded_image(pad: int, mode: Any, numpy_
     assert counts.max() < mean + 5 * np.sqrt(mean)
 
 
+@pytest.mark.full("tests/data/test_augment.py::test_cutout_fills_per_channel_and_nothing_else")
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize(("height", "width"), [(6, 5), (5, 5)])
 def test_cutout_fills_one_square_clipped_at_the_border(size: int, height: int, width: int) -> None:

@@ -217,6 +217,7 @@ def cropped(source: RandomCrops, n: int) -> dict[str, np.ndarray]:
     return {"width": abs(width), "height": height, "x": x + 0.5, "y": y + 0.5, "mirrored": width < 0}
 
 
+@pytest.mark.full("tests/data/test_data_images.py::test_crops_are_the_same_after_resuming")
 def test_distribution_of_crops(root: Path) -> None:
     one = labelled(root, "grid", [encode(grid(256, 256), "png")])
     at = cropped(RandomCrops(one, 16, area=(0.1, 0.5), ratio=(0.5, 2.0)), 800)

@@ -58,6 +58,7 @@ def test_gather(root: Path) -> None:
             np.testing.assert_array_equal(value, everything[key][indices])
 
 
+@pytest.mark.full("tests/data/test_data_tfds.py::test_gather")
 def test_splits(root: Path) -> None:
     def labels(split: str) -> np.ndarray:
         source = TFDS("cifar10", split, data_dir=str(root))
@@ -127,6 +128,7 @@ def test_versions_configs_and_formats(tmp_path: Path) -> None:
         len(TFDS("c", data_dir=str(tmp_path)))
 
 
+@pytest.mark.full("tests/data/test_data_tfds.py::test_gather")
 def test_source_is_a_picklable_value(root: Path) -> None:
     source = TFDS("cifar10", "test", data_dir=str(root))
     fresh = dataclasses.replace(source)
@@ -159,6 +161,7 @@ def test_files_are_opened_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(opened) == 1
 
 
+@pytest.mark.full("tests/data/test_data_tfds.py::test_gather")
 def test_threads(root: Path) -> None:
     train = TFDS("cifar10", "train[1:]", data_dir=str(root))
     rng = np.random.default_rng(1)

@@ -33,6 +33,7 @@ def test_binary_cross_entropy_equals_optax_in_value_and_gradient(shape: tuple[in
     chex.assert_trees_all_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.full("[last0-bool]")
 @pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int64, np.float32])
 @pytest.mark.parametrize("last", [((1,), ()), ((1,), (1,)), ((), (1,))])
 def test_one_logit_with_labels_of_any_dtype_equals_scikit_learn(dtype: Any, last: Any) -> None:
@@ -48,6 +49,9 @@ def test_one_logit_with_labels_of_any_dtype_equals_scikit_learn(dtype: Any, last
     assert int(loss.outside(logits, batch)) == 0
 
 
+@pytest.mark.full(
+    "tests/losses/test_binary_and_regression.py::test_binary_cross_entropy_equals_optax_in_value_and_gradient"
+)
 def test_smoothing_and_pos_weight() -> None:
     logits, label = case(50)
     y, p = label, np.array(jax.nn.sigmoid(logits), np.float64)
@@ -71,6 +75,7 @@ def test_large_logits_are_finite_in_value_and_gradient() -> None:
     assert half.dtype == jnp.float32
 
 
+@pytest.mark.full("[2]")
 @pytest.mark.parametrize("ignore", [-1, 2])
 def test_masked_and_ignored_labels_change_nothing(ignore: int) -> None:
     logits, label = case(9, 3)
@@ -90,6 +95,7 @@ def test_masked_and_ignored_labels_change_nothing(ignore: int) -> None:
     assert float(loss(logits, nothing)[0]) == 0
 
 
+@pytest.mark.full("tests/losses/test_ignored_labels.py::test_a_mixed_pair_counts_where_both_labels_count")
 def test_mixed_labels_are_weighted() -> None:
     logits = jnp.array([[2.0], [-1.0]])
     batch = {"label": jnp.array([1, 0]), "label_mixed": jnp.array([0, 1]), "mix": jnp.array([0.7, 0.2])}

@@ -63,6 +63,7 @@ def test_a_batch_of_ignored_labels_has_loss_and_gradient_zero() -> None:
     assert float(value) == 0 and not np.any(gradient)
 
 
+@pytest.mark.full("tests/losses/test_ignored_labels.py::test_ignored_labels_change_nothing")
 def test_ignored_labels_of_chunked_logits() -> None:
     features, table = RNG.normal(size=(3, 7, 4)), RNG.normal(size=(CLASSES, 4))
     label = jnp.asarray(RNG.integers(-1, CLASSES, (3, 7)), jnp.int32)

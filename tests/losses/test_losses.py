@@ -32,7 +32,7 @@ def optax_loss(logits: jax.Array, label: jax.Array, smoothing: float) -> jax.Arr
     return optax.softmax_cross_entropy(logits, target).mean()
 
 
-@pytest.mark.full("[shape0-0.1]", "[shape1-0.0]")
+@pytest.mark.full("[shape1-0.0]")
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
 @pytest.mark.parametrize("shape", [(6,), (3, 4)])
 def test_cross_entropy_equals_optax_in_value_and_gradient(shape: tuple[int, ...], smoothing: float) -> None:
@@ -72,6 +72,7 @@ def test_sequence_labels_are_masked_by_position_or_by_row() -> None:
         assert metrics["accuracy"].compute() == np.mean(np.array(logits.argmax(-1) == label)[index])
 
 
+@pytest.mark.full("[loss1]")
 @pytest.mark.parametrize("loss", [CrossEntropy(0.1, top=2), MSE()])
 def test_batch_with_all_rows_masked_has_loss_and_gradient_zero(loss: Any) -> None:
     logits, label = classification((4,))
@@ -92,6 +93,7 @@ def test_top_k_counts_labels_among_the_best_k(top: int) -> None:
     assert metrics[f"top{top}"].compute() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.full("tests/step/test_float32_sums.py")
 def test_half_precision_logits_are_averaged_in_float32() -> None:
     logits, label = classification((64,), scale=8.0)
     value, metrics = CrossEntropy()(logits.astype(jnp.bfloat16), {"label": label})
@@ -198,6 +200,7 @@ def test_mse_refuses_shapes_that_would_broadcast(outputs: tuple[int, ...], targe
 # --- class maps
 
 
+@pytest.mark.full("tests/metrics/test_reports.py::test_segmentation_on_eight_devices_equals_scikit_learn")
 def test_iou_of_segmentation_labels_excludes_masked_rows() -> None:
     logits, label = classification((3, 4, 5))
     keep = np.array([True, False, True])

@@ -143,6 +143,7 @@ def test_mean_iou_is_over_the_classes_that_occur_on_either_side(extra: str) -> N
     assert MeanIoU(np.diag(counts), counts.sum(0), counts.sum(1)).compute() == found
 
 
+@pytest.mark.full("tests/metrics/test_metrics.py::test_confusion_matrix_without_a_mask_counts_every_row")
 def test_counts_take_class_maps_of_uint8() -> None:
     logits, label = RNG.normal(size=(2, 5, 6, 30)).astype(np.float32), RNG.integers(0, 30, (2, 5, 6))
     found = ConfusionMatrix.of(jnp.array(logits), jnp.array(label, jnp.uint8))

@@ -101,6 +101,7 @@ def test_segmentation_on_eight_devices_equals_scikit_learn(mesh8: Any) -> None:
     assert found["mean_iou"] == pytest.approx(macro("jaccard", truth, guess), rel=1e-15)
 
 
+@pytest.mark.full("tests/metrics/test_metrics.py::test_confusion_matrix_without_a_mask_counts_every_row")
 def test_negative_labels_are_never_counted_and_the_report_says_how_many_there_were() -> None:
     random = rng()
     logits, label = random.normal(size=(40, 3)).astype(np.float32), random.integers(-1, 4, 40)

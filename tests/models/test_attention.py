@@ -56,6 +56,7 @@ IMAGE = {"image": jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)}
 SCORES = re.compile(r"x24x24x\w")  # one for each pair of positions
 
 
+@pytest.mark.full("[bfloat16]")
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_on_a_gpu_uses_cudnn_forward_and_backward(hopper, precision):
     text = lower_gradient(NET, precision, TOKENS)
@@ -64,6 +65,7 @@ def test_half_precision_on_a_gpu_uses_cudnn_forward_and_backward(hopper, precisi
     assert not SCORES.search(text)
 
 
+@pytest.mark.full("[dots_saveable]")
 @pytest.mark.parametrize("remat", ["nothing_saveable", "dots_saveable"])
 def test_rematerialised_blocks_use_cudnn_and_store_no_scores(hopper, remat):
     text = lower_gradient(NET, "bfloat16", TOKENS, remat)
@@ -75,6 +77,7 @@ def test_image_models_attend_to_all_positions(hopper):
     assert text.count("@__cudnn$fmha") == 2 and "NO_MASK" in text and "CAUSAL" not in text
 
 
+@pytest.mark.full("[no GPU]")
 @pytest.mark.parametrize(
     ("module", "precision", "found"),
     [
@@ -171,6 +174,9 @@ def test_both_kernels_agree(causal, size):
         assert np.linalg.norm(ours - theirs) < 0.02 * np.linalg.norm(theirs)
 
 
+@pytest.mark.full(
+    "tests/models/test_attention.py::test_half_precision_on_a_gpu_uses_cudnn_forward_and_backward"
+)
 def test_float16_runs_on_a_cpu_and_rounds_less_than_its_precision():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 8), jnp.float16)
 
@@ -185,6 +191,7 @@ def test_float16_runs_on_a_cpu_and_rounds_less_than_its_precision():
     np.testing.assert_allclose(value, expected.sum(), rtol=2e-3)
 
 
+@pytest.mark.full("[none]")
 @pytest.mark.parametrize("remat", ["none", "nothing_saveable"])
 def test_choices_are_recorded_once_by_layer_with_the_reason(hopper, remat):
     """Initialisation, which uses XLA's kernel, is not among them."""
@@ -205,6 +212,7 @@ def test_choices_of_an_application_without_gradients(hopper):
     assert [one.layer for one in choices] == ["block0", "block1"]
 
 
+@pytest.mark.full("tests/models/test_attention.py::test_choices_are_recorded_once_by_layer_with_the_reason")
 def test_choices_outside_of_the_recording_are_not_recorded():
     q = jnp.ones((1, 4, 2, 8))
     with record_attention() as choices:

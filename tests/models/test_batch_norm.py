@@ -132,6 +132,9 @@ def all_reduces(net: nn.Module, mesh: Any) -> int:
     return len(re.findall(r" all-reduce(?:-start)?\(", text))
 
 
+@pytest.mark.full(
+    "tests/models/test_batch_norm.py::test_groups_are_slices_of_a_microbatch_and_count_masked_rows"
+)
 def test_statistics_of_groups_need_no_collective_of_their_own(mesh8: Any) -> None:
     net = ResNet(stages=(1,), block="basic", stem="cifar", width=8, classes=3)
     assert all_reduces(net.clone(bn_groups=8), mesh8) == 1  # gradients, metrics and running averages
@@ -139,7 +142,7 @@ def test_statistics_of_groups_need_no_collective_of_their_own(mesh8: Any) -> Non
 
 
 @pytest.mark.full(
-    "tests/models/test_batch_norm.py::test_statistics_of_groups_need_no_collective_of_their_own"
+    "tests/models/test_batch_norm.py::test_groups_are_slices_of_a_microbatch_and_count_masked_rows"
 )
 @pytest.mark.parametrize("name", MODELS)
 def test_models_pass_their_groups_on(name: str) -> None:
@@ -204,6 +207,7 @@ class OnlyNorm(nn.Module):
         return BatchNorm(not train, momentum=0.5, groups=2, name="norm")(image).mean((1, 2))
 
 
+@pytest.mark.full("[2]")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_groups_are_slices_of_a_microbatch_and_count_masked_rows(accumulate: int) -> None:
     image = images(8)

@@ -162,6 +162,7 @@ def test_batch_that_does_not_fit_the_parameters_is_refused_with_its_shape(
 # --- dropout and batch statistics
 
 
+@pytest.mark.full("[module1]")
 @pytest.mark.parametrize("module", [SMALL.clone(dropout=0.5), MLP(widths=(16,), dropout=0.5)])
 def test_dropout_acts_in_training_only_and_by_its_key_only(module: Any) -> None:
     model, batch = as_model(module), {"image": images()}
@@ -180,6 +181,9 @@ def test_dropout_acts_in_training_only_and_by_its_key_only(module: Any) -> None:
     np.testing.assert_array_equal(evaluated, model.apply(params, extra, batch, train=False, key=KEY)[0])
 
 
+@pytest.mark.full(
+    "tests/models/test_dropout.py::test_kept_fraction_is_the_rounded_rate_and_the_expectation_exact"
+)
 def test_dropout_keeps_the_mean_of_a_layer() -> None:
     model, batch = as_model(MLP(widths=(4000,), dropout=0.4, classes=1)), {"image": images(1)}
     params, extra = random_state(model, batch)
@@ -188,6 +192,9 @@ def test_dropout_keeps_the_mean_of_a_layer() -> None:
     assert float(dropped[0, 0]) == pytest.approx(float(undropped[0, 0]), rel=0.1)
 
 
+@pytest.mark.full(
+    "tests/models/test_models.py::test_batch_statistics_move_in_training_for_every_name_of_the_mode_argument"
+)
 def test_batch_statistics_move_in_training_only_by_momentum() -> None:
     model, batch = as_model(CNN(widths=(4,), convs=1, bn_momentum=0.75)), {"image": images() + 2}
     params, extra = jax.jit(model.init)(KEY, batch)

@@ -127,6 +127,7 @@ def test_rotated_scores_depend_on_the_distance_alone() -> None:
     np.testing.assert_allclose(np.linalg.norm(rotate(q), axis=-1), np.linalg.norm(q, axis=-1), rtol=1e-5)
 
 
+@pytest.mark.full("tests/models/test_models_gpt.py::test_rotated_scores_depend_on_the_distance_alone")
 def test_rotation_of_bfloat16_is_exact_to_bfloat16_at_far_positions() -> None:
     x = jnp.ones((1, 1000, 1, 4), jnp.bfloat16)
     found = rotate(x)
@@ -159,6 +160,7 @@ def test_logits_are_float32_one_row_a_token_for_tokens_of_any_integer_type(dtype
     assert found.shape == (3, 8, 11) and found.dtype == jnp.float32
 
 
+@pytest.mark.full("[rotary]")
 @pytest.mark.parametrize(
     "module",
     [SMALL.clone(depth=2), LEARNED, SMALL.clone(vocab=300)],
@@ -183,6 +185,7 @@ def test_token_changes_only_its_own_and_later_logits(module: Any) -> None:
         assert (moved > 1e-5).all()
 
 
+@pytest.mark.full("tests/models/test_models_gpt.py::test_gpt_equals_a_numpy_implementation")
 def test_initialisation_is_that_of_gpt2() -> None:
     module = GPT(vocab=50, context=40, width=48, depth=2, heads=2, positions="learned")
     params, _ = jax.jit(as_model(module).init)(QUICK, {"tokens": tokens(1)})
@@ -194,6 +197,9 @@ def test_initialisation_is_that_of_gpt2() -> None:
         assert float(leaf.std()) == pytest.approx(0.02, rel=0.1)
 
 
+@pytest.mark.full(
+    "tests/models/test_models_gpt.py::test_dropout_acts_on_the_embedding_and_on_both_residual_branches"
+)
 def test_gpts_dropout_acts_in_training_only_and_by_its_key_only() -> None:
     module, text = SMALL.clone(dropout=0.5), tokens()
     params = random_state(module)[0]
@@ -382,6 +388,7 @@ def test_generation_equals_the_naive_loop(module: Any, start: int, length: int, 
     np.testing.assert_array_equal(made_up, naive(module, params, prompt, length, context, draw))
 
 
+@pytest.mark.full("tests/models/test_models_gpt.py::test_generation_equals_the_naive_loop")
 def test_temperature_zero_is_the_most_likely_token_whatever_the_key() -> None:
     params, prompt = random_state(SMALL)[0], tokens(2, 3)
     greedy = functools.partial(generate, SMALL, params, {}, prompt, 9, context=8, temperature=0)
@@ -405,6 +412,9 @@ def sample_tokens(logits: Any, **options: Any) -> np.ndarray:
     return np.bincount(np.asarray(text)[:, 1:].ravel(), minlength=4) / 4000
 
 
+@pytest.mark.full(
+    "tests/models/test_models_gpt.py::test_top_k_draws_among_the_k_most_likely_by_temperature_even_when_tied"
+)
 def test_tokens_are_drawn_by_their_probability_and_temperature() -> None:
     for temperature in (1.0, 0.5, 3.0):
         p = np.exp(LOGITS / temperature)

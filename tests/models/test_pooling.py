@@ -71,6 +71,7 @@ def first_maximum(x: np.ndarray, size: int, stride: int, pads: Any, cotangent: n
     return out, gradient[:, top : top + x.shape[1], left : left + x.shape[2]]
 
 
+@pytest.mark.full("[sides3-3-1-SAME]")
 @pytest.mark.parametrize(("sides", "size", "stride", "padding"), OVERLAPPING)
 def test_overlapping_windows_equal_flax_with_ties(sides: Any, size: int, stride: int, padding: Any) -> None:
     x = few_values(sides)
@@ -78,6 +79,7 @@ def test_overlapping_windows_equal_flax_with_ties(sides: Any, size: int, stride:
     chex.assert_trees_all_equal(ours, with_gradient(lambda x: stock(x, size, stride, padding), x))
 
 
+@pytest.mark.full("[sides2-2-2-SAME]")
 @pytest.mark.parametrize(("sides", "size", "stride", "padding"), DISJOINT)
 def test_disjoint_windows_equal_flax_without_ties(sides: Any, size: int, stride: int, padding: Any) -> None:
     x = different_values(sides)

@@ -183,7 +183,7 @@ class Slow:
         return self._loader.batches(step, count)
 
 
-@pytest.mark.full("tests/monitor/test_profile.py::test_failing_profiler_does_not_end_the_run")
+@pytest.mark.full("tests/monitor/test_profile.py")
 def test_profile_shows_a_slow_source_and_shares_add_up(program, tmp_path, console, capsys):
     plain = fit(program, tmp_path / "plain", console)
     slow = dataclasses.replace(program, train=Slow(program.train, 0.03))
@@ -293,6 +293,7 @@ def test_profile_of_a_run_that_stops_and_resumes_within_the_range(
     assert "--profile 7:14: nothing to profile, the run resumes after update 25 of 25" in out
 
 
+@pytest.mark.full("tests/monitor/test_profile.py")
 def test_failing_profiler_does_not_end_the_run(program, tmp_path, console, capsys, monkeypatch):
     with jax.profiler.trace(tmp_path / "other"):
         result = fit(program, tmp_path / "run", console, profile_window=(2, 3))

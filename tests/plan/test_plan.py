@@ -97,6 +97,7 @@ def batch_shardings(program):
     return jax.tree.map(lambda x: x.sharding, abstract_batch(program))
 
 
+@pytest.mark.full("tests/plan/test_plan.py::test_bytes_match_the_arrays_of_a_real_run")
 def test_fsdp_divides_a_gpt_of_ten_million_parameters_by_its_devices():
     exp = dataclasses.replace(GPT, model=models.GPT(vocab=256, context=64, width=384, depth=6, heads=6))
     replicated, sharded = (
@@ -133,6 +134,7 @@ def test_temporaries_match_the_compiled_step_of_a_run():
     assert gradients <= found.collectives[0].bytes < gradients + 100  # and the metrics
 
 
+@pytest.mark.full("tests/plan/test_plan.py::test_json_is_complete_and_agrees_with_the_table")
 def test_largest_arrays_have_their_sharding_and_bytes_per_device(mesh8):
     found = measure(assemble(MLP, mesh_of_text("fsdp=8")), count=False).largest
     assert len(found) == 10 and [one.bytes for one in found] == sorted((o.bytes for o in found), reverse=True)
@@ -161,6 +163,7 @@ def test_flops_of_an_mlp(change):
         assert flops.model_flops(assemble(exp, mesh_of_text(mesh, devices))) == pytest.approx(hand, rel=0.04)
 
 
+@pytest.mark.full("tests/plan/test_plan.py::test_json_is_complete_and_agrees_with_the_table")
 def test_mesh_that_moves_more_than_it_computes_is_noted(monkeypatch):
     program = assemble(MLP, mesh_of_text("data=8"))
     monkeypatch.setattr(mesh_warnings, "MIN_SECONDS", 0.0)  # its collectives take microseconds
@@ -287,6 +290,7 @@ def plan_json(capsys, *args) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.full("tests/plan/test_plan.py::test_json_is_complete_and_agrees_with_the_table")
 def test_output_of_a_model_does_not_corrupt_json(mlp, capsys):
     with Path(mlp).open("a") as file:
         file.write(
@@ -334,6 +338,7 @@ def test_json_is_complete_and_agrees_with_the_table(mlp, capsys):
     assert max(map(len, out.splitlines())) < 100
 
 
+@pytest.mark.full("tests/plan/test_plan.py::test_json_is_complete_and_agrees_with_the_table")
 def test_without_a_limit_there_is_no_verdict(mlp, capsys):
     found = plan_json(capsys, mlp, "--devices", "1")
     assert found["fits"] is None and found["limit"] is None and found["collectives"] == []

@@ -95,6 +95,7 @@ def test_json_has_the_gpu_program_with_attention_by_layer(capsys, tmp_path):
     assert found["lower_bound"]["seconds"] > 0 and found["lower_bound"]["peak"] == 494.5e12
 
 
+@pytest.mark.full("tests/plan/test_plan.py::test_json_is_complete_and_agrees_with_the_table")
 def test_a_plan_for_cpus_says_where_the_figures_of_a_gpu_are(capsys):
     assert commands.main(["plan", "--experiment", TINY, "--devices", "1"]) == 0
     assert "  CPU figures: temporaries are 1.4 to 4 times those of a GPU" in capsys.readouterr().out

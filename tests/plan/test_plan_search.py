@@ -202,7 +202,7 @@ def command(capsys, *args) -> tuple[str, str]:
     return captured.out, captured.err
 
 
-@pytest.mark.full("tests/plan/test_plan_search.py::test_json_of_what_does_not_fit_has_the_change")
+@pytest.mark.full("tests/plan/test_plan_search.py::test_least_intrusive_change_comes_first")
 @pytest.mark.parametrize(
     ("widths", "batch", "part", "expected"),
     [
@@ -224,6 +224,7 @@ def test_suggested_change_fits_when_planned(widths, batch, part, expected, mlp, 
     assert "change" not in again
 
 
+@pytest.mark.full("tests/plan/test_plan_search.py::test_least_intrusive_change_comes_first")
 def test_json_of_what_does_not_fit_has_the_change(mlp, capsys):
     body = json.loads(
         command(capsys, mlp((128,), 64), "--devices", "1", "--device-memory", "1KB", "--json")[0]

@@ -69,6 +69,9 @@ def test_microbatches_weigh_as_much_as_their_loss_counts(names: tuple[str, ...],
         np.testing.assert_allclose(found, w - 0.1 * gradient, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full(
+    "tests/program/test_check_contract.py::test_microbatches_weigh_as_much_as_their_loss_counts"
+)
 def test_a_microbatch_that_counts_nothing_has_no_weight(mesh1: Any) -> None:
     keep = KEEP.copy()
     keep[::6] = False  # the first microbatch of six, if batches are in this order: its mean is 0 / 0

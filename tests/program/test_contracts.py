@@ -165,7 +165,7 @@ def forward_passes(name: str) -> dict[str, Any]:
     return {"init": (params, extra), "init again": init(one, batch), "init two": init(two, batch), **found}
 
 
-@pytest.mark.full("[mlp]", "[ratings_factors]")
+@pytest.mark.full("[mlp]")
 @row
 def test_init_and_apply_are_pure(name: str) -> None:
     found = forward_passes(name)
@@ -309,7 +309,7 @@ def floor(exp: Experiment) -> float:
     return float(-top * np.log(top) - (classes - 1) * rest * np.log(rest))
 
 
-@pytest.mark.full("[mlp]", "[ratings_factors]")
+@pytest.mark.full("[mlp]")
 @row
 def test_state_survives_a_checkpoint_bit_for_bit(name: str, tmp_path: Any) -> None:
     rng, exp = np.random.default_rng(0), small(name)

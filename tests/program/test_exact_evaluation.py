@@ -31,7 +31,7 @@ def mesh(request, mesh1, mesh8):
     return {1: mesh1, 8: mesh8}[request.param]
 
 
-@pytest.mark.full("[one device-1-device]", "[one device-15-device]", "[eight-1-device]")
+@pytest.mark.full("[eight-1-device]")
 @pytest.mark.parametrize("placement", ["device", "stream"])
 @pytest.mark.parametrize("n", cases.SIZES)
 def test_images(n, placement, mesh):
@@ -40,7 +40,7 @@ def test_images(n, placement, mesh):
     assert values["counts"].sum() == n
 
 
-@pytest.mark.full("[one device-sequences]", "[eight-regression]")
+@pytest.mark.full("[eight-regression]")
 @pytest.mark.parametrize("kind", cases.KINDS[1:])
 def test_tokens_and_numbers(kind, mesh):
     """Figures that are a mean over more than examples: over tokens, and over the elements of a target."""
@@ -90,7 +90,7 @@ class Poisoned:
         return found
 
 
-@pytest.mark.full("[one device-images]", "[eight-sequences]", "[eight-regression]")
+@pytest.mark.full("[eight-sequences]")
 @pytest.mark.parametrize("kind", cases.KINDS)
 def test_padding_values_are_ignored(kind, mesh):
     """NaN in inputs and targets, labels and tokens that there are none of."""
@@ -110,6 +110,7 @@ EXPERIMENT = cases.experiment("images", cases.BATCH + 1, "auto")
 """
 
 
+@pytest.mark.full("tests/program/test_exact_evaluation.py::test_images")
 def test_evaluate_command_counts_each_example_once(tmp_path, capsys, mesh1, monkeypatch):
     """``python -m jaxtrain evaluate`` on a run of one step, by one device and by eight."""
     monkeypatch.chdir(tmp_path)
@@ -136,6 +137,7 @@ def test_evaluate_command_counts_each_example_once(tmp_path, capsys, mesh1, monk
         assert found["precision"] == [h / g if g else 0 for h, g in zip(hits, guessed, strict=True)]
 
 
+@pytest.mark.full("[images]")
 @pytest.mark.parametrize("kind", cases.KINDS)
 def test_cases_detect_a_wrong_mask(kind, mesh1):
     """One example counted twice, or left out, moves the mean by much more than ``check`` allows."""

@@ -128,6 +128,7 @@ def test_gpt_formula_is_six_per_parameter_and_token_plus_causal_attention():
     assert as_model(models.MLP()).flops is None
 
 
+@pytest.mark.full("tests/plan/test_plan.py::test_flops_of_a_gpt_are_six_per_parameter_and_token")
 def test_gpt_formula_matches_xla_except_for_masked_positions():
     """XLA multiplies all pairs; what it does element by element comes on top."""
     net = GPT(vocab=128, context=64, width=256, depth=2, heads=4, dropout=0.0)

@@ -37,7 +37,7 @@ def experiment(model, train: data.Arrays, **changes) -> Experiment:
     return Experiment(model=model, train=train, test=train, **(settings | changes))
 
 
-@pytest.mark.full("tests/program/test_sharded_programs.py::test_one_float32_sgd_step_equals_one_device")
+@pytest.mark.full("tests/program/test_contracts.py::test_eight_devices_compute_the_step_of_one")
 def test_data_parallel_update_uses_the_averaged_gradient(mesh8):
     """Goyal et al. (arXiv:1706.02677), equation 2: each worker's mean gradient, and then their mean.
 
@@ -128,7 +128,7 @@ def gpt(vocab: int, **sizes) -> Experiment:
     return experiment(models.GPT(vocab=vocab, **(settings | sizes)), train, optimizer=optim.AdamW())
 
 
-@pytest.mark.full("tests/program/test_sharded_programs.py::test_one_float32_sgd_step_equals_one_device")
+@pytest.mark.full("tests/program/test_contracts.py::test_eight_devices_compute_the_step_of_one")
 @pytest.mark.parametrize("text", ["model=8", "data=4,model=2"])
 def test_tensor_parallelism_never_gathers_the_vocabulary(text):
     """Megatron (arXiv:1909.08053, section 3): one all-reduce of activations for each half of a block, forward
@@ -184,7 +184,7 @@ def test_fsdp_stores_an_eighth_of_parameters_and_optimizer_per_device():
     assert bytes_on_a_device((replicated.abstract_state.params, replicated.abstract_state.opt_state)) == total
 
 
-@pytest.mark.full("tests/program/test_sharded_programs.py::test_one_float32_sgd_step_equals_one_device")
+@pytest.mark.full("tests/program/test_contracts.py::test_eight_devices_compute_the_step_of_one")
 def test_state_is_never_gathered_on_one_device():
     """Initialisation writes each device's part and computes no more than a large array at a time."""
     program, init = ten_million("fsdp=8")
@@ -195,7 +195,7 @@ def test_state_is_never_gathered_on_one_device():
     assert memory.temp_size_in_bytes < 3 * largest < total / 10
 
 
-@pytest.mark.full("tests/program/test_sharded_programs.py::test_one_float32_sgd_step_equals_one_device")
+@pytest.mark.full("tests/program/test_contracts.py::test_eight_devices_compute_the_step_of_one")
 def test_sharded_init_equals_one_device():
     exp = gpt(256, depth=1)
     one = assemble(exp, sharding.make_mesh(jax.devices()[:1])).init()
@@ -204,7 +204,7 @@ def test_sharded_init_equals_one_device():
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 
-@pytest.mark.full("[fsdp=8]")
+@pytest.mark.full("tests/program/test_contracts.py::test_eight_devices_compute_the_step_of_one")
 @pytest.mark.parametrize("text", ["data=8", "fsdp=8", "data=4,model=2", "data=2,fsdp=2,model=2"])
 def test_one_float32_sgd_step_equals_one_device(text):
     exp = experiment(models.MLP(widths=(1024,), classes=4), source(64))

@@ -73,7 +73,7 @@ def started(tx: Any) -> Any:
     return state.replace(params=params, opt_state=tx.init(params))
 
 
-@pytest.mark.full("[plain]", "[weights]")
+@pytest.mark.full("[plain]")
 @pytest.mark.parametrize("case", ["plain", "weights", *MASKS])
 def test_update_and_metrics_equal_the_full_batch(case: str, float64: Any) -> None:
     batch, tx = classes(), optax.sgd(0.1, momentum=0.9)
@@ -258,7 +258,7 @@ def test_splitting_moves_no_row_between_devices() -> None:
     assert collectives(net, batch, accumulate=4, unroll=True) == {"all-reduce"}
 
 
-@pytest.mark.full("[True]")
+@pytest.mark.full("tests/step/test_accumulate.py::test_update_and_metrics_equal_the_full_batch")
 @pytest.mark.parametrize("unroll", [False, True])
 def test_memory_is_that_of_one_microbatch(unroll: bool) -> None:
     """The unrolled program needs barriers, which XLA:CPU drops without an option."""

@@ -193,7 +193,7 @@ def counted(program):
     return program, asked
 
 
-@pytest.mark.full("[stage1]")
+@pytest.mark.full("tests/step/test_guard.py::test_bad_update_leaves_the_state_bitwise_unchanged")
 @pytest.mark.parametrize("stage", [Spoil(77), Spoil(77, label=-1)])
 def test_stop_ends_the_run_at_once_and_saves_nothing_later(stage, tmp_path, console, mesh1):
     exp = change(augment=(stage,), step_factory=five, log_every=50, save_every=0.2, holdout=40)

@@ -112,6 +112,7 @@ def test_step_increments_and_folds_into_the_key() -> None:
     assert train(start, batch, jax.random.key(0))[1]["drawn"].compute() != drawn[0]
 
 
+@pytest.mark.full("tests/step/test_step.py::test_step_is_pure_and_compiles_once")
 def test_model_and_prepare_get_different_keys() -> None:
     seen: dict[str, Any] = {}
 

@@ -93,6 +93,7 @@ def test_a_network_with_statistics_is_the_same_in_float64(mesh1):
         assert parallel_cases.distance(ours, theirs) < 1e-9
 
 
+@pytest.mark.full("tests/train/test_loop.py::test_stop_and_resume_is_bitwise_the_straight_run")
 def test_stop_and_resume_is_bitwise_the_straight_run(tmp_path, monkeypatch, mesh1):
     program = assemble(change(steps_per_execution=5), mesh1)
     fit(program, tmp_path / "straight", Plain())

@@ -165,7 +165,7 @@ def finite(found: dict[str, float], *names: str) -> dict[str, float]:
     return found
 
 
-@pytest.mark.full("tests/train/test_end_to_end.py::test_ratings_factors_learns")
+@pytest.mark.full("tests/program/test_contracts.py::test_overfits_32_examples")
 def test_imagenet_resnet50_learns_and_resumes_bit_for_bit_whatever_reads_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -185,7 +185,7 @@ def test_imagenet_resnet50_learns_and_resumes_bit_for_bit_whatever_reads_it(
     assert cut["test"] == test
 
 
-@pytest.mark.full("tests/train/test_end_to_end.py::test_ratings_factors_learns")
+@pytest.mark.full("tests/program/test_contracts.py::test_overfits_32_examples")
 def test_imagenet_vit_s16_learns() -> None:
     """RandAugment on the host, Mixup on the device, and a hundredth of the training set to validate on.
 
@@ -206,7 +206,7 @@ def test_imagenet_vit_s16_learns() -> None:
     assert result["test"]["top5"] > 0.9 and losses()[-1] < losses()[0] / 1.5
 
 
-@pytest.mark.full("tests/train/test_end_to_end.py::test_ratings_factors_learns")
+@pytest.mark.full("tests/program/test_contracts.py::test_overfits_32_examples")
 def test_pets_unet_learns(capsys: pytest.CaptureFixture[str]) -> None:
     ready("oxford_iiit_pet", pets())
     result = train("pets_unet", *UNET, "batch=8", "epochs=6", "workers=0", "log_every=5", "eval_every=6")
@@ -220,7 +220,7 @@ def test_pets_unet_learns(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(again["iou"]) == 3 and np.mean(again["iou"]) == pytest.approx(best["mean_iou"])
 
 
-@pytest.mark.full("tests/train/test_end_to_end.py::test_ratings_factors_learns")
+@pytest.mark.full("tests/program/test_contracts.py::test_overfits_32_examples")
 def test_sentiment_lstm_learns() -> None:
     ready("imdb_reviews", imdb())
     words = ("train.words=30", "test.words=30", "train.length=24", "test.length=24", "model.vocab=286")
@@ -231,6 +231,7 @@ def test_sentiment_lstm_learns() -> None:
     assert best["accuracy"] > 0.9 and losses()[-1] < losses()[0] / 1.5
 
 
+@pytest.mark.full("tests/program/test_contracts.py::test_overfits_32_examples")
 def test_ratings_factors_learns() -> None:
     """The model as it is shipped: the first and the last user and item of the original have a place in it."""
     ready("movielens/100k-ratings", movielens())
@@ -241,7 +242,7 @@ def test_ratings_factors_learns() -> None:
     assert best["rmse"] < 0.8 and losses()[-1] < losses()[0] / 2  # guessing 3.5 is off by 1.1 or so
 
 
-@pytest.mark.full("tests/train/test_end_to_end.py::test_ratings_factors_learns")
+@pytest.mark.full("tests/program/test_contracts.py::test_overfits_32_examples")
 def test_shakespeare_gpt_learns() -> None:
     """The real text; 5.5 is a guess among 256 bytes, 3.3 the entropy of single letters in English prose."""
     ready("tiny_shakespeare", real_data("text"))
@@ -252,7 +253,7 @@ def test_shakespeare_gpt_learns() -> None:
     assert losses()[0] > 3.5
 
 
-@pytest.mark.full("tests/train/test_end_to_end.py::test_ratings_factors_learns")
+@pytest.mark.full("tests/program/test_contracts.py::test_overfits_32_examples")
 def test_series_gru_learns() -> None:
     """The real series."""
     ready("etth1", real_data("series"))

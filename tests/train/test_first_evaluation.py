@@ -188,6 +188,9 @@ def of_batches(outputs: Any, batch: Any) -> Any:
     return loss, {"loss": Mean.of(loss), "nll": metrics["loss"], "constant": Mean.of(jnp.float32(3))}
 
 
+@pytest.mark.full(
+    "tests/train/test_first_evaluation.py::test_a_metric_that_cannot_be_computed_ends_before_the_folder_is_made"
+)
 def test_a_mean_of_batch_means_is_a_note(mesh1: Any, capsys: Any, tmp_path: Any) -> None:
     (note,) = check(change(loss=of_batches), mesh1)
     assert note.startswith(

@@ -107,6 +107,7 @@ def config(folder: Path | str = "w") -> dict[str, Any]:
 MORE = ("--set", "epochs=2")  # of a finished run: it resumes where it ended
 
 
+@pytest.mark.full("tests/train/test_identity.py::test_a_run_that_saved_nothing_may_begin_with_other_data")
 def test_a_longer_table_is_refused_and_can_be_accepted(train: Any, project: Path) -> None:
     assert train()[0] == 0
     before = config()
@@ -131,7 +132,7 @@ def test_a_longer_table_is_refused_and_can_be_accepted(train: Any, project: Path
     assert code == 0 and "accepted" not in text and "changed" not in text
 
 
-@pytest.mark.full("tests/train/test_identity.py::test_a_longer_table_is_refused_and_can_be_accepted")
+@pytest.mark.full("tests/train/test_identity.py::test_a_run_that_saved_nothing_may_begin_with_other_data")
 def test_one_cell_of_the_test_split_is_noticed_in_a_finished_run(
     train: Any, command: Any, project: Path
 ) -> None:
@@ -167,6 +168,7 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
+@pytest.mark.full("tests/train/test_identity.py::test_changed_code_of_a_resumed_run_is_named")
 def test_changed_code_of_a_finished_run_is_named(train: Any, project: Path) -> None:
     assert train()[0] == 0
     files = ["constants.py", "exp.py", "helpers.py", "nets/__init__.py", "nets/blocks.py"]
@@ -214,6 +216,7 @@ def test_a_copy_of_everything_is_no_change(train: Any, command: Any, project: Pa
     assert code == 0 and "changed" not in text
 
 
+@pytest.mark.full("tests/train/test_identity.py::test_a_copy_of_everything_is_no_change")
 def test_relative_paths_mean_the_same_from_every_folder(
     train: Any, command: Any, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,7 +274,7 @@ class Rows:
         return {"image": self.image[indices], "label": self.label[indices]}
 
 
-@pytest.mark.full("tests/train/test_identity.py::test_a_longer_table_is_refused_and_can_be_accepted")
+@pytest.mark.full("tests/train/test_identity.py::test_a_run_that_saved_nothing_may_begin_with_other_data")
 def test_fit_compares_sources_of_the_users_own(tmp_path: Path, mesh1: Any, capsys: Any) -> None:
     first = jaxtrain.Experiment(
         model=models.MLP(widths=(), classes=3),
@@ -329,6 +332,7 @@ def small_experiment() -> jaxtrain.Experiment:
     )  # fmt: skip
 
 
+@pytest.mark.full("tests/train/test_identity.py::test_changed_code_of_a_resumed_run_is_named")
 def test_fit_refuses_changed_code_where_it_is_strict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for text, strict in (("before", True), ("after", False)):
         monkeypatch.setattr(experiment_code, "digests", lambda *_, text=text: {"own.py": text})

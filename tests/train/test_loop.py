@@ -103,6 +103,7 @@ def test_records_hold_epoch_and_learning_rate(tmp_path, console, mesh1):
     assert train[0]["epoch"] == 5 / 12.5
 
 
+@pytest.mark.full("tests/train/test_loop.py::test_train_and_evaluation_compile_once")
 def test_a_regression_needs_no_accuracy(tmp_path, console, mesh1):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(64, 3)).astype(np.float32)
@@ -135,7 +136,7 @@ def test_batch_norm_statistics_are_over_the_global_batch(tmp_path, console, mesh
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
 
 
-@pytest.mark.full("[1-8]", "[17-8]")
+@pytest.mark.full("[17-8]")
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 50])
 def test_evaluation_counts_each_example_once(n, devices, console, mesh1, mesh8):
@@ -223,6 +224,7 @@ def test_the_loop_reads_each_metric_once_and_behind_later_updates(tmp_path, cons
     assert steps > 10 and reads == [*range(4, steps + 1), steps, steps, steps]
 
 
+@pytest.mark.full("tests/train/test_loop.py::test_train_and_evaluation_compile_once")
 def test_best_checkpoint_is_chosen_on_valid_and_not_deleted(tmp_path, console, monkeypatch, mesh1):
     exp = change(holdout=40, epochs=12, optimizer=optim.SGD(lr=0.05), max_to_keep=1, save_every=100)
     real, calls = checkpoint.Checkpoints.save, []
@@ -274,6 +276,7 @@ def test_a_step_factory_and_data_init_of_the_users_own(tmp_path, console, mesh1)
     assert all(not leaf.any() for leaf in jax.tree.leaves(jax.device_get(program.init().params)))
 
 
+@pytest.mark.full("[stream]")
 @pytest.mark.parametrize("placement", ["device", "stream"])
 def test_data_init_sees_the_first_examples_preprocessed_and_not_augmented(placement, mesh8):
     seen = []

@@ -96,6 +96,7 @@ class Fickle:
         return {**fields, "image": fields["image"].astype(np.int16)} if wide else fields
 
 
+@pytest.mark.full("tests/train/test_recompile.py::test_resident_data_compiles_once_under_strict")
 def test_the_loop_warns_or_ends(tmp_path, capsys, mesh1):
     exp = dataclasses.replace(
         EXPERIMENT, model=models.MLP(widths=(), classes=4), train=Fickle(), augment=(), placement="stream"
@@ -111,7 +112,7 @@ def test_the_loop_warns_or_ends(tmp_path, capsys, mesh1):
     assert what in str(error.value) and "and is int16[16,8,8,1]" in str(error.value)
 
 
-@pytest.mark.full("tests/train/test_recompile.py::test_the_loop_warns_or_ends")
+@pytest.mark.full("tests/train/test_recompile.py::test_resident_data_compiles_once_under_strict")
 def test_the_flag_makes_it_exit_code_3(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "fickle.py"
