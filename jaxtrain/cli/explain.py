@@ -59,9 +59,8 @@ def make_parser() -> command_line.Parser:
     parser.add_argument(
         "--steps",
         type=int,
-        default=128,
         metavar="N",
-        help="points of integrated_gradients; default: %(default)s",
+        help="points of integrated_gradients; default: 128, or 512 for text",
     )
     parser.add_argument(
         "--samples",
@@ -127,7 +126,7 @@ def _run(args: argparse.Namespace) -> int:
         console.note(to_json({**body, "page": str(path), "examples": records}))
     else:
         console.note(f"{path}: {len(records)} predictions, {', '.join(explainer.methods)}")
-    _warn_incomplete(records, args.steps)
+    _warn_incomplete(records, explainer.steps)
     return 0
 
 

@@ -18,7 +18,7 @@ CHUNK = 16
 
 
 def integrated_gradients(
-    function: Scalar, inputs: jax.Array, baseline: jax.Array, steps: int = 128
+    function: Scalar, inputs: jax.Array, baseline: jax.Array, steps: int = 128, power: float = 1.0
 ) -> jax.Array:
     """Return the part of each input in ``function(inputs) - function(baseline)``.
 
@@ -31,27 +31,29 @@ def integrated_gradients(
       function: of one example, to a scalar.
       inputs: float array, the example.
       baseline: of the same shape, an input without information, such as a black image.
-      steps: points on the line, at least 1.
+      steps: points on the line, at least 1: the middles of intervals that end at ``(i / steps) ** power``.
+      power: above 1, more of the points are near the baseline, where a function changes fast whose first
+        layer is a normalisation and whose baseline is 0; at least 1.
 
     Returns:
       Attributions of the shape of ``inputs``, in units of the function's value.
 
     Raises:
-      InputError: ``steps`` is below 1, the shapes differ, or the inputs are no floats.
+      InputError: ``steps`` or ``power`` is below 1, the shapes differ, or the inputs are no floats.
 
     >>> w, x = jnp.array([1.0, -2.0]), jnp.array([3.0, 1.0])
     >>> integrated_gradients(lambda x: x @ w, x, jnp.zeros(2)).tolist()
     [3.0, -2.0]
     """
-    if steps < 1:
-        raise InputError(f"steps is {steps}: give at least 1")
+    if steps < 1 or not power >= 1:
+        raise InputError(f"steps is {steps} and power {power}: give at least 1 of each")
     _check_float(inputs)
     if jnp.shape(inputs) != jnp.shape(baseline):
         raise InputError(f"baseline has shape {jnp.shape(baseline)} and the inputs {jnp.shape(inputs)}")
     difference = inputs - baseline
-    middle = (jnp.arange(steps, dtype=inputs.dtype) + 0.5) / steps
-    gradient = _mean_gradient(function, lambda alpha: baseline + alpha * difference, middle)
-    return difference * gradient
+    ends = (jnp.arange(steps + 1, dtype=inputs.dtype) / steps) ** power
+    middles, widths = (ends[1:] + ends[:-1]) / 2, jnp.diff(ends)
+    return difference * _mean_gradient(function, lambda alpha: baseline + alpha * difference, middles, widths)
 
 
 def completeness_error(
@@ -109,7 +111,7 @@ def smoothgrad(
         draw = jax.random.normal(jax.random.fold_in(key, number), inputs.shape, inputs.dtype)
         return inputs + scale * draw
 
-    return _mean_gradient(function, noisy, jnp.arange(samples))
+    return _mean_gradient(function, noisy, jnp.arange(samples), jnp.full(samples, 1 / samples, inputs.dtype))
 
 
 def grad_cam(function: Scalar, activations: jax.Array) -> jax.Array:
@@ -165,14 +167,16 @@ def attention_rollout(weights: Sequence[jax.Array], residual: float = 0.5) -> ja
     return rollout
 
 
-def _mean_gradient(function: Scalar, point: Callable[[Any], jax.Array], numbers: jax.Array) -> jax.Array:
-    """Return the mean of the gradients of ``function`` at ``point(number)`` for each number."""
+def _mean_gradient(
+    function: Scalar, point: Callable[[Any], jax.Array], numbers: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """Return the weighted sum of the gradients of ``function`` at ``point(number)`` for each number."""
 
     def gradient(number: Any) -> jax.Array:
         return jax.grad(function)(point(number))
 
     gradients = jax.lax.map(gradient, numbers, batch_size=min(CHUNK, len(numbers)))
-    return gradients.mean(0)
+    return jnp.tensordot(weights, gradients, 1)
 
 
 def _check_float(inputs: jax.Array) -> None:

@@ -33,14 +33,14 @@ class Settings:
     Attributes:
       methods: some of ``METHODS``; empty: those that fit the model.
       target: name or number of the class; None is the predicted one, or output 0 of a regression.
-      steps: of ``integrated_gradients``.
+      steps: of ``integrated_gradients``; None is 128, and 512 for tokens.
       samples: of ``smoothgrad``.
       layer: of ``grad_cam``; None is the last one with feature maps.
     """
 
     methods: tuple[str, ...] = ()
     target: str | None = None
-    steps: int = 128
+    steps: int | None = None
     samples: int = 64
     layer: str | None = None
 
@@ -80,16 +80,19 @@ class Explainer:
     Attributes:
       methods: the methods that are used.
       layer: that of ``grad_cam``; None without it.
+      steps: of ``integrated_gradients``.
 
     Raises:
       InputError: a method does not fit the model, or there is no such class or layer.
     """
 
     def __init__(self, forward: Forward, settings: Settings) -> None:
-        if min(settings.steps, settings.samples) < 1:
-            raise InputError(
-                f"--steps {settings.steps} --samples {settings.samples}: both must be at least 1"
-            )
+        text = forward.kind == "tokens"
+        self.steps = (512 if text else 128) if settings.steps is None else settings.steps
+        if min(self.steps, settings.samples) < 1:
+            raise InputError(f"--steps {self.steps} --samples {settings.samples}: both must be at least 1")
+        # The baseline of an embedding is 0, where a transformer's LayerNorm changes fast.
+        self._power = 3.0 if text else 1.0
         self.forward, self._settings = forward, settings
         self.methods = settings.methods or default_methods(forward)
         self._target = _class_number(forward, settings.target)
@@ -138,7 +141,9 @@ class Explainer:
         point = forward.point(weights, batch)
         baseline = forward.baseline(inputs, point)
         compute: dict[str, Callable[[], jax.Array]] = {
-            "integrated_gradients": lambda: integrated_gradients(value, point, baseline, settings.steps),
+            "integrated_gradients": lambda: integrated_gradients(
+                value, point, baseline, self.steps, self._power
+            ),
             "smoothgrad": lambda: smoothgrad(value, point, jax.random.key(0), settings.samples),
             "grad_cam": lambda: grad_cam(head, forward.output_of(weights, batch, str(self.layer))),
             "rollout": lambda: self._rollout(weights, batch, last),

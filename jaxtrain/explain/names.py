@@ -33,14 +33,17 @@ def token_texts(forward: Forward, example: Example, values: np.ndarray) -> tuple
     if forward.manifest.text is None:
         return values, [f"{int(token)} " for token in tokens]
     texts = [_token_bytes(forward, int(token)) for token in tokens]
-    words = forward.words is not None
+    words, was_word = forward.words is not None, False
     numbers: list[float] = []
     pieces: list[str] = []
     for start, end in _characters(texts):
         text = b"".join(texts[start:end]).decode("utf-8", errors="replace")
-        is_word = words and int(tokens[start]) >= 256
-        pieces.append(f"{text} " if is_word or (words and text == " ") else _visible(text))
+        is_word = int(tokens[start]) >= 256
+        if words and pieces and (is_word or was_word):  # the tokenizer has dropped these spaces
+            pieces[-1] += " "
+        pieces.append(_visible(text))
         numbers.append(float(values[start:end].sum()))
+        was_word = is_word
     return np.array(numbers), pieces
 
 
