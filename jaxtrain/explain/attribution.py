@@ -135,7 +135,7 @@ def grad_cam(function: Scalar, activations: jax.Array) -> jax.Array:
         raise InputError(f"activations have shape {activations.shape}: give [height, width, channel]")
     _check_float(activations)
     weights = jax.grad(function)(activations).mean((0, 1))
-    return jax.nn.relu((activations * weights).sum(-1))
+    return jax.nn.relu(jnp.tensordot(activations, weights, 1))
 
 
 def attention_rollout(weights: Sequence[jax.Array], residual: float = 0.5) -> jax.Array:
