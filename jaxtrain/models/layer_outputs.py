@@ -92,12 +92,16 @@ def _intercept(visit: Callable[[Layer, jax.Array], jax.Array]) -> Iterator[None]
     """Call ``visit`` with the output of each layer; what it returns takes its place."""
     calls: dict[str, int] = {}
     active: list[str] = []
+    scans: set[str] = set()
 
     def interceptor(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
         path = "/".join(module.path or ())
-        if context.method_name != "__call__" or path in ("", *active):  # or it calls super().__call__
+        outer = path in ("", *active)  # the model, or a layer that calls super().__call__
+        if context.method_name != "__call__" or outer or scans.intersection(active):
             return call(*args, **kwargs)
+        if isinstance(module, nn.RNN):  # no value can be taken out of its scan
+            scans.add(path)
         active.append(path)
         try:
             output = call(*args, **kwargs)

@@ -130,7 +130,7 @@ def heat_map(array: np.ndarray, scale: Scale, shape: tuple[int, int] | None = No
 
 
 def tiles(maps: np.ndarray, most: int = 64) -> np.ndarray:
-    """Return the first ``most`` of pictures ``[n, height, width, 3]`` as one, in rows, a pixel apart.
+    """Return the first ``most`` of pictures ``[n, height, width, 3]`` as one, in rows, a grey pixel apart.
 
     >>> tiles(np.zeros((5, 4, 4, 3), np.uint8)).shape
     (9, 14, 3)
@@ -139,7 +139,7 @@ def tiles(maps: np.ndarray, most: int = 64) -> np.ndarray:
     columns = math.ceil(math.sqrt(len(maps)))
     rows = math.ceil(len(maps) / columns)
     height, width = maps.shape[1:3]
-    sheet = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, 3), 255, np.uint8)
+    sheet = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, 3), 64, np.uint8)
     for number, one in enumerate(maps):
         top, left = (height + 1) * (number // columns), (width + 1) * (number % columns)
         sheet[top : top + height, left : left + width] = one
