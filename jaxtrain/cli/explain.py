@@ -180,6 +180,9 @@ def _from_split(
     from jaxtrain.evaluation import splits
 
     experiment, name = splits.evaluation_split(run.experiment, args.split)
+    held_out = args.split == "valid" and run.experiment.valid is None
+    own = "train" if held_out else args.split
+    run.check_data({own: getattr(run.experiment, own)}, args.split, accept=False)
     source = CheckedSource(args.split, splits.split_source(experiment, name))
     count = min(args.count, len(source))
     ids = np.arange(count) * len(source) // count

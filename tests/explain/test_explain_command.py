@@ -188,3 +188,17 @@ def test_colours_and_legend_follow_the_numbers() -> None:
     red, blue = pictures.COLOURS["diverging"][-1], pictures.COLOURS["diverging"][0]
     assert tuple(found[0, 1]) == red and found[1, 0, 2] > found[1, 0, 0] and tuple(found[1, 0]) != blue
     assert pictures.heat_map(np.zeros((3, 3)), "sequential")  # all 0: no division by 0
+
+
+@pytest.mark.full(
+    "tests/explain/test_explainer.py::test_integrated_gradients_are_complete_within_one_percent[cnn]"
+)
+def test_the_digits_are_explained_completely(tmp_path: Path, capsys: Any) -> None:
+    words = ["--experiment", "digits_cnn", "--set", "epochs=3", "--devices", "1"]
+    assert run.main([*words, "--workdir", str(tmp_path)]) == 0
+    capsys.readouterr()
+    words = ["--split", "test", "--count", "12", "--method", "integrated_gradients", "--json"]
+    assert commands.main(["explain", "--workdir", str(tmp_path), *words]) == 0
+    out, err = capsys.readouterr()
+    examples = json.loads(out.splitlines()[-1])["examples"]
+    assert len(examples) == 12 and all(one["completeness_error"] < 0.01 for one in examples) and not err

@@ -186,3 +186,51 @@ def test_models_with_several_inputs_or_predictions_are_refused() -> None:
 
 def _two_inputs(params: Any, extra: Any, batch: Any, *, train: bool, key: Any) -> Any:
     return batch["image"].mean((1, 2)) + batch["place"].astype("float32"), extra
+
+
+def test_a_decoder_is_explained_at_the_last_token_of_the_text() -> None:
+    tokens = np.random.default_rng(0).integers(0, 20, (8, 12)).astype(np.uint8)
+    fields = data.Arrays({"tokens": tokens, "label": tokens.astype(np.int32)})
+    exp = Experiment(
+        model=models.GPT(vocab=20, context=12, width=16, depth=2, heads=2, dropout=0.0),
+        train=fields,
+        test=fields,
+        loss=losses.CrossEntropy(task="language_model"),
+        optimizer=optim.Adam(lr=1e-2),
+        batch=8,
+        epochs=1,
+    )
+    state = jax.jit(make_init(exp.model, optax.sgd(0.1)))(jax.random.key(0), fields.gather(np.arange(2)))
+    about = {"name": "gpt", "step": 0, "metrics": {}, "config": {}}
+    forward = Forward(exp, state, fields.gather(np.arange(2)), about)
+    explainer = Explainer(forward, Settings(steps=96))
+    assert explainer.methods == ("integrated_gradients", "rollout")
+    one = explainer.explain(Example(0, {"tokens": tokens[0]}, tokens=7))
+    logits = exp.model.apply({"params": state.params}, tokens[:1, :7])[0, -1]
+    assert one.prediction == one.target == int(logits.argmax())
+    assert one.value == pytest.approx(float(logits.max()), rel=1e-4)
+    assert {name: x.shape for name, x in one.maps.items()} == dict.fromkeys(explainer.methods, (7,))
+    assert one.error < 0.01
+    batch = forward.prepare({"tokens": tokens[:1]})
+    rollout = np.eye(12)
+    for layer in forward.attention_weights(forward.weights, batch):
+        rollout = (np.asarray(layer, np.float64).mean(0) + np.eye(12)) / 2 @ rollout
+    np.testing.assert_allclose(one.maps["rollout"], rollout[6, :7], rtol=1e-4)
+    assert one.maps["rollout"].sum() == pytest.approx(1, rel=1e-5)  # nothing attends to later tokens
+
+
+def test_segmentation_is_refused() -> None:
+    image = np.zeros((4, 8, 8, 3), np.float32)
+    fields = data.Arrays({"image": image, "label": np.zeros((4, 8, 8), np.int32)})
+    exp = dataclasses.replace(
+        experiment("cnn"),
+        model=models.UNet(widths=(4, 4), classes=3),
+        train=fields,
+        test=fields,
+        loss=losses.CrossEntropy(task="segmentation"),
+        preprocess=(),
+    )
+    examples = fields.gather(np.arange(2))
+    state = jax.jit(make_init(exp.model, optax.sgd(0.1)))(jax.random.key(0), examples)
+    with pytest.raises(InputError, match="and explain takes models with one"):
+        Forward(exp, state, examples, {"name": "x", "step": 0, "metrics": {}, "config": {}})
