@@ -143,6 +143,8 @@ def test_tokens_of_text_are_escaped_and_add_up(texts: list[str], capsys: Any, tm
     assert record["methods"] == ["integrated_gradients"]
     shown = Page(tmp_path / page.PAGE)
     assert "script" not in shown.tags and "<script>ale" in shown.text
+    source = (tmp_path / page.PAGE).read_text()
+    assert ">&lt;</span>" in source and "><</span>" not in source
     for one in record["examples"]:
         pieces = one["tokens"]["integrated_gradients"]
         assert sum(number for _, number in pieces) == pytest.approx(one["value"] - one["baseline"], rel=0.01)

@@ -188,6 +188,7 @@ def _two_inputs(params: Any, extra: Any, batch: Any, *, train: bool, key: Any) -
     return batch["image"].mean((1, 2)) + batch["place"].astype("float32"), extra
 
 
+@pytest.mark.full("tests/explain/test_explainer.py::test_rollout_of_the_vit_is_numpy_from_its_weights")
 def test_a_decoder_is_explained_at_the_last_token_of_the_text() -> None:
     tokens = np.random.default_rng(0).integers(0, 20, (8, 12)).astype(np.uint8)
     fields = data.Arrays({"tokens": tokens, "label": tokens.astype(np.int32)})
