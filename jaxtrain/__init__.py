@@ -15,7 +15,19 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxtrain import artifact, checkpoint, compress, data, losses, metrics, models, optim, sharding, step
+    from jaxtrain import (
+        artifact,
+        checkpoint,
+        compress,
+        data,
+        explain,
+        losses,
+        metrics,
+        models,
+        optim,
+        sharding,
+        step,
+    )
     from jaxtrain.core.errors import InputError, RunError
     from jaxtrain.core.signals import Stopped
     from jaxtrain.core.types import Model, State
@@ -36,6 +48,7 @@ __all__ = [
     "checkpoint",
     "compress",
     "data",
+    "explain",
     "fit",
     "losses",
     "metrics",

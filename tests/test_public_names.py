@@ -17,6 +17,7 @@ ROOMS = (
     "checkpoint",
     "compress",
     "data",
+    "explain",
     "losses",
     "metrics",
     "models",

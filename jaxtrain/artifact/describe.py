@@ -64,6 +64,16 @@ def describe(
     )
 
 
+def describe_fixed(trained: Trained, platforms: Sequence[str]) -> Manifest:
+    """Return the manifest of a model whose axes are all fixed, except that of the batch."""
+    serving = trained.serving
+    outputs = {
+        name: InputSpec(spec.dtype.name, (BATCH, *spec.shape)) for name, spec in serving.outputs.items()
+    }
+    axes: dict[str, Shape] = {name: tuple(spec.shape) for name, spec in serving.inputs.items()}
+    return describe(trained, axes, {}, outputs, platforms)
+
+
 def _base(source: Any) -> Any:
     """Return the source that ``data.Subset`` selects from."""
     while isinstance(source, Subset):

@@ -12,7 +12,7 @@ import numpy as np
 from jax import export
 
 from jaxtrain.artifact import describe, engines, parts, program, reader, tensors
-from jaxtrain.artifact.manifest import BATCH, InputSpec, Manifest, Shape
+from jaxtrain.artifact.manifest import InputSpec, Manifest, Shape
 from jaxtrain.artifact.onnx import to_onnx
 from jaxtrain.artifact.quantized import quantize_onnx
 from jaxtrain.artifact.serving import Serving
@@ -100,11 +100,7 @@ def _write_onnx(path: Path, trained: Trained, calibrate: int) -> str:
         model = quantize_onnx(model, trained, calibrate)
         # The recorded metrics are those of the float32 model.
         trained = dataclasses.replace(trained, quantized=True, about={**trained.about, "metrics": {}})
-    outputs = {
-        name: InputSpec(spec.dtype.name, (BATCH, *spec.shape)) for name, spec in serving.outputs.items()
-    }
-    axes: dict[str, Shape] = {name: tuple(spec.shape) for name, spec in serving.inputs.items()}
-    manifest = describe.describe(trained, axes, {}, outputs, ("onnx",))
+    manifest = describe.describe_fixed(trained, ("onnx",))
     words = describe.vocabulary(trained.experiment)
     texts = {engines.METADATA: manifest.to_json()}
     if words is not None:

@@ -79,6 +79,12 @@ def make_parser() -> command_line.Parser:
         "where their time went",
     )
     parser.add_argument(
+        "--monitor-layers",
+        action="store_true",
+        help="at every checkpoint, write pictures for TensorBoard: what the layers return for the first test "
+        "example, and the kernels of the first layer",
+    )
+    parser.add_argument(
         "--strict",
         action="store_true",
         help="fail if the step is compiled a second time, or the code has changed since the run started",

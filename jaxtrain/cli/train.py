@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         hang_after=args.hang_after,
         strict=args.strict,
         profile=args.profile,
+        monitor_layers=args.monitor_layers,
         resume_command=_resume_command(args, folder.path),
     )
     session.run(settings, experiment)
@@ -82,6 +83,8 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise InputError("--smoke does not load parameters: leave out --init-from and --init-map")
     if args.smoke and args.profile:
         raise InputError("--smoke does not profile: leave out --profile")
+    if args.smoke and args.monitor_layers:
+        raise InputError("--smoke writes no records: leave out --monitor-layers")
     if args.extend and not args.workdir and not args.smoke:
         raise InputError(
             "--extend needs --workdir: the default folder's name changes with the number of epochs"
@@ -117,6 +120,10 @@ def resume_command(args: argparse.Namespace, folder: Path) -> str:
     words += [] if args.hang_after is None else ["--hang-after", f"{args.hang_after:g}"]
     words += [] if args.grace == GRACE else ["--grace", f"{args.grace:g}"]
     words += [] if args.profile is None else ["--profile", args.profile]
-    on = (("--extend", args.extend), ("--strict", args.strict))
+    on = (
+        ("--extend", args.extend),
+        ("--monitor-layers", args.monitor_layers),
+        ("--strict", args.strict),
+    )
     words += [flag for flag, given in on if given]
     return shlex.join([*words, "--workdir", str(folder)])

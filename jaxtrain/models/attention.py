@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -21,6 +23,32 @@ Attention = Literal["auto", "xla", "cudnn"]
 
 MIN_CAPABILITY = (8, 0)
 """The lowest compute capability with cuDNN's kernel (Ampere). JAX does not check it, and XLA would fail."""
+
+_weights: contextvars.ContextVar[list[jax.Array] | None] = contextvars.ContextVar(
+    "attention_weights", default=None
+)
+
+
+@contextlib.contextmanager
+def collect_attention_weights() -> Iterator[list[jax.Array]]:
+    """Collect the weights of every attention that this thread traces in the block, in the order of the calls.
+
+    Each is the softmax, ``float32 [batch, heads, length, length]``, by query and key. Kernels do not return
+    it, so attention is computed in plain operations here. Open and read it inside the function that is
+    traced: the weights are its tracers.
+
+    >>> q = jnp.ones((1, 2, 1, 8))
+    >>> with collect_attention_weights() as weights:
+    ...     _ = attend(q, q, q, causal=True)
+    >>> weights[0].tolist()
+    [[[[1.0, 0.0], [0.5, 0.5]]]]
+    """
+    weights: list[jax.Array] = []
+    token = _weights.set(weights)
+    try:
+        yield weights
+    finally:
+        _weights.reset(token)
 
 
 def attend(
@@ -53,6 +81,9 @@ def attend(
     names = typing.get_args(Attention)
     if attention not in names:
         raise InputError(f"attention is {attention!r}: it must be one of {', '.join(names)}")
+    if (collected := _weights.get()) is not None:
+        collected.append(weights := _softmax(q, k, causal))
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, v.astype(weights.dtype)).astype(v.dtype)
     implementation: Literal["xla", "cudnn"] = "xla"
     if attention != "xla" and not are_plain():
         reason = cudnn_refusal(q.shape, q.dtype, causal)
@@ -68,6 +99,15 @@ def attend(
     if q.dtype != jnp.float16 or implementation == "cudnn":
         return kernel(q, k, v)
     return jax.lax.platform_dependent(q, k, v, cpu=functools.partial(_in_float32, kernel), default=kernel)
+
+
+def _softmax(q: jax.Array, k: jax.Array, causal: bool) -> jax.Array:
+    """Return the attention weights ``[batch, heads, length, length]``, in float32 or wider."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q.astype(wide), k.astype(wide)) * q.shape[-1] ** -0.5
+    if causal:
+        scores = jnp.where(jnp.tri(q.shape[1], k.shape[1], dtype=bool)[None, None], scores, -jnp.inf)
+    return jax.nn.softmax(scores)
 
 
 def _in_float32(kernel: Callable[..., jax.Array], *qkv: jax.Array) -> jax.Array:

@@ -60,6 +60,23 @@ class Files:
             _event(self._events, step=step, summary=Summary(value=values))
             self._events.flush()
 
+    def write_pictures(self, step: int, pictures: Mapping[str, bytes]) -> None:
+        """Write PNGs as events for TensorBoard's tab of images.
+
+        Raises:
+          RunError: the disk is full, or the folder is gone.
+        """
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = []
+        for name, png in pictures.items():
+            width, height = struct.unpack(">II", png[16:24])  # of the PNG's header
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+            values.append(Summary.Value(tag=_tag(name), image=image))
+        with self._explain_errors():
+            _event(self._events, step=step, summary=Summary(value=values))
+            self._events.flush()
+
     def close(self) -> None:
         """Close both files; ``write`` has raised for whatever could not be written."""
         for file in (self._jsonl, self._events):

@@ -187,6 +187,11 @@ class Recorder:
             self._null_shown = True
             self._console.note(f"step {step}: {null_line('metrics.jsonl', names)} (shown once)")
 
+    def pictures(self, step: int, pictures: Mapping[str, bytes]) -> None:
+        """Write PNGs of ``step`` by name, for TensorBoard."""
+        if self._files is not None:
+            self._files.write_pictures(step, pictures)
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Exclude the time of this block from training."""

@@ -21,6 +21,7 @@ from jaxtrain.program.throughput import throughput
 from jaxtrain.sharding import multihost
 from jaxtrain.train.bad_updates import BadUpdateMonitor
 from jaxtrain.train.dispatch import Dispatch, InFlight, compile_in_background
+from jaxtrain.train.layer_pictures import LayerPictures
 from jaxtrain.train.out_of_memory import explain_out_of_memory
 from jaxtrain.train.run_folder import RunFolder
 
@@ -39,6 +40,7 @@ def fit(
     hang_after: float | None = None,
     strict: bool = False,
     profile_window: tuple[int, int] | None = None,
+    layer_pictures: LayerPictures | None = None,
 ) -> dict[str, Any]:
     """Train to the last step, resuming from a checkpoint in ``folder`` if there is one, and evaluate.
 
@@ -55,6 +57,7 @@ def fit(
       hang_after: end the process when no step finishes for this many seconds (``signals.watchdog``).
       strict: a second compilation of the train step is an error, not a warning.
       profile_window: the first and the last update to profile (``monitor.Trace``); None profiles none.
+      layer_pictures: draws the layers at every checkpoint, for TensorBoard; None draws nothing.
 
     Returns:
       The result, as it is written to ``result.json``.
@@ -99,7 +102,17 @@ def fit(
             rates=speed.rates,
         ) as recorder:
             state = _train(
-                program, state, start, checkpoints, recorder, console, request, folder, strict, trace
+                program,
+                state,
+                start,
+                checkpoints,
+                recorder,
+                console,
+                request,
+                folder,
+                strict,
+                trace,
+                layer_pictures,
             )
             result = _final_evaluation(program, state, checkpoints, recorder, console)
             result |= speed.record() | recorder.step_times.overall()
@@ -151,6 +164,7 @@ def _train(
     folder: Path | None = None,
     strict: bool = False,
     trace: monitor.Trace = monitor.OFF,
+    layer_pictures: LayerPictures | None = None,
 ) -> State:
     """Run the training loop. The order is fixed: evaluate, then save what the evaluation chose, then stop."""
     in_flight, votes = InFlight(program.experiment.max_in_flight), multihost.StopVotes()
@@ -189,6 +203,9 @@ def _train(
             recorder.flush()  # with the guard off, raises on a loss that is not finite
             save(step, state, score)
             best = score if improved else best
+            if layer_pictures is not None and program.cadence.saves_after(step):
+                with recorder.paused():
+                    recorder.pictures(step, layer_pictures(state))
         if stop_signal and step < program.steps:
             checkpoints.wait()
             raise Stopped(f"stopped after step {step} of {program.steps}", stop_signal)

@@ -26,6 +26,7 @@ from jaxtrain.train.autotune import decide
 from jaxtrain.train.dispatch import compile_in_background
 from jaxtrain.train.first_evaluation import check_first_evaluation
 from jaxtrain.train.identity import RunCheck
+from jaxtrain.train.layer_pictures import LayerPictures
 from jaxtrain.train.run_folder import RunFolder, default_folder
 from jaxtrain.train.summary import show_summary
 
@@ -56,6 +57,7 @@ class Session:
       hang_after: end the process when no step finishes for so many seconds; None never does.
       strict: a second compilation of the train step is an error, and so is code that has changed.
       profile: ``START:STOP`` updates to trace.
+      monitor_layers: write pictures of the layers at every checkpoint.
       notes: warnings printed before training, one per line.
       resume_command: what to type to resume the run, for the line that is shown when a signal stops it.
     """
@@ -77,6 +79,7 @@ class Session:
     hang_after: float | None = None
     strict: bool = False
     profile: str | None = None
+    monitor_layers: bool = False
     resume_command: str = "the same call of jaxtrain.fit"
     notes: tuple[str, ...] = ()
 
@@ -260,8 +263,9 @@ def _run_program(session: Session, program: Program, start: _Start) -> dict[str,
     for note in (*session.notes, *program.notes, *(start.notes if result is None else ())):
         console.note(note)
     if result is None:
+        layer_pictures = LayerPictures(program) if session.monitor_layers else None
         program, changed = _prepare(session, program, start)
-        return _train(session, program, start, changed, profile_window)
+        return _train(session, program, start, changed, profile_window, layer_pictures)
     start.check.keep_result()
     console.note(
         f"this run is finished{_mesh_note(start.existing)}: to train again use --new, or more epochs with "
@@ -305,6 +309,7 @@ def _train(
     start: _Start,
     changed: dict[str, Any],
     profile_window: tuple[int, int] | None,
+    layer_pictures: LayerPictures | None,
 ) -> dict[str, Any]:
     """Run ``loop.fit`` with the folder locked."""
     try:
@@ -322,6 +327,7 @@ def _train(
                 hang_after=session.hang_after,
                 strict=session.strict,
                 profile_window=profile_window,
+                layer_pictures=layer_pictures,
             )
     except Stopped as stopped:
         raise Stopped(f"{stopped}; resume with: {session.resume_command}", stopped.signum) from None
