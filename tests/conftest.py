@@ -42,8 +42,8 @@ os.environ["XDG_CACHE_HOME"] = USER_CACHE.name  # the tests use nothing of the t
 
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # as scripts/run sets it
 
-# What a test runs is small and what it compiles is not: LLVM optimizes little, and in the default tier not at
-# all, for 17 % less CPU time. (XLA's still shorter ways, without fusion emitters, are not exact: 20 steps of a
+# What a test runs is small and what it compiles is not: LLVM optimizes little, and in the default tier not
+# at all, for 17 % less CPU time. (Shorter ways still, without fusion emitters, are not exact: 20 steps of a
 # GPT in float64 on two meshes then differ by 5e-8.)
 os.environ.setdefault(
     "XLA_FLAGS",
