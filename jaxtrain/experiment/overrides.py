@@ -118,7 +118,8 @@ def _flatten(path: str, value: Any, operational: bool, name: str = "") -> Iterat
         if path:
             yield path, type(value).__name__
         for field in _fields(value):
-            if operational or not field.metadata.get("operational"):
+            unset = field.metadata.get("added") and getattr(value, field.name) == field.default
+            if not unset and (operational or not field.metadata.get("operational")):
                 yield from _flatten(prefix + field.name, getattr(value, field.name), operational, field.name)
     elif isinstance(value, Mapping):
         for key, item in value.items():
