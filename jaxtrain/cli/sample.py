@@ -50,7 +50,7 @@ def _run(args: argparse.Namespace) -> int:
     import jax
 
     from jaxtrain import sharding
-    from jaxtrain.compress import compressed
+    from jaxtrain.compress.fake_quantize import compressed
     from jaxtrain.models import as_model, generate
     from jaxtrain.monitor import make_console
     from jaxtrain.program import abstract_state

@@ -5,17 +5,15 @@ branch to the train step.
 """
 
 from jaxtrain.compress.distil import Distil, DistilOutputs, with_teacher
-from jaxtrain.compress.fake_quantize import Compression, compressed, fake_quantize
+from jaxtrain.compress.fake_quantize import fake_quantize
 from jaxtrain.compress.prune import Prune, sparsity
 from jaxtrain.compress.quantize import Quantized, quantize
 
 __all__ = [
-    "Compression",
     "Distil",
     "DistilOutputs",
     "Prune",
     "Quantized",
-    "compressed",
     "fake_quantize",
     "quantize",
     "sparsity",

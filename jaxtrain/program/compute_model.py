@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxtrain import sharding
-from jaxtrain.compress import compressed
+from jaxtrain.compress.fake_quantize import compressed
 from jaxtrain.core.types import Model, State
 from jaxtrain.experiment import Experiment
 from jaxtrain.models import as_model, compute_in
