@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 class CNN(nn.Module):
     """``jaxtrain.models.CNN`` with BatchNorm, ReLU and residual stages, channels first."""
 
-    def __init__(self, widths: Sequence[int], convs: int, classes: int) -> None:
+    def __init__(self, widths: Sequence[int], convs: int, classes: int, channels: int = 3) -> None:
         super().__init__()
         self.stages = nn.ModuleList()
-        before = 3
+        before = channels
         for width in widths:
             stage = nn.ModuleList()
             for _ in range(convs):
@@ -42,8 +42,11 @@ class CNN(nn.Module):
                 x = x + first
         return self.head(x.mean((2, 3)))
 
-    def load(self, params: Mapping[str, Any]) -> None:
-        """Take the parameters of the Linen network, named ``stage0_conv0_norm`` and the like."""
+    def load(self, params: Mapping[str, Any], statistics: Mapping[str, Any] | None = None) -> None:
+        """Take the parameters of the Linen network, named ``stage0_conv0_norm`` and the like.
+
+        ``statistics`` are BatchNorm's, for evaluation.
+        """
         with torch.no_grad():
             for i, stage in enumerate(self.stages):
                 for j, (conv, norm) in enumerate(stage):
@@ -51,18 +54,28 @@ class CNN(nn.Module):
                     conv.weight.copy_(_tensor(params[name]["kernel"]).permute(3, 2, 0, 1))
                     norm.weight.copy_(_tensor(params[f"{name}_norm"]["scale"]))
                     norm.bias.copy_(_tensor(params[f"{name}_norm"]["bias"]))
+                    if statistics is not None:
+                        norm.running_mean.copy_(_tensor(statistics[f"{name}_norm"]["mean"]))
+                        norm.running_var.copy_(_tensor(statistics[f"{name}_norm"]["var"]))
             self.head.weight.copy_(_tensor(params["head"]["kernel"]).T)
             self.head.bias.copy_(_tensor(params["head"]["bias"]))
 
 
 class ConvNet(nn.Module):
-    """``jaxtrain.models.ConvNet`` with ReLU and pooling by 2, for images of 32×32, channels first."""
+    """``jaxtrain.models.ConvNet`` with ReLU and pooling by 2, for square images, channels first."""
 
     def __init__(
-        self, widths: Sequence[int], kernel: int, same: bool, hidden: Sequence[int], classes: int
+        self,
+        widths: Sequence[int],
+        kernel: int,
+        same: bool,
+        hidden: Sequence[int],
+        classes: int,
+        side: int = 32,
+        channels: int = 3,
     ) -> None:
         super().__init__()
-        self.convs, before, side = nn.ModuleList(), 3, 32
+        self.convs, before = nn.ModuleList(), channels
         for width in widths:
             self.convs.append(nn.Conv2d(before, width, kernel, padding=kernel // 2 if same else 0))
             before, side = width, (side if same else side - kernel + 1) // 2
@@ -78,7 +91,7 @@ class ConvNet(nn.Module):
             x = functional.relu(layer(x))
         return self.dense[-1](x)
 
-    def load(self, params: Mapping[str, Any]) -> None:
+    def load(self, params: Mapping[str, Any], statistics: Mapping[str, Any] | None = None) -> None:
         """Take the parameters of the Linen network, which flattens with channels last."""
         with torch.no_grad():
             for i, conv in enumerate(self.convs):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,16 @@ import numpy as np
 
 from jaxtrain.artifact.trained import Trained
 from jaxtrain.compress import quantize
+from jaxtrain.compress.quantize import HIGHEST, SMALLEST
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.text import first_line
-from jaxtrain.core.types import Batch, Model, State, split_extra
+from jaxtrain.core.types import RANGES, Batch, Model, State, split_extra
 from jaxtrain.data import Source, compose
 from jaxtrain.data.checked import CheckedSource
 from jaxtrain.experiment import Experiment
-from jaxtrain.models import as_model, compute_in
 from jaxtrain.models.plain_operators import plain_operators
 from jaxtrain.monitor import merge_all
+from jaxtrain.program.compute_model import eval_model
 from jaxtrain.program.loader import EXAMPLE_ID
 from jaxtrain.step import make_eval_step
 from jaxtrain.step.factories import eval_state
@@ -37,17 +40,22 @@ PRODUCTS = ["Conv", "Gemm", "MatMul"]
 def quantize_trained(trained: Trained, examples: int) -> Trained:
     """Return ``trained`` with its model in int8 (``jaxtrain.compress.quantize``).
 
+    A run with ``compress="int8"`` has the ranges of its activations; it then computes what its evaluations
+    have computed.
+
     Args:
       trained: the model.
-      examples: how many training examples, drawn with a fixed seed, to measure activations on.
+      examples: how many training examples, drawn with a fixed seed, to measure activations on, where the run
+        has no ranges.
 
     Raises:
       InputError: as ``quantize``.
     """
-    experiment = trained.experiment
-    model = compute_in(as_model(experiment.model), experiment.precision)
+    experiment = dataclasses.replace(trained.experiment, compress=None)
+    model, ranges = eval_model(experiment), trained_ranges(trained)
     params, extra = eval_state(trained.state)
-    weights = {"params": params, "statistics": split_extra(extra)[0]}
+    statistics = {name: tree for name, tree in split_extra(extra)[0].items() if name != RANGES}
+    weights = {"params": params, "statistics": statistics}
     prepare = compose(*experiment.preprocess)
 
     def apply(weights: Any, batch: Batch) -> Any:
@@ -55,7 +63,7 @@ def quantize_trained(trained: Trained, examples: int) -> Trained:
             return model.apply(weights["params"], weights["statistics"], batch, train=False, key=None)[0]
 
     batches = _calibration(experiment, examples)
-    quantized = quantize(apply, weights, (prepare(batch, None) for batch in batches))
+    quantized = quantize(apply, weights, (prepare(batch, None) for batch in batches), ranges)
 
     def apply_int8(params: Any, extra: Any, batch: Batch, *, train: bool, key: Any) -> tuple[Any, Any]:
         return quantized.apply(params, batch), extra
@@ -67,10 +75,17 @@ def quantize_trained(trained: Trained, examples: int) -> Trained:
     return Trained.of(exported, state, trained.examples, trained.about, quantized=True)
 
 
+def trained_ranges(trained: Trained) -> dict[str, float] | None:
+    """Return the ranges of activations by the layer's weight; None without ``compress="int8"``."""
+    if trained.experiment.compress is None:
+        return None
+    return {name: float(x) for name, x in trained.state.extra[RANGES].items()}
+
+
 def metrics_on_test_set(trained: Trained) -> dict[str, Any]:
     """Return the loss's metrics of a model on its test set, each example once."""
     experiment = trained.experiment
-    model = compute_in(as_model(experiment.model), experiment.precision)
+    model = eval_model(experiment)
     step = jax.jit(make_eval_step(model, experiment.loss, compose(*experiment.preprocess)))
     source = CheckedSource("test", experiment.test)
     batches = _batches(source, np.arange(len(source)))
@@ -97,8 +112,8 @@ def quantize_onnx(model: Any, trained: Trained, examples: int) -> Any:
     products stay in float32: their range on other examples may be larger, and in int8 they would be cut off.
 
     Args:
-      model: an ``onnx.ModelProto`` of ``trained``.
-      trained: for its training set.
+      model: an ``onnx.ModelProto`` of ``trained``, without rounding (``compress=None``).
+      trained: for its training set, and the ranges of a run with ``compress="int8"``.
       examples: as for ``quantize_trained``.
 
     Raises:
@@ -109,8 +124,10 @@ def quantize_onnx(model: Any, trained: Trained, examples: int) -> Any:
         from onnxruntime import quantization
     except ImportError as error:
         raise InputError("int8 in ONNX needs onnxruntime: pip install 'jaxtrain[onnx]'") from error
-    inputs = trained.serving.inputs
-    batches = _calibration(trained.experiment, examples)
+    inputs, ranges = trained.serving.inputs, trained_ranges(trained)
+    # onnxruntime measures all tensors; where ranges are known, a few examples are enough for that.
+    batches = _calibration(trained.experiment, examples if ranges is None else 1)
+    scales, excluded = ({}, []) if ranges is None else _trained_scales(model, ranges)
 
     class Reader(quantization.CalibrationDataReader):
         def get_next(self) -> dict[str, np.ndarray] | None:
@@ -130,6 +147,7 @@ def quantize_onnx(model: Any, trained: Trained, examples: int) -> Any:
                 Reader(),
                 quant_format=quantization.QuantFormat.QDQ,
                 op_types_to_quantize=PRODUCTS,
+                nodes_to_exclude=excluded,
                 per_channel=True,
                 activation_type=quantization.QuantType.QInt8,
                 weight_type=quantization.QuantType.QInt8,
@@ -137,13 +155,52 @@ def quantize_onnx(model: Any, trained: Trained, examples: int) -> Any:
                     "ActivationSymmetric": True,
                     "WeightSymmetric": True,
                     "OpTypesToExcludeOutputQuantization": PRODUCTS,
+                    "QuantizeBias": False,  # rounding it gains no bytes
+                    "TensorQuantOverrides": scales,
                 },
             )
         except Exception as error:  # any of its own
             raise InputError(f"onnxruntime cannot quantize this model: {first_line(error)[:200]}") from error
         finally:
             logging.getLogger().removeFilter(_not_pre_processed)
-        return onnx.load(after)
+        return _rounded_for_products_only(onnx.load(after))
+
+
+def _trained_scales(model: Any, ranges: Mapping[str, float]) -> tuple[dict[str, Any], list[str]]:
+    """Return onnxruntime's override of the scale of each product's input, and the products without a range.
+
+    A product is found by the name of its weight, the path in the model that the export gives it.
+    """
+    used: Counter[str] = Counter()
+    scales: dict[str, Any] = {}
+    excluded = []
+    for node in model.graph.node:
+        if node.op_type in PRODUCTS:
+            name = node.input[1].removesuffix("/folded")
+            path = name if name in ranges else re.sub(r"_\d+$", "", name)  # numbered where it was transposed
+            used[path] += 1
+            path = path if used[path] == 1 else f"{path}#{used[path]}"
+            if path in ranges:
+                scale = np.array(max(ranges[path], SMALLEST) / HIGHEST, np.float32)
+                scales[node.input[0]] = [{"scale": scale, "zero_point": np.array(0, np.int8)}]
+            else:
+                excluded.append(node.name)
+    return scales, excluded
+
+
+def _rounded_for_products_only(model: Any) -> Any:
+    """Let every other operator read the exact tensor: onnxruntime makes all that read it take the rounded."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    exact = {}
+    for node in model.graph.node:
+        source = makers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if source is not None and source.op_type == "QuantizeLinear":
+            exact[node.output[0]] = source.input[0]
+    for node in model.graph.node:
+        if node.op_type not in PRODUCTS:
+            for number, name in enumerate(node.input):
+                node.input[number] = exact.get(name, name)
+    return model
 
 
 def _not_pre_processed(record: logging.LogRecord) -> bool:

@@ -19,9 +19,10 @@ from jaxtrain.data import compose
 from jaxtrain.experiment import Experiment
 from jaxtrain.metrics import Binary, Classification, LanguageModel, MultiLabel, Regression, Segmentation
 from jaxtrain.metrics.task_inputs import logit_of
-from jaxtrain.models import as_model, compute_in
+from jaxtrain.models import as_model
 from jaxtrain.models.plain_operators import plain_operators
 from jaxtrain.program import check_fields
+from jaxtrain.program.compute_model import eval_model
 from jaxtrain.program.loader import EXAMPLE_ID
 from jaxtrain.step.factories import eval_state
 
@@ -86,7 +87,7 @@ def make_serving(experiment: Experiment, state: State, examples: Arrays) -> Serv
     weights, structure = leaf_paths(variables), jax.tree.structure(variables)
     report = check_fields.find_report(experiment)
     task = task_of(report)
-    model = compute_in(as_model(experiment.model), experiment.precision)
+    model = eval_model(experiment)
     fields = {
         name: jax.ShapeDtypeStruct(
             np.shape(array)[1:], jax.dtypes.canonicalize_dtype(np.asarray(array).dtype)

@@ -15,8 +15,8 @@ from jaxtrain.core.errors import RunError
 from jaxtrain.core.types import State
 from jaxtrain.data import compose
 from jaxtrain.experiment import Experiment
-from jaxtrain.models import as_model, compute_in
 from jaxtrain.program import check_fields
+from jaxtrain.program.compute_model import eval_model
 from jaxtrain.program.loader import EXAMPLE_ID
 from jaxtrain.step import make_eval_step
 
@@ -85,7 +85,7 @@ class Checked:
 def model_outputs(trained: Trained) -> dict[str, np.ndarray]:
     """Return the outputs of the model by name, computed as ``evaluate`` does."""
     experiment, examples = trained.experiment, trained.examples
-    model = compute_in(as_model(experiment.model), experiment.precision)
+    model = eval_model(experiment)
     report = check_fields.find_report(experiment)
 
     def capture(outputs: Any, batch: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from jaxtrain.artifact import describe, engines, parts, program, reader, tensors
 from jaxtrain.artifact.manifest import InputSpec, Manifest, Shape
 from jaxtrain.artifact.onnx import to_onnx
 from jaxtrain.artifact.quantized import quantize_onnx
-from jaxtrain.artifact.serving import Serving
+from jaxtrain.artifact.serving import Serving, make_serving
 from jaxtrain.artifact.trained import Trained, compare
 from jaxtrain.core.errors import InputError, RunError
 
@@ -95,7 +95,11 @@ def _describe(
 def _write_onnx(path: Path, trained: Trained, calibrate: int) -> str:
     """Write an ONNX model with the manifest in its metadata, and run it with onnxruntime."""
     serving = trained.serving
-    model = to_onnx(serving.apply, serving.weights, serving.inputs)
+    source = serving
+    if calibrate and trained.experiment.compress is not None:  # rounded by the file's own operators
+        exact = dataclasses.replace(trained.experiment, compress=None)
+        source = make_serving(exact, trained.state, trained.examples)
+    model = to_onnx(source.apply, source.weights, source.inputs)
     if calibrate:
         model = quantize_onnx(model, trained, calibrate)
         # The recorded metrics are those of the float32 model.

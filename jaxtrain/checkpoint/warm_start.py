@@ -15,7 +15,7 @@ from jaxtrain.checkpoint import manifest as manifests
 from jaxtrain.checkpoint import store
 from jaxtrain.checkpoint.manifest import CheckpointInfo
 from jaxtrain.core.errors import InputError
-from jaxtrain.core.types import NOT_MODEL_STATE, TEACHER, State, leaf_paths
+from jaxtrain.core.types import NOT_MODEL_STATE, RANGES, TEACHER, State, leaf_paths
 
 COPIES = ("extra/ema/", "extra/lookahead/")
 """Where a state has averages of parameters and statistics; they start as copies of these."""
@@ -27,8 +27,8 @@ def init_from(
     """Return ``state`` with the parameters and the model's statistics of another run's checkpoint.
 
     They are those that ``evaluate`` uses: the averages where that run has them. Pruning masks
-    (``compress.Prune``) are read where both runs have them. The optimizer state, the step and the rest do not
-    change.
+    (``compress.Prune``) and ranges of activations (``compress="int8"``) are read where both runs have them.
+    The optimizer state, the step and the rest do not change.
 
     Args:
       source: ``RUN`` or ``RUN:STEP``, the folder of a run; without a step, the best on its validation set or
@@ -205,7 +205,8 @@ def _source_of(path: str, pairs: Sequence[tuple[str, str]], chosen: CheckpointIn
         root = f"extra/{kind}"
         if kind == "masks":
             return _source_of_mask(name, pairs, chosen)
-        if kind in NOT_MODEL_STATE or kind == TEACHER:
+        absent = kind == RANGES and path not in chosen.manifest["tree"]  # a run without int8 has none
+        if kind in NOT_MODEL_STATE or kind == TEACHER or absent:
             return None
     elif root != "params":
         return None

@@ -125,7 +125,10 @@ def _quantize(model: Trained, examples: int, console: Console) -> Trained:
     ]
     changes = ", ".join([*quantized.compare_metrics(before, after), f"weights {sizes[0]} -> {sizes[1]}"])
     examples = min(examples, len(model.experiment.train))
-    console.note(f"int8, ranges of {examples:,} training examples; test: {changes}")
+    ranges = (
+        f"ranges of {examples:,} training examples" if model.experiment.compress is None else "as trained"
+    )
+    console.note(f"int8, {ranges}; test: {changes}")
     about = {**int8.about, "metrics": {"test": after}}
     return dataclasses.replace(int8, about=about)
 

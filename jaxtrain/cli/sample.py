@@ -50,7 +50,8 @@ def _run(args: argparse.Namespace) -> int:
     import jax
 
     from jaxtrain import sharding
-    from jaxtrain.models import generate
+    from jaxtrain.compress.fake_quantize import compressed
+    from jaxtrain.models import as_model, generate
     from jaxtrain.monitor import make_console
     from jaxtrain.program import abstract_state
     from jaxtrain.step.factories import eval_state
@@ -67,7 +68,7 @@ def _run(args: argparse.Namespace) -> int:
     _, state = run.restore(args.weights, abstract_state(experiment, mesh, example))
     params, extra = eval_state(state)
     text = generate(
-        experiment.model,
+        compressed(as_model(experiment.model), experiment.compress),
         params,
         extra,
         prompt,

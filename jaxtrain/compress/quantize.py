@@ -21,7 +21,8 @@ True
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -66,7 +67,9 @@ class Quantized(NamedTuple):
     weights: dict[str, Any]
 
 
-def quantize(apply: Apply, weights: Any, batches: Iterable[Any]) -> Quantized:
+def quantize(
+    apply: Apply, weights: Any, batches: Iterable[Any], ranges: Mapping[str, float] | None = None
+) -> Quantized:
     """Quantize ``apply`` to int8 with activation ranges measured on ``batches``.
 
     Args:
@@ -74,28 +77,35 @@ def quantize(apply: Apply, weights: Any, batches: Iterable[Any]) -> Quantized:
       weights: a pytree of arrays.
       batches: inputs to measure on, at least one batch; a few hundred examples are enough. The range of an
         activation is the largest magnitude that occurs.
+      ranges: those of a model trained with ``fake_quantize``, by the path of the layer's weight. They are
+        used in place of measured ones, only their layers are quantized, and one batch is enough.
 
     Raises:
       InputError: no batch, a range that is not finite, or no product that can be quantized.
     """
     leaves, treedef = jax.tree.flatten(weights)
-    highest: np.ndarray | None = None
-    observe = jax.jit(functools.partial(_observe, apply, treedef))
+    select = _Select(None if ranges is None else frozenset(ranges))
+    found: list[dict[str, Any]] = []
+    observe = jax.jit(functools.partial(_observe, apply, treedef, select))
     for batch in batches:
-        found = np.asarray(observe(leaves, batch))
-        highest = found if highest is None else np.maximum(highest, found)
         last = batch
-    if highest is None:
+        found.append({} if ranges is not None else jax.device_get(observe(leaves, batch)))
+        if ranges is not None:
+            break
+    if not found:
         raise InputError("quantization needs examples to measure the activations on, and there are none")
-    if not highest.size:
+    measured = {name: np.max([one[name] for one in found]) for name in found[0]}
+    highest = {name: np.float32(x) for name, x in (measured if ranges is None else ranges).items()}
+    if not highest:
         raise InputError("this model has no dense layer or convolution, so nothing can be quantized to int8")
-    if not np.isfinite(highest).all():
+    if not np.isfinite(list(highest.values())).all():
         raise InputError("an activation of the examples is not finite, so it has no int8 range")
-    steps = np.maximum(highest, SMALLEST) / HIGHEST
-    layers = _quantize_kernels(apply, leaves, treedef, last, steps)
+    if ranges is not None and not any(highest.values()):
+        raise InputError("the ranges of the activations are all 0: train at least one update first")
+    layers = _quantize_kernels(apply, leaves, treedef, last, select, highest)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in map(jnp.asarray, leaves)]
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(weights)]
-    run = functools.partial(_apply, apply, treedef, dict(zip(paths, shapes, strict=True)))
+    run = functools.partial(_apply, apply, treedef, dict(zip(paths, shapes, strict=True)), select)
     needed: set[str] = set()
     floats = {FLOAT + path: leaf for path, leaf in zip(paths, leaves, strict=True)}
     jax.eval_shape(functools.partial(run, needed=needed), layers | floats, last)
@@ -103,37 +113,60 @@ def quantize(apply: Apply, weights: Any, batches: Iterable[Any]) -> Quantized:
     return Quantized(run, layers | kept)
 
 
-def _observe(apply: Apply, treedef: Any, leaves: list[Any], batch: Any) -> jax.Array:
-    """Return the largest magnitude of the input of each product, float32 [products]."""
-    highest: list[Any] = []
+class _Select(NamedTuple):
+    """Which products are quantized.
+
+    Attributes:
+      names: those of the layers; None for all that can be.
+    """
+
+    names: frozenset[str] | None
+
+    def __call__(self, equation: Equation, kernel: Deferred, used: Counter[str]) -> str | None:
+        """Return the name of the layer; None for a product that stays as it is. See ``layer_name``."""
+        if not can_quantize(equation.eqn):
+            return None
+        name = layer_name(kernel, used)
+        return name if self.names is None or name in self.names else None
+
+
+def _observe(apply: Apply, treedef: Any, select: _Select, leaves: list[Any], batch: Any) -> dict[str, Any]:
+    """Return the largest magnitude of the input of each layer, float32 scalars by name."""
+    highest: dict[str, Any] = {}
+    used: Counter[str] = Counter()
 
     def product(equation: Equation, x: Any, kernel: Deferred) -> Any:
-        if _can_quantize(equation.eqn):
-            highest.append(jnp.max(jnp.abs(x.astype(jnp.float32)), initial=0.0))
+        name = select(equation, kernel, used)
+        if name is not None:
+            highest[name] = jnp.max(jnp.abs(x.astype(jnp.float32)), initial=0.0)
         return equation.bind(x, kernel.get())
 
-    deferred.evaluate(apply, list(map(deferred.weight, leaves)), treedef, batch, product)
-    return jnp.stack(highest) if highest else jnp.zeros(0)
+    deferred.evaluate(apply, deferred.leaves(leaves, treedef), treedef, batch, product)
+    return highest
 
 
 def _quantize_kernels(
-    apply: Apply, leaves: list[Any], treedef: Any, batch: Any, steps: np.ndarray
+    apply: Apply, leaves: list[Any], treedef: Any, batch: Any, select: _Select, highest: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the arrays of each product's ``Layer``, in the order of the program."""
     over: list[tuple[int, ...]] = []  # axes that the product adds over, noted while the program is traced
     names: list[str] = []
+    steps: list[np.float32] = []
 
     def kernels(leaves: list[Any], batch: Any) -> list[Any]:
         found: list[Any] = []
+        used: Counter[str] = Counter()
 
         def product(equation: Equation, x: Any, kernel: Deferred) -> Any:
-            if _can_quantize(equation.eqn):
-                over.append(_summed_axes(equation.eqn))
+            layer = select(equation, kernel, used)
+            if layer is not None:
+                over.append(summed_axes(equation.eqn))
                 names.append(equation.scope)
+                steps.append(np.maximum(highest[layer], np.float32(SMALLEST)) / np.float32(HIGHEST))
                 found.append(kernel.get().astype(jnp.float32))
             return equation.bind(x, kernel.get())
 
-        deferred.evaluate(apply, list(map(deferred.weight, leaves)), treedef, batch, product)
+        deferred.evaluate(apply, deferred.leaves(leaves, treedef), treedef, batch, product)
         return found
 
     layers: dict[str, Any] = {}
@@ -161,16 +194,18 @@ def _apply(
     apply: Apply,
     treedef: Any,
     shapes: dict[str, jax.ShapeDtypeStruct],
+    select: _Select,
     weights: dict[str, Any],
     inputs: Any,
     needed: set[str] | None = None,
 ) -> Any:
     """Compute ``apply`` with its products in integers."""
-    layers = iter(_layers(weights))
-    leaves = [deferred.weight(weights.get(FLOAT + path), shape) for path, shape in shapes.items()]
+    layers, used = iter(_layers(weights)), Counter[str]()
+    values = [weights.get(FLOAT + path) for path in shapes]
+    leaves = deferred.leaves(values, treedef, list(shapes.values()))
 
     def product(equation: Equation, x: Any, kernel: Deferred) -> Any:
-        if _can_quantize(equation.eqn):
+        if select(equation, kernel, used) is not None:
             return _multiply(equation.eqn, x, next(layers))
         return equation.bind(x, kernel.get())
 
@@ -180,7 +215,7 @@ def _apply(
     return outputs
 
 
-def _can_quantize(eqn: Any) -> bool:
+def can_quantize(eqn: Any) -> bool:
     """Whether an operation is a product of real numbers with one weight for all examples."""
     x, kernel = (operand.aval for operand in eqn.invars)
     if not all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in (x, kernel)) or kernel.ndim < 2:
@@ -190,7 +225,7 @@ def _can_quantize(eqn: Any) -> bool:
     return eqn.params["batch_group_count"] == 1
 
 
-def _summed_axes(eqn: Any) -> tuple[int, ...]:
+def summed_axes(eqn: Any) -> tuple[int, ...]:
     """Return the axes of the weight that the product adds over: all others are output channels."""
     numbers = eqn.params["dimension_numbers"]
     if eqn.primitive.name == "dot_general":
@@ -200,7 +235,7 @@ def _summed_axes(eqn: Any) -> tuple[int, ...]:
 
 def _multiply(eqn: Any, x: Any, layer: Layer) -> Any:
     """Multiply int8 with int8, add up in int32, and scale the sums."""
-    steps = _round(x.astype(jnp.float32), layer.input_scale)
+    steps = round_to(x.astype(jnp.float32), layer.input_scale).astype(jnp.int8)
     numbers, out = eqn.params["dimension_numbers"], eqn.outvars[0].aval
     after = 0  # dimensions of the result after the output channels
     if eqn.primitive.name == "dot_general":
@@ -217,6 +252,22 @@ def _multiply(eqn: Any, x: Any, layer: Layer) -> Any:
     return (sums.astype(jnp.float32) * scale).astype(out.dtype)
 
 
-def _round(x: Any, scale: Any) -> Any:
-    """Return int8 ``round(x / scale)`` within [-128, 127], halves to even, as ONNX's QuantizeLinear."""
-    return jnp.clip(jnp.rint(x / scale), -HIGHEST - 1, HIGHEST).astype(jnp.int8)
+def round_to(x: Any, scale: Any) -> Any:
+    """Return ``round(x / scale)`` within [-128, 127], halves to even, as ONNX's QuantizeLinear."""
+    return jnp.clip(jnp.rint(x / scale), -HIGHEST - 1, HIGHEST)
+
+
+def layer_name(kernel: Deferred, used: Counter[str]) -> str:
+    """Return the name of a layer: the path of its weight, with a number where that is used again.
+
+    Args:
+      kernel: the operand of the product.
+      used: how often each path has been used so far; it is updated.
+
+    >>> used = Counter()
+    >>> [layer_name(deferred.weight(np.ones(2), source="head/kernel"), used) for _ in range(2)]
+    ['head/kernel', 'head/kernel#2']
+    """
+    path = "+".join(sorted(kernel.sources)) or "constant"
+    used[path] += 1
+    return path if used[path] == 1 else f"{path}#{used[path]}"

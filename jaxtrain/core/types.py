@@ -26,6 +26,9 @@ Names = tuple[str | None, ...]
 NOT_MODEL_STATE = frozenset({"ema", "lookahead", "masks", "loss_scale"})
 """Names in ``State.extra`` that belong to training, not to the model's statistics."""
 
+RANGES = "int8_ranges"
+"""Name in ``State.extra`` of the ranges of activations (``compress.fake_quantize``)."""
+
 TEACHER = "teacher"
 """Name in ``State.extra`` of the ``params`` and ``extra`` of a teacher (``compress.Distil``).
 

@@ -7,6 +7,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, Literal
 
+from jaxtrain.compress.fake_quantize import Compression, check_compression
 from jaxtrain.core.errors import InputError
 from jaxtrain.data import Source
 from jaxtrain.models import Precision, Remat, check_precision, check_remat
@@ -18,6 +19,14 @@ from jaxtrain.step.guard import Policy
 def _operational(default: Any) -> Any:
     """Return a field that changes how a run is executed and never what it computes."""
     return dataclasses.field(default=default, metadata={"operational": True})
+
+
+def _added(default: Any) -> Any:
+    """Return a field that is in the config text and its hash only where it differs from its default.
+
+    Hashes of experiments from before the field existed do not change.
+    """
+    return dataclasses.field(default=default, metadata={"added": True})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +69,9 @@ class Experiment:
         of matrices (kernels of dense layers and attention, embeddings): ``"float32"``, or ``"compute"``, that
         of ``precision``, which moves half the bytes between devices. Gradients of biases, scales and tables
         are added up in float32, those of convolution kernels in ``precision``.
+      compress: ``"int8"`` trains with dense layers and convolutions rounded to 8 bits
+        (``compress.fake_quantize``): what ``export --quantize int8`` then writes computes what evaluations
+        computed. None: no rounding.
       remat: which activations are saved for the backward pass; the rest is recomputed, which costs up to a
         third more time. ``"none"`` saves all; the other values are names in ``jax.checkpoint_policies``:
         ``"nothing_saveable"``, ``"dots_saveable"`` and ``"dots_with_no_batch_dims_saveable"``.
@@ -136,6 +148,7 @@ class Experiment:
     accumulate: int = 1
     precision: Precision = "float32"
     grad_reduce_dtype: ReduceDtype = "float32"
+    compress: Compression | None = _added(None)  # noqa: RUF009 - a field
     remat: Remat = "none"
     seed: int = 0
     drop_remainder: bool = False
@@ -168,6 +181,7 @@ class Experiment:
         check_precision(self.precision)
         check_reduce_dtype(self.grad_reduce_dtype)
         check_remat(self.remat)
+        check_compression(self.compress)
         _check_guard(self)
         for name in ("epochs", "save_every", "eval_every"):
             value = getattr(self, name)

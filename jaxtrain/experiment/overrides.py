@@ -14,8 +14,8 @@ import os
 import re
 import typing
 import zlib
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -75,7 +75,9 @@ def comparable_configs(recorded: Mapping[str, str], experiment: Any) -> tuple[di
 
 
 def override(experiment: T, settings: list[str]) -> T:
-    """Return ``experiment`` with ``path=value`` settings applied in order.
+    """Return ``experiment`` with ``path=value`` settings applied, the last one of a path.
+
+    The fields of one object are set together, so that only their new values must fit each other.
 
     Args:
       experiment: an experiment, or any frozen dataclass; it is not changed.
@@ -90,12 +92,21 @@ def override(experiment: T, settings: list[str]) -> T:
     SGD(lr=0.2, momentum=0.0, nesterov=True, weight_decay=0.0, decay='kernel|embedding', clip=None,
     groups=())
     """
+    parsed = []
     for setting in settings:
         path, separator, text = setting.partition("=")
         if not separator or not path:
             raise InputError(f"--set {_shorten(setting)}: write path=value, such as optimizer.lr=0.1")
-        experiment = _replace_at(experiment, path.split("."), [], text)
-    return experiment
+        parsed.append(_Setting(tuple(path.split(".")), text))
+    changed: T = _replace(experiment, parsed, ())
+    return changed
+
+
+class _Setting(NamedTuple):
+    """The rest of a path, from the object that it is applied to, and the text of the value."""
+
+    path: tuple[str, ...]
+    text: str
 
 
 def _fields(value: Any) -> list[dataclasses.Field[Any]]:
@@ -118,7 +129,8 @@ def _flatten(path: str, value: Any, operational: bool, name: str = "") -> Iterat
         if path:
             yield path, type(value).__name__
         for field in _fields(value):
-            if operational or not field.metadata.get("operational"):
+            unset = field.metadata.get("added") and getattr(value, field.name) == field.default
+            if not unset and (operational or not field.metadata.get("operational")):
                 yield from _flatten(prefix + field.name, getattr(value, field.name), operational, field.name)
     elif isinstance(value, Mapping):
         for key, item in value.items():
@@ -174,46 +186,63 @@ def _text(value: Any) -> str:  # noqa: PLR0911 - a table of types
     return str(getattr(value, "__qualname__", type(value).__qualname__))
 
 
-def _replace_at(value: Any, path: list[str], parents: list[str], text: str) -> Any:
-    """Return ``value`` with the setting at ``path`` parsed from ``text``.
+def _replace(value: Any, settings: Sequence[_Setting], parents: tuple[str, ...]) -> Any:
+    """Return ``value`` with all of ``settings``.
 
     ``parents`` is the path from the experiment to ``value``, for messages.
     """
-    name, rest = path[0], path[1:]
-    full_path = ".".join([*parents, name])
-    names = _child_names(value)
-    if isinstance(value, tuple | list) and name in names:
-        return _replace_item(value, int(name), rest, parents, text)
-    if name not in names:
-        raise InputError(_unknown_path(full_path, name, names, value))
-    current = getattr(value, name)
-    if rest:
-        changed = _replace_at(current, rest, [*parents, name], text)
-    else:
-        changed = _parse(full_path, text, _type_hint(type(value), name), current)
+    if not settings:
+        return value
+    groups: dict[str, list[_Setting]] = {}
+    for setting in settings:
+        name = setting.path[0]
+        if name not in (names := _child_names(value)):
+            raise InputError(_unknown_path(".".join([*parents, name]), name, names, value))
+        groups.setdefault(name, []).append(setting._replace(path=setting.path[1:]))
+    if isinstance(value, tuple | list):
+        return _replace_items(value, groups, parents)
+    changes = {name: _replace_field(value, name, group, parents) for name, group in groups.items()}
     try:
-        return dataclasses.replace(value, **{name: changed})
+        return dataclasses.replace(value, **changes)
     except InputError:
         raise
     except Exception as error:  # a class of the user's that checks its fields
-        setting = _shorten(redact.redact_setting(f"{full_path}={text}"))
-        raise InputError(f"{setting}: {type(error).__name__}: {first_line(error)}") from error
+        given = [f"{'.'.join([*parents, *one.path])}={one.text}" for one in settings]
+        shown = _shorten(", ".join(map(redact.redact_setting, given)))
+        raise InputError(f"{shown}: {type(error).__name__}: {first_line(error)}") from error
 
 
-def _replace_item(
-    items: tuple[Any, ...] | list[Any], index: int, rest: list[str], parents: list[str], text: str
-) -> tuple[Any, ...]:
-    """Return ``items`` with a field of one item replaced: ``augment.0.p=0.25``."""
-    tuple_path, item = ".".join(parents), items[index]
-    full_path = f"{tuple_path}.{index}"
-    if not rest:
-        if not _child_names(item):
-            raise InputError(
-                f"{full_path} is one item of {_text(items)}: set all of them, as {tuple_path}=..."
+def _replace_field(value: Any, name: str, settings: Sequence[_Setting], parents: tuple[str, ...]) -> Any:
+    """Return the new value of a field: parsed, or its object with the settings after that."""
+    full_path, current = (*parents, name), getattr(value, name)
+    inner: list[_Setting] = []
+    for setting in settings:
+        if setting.path:
+            inner.append(setting)
+        else:
+            current, inner = (
+                _parse(".".join(full_path), setting.text, _type_hint(type(value), name), current),
+                [],
             )
-        raise InputError(f"{full_path} is {type(item).__name__}: set one of its fields")
-    changed = _replace_at(item, rest, [*parents, str(index)], text)
-    return (*items[:index], changed, *items[index + 1 :])
+    return _replace(current, inner, full_path)
+
+
+def _replace_items(
+    items: tuple[Any, ...] | list[Any], groups: Mapping[str, list[_Setting]], parents: tuple[str, ...]
+) -> tuple[Any, ...]:
+    """Return ``items`` with fields of some replaced: ``augment.0.p=0.25``."""
+    tuple_path, changed = ".".join(parents), list(items)
+    for number, settings in groups.items():
+        item = items[int(number)]
+        if not all(setting.path for setting in settings):
+            if not _child_names(item):
+                raise InputError(
+                    f"{tuple_path}.{number} is one item of {_text(items)}: set all of them, as "
+                    f"{tuple_path}=..."
+                )
+            raise InputError(f"{tuple_path}.{number} is {type(item).__name__}: set one of its fields")
+        changed[int(number)] = _replace(item, settings, (*parents, number))
+    return tuple(changed)
 
 
 def _child_names(value: Any) -> list[str]:

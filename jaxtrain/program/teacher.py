@@ -21,12 +21,13 @@ from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.outputs import select_output
 from jaxtrain.core.types import TEACHER, Batch, Model, State
 from jaxtrain.data import paths
-from jaxtrain.experiment import Experiment, config_text, discover, find, first_difference, override
+from jaxtrain.experiment import Experiment, config_text, discover, find, override
 from jaxtrain.experiment.record import load as load_record
 from jaxtrain.program import check_fields
 from jaxtrain.program.compute_model import compute_model
 
 SETTING = "loss.teacher="
+MAX_LISTED = 3  # differences in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,15 +127,23 @@ def _load_experiment(folder: Path, distil: Distil, student: Experiment) -> Exper
 
 
 def _check_same(recorded: dict[str, str], now: dict[str, str], part: str, what: str) -> None:
-    """Raise InputError unless all settings of this part are those of the teacher's record."""
+    """Raise InputError, naming those that differ, unless all settings of this part are as recorded."""
 
     def own(texts: dict[str, str]) -> dict[str, str]:
         return {path: text for path, text in texts.items() if path.split(".")[0].split("[")[0] == part}
 
-    difference = first_difference(own(recorded), own(now))
-    if difference is not None:
-        path, before, after = difference
-        raise InputError(f"{what}: {path} is {before} in its run and {after} here: make them the same")
+    before, after = own(recorded), own(now)
+    differ = [path for path in {**after, **before} if before.get(path) != after.get(path)]
+    # Of a stage that is another one, or absent, not each of its settings too.
+    shown = [path for path in differ if not any(path.startswith(f"{other}.") for other in differ)]
+    if not shown:
+        return
+    texts = [
+        f"{path} is {before.get(path, 'absent')} in its run and {after.get(path, 'absent')} here"
+        for path in shown[:MAX_LISTED]
+    ]
+    more = f", and {len(shown) - MAX_LISTED} more differ" if len(shown) > MAX_LISTED else ""
+    raise InputError(f"{what}: {', '.join(texts)}{more}: make them the same")
 
 
 def _abstract_state(exp: Experiment, mesh: Mesh, prepared: Batch) -> State:

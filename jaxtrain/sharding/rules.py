@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.text import did_you_mean
-from jaxtrain.core.types import NOT_MODEL_STATE, Names, State, leaf_paths
+from jaxtrain.core.types import NOT_MODEL_STATE, RANGES, Names, State, leaf_paths
 from jaxtrain.sharding.mesh import AXES, mesh_text
 
 LOGICAL: Mapping[str, str | None] = {
@@ -142,6 +142,8 @@ class _Placer:
 
     def spec(self, path: str, shape: tuple[int, ...]) -> Spec:
         """Return the mesh axes of each dimension."""
+        if path.startswith(f"extra/{RANGES}/"):  # scalars, whatever rules say of the weights in their names
+            return ()
         head, _, rest = path.partition("/")
         if head == "extra":
             collection, _, rest = rest.partition("/")

@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
 
+from jaxtrain.core import equation
+
 HALF = (jnp.dtype("bfloat16"), jnp.dtype("float16"))
 # Operations that only move a gradient on its way to its parameter, or add some: none has a dtype among its
 # settings. The gradient of ``x[None]`` is a ``reduce_sum``.
@@ -123,10 +125,8 @@ def _has_float32(eqn: Any, output: int, wide: set[Any]) -> bool:
 def _apply(jaxpr: Jaxpr, eqn: Any, values: list[Any], keep: list[bool]) -> Sequence[Any]:
     """Compute an operation of ``jaxpr``; results with ``keep`` may be float32 in place of half precision."""
     compute = _with_subprograms(eqn, keep) or _in_float32(eqn, keep, values)
-    if compute is None:  # with its line of source code, too
-        env = {x: value for x, value in zip(eqn.invars, values, strict=True) if isinstance(x, Var)}
-        parts = {"invars": list(env), "outvars": eqn.outvars, "eqns": [eqn], "effects": eqn.effects}
-        return jaxpr_as_fun(ClosedJaxpr(jaxpr.replace(constvars=(), **parts), ()))(*env.values())
+    if compute is None:
+        return equation.bind(jaxpr, eqn, values)
     with jax.named_scope(str(eqn.source_info.name_stack)):
         results = compute(*values)
     return results if eqn.primitive.multiple_results else [results]

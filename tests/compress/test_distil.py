@@ -233,7 +233,11 @@ def test_what_does_not_fit_is_one_line(teacher: Path, mesh1: Mesh, tmp_path: Pat
             student(teacher, model=models.MLP(widths=(8,), classes=5)),
             "the teacher has 4 classes and the student 5: give a teacher of the same classes",
         ),
-        "preprocess": (student(teacher, preprocess=(data.Normalise(mean=(0.5,), std=(0.1,)),)), "preprocess"),
+        "preprocess": (
+            student(teacher, preprocess=(data.Normalise(mean=(0.5,), std=(0.1,)), data.Normalise())),
+            r"preprocess.0.mean is \(0\) in its run and \(0.5\) here, preprocess.0.std is \(1\) in its run "
+            r"and \(0.1\) here, preprocess.1 is absent in its run and Normalise here: make them the same",
+        ),
         "shape": (student(teacher, train=small, test=small), r"dense0/kernel is float32\[64, 48\] there"),
     }
     for name, (experiment, message) in cases.items():

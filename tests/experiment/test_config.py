@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxtrain import data, losses, metrics, models, optim, sharding
+from jaxtrain.compress import Prune
 from jaxtrain.core.errors import InputError
 from jaxtrain.experiment import (
     Experiment,
@@ -105,6 +106,20 @@ def test_overrides_apply_in_order_and_leave_the_original_alone() -> None:
     assert (changed.batch, changed.optimizer.lr) == (32, optim.OneCycle(peak=0.1, end=0.5))
     assert config_text(BASE) == before
     assert override(BASE, []) is BASE
+
+
+def test_fields_of_one_object_are_set_together() -> None:
+    """Each of these alone would be refused: only the new start and end must fit each other."""
+    staged = dataclasses.replace(BASE, post_update=(Prune(start=0.1, end=0.2),))
+    for order in (1, -1):
+        settings = ["post_update.0.start=0.7", "post_update.0.end=0.9"][::order]
+        (stage,) = override(staged, settings).post_update
+        assert (stage.start, stage.end) == (0.7, 0.9)
+    with pytest.raises(InputError, match=r"prune.start is 0.9 and prune.end 0.7"):
+        override(staged, ["post_update.0.start=0.9", "post_update.0.end=0.8", "post_update.0.end=0.7"])
+    assert override(staged, ["post_update.0.start=0.15", "post_update=()"]).post_update == ()
+    with pytest.raises(InputError, match=r"post_update.0 is unknown"):
+        override(staged, ["post_update=()", "post_update.0.start=0.15"])
 
 
 @pytest.mark.parametrize(
@@ -211,7 +226,7 @@ WITH_FUNCTIONS = dataclasses.replace(
 
 @pytest.mark.parametrize("experiment", [BASE, WITH_FUNCTIONS], ids=["plain", "functions"])
 def test_text_has_every_setting_and_no_address(experiment: Experiment) -> None:
-    text = config_text(experiment)
+    text = config_text(dataclasses.replace(experiment, compress="int8"))  # absent at its default
     assert "0x" not in repr(text)
     assert all("\n" not in value for value in text.values())
     names = {path.partition(".")[0] for path in text}
@@ -301,6 +316,7 @@ CASES: dict[str, Any] = {
     "data_init": scaled,
     "step_factory": scaled,
     "guard": "skip",
+    "compress": "int8",
     "steps_per_execution": 4,
     "max_loss_spike": 3.0,
     "placement": "stream",
