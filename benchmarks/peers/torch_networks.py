@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 class CNN(nn.Module):
     """``jaxtrain.models.CNN`` with BatchNorm, ReLU and residual stages, channels first."""
 
-    def __init__(self, widths: Sequence[int], convs: int, classes: int) -> None:
+    def __init__(self, widths: Sequence[int], convs: int, classes: int, channels: int = 3) -> None:
         super().__init__()
         self.stages = nn.ModuleList()
-        before = 3
+        before = channels
         for width in widths:
             stage = nn.ModuleList()
             for _ in range(convs):

@@ -83,6 +83,8 @@ def _run(args: argparse.Namespace) -> int:
             f"--host {args.host} lets other machines in: set {TOKEN} to a secret that they must send "
             "(openssl rand -hex 32)"
         )
+    if not 0 < args.max_body <= 1024:
+        raise InputError(f"--max-body {args.max_body:g}: give MiB above 0, at most 1024")
     settings = Settings(
         max_batch=args.max_batch,
         max_wait=args.max_wait / 1000,

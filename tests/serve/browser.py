@@ -41,7 +41,7 @@ class Page:
         command += ["--remote-debugging-pipe", f"--user-data-dir={folder / 'profile'}", "about:blank"]
         self._process = subprocess.Popen(
             command,
-            preexec_fn=pipes,
+            preexec_fn=pipes,  # noqa: PLW1509 - nothing but dup2
             close_fds=False,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -92,10 +92,8 @@ class Page:
 
     def wait(self, condition: str) -> None:
         """Wait until a JavaScript expression is true."""
-        self.run(
-            "new Promise((done) => { const look = () => (%s) ? done() : setTimeout(look, 20); look(); })"
-            % condition
-        )
+        look = f"() => ({condition}) ? done() : setTimeout(look, 20)"
+        self.run(f"new Promise((done) => {{ const look = {look}; look(); }})")
 
     def open(self, address: str) -> None:
         """Open an address."""

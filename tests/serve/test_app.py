@@ -17,6 +17,7 @@ import tiny
 from artifact_cases import make_trained
 from conftest import ROOT
 from PIL import Image
+from serve_cases import INFER, LABELS, Client, client, images, numbers, request, texts
 
 from jaxtrain import artifact
 from jaxtrain.artifact import engines, write
@@ -24,7 +25,6 @@ from jaxtrain.serve import app as app_module
 from jaxtrain.serve import page
 from jaxtrain.serve.guard import HEADERS
 from jaxtrain.serve.settings import Settings
-from serve_cases import INFER, LABELS, Client, client, images, numbers, request, texts
 
 PIXELS = [[64, 0, 0, 0], [0, 64, 128, 0], [0, 200, 0, 0]]
 
@@ -92,7 +92,7 @@ async def test_requests_at_the_same_time_are_one_padded_batch_with_the_outputs_o
         two = await http.post(INFER, json=request(PIXELS[:2], (2, 2, 2, 1)))
         check_error(two, 400, "another size")
     async with client(engine := images(), max_batch=8) as http:
-        answer = await http.post(INFER, json=request(sum(PIXELS, []), (3, 2, 2, 1)))
+        answer = await http.post(INFER, json=request([n for row in PIXELS for n in row], (3, 2, 2, 1)))
         assert outputs(answer)["label"].tolist() == [0, 2, 1] and engine.batches[-1] == (4, 2, 2, 1)
 
 

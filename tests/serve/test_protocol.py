@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from serve_cases import IMAGE, manifest, numbers, request, texts
 
 from jaxtrain.artifact.manifest import InputSpec
 from jaxtrain.serve import protocol
 from jaxtrain.serve.protocol import Refused
-from serve_cases import IMAGE, manifest, numbers, request, texts
 
 
 def parse(data: Any, about: Any = IMAGE) -> protocol.Request:
