@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -33,6 +34,7 @@ SIDES = {  # name: (server, address)
     "FastAPI + PyTorch, def": ("torch", "/sync"),
     "FastAPI + PyTorch, async def": ("torch", "/async"),
 }
+UNITS = {"requests_per_second": "1/s", "p50_ms": "ms", "p99_ms": "ms", "cpu_ms": "ms"}
 FLAGS = {"batches": (), "no wait": ("--max-wait", "0"), "single": ("--max-batch", "1", "--max-wait", "0")}
 
 
@@ -48,8 +50,8 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def start(command: Sequence[str], port: int) -> Iterator[None]:
-    """Start a server and wait until it listens; stop it at the end."""
+def start(command: Sequence[str], port: int) -> Iterator[int]:
+    """Start a server, wait until it is ready, and yield its process id; stop it at the end."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
@@ -61,10 +63,16 @@ def start(command: Sequence[str], port: int) -> Iterator[None]:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"{' '.join(command)} does not start")
             time.sleep(0.2)
-        yield
+        yield process.pid
     finally:
         process.terminate()
         process.communicate()
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time of a process so far, of all its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def message(address: str, image: np.ndarray) -> bytes:
@@ -132,6 +140,7 @@ def main() -> None:
         run("jaxtrain", "export", "--workdir", str(folder / "run"), "--out", str(weights), *kind)
         np.savez(folder / "weights.npz", **tensors.decode(weights.read_bytes(), str(weights)))
         ports = {server: free_port() for server in [*FLAGS, *(["torch"] if args.torch_python else [])]}
+        pids = {}
         for server, port in ports.items():
             if server == "torch":
                 command = [args.torch_python, "-m", "benchmarks.peers.torch_service"]
@@ -139,16 +148,20 @@ def main() -> None:
             else:
                 command = [sys.executable, "-m", "jaxtrain", "serve", "--model", str(model)]
                 command += ["--port", str(port), *FLAGS[server]]
-            stack.enter_context(start(command, port))
+            pids[server] = stack.enter_context(start(command, port))
         sides = {side: place for side, place in SIDES.items() if place[0] in ports}
-        rounds = measure(sides, ports, images, args)
+        rounds = measure(sides, ports, pids, images, args)
     report(args, rounds)
 
 
 def measure(
-    sides: dict[str, tuple[str, str]], ports: dict[str, int], images: np.ndarray, args: Any
+    sides: dict[str, tuple[str, str]],
+    ports: dict[str, int],
+    pids: dict[str, int],
+    images: np.ndarray,
+    args: Any,
 ) -> dict[str, list[dict[str, float]]]:
-    """Return requests/s, p50 and p99 in milliseconds of each side, in each round."""
+    """Return requests/s, p50, p99 and the server's CPU time of a request, of each side in each round."""
     messages = {side: [message(address, image) for image in images] for side, (_, address) in sides.items()}
     outputs = {s: asyncio.run(probabilities(ports[sides[s][0]], messages[s][:16])) for s in sides}
     for found in outputs.values():
@@ -157,11 +170,15 @@ def measure(
     for number in range(args.rounds + 1):
         for side in list(sides) if number % 2 else list(sides)[::-1]:
             seconds = args.seconds if number else min(1.0, args.seconds)  # the first round is thrown away
+            before = cpu_seconds(pids[sides[side][0]])
             times = asyncio.run(load(ports[sides[side][0]], messages[side], args.clients, seconds))
             p50, p99 = (1000 * np.percentile(times, (50, 99))).tolist()
             if number:
-                row = {"requests_per_second": len(times) / seconds, "p50_ms": p50, "p99_ms": p99}
-                rounds[side].append(row)
+                cpu = 1000 * (cpu_seconds(pids[sides[side][0]]) - before) / len(times)
+                rate = len(times) / seconds
+                rounds[side].append(
+                    {"requests_per_second": rate, "p50_ms": p50, "p99_ms": p99, "cpu_ms": cpu}
+                )
     return rounds
 
 
@@ -169,7 +186,7 @@ def report(args: Any, rounds: dict[str, list[dict[str, float]]]) -> None:
     """Print the medians, and the ratios to the service without batches and to PyTorch."""
     results = []
     for side, rows in rounds.items():
-        for name, unit in (("requests_per_second", "1/s"), ("p50_ms", "ms"), ("p99_ms", "ms")):
+        for name, unit in UNITS.items():
             results.append(common.result(f"{side}: {name}", [row[name] for row in rows], unit))
     figures = {"clients": args.clients, "seconds": args.seconds, "widths": args.widths}
     skipped = {} if args.torch_python else {"FastAPI + PyTorch": "no --torch-python"}
