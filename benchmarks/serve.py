@@ -43,6 +43,15 @@ def run(*args: str) -> None:
     subprocess.run([sys.executable, "-m", *args], check=True, stdout=sys.stderr)
 
 
+def versions(python: str) -> dict[str, str]:
+    """Return the versions of the web servers, and of PyTorch, in an environment."""
+    names = ("uvicorn", "h11", "starlette", "fastapi", "pydantic", "torch")
+    script = f"import importlib.metadata as m, json; names = {names}\n"
+    script += "found = {d.name.lower(): d.version for d in m.distributions()}\n"
+    script += "print(json.dumps({n: found[n] for n in names if n in found}))"
+    return dict(json.loads(subprocess.check_output([python, "-c", script], text=True)))
+
+
 def free_port() -> int:
     """Return a port that is free now."""
     with socket.create_server(("127.0.0.1", 0)) as one:
@@ -188,7 +197,9 @@ def report(args: Any, rounds: dict[str, list[dict[str, float]]]) -> None:
     for side, rows in rounds.items():
         for name, unit in UNITS.items():
             results.append(common.result(f"{side}: {name}", [row[name] for row in rows], unit))
-    figures = {"clients": args.clients, "seconds": args.seconds, "widths": args.widths}
+    figures: dict[str, Any] = {"clients": args.clients, "seconds": args.seconds, "widths": args.widths}
+    figures["server_versions"] = versions(sys.executable)
+    figures["torch_versions"] = versions(args.torch_python) if args.torch_python else None
     skipped = {} if args.torch_python else {"FastAPI + PyTorch": "no --torch-python"}
     common.finish(args, "serve", results, figures, skipped)
 

@@ -25,10 +25,6 @@ from jaxtrain.serve.app import Service, make_app
 from jaxtrain.serve.model import Servable
 from jaxtrain.serve.settings import Settings, is_loopback
 
-SWITCH_SECONDS = 5e-4
-"""How long the event loop keeps Python's lock while the model's thread waits for it (Python's default: 5 ms).
-A call of the model waits for the lock several times."""
-
 
 def open_socket(host: str, port: int) -> socket.socket:
     """Return a socket that is bound to ``host`` and ``port``; port 0 is a free one.
@@ -177,7 +173,6 @@ def serve(
     sizes = ", ".join(map(str, model.batches))
     texts = f" and texts of {', '.join(map(str, model.lengths))} tokens" if model.lengths else ""
     write(f"warming up: batches of {sizes}{texts}")
-    sys.setswitchinterval(SWITCH_SECONDS)
     asyncio.run(server.serve(sockets=[bound]))
     if failed:
         raise RunError(f"{model.name} cannot run: {first_line(failed[0])[:300]}") from failed[0]
