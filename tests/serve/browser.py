@@ -31,18 +31,15 @@ class Page:
         to_read, self._write = os.pipe()
         self._read, to_write = os.pipe()
 
-        def pipes() -> None:  # Chromium reads from 3 and writes to 4
-            a, b = os.dup(to_read), os.dup(to_write)
-            os.dup2(a, 3)
-            os.dup2(b, 4)
-
+        # Chromium reads from 3 and writes to 4. (A preexec_fn would fork Python, which JAX warns of.)
+        script = 'exec 3<&"$1" 4>&"$2"; shift 2; exec "$@"'
+        shell = ["bash", "-c", script, "bash", str(to_read), str(to_write)]
         command = [str(find_chromium()), "--headless=new", "--no-sandbox", "--disable-gpu"]
         command += ["--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking"]
         command += ["--remote-debugging-pipe", f"--user-data-dir={folder / 'profile'}", "about:blank"]
         self._process = subprocess.Popen(
-            command,
-            preexec_fn=pipes,  # noqa: PLW1509 - nothing but dup2
-            close_fds=False,
+            [*shell, *command],
+            pass_fds=(to_read, to_write),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "HOME": str(folder)},
