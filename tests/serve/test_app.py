@@ -289,7 +289,7 @@ async def test_a_client_that_goes_away_leaves_the_queue():
         while not batcher.waiting:
             await asyncio.sleep(0)
         gone.set()
-        await task
+        assert await task == 499
         while batcher.waiting:
             await asyncio.sleep(0)
         engine.go.set()
@@ -297,11 +297,11 @@ async def test_a_client_that_goes_away_leaves_the_queue():
     assert len(engine.batches) == 2
 
 
-async def raw(http: Client, body: bytes, gone: asyncio.Event) -> None:
-    """Call the application as a server does whose client closes the connection after ``gone``."""
+async def raw(http: Client, body: bytes, gone: asyncio.Event) -> int:
+    """Call the application as a server does whose client goes after ``gone``; returns the status."""
     transport = http._transport
     assert isinstance(transport, httpx.ASGITransport)
-    sent = False
+    sent, statuses = False, []
 
     async def receive() -> dict[str, Any]:
         nonlocal sent
@@ -312,13 +312,14 @@ async def raw(http: Client, body: bytes, gone: asyncio.Event) -> None:
         return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
-        pass
+        statuses.append(message.get("status"))
 
     head = [(b"host", b"localhost"), (b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": INFER, "headers": head, "query_string": b""}
     await transport.app(
         {**scope, "root_path": "", "raw_path": INFER.encode(), "scheme": "http"}, receive, send
     )
+    return int(statuses[0])
 
 
 @scenario
