@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import io
 import math
 import os
 import stat
@@ -15,16 +14,12 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from jaxtrain.artifact.batch import check_values
+from jaxtrain.artifact.images import decode_image, read_image, scale_pixels
 from jaxtrain.artifact.manifest import InputSpec, Manifest
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.text import first_line
 
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow's others may start other programs
-MAX_PIXELS = 2**26
-"""Largest image that is decoded: 67 million pixels."""
-MAX_BYTES = 2**28
-"""Largest image file that is read."""
 MAX_LINE = 2**20
 """Longest line of text in bytes."""
 STDIN = "-"
@@ -127,12 +122,36 @@ class Reader:
         return next(iter(self.manifest.inputs.items()))
 
     def _image(self, path: Path) -> dict[str, np.ndarray]:
-        name, spec = self._only_input(str(path))
+        name, spec, size, channels = self._image_input(str(path))
+        return {name: scale_pixels(read_image(path, size, channels, spec.crop, self.resize), spec)}
+
+    def _image_input(self, where: str) -> tuple[str, InputSpec, tuple[int, int], int]:
+        """Return the input that an image is for, its width and height, and its channels."""
+        name, spec = self._only_input(where)
         shape = spec.shape[1:]
         if len(shape) != 3 or shape[2] not in (1, 3) or spec.white is None:
-            raise InputError(f"{path} is an image, and the model takes {name}: {spec.text}")
+            raise InputError(f"{where} is an image, and the model takes {name}: {spec.text}")
         height, width, channels = (int(n) for n in shape)
-        return {name: scale_pixels(read_image(path, (width, height), channels, spec.crop, self.resize), spec)}
+        return name, spec, (width, height), channels
+
+    def image(self, data: bytes, where: str, formats: tuple[str, ...], max_pixels: int) -> Example:
+        """Return the example of an image that is in memory.
+
+        Args, raises: as ``decode_image``; InputError also where the model takes no image.
+        """
+        name, spec, size, channels = self._image_input(where)
+        pixels = decode_image(data, where, size, channels, spec.crop, self.resize, formats, max_pixels)
+        return Example(where, {name: scale_pixels(pixels, spec)})
+
+    def text(self, text: bytes, where: str) -> Example:
+        """Return the example of a text, tokenized as the run's data.
+
+        Raises:
+          InputError: the model takes no text, or the text is empty where it may not be.
+        """
+        if self.manifest.text is None:
+            raise InputError(f"{where} is text, and {self._takes()}")
+        return self._tokens(text, where, where)
 
     def _array(self, path: Path) -> Iterator[Example]:
         name, spec = self._only_input(str(path))
@@ -266,66 +285,3 @@ def _number(cell: str, spec: InputSpec, where: str) -> Any:
         raise ValueError
     except (ValueError, KeyError) as error:
         raise InputError(f"{where}: {cell[:40]!r} is not a number for {spec.dtype}") from error
-
-
-def read_image(
-    path: Path, size: tuple[int, int], channels: int, crop: float | None, resize: bool
-) -> np.ndarray:
-    """Decode an image file as the data sources do: uint8 ``[height, width, channels]``.
-
-    Args:
-      path: the file.
-      size: width and height in pixels.
-      channels: 1 (grey) or 3 (RGB); an image of the other kind is converted, and an alpha channel dropped.
-      crop: with ``resize``, the part of the largest centred rectangle of the size's proportions that is kept;
-        None: all of it.
-      resize: crop and resize with Pillow's antialiased bilinear filter; False: the size must be exact.
-
-    Raises:
-      InputError: it is no image, larger than ``MAX_PIXELS``, or of another size.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    if path.stat().st_size > MAX_BYTES:
-        raise InputError(f"{path} is larger than {MAX_BYTES} bytes: it is not read as an image")
-    data = path.read_bytes()
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise InputError(
-                f"{path} has {image.width} × {image.height} pixels: at most {MAX_PIXELS:,} are decoded"
-            )
-        if image.size != size and not resize:
-            raise InputError(
-                f"{path} has {image.width} × {image.height} pixels, and the model takes {size[0]} × "
-                f"{size[1]}: add --resize (centre crop, then bilinear)"
-            )
-        if image.mode[0] in "IF":
-            raise InputError(f"{path} has more than 8 bits per channel, which is not supported")
-        image.load()
-        if "transparency" in image.info:
-            image = image.convert("RGBA")
-        image = image.convert("L" if channels == 1 else "RGB")
-    except InputError:
-        raise
-    except UnidentifiedImageError as error:  # its message has the address of an object
-        raise InputError(f"{path} cannot be decoded (it is none of {', '.join(FORMATS)})") from error
-    except Image.DecompressionBombError as error:  # of Pillow, while it reads the header
-        raise InputError(f"{path} has more than {MAX_PIXELS:,} pixels, and is not decoded") from error
-    except Exception as error:  # each of Pillow's formats raises its own types
-        raise InputError(f"{path} cannot be decoded ({first_line(error)})") from error
-    if image.size != size:
-        scale = min(image.width / size[0], image.height / size[1]) * (crop or 1.0)
-        width, height = size[0] * scale, size[1] * scale
-        left, top = (image.width - width) / 2, (image.height - height) / 2
-        image = image.resize(size, Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
-    pixels = np.asarray(image)
-    return pixels[..., None] if channels == 1 else pixels
-
-
-def scale_pixels(pixels: np.ndarray, spec: InputSpec) -> np.ndarray:
-    """Return pixels in 0..255 in the range and dtype of the model's data, whose white is ``spec.white``."""
-    if spec.white != 255:
-        scaled = pixels.astype(np.float64) * (spec.white or 255.0) / 255
-        pixels = np.rint(scaled) if np.issubdtype(spec.numpy_dtype, np.integer) else scaled
-    return pixels.astype(spec.numpy_dtype)

@@ -10,6 +10,7 @@ SUMMARIES = {
     "sample": "generate text with a run's language model",
     "export": "write a run's model as one file that runs without the experiment's code",
     "predict": "predictions of an exported model for images, arrays, tables and text",
+    "serve": "an exported model as an HTTP service, with a page to try it",
     "bench": "throughput of a training step by number of devices",
     "doctor": "versions, devices, disk, data folder, and a one-step smoke test",
 }

@@ -18,7 +18,7 @@ from artifact_cases import make_trained
 from PIL import Image
 
 from jaxtrain import InputError, artifact
-from jaxtrain.artifact import bench, engines, examples, lines, write
+from jaxtrain.artifact import bench, engines, examples, images, lines, write
 from jaxtrain.artifact.manifest import InputSpec, Manifest
 from jaxtrain.cli import predict
 
@@ -119,7 +119,7 @@ def test_images_of_another_kind_and_size_are_converted(tmp_path):
     photo.save(tmp_path / "photo.png")
     photo.convert("RGBA").save(tmp_path / "alpha.png")
     photo.convert("L").save(tmp_path / "grey.png")
-    read = examples.read_image
+    read = images.read_image
     exact = read(tmp_path / "photo.png", (20, 30), 3, None, False)
     np.testing.assert_array_equal(exact, photo)
     np.testing.assert_array_equal(read(tmp_path / "alpha.png", (20, 30), 3, None, False), photo)
@@ -137,8 +137,8 @@ def test_images_of_another_kind_and_size_are_converted(tmp_path):
 def test_white_is_that_of_the_data():
     spec = InputSpec("uint8", ("batch", 1, 3, 1), white=16.0)
     pixels = np.array([0, 128, 255], np.uint8).reshape(1, 3, 1)
-    assert examples.scale_pixels(pixels, spec).ravel().tolist() == [0, 8, 16]
-    floats = examples.scale_pixels(pixels, InputSpec("float32", ("batch", 1, 3, 1), white=1.0))
+    assert images.scale_pixels(pixels, spec).ravel().tolist() == [0, 8, 16]
+    floats = images.scale_pixels(pixels, InputSpec("float32", ("batch", 1, 3, 1), white=1.0))
     assert floats.dtype == np.float32 and floats.ravel().tolist() == [0, np.float32(128 / 255), 1]
 
 
@@ -191,7 +191,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, model
     assert code == 2 and "is not an artifact" in err and err.count("\n") == 1
     code, _, err = run("x", "--engine", "jax", model=tmp_path / "model.onnx")
     assert code == 2 and "--engine jax needs an artifact" in err
-    monkeypatch.setattr(examples, "MAX_PIXELS", 71)
+    monkeypatch.setattr(images, "MAX_PIXELS", 71)
     code, _, err = run(tmp_path / "large.png", "--resize")
     assert code == 2 and "has 8 × 9 pixels: at most 71 are decoded" in err
 

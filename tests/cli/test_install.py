@@ -18,7 +18,10 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text()
 PAGES = {
     "README": README,
-    **{n: (ROOT / "docs" / f"{n}.md").read_text() for n in ("parallelism", "evaluate", "deploy", "explain")},
+    **{
+        name: (ROOT / "docs" / f"{name}.md").read_text()
+        for name in ("parallelism", "evaluate", "deploy", "explain", "serve")
+    },
 }
 BLOCK = re.compile(r"^ *```(\w+)([^\n]*)\n(.*?)^ *```", re.M | re.S)
 BLOCKS = [block for page in PAGES.values() for block in BLOCK.findall(page)]
