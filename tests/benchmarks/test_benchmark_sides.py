@@ -67,7 +67,7 @@ def test_peer_that_cannot_compile_is_skipped_and_other_errors_raise(case: sides.
         compare.check("mlp", compare.Sides({"hand": hand, "torch eager": Broken()}, {}, 1))
 
 
-@pytest.mark.full("[2]")
+@pytest.mark.full("tests/benchmarks/test_benchmark_sides.py")
 @pytest.mark.parametrize("together", [1, 2])
 def test_chunk_continues_after_the_last_one(
     program: Any, together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

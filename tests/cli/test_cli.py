@@ -99,6 +99,7 @@ def test_evaluate_refuses_missing_runs_checkpoints_and_splits(capsys):
     assert "has no valid split" in refused(capsys, code)
 
 
+@pytest.mark.full("tests/cli/test_cli.py::test_evaluate_refuses_missing_runs_checkpoints_and_splits")
 def test_evaluate_refuses_a_changed_experiment(tmp_path, capsys):
     text = Path(TINY).read_text()
     Path("here.py").write_text(text)

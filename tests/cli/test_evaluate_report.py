@@ -145,6 +145,9 @@ def test_splits_name_examples_by_their_number_in_the_source(trained, capsys, tmp
         assert [int(row["id"]) for row in rows_of(tmp_path / "examples.csv")] == ids.tolist()
 
 
+@pytest.mark.full(
+    "tests/cli/test_evaluate_report.py::test_eight_devices_report_the_same_and_the_csv_has_every_example_once"
+)
 def test_another_source_is_evaluated_if_its_fields_and_classes_are_those_of_the_run(trained, capsys) -> None:
     own, name = result(trained, capsys), str(trained)
     shifted = result(trained, capsys, "--source", f"{name}:SHIFT")
@@ -206,6 +209,9 @@ def test_bad_input_is_one_line(trained, capsys, words: tuple[str, ...], message:
     assert message in refusal(trained, capsys, *words)
 
 
+@pytest.mark.full(
+    "tests/cli/test_evaluate_report.py::test_eight_devices_report_the_same_and_the_csv_has_every_example_once"
+)
 @pytest.mark.skipif(not PLOTS, reason="needs matplotlib")
 def test_pictures_are_written_into_the_run(trained, capsys) -> None:
     found = result(trained, capsys, "--png", "--mistakes")

@@ -125,6 +125,7 @@ def test_a_second_signal_ends_at_once(signum, code):
     assert error.count("\n") == 1
 
 
+@pytest.mark.full("tests/train/test_loop.py")
 def test_a_second_run_in_one_folder_is_refused(capsys):
     process = start(*LONG, "--workdir", "r")
     wait_for_step(process, 2)

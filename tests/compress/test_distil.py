@@ -246,6 +246,7 @@ def test_what_does_not_fit_is_one_line(teacher: Path, mesh1: Mesh, tmp_path: Pat
         assert "\n" not in str(caught.value), name
 
 
+@pytest.mark.full("tests/compress/test_distil.py::test_what_does_not_fit_is_one_line")
 def test_a_damaged_teacher_is_one_line(teacher: Path, mesh1: Mesh, tmp_path: Path) -> None:
     shutil.copytree(teacher, tmp_path / "run")
     shutil.copy(teacher.parent / "teacher.py", tmp_path)

@@ -61,6 +61,7 @@ def test_masked_rows_change_neither_loss_nor_gradient(smoothing: float) -> None:
         assert metrics[name].count == 3
 
 
+@pytest.mark.full("tests/losses/test_losses.py::test_masked_rows_change_neither_loss_nor_gradient")
 def test_sequence_labels_are_masked_by_position_or_by_row() -> None:
     logits, label = classification((3, 4))
     cells = jnp.array(RNG.integers(0, 2, (3, 4)), bool)

@@ -387,6 +387,7 @@ def test_percentiles_of_a_run_cover_all_steps(monkeypatch):
     assert found.overall() == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.full("tests/monitor/test_profile.py")
 def test_records_and_result_have_step_times_and_memory(program, tmp_path, console):
     result = fit(program, tmp_path, console)
     first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])

@@ -150,6 +150,7 @@ def dense(widths, batch) -> int:
     return 2 * batch * (3 * sum(a * b for a, b in pairs) - pairs[0][0] * pairs[0][1])
 
 
+@pytest.mark.full("tests/plan/test_plan.py::test_flops_of_a_gpt_are_six_per_parameter_and_token")
 @pytest.mark.parametrize("change", [{}, {"accumulate": 4, "remat": "nothing_saveable"}])
 def test_flops_of_an_mlp(change):
     image = data.Arrays({"image": np.zeros((64, 16, 16, 4), np.uint8), "label": np.zeros(64, np.int32)})

@@ -127,6 +127,9 @@ def test_a_loss_that_its_count_does_not_weight_is_refused_with_accumulate(loss: 
         assemble(change(loss=loss, accumulate=4), mesh1)
 
 
+@pytest.mark.full(
+    "tests/program/test_check_contract.py::test_microbatches_weigh_as_much_as_their_loss_counts"
+)
 def test_a_term_of_the_loss_that_every_microbatch_has_is_legal_with_accumulate(mesh1: Any) -> None:
     def loss(outputs: Any, batch: Any) -> Any:
         mean = Mean.of(*_error(outputs, batch))

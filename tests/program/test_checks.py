@@ -379,7 +379,7 @@ def test_label_broken_by_a_stage_is_reported_by_field_example_and_value(assemble
     assert bad_examples.locate(assembled("change()"), 2) == []
 
 
-@pytest.mark.full("tests/program/test_checks.py::test_advice_for_less_memory_divides")
+@pytest.mark.full("tests/program/test_checks.py::test_bad_input_prints_one_line_and_leaves_nothing_behind")
 @pytest.mark.parametrize(
     ("changes", "limit", "fix"),
     [
@@ -410,6 +410,7 @@ def test_check_memory_suggests_fsdp(mesh8, monkeypatch) -> None:
     program.close()
 
 
+@pytest.mark.full("tests/program/test_checks.py::test_bad_input_prints_one_line_and_leaves_nothing_behind")
 @pytest.mark.parametrize(
     ("batch", "accumulate", "advice"),
     [

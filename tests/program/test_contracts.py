@@ -175,7 +175,7 @@ def test_init_and_apply_are_pure(name: str) -> None:
     assert any((a != b).any() for a, b in pairs)
 
 
-@pytest.mark.full("[mlp]", "[ratings_factors]")
+@pytest.mark.full("[mlp]")
 @row
 def test_train_mode_controls_dropout_and_statistics(name: str) -> None:
     found, model = forward_passes(name), small(name).model

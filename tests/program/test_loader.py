@@ -268,6 +268,7 @@ def test_a_subset_draws_when_its_source_does() -> None:
     assert not hasattr(Subset(SOURCE, np.array([1])), "draw")
 
 
+@pytest.mark.full("tests/program/test_loader.py")
 def test_streamed_batch_is_copied_while_earlier_steps_compute(
     tmp_path: Any, mesh1: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

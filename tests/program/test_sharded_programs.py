@@ -104,7 +104,7 @@ def kinds(compiled, on):
     return {(c.kind, c.axes): c.bytes for c in collectives(compiled.as_text(), on) if c.bytes > 64}
 
 
-@pytest.mark.full("[data=2,fsdp=2,model=2]")
+@pytest.mark.full("tests/program/test_contracts.py::test_eight_devices_compute_the_step_of_one")
 @pytest.mark.parametrize("text", SPECS)
 def test_collectives_match_a_hand_written_program(text):
     on = mesh(text)

@@ -212,6 +212,7 @@ def test_attention_is_chosen_for_the_version_of_cudnn_that_xla_is_told():
     assert 10_000 * major + 100 * minor + patch == target_gpu.CUDNN
 
 
+@pytest.mark.full("[cpu]")
 @needs_compiler
 @pytest.mark.skipif(cuda_plugin.has_driver(), reason="this machine has an NVIDIA driver")
 @pytest.mark.parametrize("platforms", ["", "cpu"])

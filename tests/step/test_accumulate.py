@@ -92,6 +92,7 @@ def test_update_and_metrics_equal_the_full_batch(case: str, float64: Any) -> Non
             assert merged[name].count == pytest.approx(metric.count)
 
 
+@pytest.mark.full("tests/step/test_accumulate.py::test_update_and_metrics_equal_the_full_batch")
 def test_loss_is_the_mean_over_all_examples() -> None:
     batch = {**lines(), "weight": jnp.array(RNG.uniform(size=8), jnp.float32)}
     params, extra = LINE.init(KEY, batch)

@@ -110,7 +110,7 @@ WORDS = {
 }
 
 
-@pytest.mark.full("[NaN in the input]", "[update]")
+@pytest.mark.full("[NaN in the input]")
 @pytest.mark.parametrize("case", CASES)
 def test_bad_update_leaves_the_state_bitwise_unchanged(case):
     loss, tx, prepare = CASES[case]
@@ -243,6 +243,7 @@ def test_skip_continues_counts_and_equals_a_resumed_run(tmp_path, capsys, mesh1)
     same(final(tmp_path / "cut", program), state)
 
 
+@pytest.mark.full("tests/step/test_guard.py::test_bad_update_leaves_the_state_bitwise_unchanged")
 def test_skips_are_bounded(tmp_path, console, mesh1):
     exp = change(augment=(Spoil(-1),), guard="skip", log_every=1, epochs=2)
     program, asked = counted(assemble(exp, mesh1))

@@ -253,6 +253,7 @@ def test_eight_devices_take_the_same_step_as_one(mesh1: Any, mesh8: Any) -> None
     assert min(jax.tree.leaves(moved)) > 1e-4, "a step too small to compare"
 
 
+@pytest.mark.full("tests/step/test_step.py::test_step_is_pure_and_compiles_once")
 def test_evaluation_changes_nothing_and_merges_over_padded_batches() -> None:
     model, tx = CNN(widths=(4,), classes=3, dropout=0.5), optax.sgd(0.1)
     batch = image_batch(6)

@@ -176,6 +176,7 @@ def test_no_false_alarm(name: str, mesh1: Any) -> None:
     check(LEGAL[name], mesh1)
 
 
+@pytest.mark.full("[stream]")
 @pytest.mark.parametrize("placement", ["device", "stream"])
 def test_on_a_mesh_of_eight(placement: Any, mesh8: Any) -> None:
     check(change(placement=placement), mesh8)

@@ -242,6 +242,7 @@ def test_relative_paths_mean_the_same_from_every_folder(
     assert code == 2 and f"{tmp_path}/start/table.csv cannot be read" in text.splitlines()[-1]
 
 
+@pytest.mark.full("tests/train/test_identity.py::test_changed_code_of_a_resumed_run_is_named")
 def test_a_record_without_identities_is_one_line(train: Any, project: Path) -> None:
     assert train()[0] == 0
     old = {name: value for name, value in config().items() if name not in ("code", "data", "files")}
@@ -341,6 +342,7 @@ def test_fit_refuses_changed_code_where_it_is_strict(tmp_path: Path, monkeypatch
         jaxtrain.fit(small_experiment(), folder=tmp_path / "run", strict=True)
 
 
+@pytest.mark.full("tests/train/test_identity.py::test_changed_code_of_a_resumed_run_is_named")
 def test_another_checkpoint_under_the_name_of_the_first_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
