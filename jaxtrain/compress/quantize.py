@@ -37,7 +37,7 @@ from jaxtrain.core.errors import InputError
 HIGHEST = 127  # of a symmetric 8-bit integer
 INT8, FLOAT = "int8/", "float/"  # prefixes of the names of weights
 CONVOLUTION = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "feature_group_count")
-SMALLEST = float(np.finfo(np.float32).tiny)
+SMALLEST = 1e-30  # range of what is all zero; a subnormal step would be flushed to 0, and 0 / 0 is NaN
 
 
 class Layer(NamedTuple):
@@ -78,13 +78,14 @@ def quantize(
       batches: inputs to measure on, at least one batch; a few hundred examples are enough. The range of an
         activation is the largest magnitude that occurs.
       ranges: those of a model trained with ``fake_quantize``, by the path of the layer's weight. They are
-        used in place of measured ones, only their layers are quantized, and one batch is enough.
+        used in place of measured ones, and one batch is enough. Only their layers are quantized, without
+        those of range 0, which had no input but zeros.
 
     Raises:
       InputError: no batch, a range that is not finite, or no product that can be quantized.
     """
     leaves, treedef = jax.tree.flatten(weights)
-    select = _Select(None if ranges is None else frozenset(ranges))
+    select = _Select(None if ranges is None else frozenset(name for name, x in ranges.items() if x > 0))
     found: list[dict[str, Any]] = []
     observe = jax.jit(functools.partial(_observe, apply, treedef, select))
     for batch in batches:

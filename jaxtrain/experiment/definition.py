@@ -186,7 +186,7 @@ class Experiment:
         for name in ("epochs", "save_every", "eval_every"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise InputError(f"{name} is {value}: it must be above 0")
+                raise InputError(f"{name} is {value}: it must be above 0 and finite")
         for name in ("holdout", "workers"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}: it must not be negative")

@@ -95,7 +95,7 @@ def override(experiment: T, settings: list[str]) -> T:
     parsed = []
     for setting in settings:
         path, separator, text = setting.partition("=")
-        if not separator or not path:
+        if not separator or not all(path.split(".")):
             raise InputError(f"--set {_shorten(setting)}: write path=value, such as optimizer.lr=0.1")
         parsed.append(_Setting(tuple(path.split(".")), text))
     changed: T = _replace(experiment, parsed, ())

@@ -18,7 +18,7 @@ import jaxtrain
 from jaxtrain import checkpoint, models, monitor, optim, sharding
 from jaxtrain.artifact import quantized, write
 from jaxtrain.artifact.trained import Trained, model_outputs
-from jaxtrain.compress import Distil, Prune, fake_quantize
+from jaxtrain.compress import Distil, Prune, fake_quantize, quantize
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import RANGES, Model
 from jaxtrain.experiment import Experiment, config_hash, config_text, override
@@ -227,6 +227,56 @@ def test_a_run_is_fine_tuned_resumed_and_combined(tmp_path: Path, mesh1: Mesh) -
     assert 0.95 * highest < later < 1.05 * highest
     with pytest.raises(InputError, match="compress"):  # another setting is another run
         jaxtrain.fit(dataclasses.replace(again, compress=None), folder=tmp_path / "again", mesh=mesh1)
+
+
+@pytest.mark.parametrize("zeros", ["a channel", "everything", "the input"])
+def test_zeros_stay_zeros(zeros: str) -> None:
+    """A step of the smallest float divided by 127 would be flushed to 0 in a compiled program: 0 / 0."""
+    model, params, batch = dense(np.random.default_rng(0))
+    if zeros == "the input":
+        batch = {"x": np.zeros_like(batch["x"])}
+    else:
+        params = {
+            "kernel": params["kernel"].at[:, slice(2, 3) if zeros == "a channel" else slice(None)].set(0)
+        }
+
+    @jax.jit
+    def step(params: Any, extra: Any) -> Any:
+        def loss(params: Any) -> Any:
+            outputs, new = model.apply(params, extra, batch, train=True, key=None)
+            return (outputs**2).sum(), (outputs, new)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    extra: Any = {RANGES: {"params/kernel": np.float32(0)}}
+    for _ in range(2):
+        grad, (outputs, extra) = step(params, extra)
+        assert np.isfinite(outputs).all() and np.isfinite(grad["kernel"]).all()
+    assert (np.asarray(outputs)[:, 2] == 0).all()
+    if zeros == "the input":
+        assert extra[RANGES]["params/kernel"] == 0
+        return
+    int8 = quantize(
+        lambda params, x: model.apply(params, extra, {"x": x}, train=False, key=None)[0], params, [batch["x"]]
+    )
+    np.testing.assert_allclose(jax.jit(int8.apply)(int8.weights, batch["x"]), outputs, atol=0.1)
+
+
+def test_a_layer_without_input_stays_float_as_in_evaluations() -> None:
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.normal(size=(6, 6)), jnp.float32) for name in ("first", "late")}
+
+    def apply(params: Any, x: Any) -> Any:
+        with jax.named_scope("net"):
+            return (x @ params["first"]) @ params["late"]
+
+    x = rng.normal(size=(4, 6)).astype(np.float32)
+    all_ranges = {"first": 4.0, "late": 20.0}
+    both = quantize(apply, params, [x], all_ranges)
+    assert sum("input_scale" in name for name in both.weights) == 2
+    one = quantize(apply, params, [x], {**all_ranges, "late": 0.0})
+    assert sum("input_scale" in name for name in one.weights) == 1
+    np.testing.assert_allclose(one.apply(one.weights, x), apply(params, x), atol=0.3)
 
 
 def test_float16_rounds_too() -> None:
