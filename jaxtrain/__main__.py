@@ -7,6 +7,7 @@ import sys
 
 from jaxtrain.cli import SUMMARIES
 from jaxtrain.core import cuda_plugin
+from jaxtrain.core.signals import interrupts_blocked
 from jaxtrain.core.text import did_you_mean
 
 
@@ -22,8 +23,12 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"jaxtrain: unknown command {command}: {did_you_mean(command, SUMMARIES)}\n")
         return 2
     module = "jaxtrain.run" if command == "run" else f"jaxtrain.cli.{command}"
-    with cuda_plugin.quiet_without_driver():
-        imported = importlib.import_module(module)  # most import JAX
+    try:
+        with interrupts_blocked(), cuda_plugin.quiet_without_driver():
+            imported = importlib.import_module(module)  # most import JAX
+    except KeyboardInterrupt:
+        sys.stderr.write(f"jaxtrain {command}: interrupted\n")
+        return 130
     code: int = imported.main(argv[1:])
     return code
 

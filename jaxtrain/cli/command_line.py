@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from jaxtrain.core import redact
 from jaxtrain.core.errors import InputError, RunError
-from jaxtrain.core.signals import SecondSignal, Stopped
+from jaxtrain.core.signals import SecondSignal, Stopped, interrupts_blocked
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,7 +78,7 @@ def _exit_code(
         if needs_jax:
             from jaxtrain.core import cache, cuda_plugin
 
-            with _interrupts_blocked(), cuda_plugin.quiet_without_driver():
+            with interrupts_blocked(), cuda_plugin.quiet_without_driver():
                 import jax  # noqa: F401
             cache.enable_compilation_cache(warn)
         code = run(args)
@@ -138,16 +138,6 @@ def _output_pipe_closed() -> bool:
     poll = select.poll()
     poll.register(1, 0)  # errors are always reported
     return any(events & select.POLLERR for _, events in poll.poll(0))
-
-
-@contextlib.contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Delay SIGINT to the end of the block: inside JAX's import it would be a crash."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

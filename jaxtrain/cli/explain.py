@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -147,8 +148,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--resize is for image files: leave it out with --split")
     if args.count < 1:
         raise InputError(f"--count {args.count}: give at least 1")
-    if args.out is not None and user_path(args.out).exists() and not user_path(args.out).is_dir():
-        raise InputError(f"--out {args.out} is a file: give a folder")
+    if args.out is not None and (not args.out or os.path.isfile(user_path(args.out))):  # noqa: PTH113
+        raise InputError(f"--out {args.out} is {'a file' if args.out else 'empty'}: give a folder")
     if "-" in args.inputs and sys.stdin is None:
         raise InputError("-: stdin is closed, and there is no text to read")
 
@@ -204,7 +205,7 @@ def _warn_incomplete(records: Sequence[dict[str, Any]], steps: int) -> None:
     errors = {one["id"]: one.get("completeness_error", 0.0) for one in records}
     off = [id for id, error in errors.items() if not error <= 0.01]
     if off:
-        worst = max(off, key=lambda id: errors[id])
+        worst = max(off, key=errors.__getitem__)
         command_line.warn(
             f"integrated_gradients: {len(off)} of {len(errors)} predictions are more than 1 % from complete, "
             f"{worst} by {100 * errors[worst]:.3g} %: try --steps {4 * steps}"

@@ -43,7 +43,8 @@ def make_parser() -> command_line.Parser:
         type=int,
         default=256,
         metavar="N",
-        help="examples that wait at most; requests above get status 429; default: %(default)s",
+        help="examples that wait at most, --max-batch or more; requests above get status 429; default: "
+        "%(default)s",
     )
     parser.add_argument(
         "--max-body", type=float, default=16, metavar="MB", help="largest request; default: %(default)s MiB"

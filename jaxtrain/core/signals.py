@@ -26,6 +26,16 @@ GRACE_SECOND = 1.0  # the same, from the second signal
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+@contextlib.contextmanager
+def interrupts_blocked() -> Iterator[None]:
+    """Delay SIGINT to the end of the block: inside JAX's import it would be a crash."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Stopped(Exception):
     """The run has stopped after a signal and has saved. ``exit_code`` is 128 + the signal's number."""
 

@@ -62,7 +62,7 @@ def completeness_error(
     """Return how far attributions are from complete, relative: ``|sum / (f(inputs) - f(baseline)) - 1|``.
 
     Sundararajan et al. 2017 call completeness the axiom that the attributions sum to the difference of the
-    function's values. 0 where both are 0.
+    function's values. 0 where all of it is within the rounding of the values.
 
     Args:
       function, inputs, baseline: as for ``integrated_gradients``.
@@ -72,9 +72,11 @@ def completeness_error(
     >>> float(completeness_error(jnp.sum, x, jnp.zeros(2), jnp.array([2.0, 1.0])))
     0.25
     """
-    difference = function(inputs) - function(baseline)
+    value, start = function(inputs), function(baseline)
+    difference = value - start
     off = jnp.abs(attributions.sum() - difference)
-    return jnp.where(off == 0, 0, off / jnp.abs(difference))
+    rounding = 10 * jnp.finfo(difference.dtype).eps * jnp.maximum(jnp.abs(value), jnp.abs(start))
+    return jnp.where(off <= rounding, 0, off / jnp.abs(difference))
 
 
 def smoothgrad(

@@ -23,6 +23,8 @@ from jaxtrain.explain.attribution import (
 )
 from jaxtrain.explain.forward import Forward, Weights
 
+MOST = 100_000
+"""Largest ``steps`` and ``samples``: more change no digit of a float32."""
 METHODS = ("integrated_gradients", "smoothgrad", "grad_cam", "rollout")
 
 
@@ -89,8 +91,8 @@ class Explainer:
     def __init__(self, forward: Forward, settings: Settings) -> None:
         text = forward.kind == "tokens"
         self.steps = (512 if text else 128) if settings.steps is None else settings.steps
-        if min(self.steps, settings.samples) < 1:
-            raise InputError(f"--steps {self.steps} --samples {settings.samples}: both must be at least 1")
+        if not (1 <= self.steps <= MOST and 1 <= settings.samples <= MOST):
+            raise InputError(f"--steps {self.steps} --samples {settings.samples}: give 1 to {MOST:,}")
         # The baseline of an embedding is 0, where a transformer's LayerNorm changes fast.
         self._power = 3.0 if text else 1.0
         self.forward, self._settings = forward, settings
@@ -112,6 +114,14 @@ class Explainer:
             found = jax.device_get(
                 self._run(self.forward.weights, inputs, self._target, (example.tokens or 1) - 1)
             )
+        if not all(np.isfinite(x).all() for x in jax.tree.leaves(found)):
+            raise InputError(
+                f"{example.id}: the input, the outputs or their gradients are not finite: nothing to explain"
+            )
+        maps, size = found["maps"], max(abs(found["value"]), abs(found["baseline"]))
+        ours = maps.get("integrated_gradients")
+        if ours is not None and np.abs(ours).max() < 1e-6 * size:  # rounding: the input is the baseline
+            maps["integrated_gradients"] = np.zeros_like(ours)
         classes, error = self.forward.has_classes, found.get("error")
         return Explanation(
             example=example,

@@ -108,7 +108,11 @@ class Forward:
 
     def prepare(self, inputs: Batch) -> Batch:
         """Return the batch that the model gets, from the raw inputs of one example, ``[1, ...]``."""
-        zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in self._fields.items() if name not in inputs}
+        zeros = {
+            name: jnp.zeros(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
+            for name, x in self._fields.items()
+            if name not in inputs
+        }
         raw = {**zeros, **inputs, EXAMPLE_ID: jnp.zeros((1,), jnp.int32)}
         return compose(*self._experiment.preprocess)(raw, None)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain.core.errors import RunError
+from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.files import write_bytes, write_text
 from jaxtrain.explain.explainer import Explainer, Explanation, is_signed
 from jaxtrain.explain.names import class_name, token_texts
@@ -17,6 +17,7 @@ from jaxtrain.monitor import pictures
 from jaxtrain.monitor.pictures import Scale
 
 PAGE = "index.html"
+GENERATOR = '<meta name="generator" content="jaxtrain explain">'
 
 ABOUT = {
     "integrated_gradients": "<b>Integrated gradients</b>: the part of each input in the difference between "
@@ -38,6 +39,7 @@ TITLES = {
 
 HTML = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+{generator}
 <title>{title}</title>
 <style>
 body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2em; color: #111; background: #fff; }}
@@ -80,10 +82,12 @@ def write(
       The page, and for each explanation what ``--json`` prints.
 
     Raises:
+      InputError: the folder has an ``index.html`` that is not of this function.
       RunError: the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _remove_old(folder)
         rows, records = [], []
         for number, (one, label) in enumerate(zip(explanations, labels, strict=True)):
             files = {}
@@ -94,6 +98,7 @@ def write(
             rows.append(_row(explainer, one, label, files))
             records.append(_record(explainer, one, label, files))
         text = HTML.format(
+            generator=GENERATOR,
             title=html.escape(title),
             about="\n".join(
                 f"<li>{_about(explainer, explanations, method)}</li>" for method in explainer.methods
@@ -101,12 +106,25 @@ def write(
             header="".join(f"<th>{name}</th>" for name in _columns(explainer)),
             rows="\n".join(rows),
         )
-        write_text(folder / PAGE, text)
+        # Names of files may hold bytes that are not UTF-8.
+        write_text(folder / PAGE, text.encode(errors="backslashreplace").decode())
         return folder / PAGE, records
     except OSError as error:
         raise RunError(
             f"{folder} cannot be written ({error.strerror or error}): choose another folder with --out"
         ) from error
+
+
+def _remove_old(folder: Path) -> None:
+    """Remove the page of an earlier call, and then the pictures that it shows."""
+    page = folder / PAGE
+    if not page.exists():
+        return
+    if GENERATOR not in page.read_text(errors="replace"):
+        raise InputError(f"{page} is not a page of explain: choose another folder with --out")
+    page.unlink()
+    for old in folder.glob("[0-9][0-9][0-9]-*.png"):
+        old.unlink()
 
 
 def _columns(explainer: Explainer) -> list[str]:

@@ -288,6 +288,7 @@ def make_app(service: Service) -> Guard:
         lifespan=service.running,
         exception_handlers={Refused: _refused, HTTPException: _http_error, Exception: _bug},
     )
+    app.router.redirect_slashes = False  # it is 404, as JSON
     return Guard(app, service.settings, service.metrics.request)
 
 

@@ -40,7 +40,12 @@ class Guard:
       app: the application.
       settings: who may use it.
       observe: called with the endpoint's name, the status and the seconds of each request.
+
+    Attributes:
+      stopping: whether the server stops: then each response closes its connection, and says so.
     """
+
+    stopping = False
 
     def __init__(self, app: ASGIApp, settings: Settings, observe: Callable[[str, int, float], None]) -> None:
         self.app, self._settings, self._observe = app, settings, observe
@@ -57,7 +62,8 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], *HEADERS]}
+                close = [(b"connection", b"close")] if self.stopping else []
+                message = {**message, "headers": [*message["headers"], *HEADERS, *close]}
             await send(message)
 
         try:

@@ -70,7 +70,8 @@ def read_json(body: bytes) -> dict[str, Any]:
     except RecursionError as error:
         raise Refused(400, "the body is not JSON that can be read: it is nested too deeply") from error
     except ValueError as error:
-        raise Refused(400, f"the body is not JSON: {error}"[:300]) from error
+        why = "a number has too many digits" if "set_int_max_str_digits" in str(error) else str(error)
+        raise Refused(400, f"the body is not JSON: {why}"[:300]) from error
     if not isinstance(data, dict):
         raise Refused(400, "the body must be a JSON object")
     return data

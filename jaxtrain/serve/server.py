@@ -134,6 +134,7 @@ class Server(uvicorn.Server):
         if self.signum is not None:
             self.force_exit = True
         self.signum = sig
+        self.config.app.stopping = True  # type: ignore[union-attr]
         self.should_exit = True
 
 

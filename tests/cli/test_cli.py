@@ -328,13 +328,23 @@ def test_a_closed_output_pipe_ends_the_command_in_one_line(tmp_path):
     assert done.returncode == 141
 
 
-def test_an_interrupt_is_delayed_until_jax_is_imported(tmp_path):
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        (
+            "from jaxtrain.cli import command_line\n"
+            "parser = command_line.Parser('it', 'It.')\n"
+            "print(command_line.main(lambda args: print('never here'), parser, []))",
+            "it",
+        ),
+        ("from jaxtrain import __main__\nprint(__main__.main(['evaluate']))", "jaxtrain evaluate"),
+    ],
+    ids=["command", "door"],
+)
+def test_an_interrupt_is_delayed_until_jax_is_imported(tmp_path, code, name):
     (tmp_path / "jax.py").write_text(
         "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nprint('imported')\n"
     )
-    code = "from jaxtrain.cli import command_line\n"
-    code += "parser = command_line.Parser('it', 'It.')\n"
-    code += "print(command_line.main(lambda args: print('never here'), parser, []))"
     environment = {
         **os.environ,
         "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(command_line.__file__).parents[2]}",
@@ -342,4 +352,4 @@ def test_an_interrupt_is_delayed_until_jax_is_imported(tmp_path):
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, check=True, env=environment, capture_output=True, text=True)
     assert done.stdout == "imported\n130\n"
-    assert done.stderr == "it: interrupted\n"
+    assert done.stderr == f"{name}: interrupted\n"

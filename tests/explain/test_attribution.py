@@ -61,6 +61,7 @@ def test_completeness_error_is_relative() -> None:
     error = completeness_error(function, x, baseline, 1.5 * complete)
     assert float(error) == pytest.approx(0.5, abs=1e-3)
     assert completeness_error(function, x, x, jnp.zeros(5)) == 0  # nothing to explain, and nothing explained
+    assert completeness_error(function, x, x + 1e-9, jnp.full(5, 1e-9)) == 0  # only rounding
 
 
 def test_a_function_that_changes_at_the_baseline_needs_the_power() -> None:

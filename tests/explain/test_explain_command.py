@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import zlib
 from html.parser import HTMLParser
@@ -44,6 +45,16 @@ def text(split):
 EXPERIMENT = Experiment(model=models.LSTMClassifier(vocab=258, width=4, embedding=4), train=text("train"),
                         test=text("test"), loss=losses.CrossEntropy(), optimizer=optim.SGD(lr=0.1), batch=8,
                         epochs=1)
+"""
+
+
+NUMBERS = """
+import numpy as np
+from jaxtrain import Experiment, data, losses, models, optim
+
+fields = data.Arrays({"image": np.ones((8, 4), np.float32), "label": np.arange(8) % 2})
+EXPERIMENT = Experiment(model=models.MLP(widths=(3,), classes=2), train=fields, test=fields,
+                        loss=losses.CrossEntropy(), optimizer=optim.SGD(lr=0.1), batch=8, epochs=1)
 """
 
 
@@ -179,6 +190,33 @@ def test_bad_input_is_one_line(images: list[str], texts: list[str], capsys: Any,
     assert "no valid split" in refusal(capsys, *images, "--split", "valid")
     assert "is a file" in refusal(capsys, *images, *split, "--out", str(tmp_path / "a.txt"))
     assert "does not use" in refusal(capsys, *images, *split, "--method", "rollout")
+    assert "there is no such file" in refusal(capsys, *images, "z" * 300)
+    assert "--out  is empty" in refusal(capsys, *images, *split, "--out", "")
+    for flag in ("--steps", "--samples"):
+        assert "give 1 to 100,000" in refusal(capsys, *images, *split, flag, "100001")
+    (tmp_path / "index.html").write_text("my page")
+    assert "is not a page of explain" in refusal(capsys, *images, *split, "--out", str(tmp_path))
+    assert (tmp_path / "index.html").read_text() == "my page"
+
+
+def test_a_page_replaces_an_older_one_with_its_pictures_and_names_may_be_bytes(
+    images: list[str], capsys: Any, tmp_path: Path
+) -> None:
+    words = ["--split", "test", "--method", "grad_cam", "--out", str(tmp_path / "out")]
+    for count in (3, 1):
+        assert commands.main(["explain", *images, *words, "--count", str(count)]) == 0
+    names = ["000-grad_cam.png", "000-input.png", "index.html"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    odd = os.fsdecode(b"\xff.png")
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / odd, "PNG")
+    code = commands.main(["explain", *images, str(tmp_path / odd), *words[2:]])
+    assert code == 0 and r"\udcff.png" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_what_is_not_finite_has_no_explanation(capsys: Any, tmp_path: Path) -> None:
+    run = train(tmp_path, NUMBERS)
+    np.save(tmp_path / "x.npy", np.float32([[0, 1, np.nan, 3], [1, 2, 3, 4]]))
+    assert "x.npy:0: the input" in refusal(capsys, *run, str(tmp_path / "x.npy"))
 
 
 def test_colours_and_legend_follow_the_numbers() -> None:

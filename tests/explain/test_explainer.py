@@ -154,7 +154,7 @@ def test_methods_are_chosen_by_the_model() -> None:
         ("cnn", {"methods": ("smoothgrad",), "layer": "head"}, "for --method grad_cam"),
         ("cnn", {"target": "2"}, "a number from 0 to 1"),
         ("cnn", {"target": "-1"}, "a number from 0 to 1"),
-        ("cnn", {"steps": 0}, "at least 1"),
+        ("cnn", {"steps": 0}, "give 1 to 100,000"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(name: str, settings: dict[str, Any], message: str) -> None:

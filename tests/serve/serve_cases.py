@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxtrain.artifact.manifest import InputSpec, Manifest
 from jaxtrain.serve.app import Service, make_app
+from jaxtrain.serve.guard import Guard
 from jaxtrain.serve.model import Servable
 from jaxtrain.serve.settings import Settings, loopback_names
 
@@ -109,9 +110,11 @@ class Client(httpx.AsyncClient):
 
     Attributes:
       service: behind the application.
+      guard: the application.
     """
 
     service: Service
+    guard: Guard
 
 
 @contextlib.asynccontextmanager
@@ -127,7 +130,7 @@ async def client(
         if warm:
             await ready.wait()
         async with Client(transport=httpx.ASGITransport(guard), base_url=base) as one:
-            one.service = service
+            one.service, one.guard = service, guard
             try:
                 yield one
             finally:

@@ -404,6 +404,24 @@ async def test_every_answer_has_the_headers_that_keep_browsers_out():
             assert "access-control-allow-origin" not in answer.headers
 
 
+@scenario
+async def test_a_server_that_stops_says_so_in_its_answers():
+    """A client that keeps its connection would send the next request into a closed socket."""
+    async with client(images()) as http:
+        assert "connection" not in (await http.get("/v2")).headers
+        http.guard.stopping = True
+        assert (await http.get("/v2")).headers["connection"] == "close"
+
+
+@scenario
+async def test_a_slash_too_many_is_404_and_a_number_too_long_400():
+    async with client(images()) as http:
+        check_error(await http.get("/v2/"), 404, "nothing at this address")
+        body = b'{"inputs": ' + b"9" * 5000 + b"}"
+        answer = await http.post(INFER, content=body, headers={"Content-Type": "application/json"})
+        check_error(answer, 400, "too many digits")
+
+
 def test_the_page_writes_texts_only_as_text_and_asks_nobody_else():
     for name in (
         "innerHTML",
