@@ -186,6 +186,17 @@ def _multihost() -> ModuleType:
     return multihost
 
 
+def add_inputs(parser: argparse.ArgumentParser) -> None:
+    """Add ``INPUT ...``, what ``artifact.examples.Reader`` reads."""
+    parser.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help="images, folders of images, .npy arrays, .csv tables with the model's inputs as columns, .txt "
+        "files with a text per line, or - for such lines on stdin",
+    )
+
+
 def add_weights(parser: argparse.ArgumentParser) -> None:
     """Add ``--weights``, for ``parse_weights``, and ``--experiment``, for ``load_recorded``."""
     parser.add_argument(

@@ -29,13 +29,7 @@ def make_parser() -> command_line.Parser:
     parser.add_argument("--workdir", metavar="RUN", help="the folder of a run")
     parser.add_argument("--model", help=argparse.SUPPRESS)  # of predict
     command_line.add_weights(parser)
-    parser.add_argument(
-        "inputs",
-        nargs="*",
-        metavar="INPUT",
-        help="images, folders of images, .npy arrays, .csv tables with the model's inputs as columns, .txt "
-        "files with a text per line, or - for such lines on stdin",
-    )
+    command_line.add_inputs(parser)
     parser.add_argument(
         "--split", choices=("test", "valid", "train"), help="explain examples of the run's data instead"
     )

@@ -23,13 +23,7 @@ def make_parser() -> command_line.Parser:
     """Make the parser of this command."""
     parser = command_line.Parser("jaxtrain predict", SUMMARIES["predict"])
     parser.add_argument("--model", required=True, metavar="FILE", help="what python -m jaxtrain export wrote")
-    parser.add_argument(
-        "inputs",
-        nargs="*",
-        metavar="INPUT",
-        help="images, folders of images, .npy arrays, .csv tables with the model's inputs as columns, .txt "
-        "files with a text per line, or - for such lines on stdin",
-    )
+    command_line.add_inputs(parser)
     parser.add_argument(
         "--batch", type=int, default=32, metavar="N", help="examples in a batch; default: %(default)s"
     )

@@ -78,7 +78,7 @@ def read_json(body: bytes) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number of JSON: null stands for NaN in floats")
+    raise ValueError(f"{name} is not a number of JSON: write NaN in floats as null")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import re
+import signal
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import httpx
 import numpy as np
 import pytest
 import tiny
+import uvicorn
 from artifact_cases import make_trained
 from conftest import ROOT
 from PIL import Image
@@ -24,6 +26,7 @@ from jaxtrain.artifact import engines, write
 from jaxtrain.serve import app as app_module
 from jaxtrain.serve import page
 from jaxtrain.serve.guard import HEADERS
+from jaxtrain.serve.server import Server
 from jaxtrain.serve.settings import Settings
 
 PIXELS = [[64, 0, 0, 0], [0, 64, 128, 0], [0, 200, 0, 0]]
@@ -409,7 +412,7 @@ async def test_a_server_that_stops_says_so_in_its_answers():
     """A client that keeps its connection would send the next request into a closed socket."""
     async with client(images()) as http:
         assert "connection" not in (await http.get("/v2")).headers
-        http.guard.stopping = True
+        Server(uvicorn.Config(http.guard)).handle_exit(signal.SIGTERM, None)
         assert (await http.get("/v2")).headers["connection"] == "close"
 
 
