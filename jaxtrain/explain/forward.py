@@ -38,7 +38,7 @@ class Forward:
     What is explained is the array that the model gets after ``preprocess``, or for tokens the vectors of its
     first ``flax.linen.Embed``: the ``point``. The ``baseline`` is what raw zeros become there (a black
     image), or zero vectors. Functions take the batch of one example, from ``prepare``, and ``last``, the
-    position of its last token.
+    position of its last token. All is float32, without the rounding of ``compress``, whose gradient is 0.
 
     Args:
       experiment: what was trained.

@@ -28,8 +28,9 @@ CHANNELS = 64
 class LayerPictures:
     """Draws the activations of a model for the first test example, and the kernels of its first layer.
 
-    It evaluates, with the average of the weights where the run has one, and draws no random numbers of the
-    training; so the run computes the same with it and without it. Every process must call it.
+    It evaluates, with the average of the weights where the run has one and without the rounding of
+    ``compress``, and draws no random numbers of the training; so the run computes the same with it and
+    without it. Every process must call it.
 
     Args:
       program: of the run.
