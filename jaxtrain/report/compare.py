@@ -40,20 +40,34 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         places.setdefault(started, []).append(number)
     groups = list(places.values())
     firsts = [runs[group[0]] for group in groups]
-    varied = [path for path, _ in differences([one.config for one in firsts]) if path != "seed"]
-    short = {path: path.rpartition(".")[2] for path in varied}
-    short = {path: leaf if list(short.values()).count(leaf) == 1 else path for path, leaf in short.items()}
-    several = len({one.name for one in firsts}) > 1
-    labels = []
-    for group, first in zip(groups, firsts, strict=True):
-        texts = [f"{short[path]}={first.config.get(path, MISSING)}" for path in varied]
-        text = ", ".join(([first.name] if several or not texts else []) + texts)
-        labels.append(first.label if len(group) == 1 else _shortened(text))
+    names = _setting_texts(firsts)
+    labels = [
+        first.label if len(group) == 1 else _shortened(name)
+        for group, first, name in zip(groups, firsts, names, strict=True)
+    ]
     repeated = {label for label in labels if labels.count(label) > 1}
     return [
         Group(f"{label} ({number + 1})" if label in repeated else label, group)
         for number, (label, group) in enumerate(zip(labels, groups, strict=True))
     ]
+
+
+def _setting_texts(firsts: Sequence[Run]) -> list[str]:
+    """Return what tells each run from the others of its experiment, and the experiment's name if needed."""
+    experiments = list(dict.fromkeys(one.name for one in firsts))
+    texts = dict.fromkeys(range(len(firsts)), "")
+    for name in experiments:
+        places = [place for place, one in enumerate(firsts) if one.name == name]
+        varied = [
+            path for path, _ in differences([firsts[place].config for place in places]) if path != "seed"
+        ]
+        leaves = [path.rpartition(".")[2] for path in varied]
+        short = [leaf if leaves.count(leaf) == 1 else path for leaf, path in zip(leaves, varied, strict=True)]
+        for place in places:
+            values = [firsts[place].config.get(path, MISSING) for path in varied]
+            parts = [f"{leaf}={value}" for leaf, value in zip(short, values, strict=True)]
+            texts[place] = ", ".join(([name] if len(experiments) > 1 or not parts else []) + parts)
+    return list(texts.values())
 
 
 def _shortened(text: str, longest: int = 50) -> str:

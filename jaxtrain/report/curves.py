@@ -20,6 +20,7 @@ CHARTS = 48
 SPLITS = ("train", "valid", "test")
 RESOURCES = (
     "examples_per_second",
+    "tokens_per_second",
     "flops_per_second",
     "step_ms_p50",
     "step_ms_p99",
@@ -67,8 +68,8 @@ def make_curves(runs: Sequence[Run], groups: Sequence[Group]) -> Curves:
     if longest > 2 * buckets:
         notes.append(
             f"Series of more than {2 * buckets:,} points (the longest has {longest:,}) are thinned: the lowest "
-            f"and the highest value of each of {buckets:,} buckets are drawn; smoothing and means over seeds "
-            "take the means of the buckets."
+            f"and highest value of each of {buckets:,} buckets are drawn. Smoothing and means over seeds take "
+            "the means of the buckets."
         )
     if left_out:
         notes.append(f"{left_out} more metrics are not drawn: a page has at most {CHARTS} charts.")

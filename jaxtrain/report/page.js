@@ -132,11 +132,11 @@ function tracesOf(entry, name) {
 
 function layout(extra) {
   const [ink, grid, card] = [style("--ink"), style("--grid"), style("--card")];
-  const axis = { gridcolor: grid, linecolor: grid, zerolinecolor: grid, automargin: true, exponentformat: "power" };
+  const axis = { gridcolor: grid, linecolor: grid, zerolinecolor: grid, automargin: true, exponentformat: "SI" };
   const { xaxis, yaxis, ...rest } = extra;
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, dragmode: "zoom",
-    font: { color: ink, family: "system-ui, sans-serif", size: 12 }, margin: { l: 48, r: 12, t: 8, b: 40 },
+    font: { color: ink, family: "system-ui, sans-serif", size: 12 }, margin: { l: 48, r: 12, t: 30, b: 40 },
     hoverlabel: { bgcolor: card, bordercolor: grid, font: { color: ink }, namelength: 40 },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: style("--soft"), activecolor: style("--accent") },
     xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis }, ...rest,
@@ -263,7 +263,7 @@ function drawParallel(sweep, position) {
   const order = scores.map((_, i) => i).sort((a, b) => goodness(a) - goodness(b)); // the best on top
   const lines = order.map((i) => ({
     type: "scatter", mode: "lines+markers", x: axes.map((_, j) => j), y: axes.map((axis) => axis.at[i]),
-    line: { color: mix(goodness(i)), width: 1 + 2 * goodness(i), shape: "spline", smoothing: 0.6 }, marker: { size: 6 },
+    line: { color: mix(goodness(i)), width: 1 + 2 * goodness(i) }, marker: { size: 6 },
     hovertemplate: `${hover[i]}<extra></extra>`,
   }));
   const ticks = axes.flatMap((axis, j) => axis.ticks.map(([at, text]) => ({
@@ -273,7 +273,7 @@ function drawParallel(sweep, position) {
   plot.setAttribute("role", "img");
   plot.setAttribute("aria-label", `Parallel coordinates of ${scores.length} settings; the table below has the same values`);
   Plotly.react(plot, lines, layout({
-    hovermode: "closest", annotations: ticks, margin: { l: 24, r: 24, t: 8, b: 48 },
+    hovermode: "closest", annotations: ticks, margin: { l: 24, r: 24, t: 30, b: 48 },
     shapes: axes.map((_, j) => ({ type: "line", x0: j, x1: j, y0: 0, y1: 1, line: { color: style("--soft"), width: 1 } })),
     xaxis: { tickvals: axes.map((_, j) => j), ticktext: axes.map((axis) => escapeHtml(shorten(axis.name, 26)) + (axis.log ? "<br>(log)" : "")), showgrid: false, zeroline: false, range: [-0.12, axes.length - 0.88], fixedrange: true },
     yaxis: { visible: false, range: [-0.06, 1.06], fixedrange: true },

@@ -75,10 +75,10 @@ def make_content(found: Runs) -> Content:
 
 
 SECTIONS = {
+    "sweeps": "Sweep",
     "results": "Results",
     "curves": "Curves",
     "resources": "Throughput, memory, energy",
-    "sweeps": "Sweep",
     "evaluations": "Confusion matrix and worst mistakes",
     "differences": "Settings",
     "commands": "Commands to reproduce",

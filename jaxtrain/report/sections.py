@@ -182,8 +182,8 @@ def _importance(matters: Importance, number: int) -> str:
         f'<div class="chart bars" data-importance="{number}"></div>'
         '<p class="soft">Permutation importance: how much worse a random forest predicts settings that it '
         "has not seen, once the values of one parameter are shuffled. Here it explains "
-        f"{share} of the variance between settings (five-fold cross-validation). It says nothing about values "
-        "that were not tried, and with few settings it is a rough guide.</p>"
+        f"{share} of the variance between settings (five-fold cross-validation). It says nothing about "
+        "values that were not tried, and with few settings it is a rough guide.</p>"
     )
 
 
