@@ -102,12 +102,14 @@ def _flat(path: str, value: Any) -> dict[str, str]:
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and the sample standard deviation (n - 1); the latter is NaN for one value.
+    """Return the mean and the sample standard deviation (n - 1); NaN where undefined, as of one value.
 
     >>> mean_and_std([1.0, 2.0, 3.0])
     (2.0, 1.0)
     """
     array = np.asarray(values, np.float64)
+    if not np.isfinite(array).all():
+        return math.nan, math.nan
     return float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else math.nan
 
 

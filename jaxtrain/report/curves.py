@@ -67,9 +67,9 @@ def make_curves(runs: Sequence[Run], groups: Sequence[Group]) -> Curves:
         thinned.append(series)
     if longest > 2 * buckets:
         notes.append(
-            f"Series of more than {2 * buckets:,} points (the longest has {longest:,}) are thinned: the lowest "
-            f"and highest value of each of {buckets:,} buckets are drawn. Smoothing and means over seeds take "
-            "the means of the buckets."
+            f"Series of more than {2 * buckets:,} points (the longest has {longest:,}) are thinned: of each "
+            f"of {buckets:,} buckets the lowest and the highest value are drawn. Smoothing and means over "
+            "seeds take the means of the buckets."
         )
     if left_out:
         notes.append(f"{left_out} more metrics are not drawn: a page has at most {CHARTS} charts.")

@@ -108,7 +108,7 @@ function tracesOf(entry, name) {
     if (x === null) return [];
     const side = (sign) => smooth(band.mean.map((mean, i) => mean + sign * band.std[i]), weight);
     const edge = { mode: "lines", line: { width: 0 }, hoverinfo: "skip", hovertemplate: null, meta: { edge: true } };
-    const text = smooth(band.std, weight).map(number);
+    const text = smooth(band.std, weight).map((std) => Number(std.toPrecision(3)).toString());
     return [
       lineOf(entry, name, x, side(-1), edge),
       lineOf(entry, name, x, side(1), { ...edge, fill: "tonexty", fillcolor: translucent(entry.place, 0.2) }),

@@ -58,7 +58,9 @@ def test_a_file_that_a_resumed_run_has_replaced_is_read_again(tmp_path) -> None:
 
 def test_lines_that_are_no_records_and_numbers_that_are_not_finite_are_counted(tmp_path) -> None:
     path = tmp_path / "metrics.jsonl"
-    good = '{"step": 1, "a": NaN, "b": 1e999, "c": null, "d": ' + "9" * 400 + ', "e": true, "f": "x", "g": 2}\n'
+    good = (
+        '{"step": 1, "a": NaN, "b": 1e999, "c": null, "d": ' + "9" * 400 + ', "e": true, "f": "x", "g": 2}\n'
+    )
     bad = ["{}", "[1]", "null", '{"step": "1"}', '{"step": -1}', '{"step": null}', '{"step": NaN}', "\0\xff"]
     bad += ["[" * 100_000, '{"step": ' + "9" * 5000 + "}"]
     path.write_bytes((good + "\n".join(bad) + "\n").encode("latin-1"))
