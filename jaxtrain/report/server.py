@@ -95,7 +95,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     server: Server
     timeout = 30
-    protocol_version = "HTTP/1.1"
     server_version, sys_version = "jaxtrain", ""
 
     def do_GET(self) -> None:

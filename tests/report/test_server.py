@@ -108,7 +108,7 @@ def test_ctrl_c_ends_the_server_with_130(tmp_path) -> None:
         port = int(re.fullmatch(r"http://127\.0\.0\.1:(\d+)/ follows 1 folder; Ctrl-C ends it\n", line)[1])  # type: ignore[index]
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
             connection.request("GET", "/data")
-            assert connection.getresponse().status == 200  # and it stays open
+            assert connection.getresponse().status == 200
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "jaxtrain report: interrupted\n")
