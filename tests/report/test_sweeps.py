@@ -58,6 +58,7 @@ def test_axes_are_logarithmic_where_values_span_orders_of_magnitude(tmp_path) ->
     assert axes["test accuracy"]["at"] == [1, 0.5, 0]
 
 
+@pytest.mark.full("tests/report/test_sweeps.py::test_importance_is_not_claimed_where_there_is_none")
 def test_the_parameter_that_decides_is_the_most_important(tmp_path) -> None:
     by_rate = {(lr, model): 0.1 * RATES.index(lr) for lr, model in GRID}
     matters = importance(found(write_sweep(tmp_path / "a", by_rate)))
