@@ -2,6 +2,7 @@
 
 SUMMARIES = {
     "run": "train an experiment or resume its run, evaluate and save",
+    "sweep": "train many seeds and settings, and compare them",
     "plan": "memory, FLOPs and communication of a run, and which meshes fit, without running it",
     "verify": "check that a killed run resumes bit-for-bit, or that two meshes train the same",
     "prepare": "download a data set, or import its files with --from",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -72,7 +73,8 @@ def assemble(
     order = Order(exp.seed, len(sources["train"]), exp.batch, exp.drop_remainder)
     steps = order.steps(exp.epochs)
     train = _loader("train", sources["train"], order, exp, mesh, checks["train"])
-    keys = _compile_keys(mesh)
+    make_keys = _compile_keys(mesh)
+    init_key, key = make_keys(exp.seed)
     tx, post_update = update.build_optimizer(exp, steps), update.build_post_update(exp, steps)
     examples = splits.first_examples(exp, sources["train"])
     init_fn = make_init(
@@ -89,11 +91,9 @@ def assemble(
         experiment, mesh, model, tx, prepare, post_update, loss_metric, _shardings(abstract.params)
     )
 
-    def for_seed(seed: int) -> tuple[Any, Callable[[], State]]:
-        init_key, key = keys(seed)
-        return key, lambda: _with_teacher(init_state(init_key, examples), teacher)
+    def init_with(key: jax.Array) -> State:
+        return _with_teacher(init_state(key, examples), teacher)
 
-    key, init = for_seed(exp.seed)
     pure_step = pack_metrics(step)
     train_step, train_steps, attention = _compile_train_steps(
         pure_step, train, mesh, abstract, key, update.compiler_options(exp, mesh, abstract)
@@ -114,8 +114,9 @@ def assemble(
         experiment=experiment,
         cadence=Cadence.of(exp, steps, steps_per_epoch, validates="valid" in evals),
         key=key,
-        init=init,
-        for_seed=for_seed,
+        init=functools.partial(init_with, init_key),
+        init_with=init_with,
+        make_keys=make_keys,
         abstract_state=abstract,
         train_step=train_step,
         train_steps=train_steps,
@@ -219,6 +220,7 @@ def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> tuple[An
     return outputs, prepared
 
 
+@functools.cache
 def _compile_keys(mesh: Mesh) -> Callable[[int], tuple[Any, Any]]:
     """Return ``seed -> (init key, step key)``, replicated; for described devices they are shapes.
 

@@ -274,22 +274,24 @@ class OpenRun:
     notes: Sequence[str]
     check: RunCheck
 
-    def stored_result(self) -> dict[str, Any] | None:
-        """Show what the run is; return its result if it is finished."""
+    def stored_result(self, about: bool = True) -> dict[str, Any] | None:
+        """Show the notes of the run, and with ``about`` what it is; return its result if it is finished."""
         session, console, program = self.session, self.session.console, self.program
         monitor.parse_window(session.profile, program.steps)  # an error before anything is shown
         result = session.folder.result(program.steps)
-        where = f"{session.name} in {session.folder} on {sharding.describe_mesh(session.mesh)}"
-        console.note(f"{where}, batch {_batch_text(program.experiment, session.mesh)}")
+        if about:
+            where = f"{session.name} in {session.folder} on {sharding.describe_mesh(session.mesh)}"
+            console.note(f"{where}, batch {_batch_text(program.experiment, session.mesh)}")
         for note in (*session.notes, *program.notes, *(self.notes if result is None else ())):
             console.note(note)
         if result is None:
             return None
         self.check.keep_result()
-        console.note(
-            f"this run is finished{_mesh_note(self.existing)}: to train again use --new, or more epochs with "
-            "--extend --workdir DIR (in jaxtrain.fit: another folder, or extend=True)"
-        )
+        if about:
+            console.note(
+                f"this run is finished{_mesh_note(self.existing)}: to train again use --new, or more epochs "
+                "with --extend --workdir DIR (in jaxtrain.fit: another folder, or extend=True)"
+            )
         if session.profile:
             console.note(f"--profile {session.profile}: nothing to profile, no update is left")
         return result

@@ -1,0 +1,1 @@
+"""Many runs: seeds and settings, trained one after the other or together, and their table."""
