@@ -55,11 +55,18 @@ class Stacked(abc.ABC):
 
     def __call__(self, states: State, step: int) -> tuple[State, PackedMetrics]:
         """Dispatch the update after update ``step``; ``states`` is donated."""
+        return self._compiled(*self._arguments(states, step))
+
+    def lower(self, states: State, step: int) -> Any:
+        """Lower this update, as a function of ``jax.jit`` does."""
+        return self._compiled.lower(*self._arguments(states, step))  # type: ignore[attr-defined]
+
+    def _arguments(self, states: State, step: int) -> tuple[Any, ...]:
         batches = [program.train.host_batch(step) for program in self._programs]
         fields = {name: np.stack([own[name] for own, _ in batches]) for name in batches[0][0]}
         if self._shared is None:  # resident examples, the same for all
             self._shared = self._put_shared(batches[0][1])
-        return self._compiled(self._numbers, states, fields, self._shared, self._keys)
+        return self._numbers, states, fields, self._shared, self._keys
 
     @abc.abstractmethod
     def member(self, states: State, number: int) -> State:
