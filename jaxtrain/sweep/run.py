@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
+from jaxtrain import sharding
 from jaxtrain.core import redact
 from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.files import as_json, write_json
 from jaxtrain.core.signals import Stopped
 from jaxtrain.experiment import Experiment, config_hash
+from jaxtrain.experiment import code as experiment_code
+from jaxtrain.monitor import Console, make_console
 from jaxtrain.sharding import multihost
-from jaxtrain.sweep import lockstep, strategy
+from jaxtrain.sweep import lockstep
+from jaxtrain.sweep import strategy as strategies
 from jaxtrain.sweep.console import MemberConsole
-from jaxtrain.sweep.members import Cell
+from jaxtrain.sweep.members import Cell, expand
 from jaxtrain.sweep.programs import Setting, assemble_settings
 from jaxtrain.sweep.strategy import Chosen
 from jaxtrain.sweep.table import Outcome, lines, tabulate
@@ -40,7 +45,7 @@ class Sweep:
       session: settings of each run; its ``folder`` is that of the sweep, and its ``record`` has the overrides
         of the experiment.
       runs: the folder of the members' folders.
-      strategy: how members train, one of ``strategy.STRATEGIES``.
+      strategy: how members train, one of ``strategies.STRATEGIES``.
     """
 
     experiment: Experiment
@@ -52,6 +57,62 @@ class Sweep:
     def folder(self, cell: Cell) -> Path:
         """Return the folder of a member."""
         return self.runs / cell.folder_name
+
+
+def fit(
+    experiment: Experiment,
+    *,
+    seeds: int = 1,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    folder: str | Path,
+    mesh: Mesh | str | Mapping[str, int] | None = None,
+    name: str = "experiment",
+    strategy: str = "auto",
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train every combination of the values in ``grid`` with several seeds; resume what is not finished.
+
+    As ``python -m jaxtrain sweep``: each member is an ordinary run, in a folder of its own inside ``folder``.
+
+    Args:
+      experiment: what is varied; its seed is the first one.
+      seeds: seeds of each combination.
+      grid: values by path, such as ``{"optimizer.lr": [0.05, 0.1]}``; as text, they are parsed. The first
+        ones are the baseline.
+      folder: the sweep's folder.
+      mesh: as of ``jaxtrain.fit``.
+      name: the experiment's name, for the records.
+      strategy: how members train: ``"sequential"``, ``"vmap"``, ``"devices"`` or ``"auto"``.
+      console: where progress is shown; None is a progress bar on a terminal or in a notebook, else lines.
+
+    Returns, raises:
+      As ``run``.
+
+    >>> import tempfile
+    >>> from jaxtrain import Experiment, data, losses, models, optim
+    >>> from jaxtrain.monitor.console import Quiet
+    >>> digits = Experiment(
+    ...     model=models.MLP(widths=(32,), classes=10), train=data.Digits("train"), test=data.Digits("test"),
+    ...     loss=losses.CrossEntropy(), optimizer=optim.Adam(lr=1e-3), batch=128, epochs=1,
+    ... )
+    >>> table = fit(digits, seeds=2, grid={"optimizer.lr": [1e-3, 1e-2]}, folder=tempfile.mkdtemp(),
+    ...             strategy="sequential", console=Quiet())
+    >>> [(row["settings"], row["n"]) for row in table["settings"]]
+    [({'optimizer.lr': '0.001'}, 2), ({'optimizer.lr': '0.01'}, 2)]
+    """
+    script = experiment_code.main_module()
+    texts = {path: [str(value) for value in values] for path, values in (grid or {}).items()}
+    base = Session(
+        name=name,
+        folder=RunFolder(folder),
+        mesh=sharding.as_mesh(mesh),
+        console=make_console(quiet=not multihost.is_process_0()) if console is None else console,
+        file=None if script is None else Path(str(script.__file__)),
+        code=experiment_code.digests(script, experiment),
+        grace=None,
+    )
+    cells = expand(experiment, texts, seeds)
+    return run(Sweep(experiment=experiment, cells=cells, session=base, runs=Path(folder), strategy=strategy))
 
 
 def run(sweep: Sweep) -> dict[str, Any]:
@@ -70,18 +131,21 @@ def run(sweep: Sweep) -> dict[str, Any]:
       Stopped: a signal asked for it; every member is saved.
     """
     base, console = sweep.session, sweep.session.console
-    strategy.check(sweep.strategy, base.mesh, len(sweep.cells))
+    strategies.check(sweep.strategy, base.mesh, len(sweep.cells))
     known = multihost.on_process_0(lambda: _known(sweep), "sweep")
     experiments = [cell.experiment for cell in sweep.cells if cell.seed == sweep.experiment.seed]
     unfinished = [cell for cell in sweep.cells if not (sweep.folder(cell) / "result.json").exists()]
     settings = assemble_settings(experiments, base.mesh)
+    alone = functools.cache(lambda: _alone(experiments, settings, base.mesh))
     try:
-        chosen = _choose(sweep, settings, known) if unfinished else Chosen("sequential", "all are finished")
+        chosen = (
+            _choose(sweep, settings, alone, known) if unfinished else Chosen("sequential", "all are finished")
+        )
         record = _record(sweep, chosen)
         if unfinished:
             console.note(f"{len(sweep.cells)} runs, {chosen.strategy}: {chosen.why}")
             multihost.on_process_0(lambda: write_json(base.folder.path / FILE, record), "sweep")
-        outcomes = _train(sweep, settings, chosen)
+        outcomes = _train(sweep, settings, alone, chosen)
     except Stopped as stopped:
         line = str(stopped).partition("; resume with")[0]
         raise Stopped(f"{line}; resume with: {base.resume_command}", stopped.signum) from None
@@ -141,11 +205,16 @@ def _record(sweep: Sweep, chosen: Chosen) -> dict[str, Any]:
     }
 
 
-def _choose(sweep: Sweep, settings: Sequence[Setting], known: Mapping[str, Any]) -> Chosen:
+def _choose(
+    sweep: Sweep,
+    settings: Sequence[Setting],
+    alone: Callable[[], Sequence[Setting]],
+    known: Mapping[str, Any],
+) -> Chosen:
     """Return the strategy: as asked for, as the sweep began, or measured."""
     if sweep.strategy != "auto":
         return Chosen(sweep.strategy, "as asked for")
-    if known.get("strategy") in strategy.STRATEGIES[1:]:
+    if known.get("strategy") in strategies.STRATEGIES[1:]:
         return Chosen(
             known["strategy"], f"as the sweep began ({known.get('why')})", known.get("seconds_per_update", {})
         )
@@ -153,25 +222,23 @@ def _choose(sweep: Sweep, settings: Sequence[Setting], known: Mapping[str, Any])
         return Chosen("sequential", "--deterministic")
     mesh = sweep.session.mesh
     seeds = sorted({cell.seed for cell in sweep.cells})
-    return strategy.choose(settings, _alone(sweep, settings), seeds, mesh)
+    return strategies.choose(settings, alone, seeds, mesh)
 
 
-def _alone(sweep: Sweep, settings: Sequence[Setting]) -> Sequence[Setting]:
+def _alone(experiments: Sequence[Experiment], settings: Sequence[Setting], mesh: Mesh) -> Sequence[Setting]:
     """Return the settings assembled on one device."""
-    mesh = sweep.session.mesh
-    if mesh.size == 1:
-        return settings
-    return assemble_settings([s.program.experiment for s in settings], strategy.alone_mesh(mesh))
+    return settings if mesh.size == 1 else assemble_settings(experiments, strategies.alone_mesh(mesh))
 
 
-def _train(sweep: Sweep, settings: Sequence[Setting], chosen: Chosen) -> list[Outcome]:
+def _train(
+    sweep: Sweep, settings: Sequence[Setting], alone: Callable[[], Sequence[Setting]], chosen: Chosen
+) -> list[Outcome]:
     """Train the members; returns their outcomes in order."""
     number = {id(cell): n // _seeds(sweep) for n, cell in enumerate(sweep.cells)}
     shown: set[str] = set()
     outcomes: dict[int, Outcome] = {}
     if chosen.strategy != "sequential":
-        alone = _alone(sweep, settings)
-        outcomes = _train_together(sweep, alone, number, chosen.strategy, shown)
+        outcomes = _train_together(sweep, alone(), number, chosen.strategy, shown)
     for cell in sweep.cells:
         if id(cell) not in outcomes:
             own = _session(sweep, cell, sweep.session.mesh, shown)
@@ -201,7 +268,7 @@ def _train_together(
     """Train the members of each family together, with ``devices`` as many at a time as there are devices."""
     mesh = sweep.session.mesh
     outcomes: dict[int, Outcome] = {}
-    alone = strategy.alone_mesh(mesh)
+    alone = strategies.alone_mesh(mesh)
     families: dict[int, list[Cell]] = {}
     for cell in sweep.cells:
         if not (sweep.folder(cell) / "result.json").exists():
@@ -238,7 +305,9 @@ def _fit_group(
         )
         outcomes = lockstep.fit(
             members,
-            lambda chosen: strategy.make(how, [which[id(one)] for one in chosen], alone, sweep.session.mesh),
+            lambda chosen: strategies.make(
+                how, [which[id(one)] for one in chosen], alone, sweep.session.mesh
+            ),
             console,
             sweep.session.grace,
         )

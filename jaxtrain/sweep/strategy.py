@@ -43,7 +43,9 @@ class Chosen:
 
 
 def check(strategy: str, mesh: Mesh, members: int) -> None:
-    """Raise InputError unless a strategy that was asked for can be used on this mesh."""
+    """Raise InputError unless a strategy that was asked for exists and can be used on this mesh."""
+    if strategy not in STRATEGIES:
+        raise InputError(f"strategy is {strategy!r}: it must be one of {', '.join(STRATEGIES)}")
     if strategy in ("auto", "sequential"):
         return
     if (why := why_not(strategy, mesh, members)) is not None:
@@ -63,14 +65,16 @@ def why_not(strategy: str, mesh: Mesh, members: int) -> str | None:
     return None
 
 
-def choose(settings: Sequence[Setting], alone: Sequence[Setting], seeds: Sequence[int], mesh: Mesh) -> Chosen:
+def choose(
+    settings: Sequence[Setting], alone: Callable[[], Sequence[Setting]], seeds: Sequence[int], mesh: Mesh
+) -> Chosen:
     """Measure a few updates with each strategy that is possible, and choose.
 
     Training together must be ``MIN_SPEEDUP`` times as fast as one after the other.
 
     Args:
       settings: on ``mesh``.
-      alone: the same settings on one of its devices.
+      alone: returns the same settings on one of its devices.
       seeds: of each setting.
       mesh: the devices.
     """
@@ -78,8 +82,9 @@ def choose(settings: Sequence[Setting], alone: Sequence[Setting], seeds: Sequenc
     possible = [name for name in ("vmap", "devices") if why_not(name, mesh, members) is None]
     if settings[0].program.teacher is not None or not possible:
         return Chosen("sequential", "nothing else is possible here")
-    largest = max({s.family for s in alone}, key=[s.family for s in alone].count)
-    family = [setting for setting in alone if setting.family == largest]
+    numbers = [setting.family for setting in alone()]
+    largest = max(numbers, key=numbers.count)
+    family = [setting for setting in alone() if setting.family == largest]
     together = [(setting, seed) for setting in family for seed in seeds]
     rounds: dict[str, Callable[[], float]] = {"sequential": _Alone(settings[0].program).seconds}
     notes = []

@@ -222,7 +222,7 @@ def test_auto_chooses_what_is_fastest(monkeypatch, seconds, chosen):
     monkeypatch.setattr(strategy, "make", lambda how, members, *_: Count(4 if how == "vmap" else 2))
     mesh = devices(2)
     settings = assemble_settings([MLP], mesh)
-    found = choose(settings, settings, range(4), mesh)
+    found = choose(settings, lambda: settings, range(4), mesh)
     assert found.strategy == chosen and found.seconds == seconds
 
 
@@ -240,7 +240,7 @@ def test_a_model_that_cannot_be_batched_trains_one_after_the_other(monkeypatch):
 
     monkeypatch.setattr(strategy, "make", refuse)
     settings = assemble_settings([MLP], devices(1))
-    found = choose(settings, settings, range(2), devices(1))
+    found = choose(settings, lambda: settings, range(2), devices(1))
     assert found.strategy == "sequential" and "vmap is not possible (no batching rule)" in found.why
 
 
