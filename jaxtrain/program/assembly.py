@@ -31,7 +31,7 @@ from jaxtrain.step import make_eval_step, make_init, scan_steps
 from jaxtrain.step.contract import check_names, check_pair
 from jaxtrain.step.packing import PackedMetrics, pack_metrics
 
-_CompiledStep = Callable[..., tuple[State, PackedMetrics]]
+_PackedStep = Callable[..., tuple[State, PackedMetrics]]
 
 
 def assemble(
@@ -72,14 +72,14 @@ def assemble(
     order = Order(exp.seed, len(sources["train"]), exp.batch, exp.drop_remainder)
     steps = order.steps(exp.epochs)
     train = _loader("train", sources["train"], order, exp, mesh, checks["train"])
-    init_key, key = _init_and_step_keys(exp.seed, mesh)
+    keys = _compile_keys(mesh)
     tx, post_update = update.build_optimizer(exp, steps), update.build_post_update(exp, steps)
     examples = splits.first_examples(exp, sources["train"])
     init_fn = make_init(
         model, tx, compose(*exp.preprocess), exp.data_init, post_update, **update.loss_scaling(exp)
     )
     abstract, not_sharded = _abstract_state(init_fn, examples, mesh, exp, model)
-    init = sharding.compile(init_fn, args=(replicated, replicated), out=_shardings(abstract))
+    init_state = sharding.compile(init_fn, args=(replicated, replicated), out=_shardings(abstract))
     traced, model = model, compute_model(exp, mesh, abstract)  # the shardings are known now
     if teacher is not None:
         abstract, model = teacher.add_to(abstract), with_teacher(model, teacher.model)
@@ -91,8 +91,15 @@ def assemble(
     step = update.build_train_step(
         experiment, mesh, model, tx, prepare, post_update, loss_metric, _shardings(abstract.params)
     )
+
+    def for_seed(seed: int) -> tuple[Any, Callable[[], State]]:
+        init_key, key = keys(seed)
+        return key, lambda: _with_teacher(init_state(init_key, examples), teacher)
+
+    key, init = for_seed(exp.seed)
+    pure_step = pack_metrics(step)
     train_step, train_steps, attention = _compile_train_steps(
-        step, train, mesh, abstract, key, update.compiler_options(exp, mesh, abstract)
+        pure_step, train, mesh, abstract, key, update.compiler_options(exp, mesh, abstract)
     )
     report = check_fields.find_report(exp)
     if report is not None:  # an error now, after those of the loss, is better than one after the training
@@ -110,10 +117,12 @@ def assemble(
         experiment=experiment,
         cadence=Cadence.of(exp, steps, steps_per_epoch, validates="valid" in evals),
         key=key,
-        init=lambda: _with_teacher(init(init_key, examples), teacher),
+        init=init,
+        for_seed=for_seed,
         abstract_state=abstract,
         train_step=train_step,
         train_steps=train_steps,
+        pure_step=pure_step,
         train=train,
         order=order,
         evals=evals,
@@ -213,18 +222,23 @@ def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> tuple[An
     return outputs, batch, prepared
 
 
-def _init_and_step_keys(seed: int, mesh: Mesh) -> tuple[Any, Any]:
-    """Make two replicated keys. Compiled, because no process can place an array on the devices of another.
+def _compile_keys(mesh: Mesh) -> Callable[[int], tuple[Any, Any]]:
+    """Return ``seed -> (init key, step key)``, replicated; for described devices they are shapes.
 
-    For described devices they are shapes.
+    It is compiled, because no process can place an array on the devices of another.
     """
+    where = sharding.replicated(mesh)
     if described.card_of(mesh) is not None:
-        return (described.abstract_key(sharding.replicated(mesh)),) * 2
+        return lambda seed: (described.abstract_key(where),) * 2
     split = sharding.compile(
-        lambda: tuple(jax.random.split(jax.random.key(seed))), args=(), out=sharding.replicated(mesh)
+        lambda seed: tuple(jax.random.split(jax.random.key(seed))), args=(where,), out=where
     )
-    init_key, step_key = split()
-    return init_key, step_key
+
+    def keys(seed: int) -> tuple[Any, Any]:
+        init_key, step_key = split(np.int32(seed))
+        return init_key, step_key
+
+    return keys
 
 
 def _abstract_state(
@@ -250,13 +264,13 @@ def _shardings(abstract: Any) -> Any:
 
 
 def _compile_train_steps(
-    step: update.Update,
+    step: _PackedStep,
     train: Loader,
     mesh: Mesh,
     abstract: State,
     key: jax.Array,
     options: dict[str, str],
-) -> tuple[_CompiledStep, _CompiledStep, tuple[AttentionChoice, ...]]:
+) -> tuple[_PackedStep, _PackedStep, tuple[AttentionChoice, ...]]:
     """Compile ``step`` for one update and, scanned, for several; both donate the state.
 
     Also returns the kernels that its attention layers chose while it was traced.
@@ -266,8 +280,8 @@ def _compile_train_steps(
     one, several = (
         sharding.compile(fn, args=(state, *args), out=(state, replicated), donate=(0,), options=options)
         for fn, args in (
-            (pack_metrics(step), (train.shardings, replicated)),
-            (scan_steps(pack_metrics(step)), (batches, replicated, shared)),
+            (step, (train.shardings, replicated)),
+            (scan_steps(step), (batches, replicated, shared)),
         )
     )
     with record_attention() as choices:

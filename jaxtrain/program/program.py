@@ -40,10 +40,12 @@ class Program:
       cadence: the number of updates, and after which of them the run evaluates and saves.
       key: the run's random key; each step folds its number into it.
       init: makes the state of step 0, sharded.
+      for_seed: ``seed -> (key, init)``, what these two are for another seed.
       abstract_state: shapes, dtypes and shardings of that state.
       train_step: compiled ``(state, batch, key) -> (state, metrics)``; the state is donated.
       train_steps: compiled ``(state, batches, key, shared) -> (state, metrics)`` for several updates at once
         (``step.scan_steps``); the state is donated.
+      pure_step: the same as ``train_step``, not compiled: pure, and without its shardings.
       train: loads the training batches.
       order: which examples make up each of them.
       evals: ``"valid"`` (where there is one) and ``"test"``.
@@ -59,9 +61,11 @@ class Program:
     cadence: Cadence
     key: jax.Array
     init: Callable[[], State]
+    for_seed: Callable[[int], tuple[jax.Array, Callable[[], State]]]
     abstract_state: State
     train_step: Callable[[State, Any, jax.Array], tuple[State, PackedMetrics]]
     train_steps: Callable[[State, Any, jax.Array, Any], tuple[State, PackedMetrics]]
+    pure_step: Callable[[State, Any, jax.Array], tuple[State, PackedMetrics]]
     train: Loader
     order: Order
     evals: dict[str, Split]
@@ -80,6 +84,12 @@ class Program:
     def with_cadence(self, **changes: Any) -> Program:
         """Return a copy with some fields of ``cadence`` changed."""
         return dataclasses.replace(self, cadence=dataclasses.replace(self.cadence, **changes))
+
+    def with_seed(self, seed: int) -> Program:
+        """Return the program of another seed. It shares the compiled functions, so it compiles nothing."""
+        (key, init), order = self.for_seed(seed), dataclasses.replace(self.order, seed=seed)
+        experiment, train = dataclasses.replace(self.experiment, seed=seed), self.train.with_order(order)
+        return dataclasses.replace(self, experiment=experiment, key=key, init=init, train=train, order=order)
 
     def complete(self, state: State, other: State | None = None) -> State:
         """Return a state from a checkpoint with what no checkpoint holds: the teacher.
