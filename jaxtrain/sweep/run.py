@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,7 @@ def _known(sweep: Sweep) -> dict[str, Any]:
 def _record(sweep: Sweep, chosen: Chosen) -> dict[str, Any]:
     members = [
         {
-            "folder": str(sweep.folder(cell)),
+            "folder": os.path.relpath(sweep.folder(cell), sweep.session.folder.path),
             "settings": {
                 path: redact.redact_setting(f"{path}={text}").partition("=")[2]
                 for path, text in cell.settings.items()
