@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         metrics,
         models,
         optim,
+        report,
         sharding,
         step,
     )
@@ -54,6 +55,7 @@ __all__ = [
     "metrics",
     "models",
     "optim",
+    "report",
     "sharding",
     "step",
 ]

@@ -22,6 +22,7 @@ ROOMS = (
     "metrics",
     "models",
     "optim",
+    "report",
     "sharding",
     "step",
 )

@@ -9,6 +9,7 @@ SUMMARIES = {
     "prepare": "download a data set, or import its files with --from",
     "evaluate": "exact metrics of a run's checkpoint, and the figures of its task",
     "explain": "what predictions of a run's model depend on, as pictures on an HTML page",
+    "report": "runs as one HTML page: curves, results, settings, mistakes; or a page that follows them",
     "sample": "generate text with a run's language model",
     "export": "write a run's model as one file that runs without the experiment's code",
     "predict": "predictions of an exported model for images, arrays, tables and text",
