@@ -6,7 +6,7 @@ written after every row, and rows that it has are left out: the command can be i
 models take minutes each. ``scripts/test --nightly tests/plan/test_gpu_goldens.py`` compiles every row again
 and compares it with the table.
 
-  python -m benchmarks.gpu_programs [--card h100] [--experiment NAME ...] [--again]
+  python -m benchmarks.gpu_programs [--card h100] [--experiment NAME ...] [--again | --markdown]
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_programs"
 MESHES = ("", "data=8", "data=2,fsdp=4", "data=4,model=2")
-HALF = ("imagenet_resnet50", "imagenet_vit_s16", "shakespeare_gpt")
-"""Experiments that are also compiled in bfloat16, where their file has another precision."""
+HALF = ("shakespeare_gpt",)
+"""Experiments that are also compiled in bfloat16; their files have another precision."""
 MARGIN = 1.03
 """More launches and temporaries than this part of the recorded ones are a difference; fewer are none."""
 
@@ -43,7 +43,7 @@ def cases(chosen: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
             for precision in ("", "bfloat16") if name in HALF else ("",):
                 flags = ("--mesh", mesh, "--devices", "8") if mesh else ("--devices", "1")
                 flags += ("--set", f"precision={precision}") if precision else ()
-                yield " ".join((name, mesh, precision)).strip(), ("--experiment", name, *flags)
+                yield " ".join(filter(None, (name, mesh, precision))), ("--experiment", name, *flags)
 
 
 def compile_one(arguments: Sequence[str], card: str) -> dict[str, Any]:
@@ -115,6 +115,39 @@ def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
     return [f"{name}: {before[name]} before, now {now[name]}" for name in changed]
 
 
+def markdown(table: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    """Return the rows as a table in Markdown, with those of ``before`` after an arrow where they differ.
+
+    Collectives are counted with the bytes that a device contributes to them.
+    """
+    lines = [
+        "| experiment, mesh | launches | temporaries, MB | traffic, MB | collectives | MB in collectives |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, found in table["rows"].items():
+        if "error" in found:
+            lines.append(f"| {key} | – | | | {found['error'].removeprefix('jaxtrain plan: ')} | |")
+            continue
+        old = before["rows"].get(key, found)
+        pairs = zip(_numbers(found if "error" in old else old), _numbers(found), strict=True)
+        cells = [new if was == new else f"{was} → {new}" for was, new in pairs]
+        lines.append(f"| {' | '.join([key, *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _numbers(found: Mapping[str, Any]) -> list[str]:
+    def megabytes(size: float) -> str:
+        return f"{size / 1e6:,.0f}" if size >= 1e7 else f"{size / 1e6:,.1f}" if size else "0"
+
+    return [
+        f"{found['launches']:,}",
+        megabytes(found["bytes_per_device"]["temporaries"]),
+        megabytes(found["traffic"]),
+        f"{sum(one['count'] for one in found['overlap'])}",
+        megabytes(sum(one["bytes"] for one in found["overlap"])),
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile what the table lacks; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -123,8 +156,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--card", default="h100")
     parser.add_argument("--experiment", nargs="+", default=names(), metavar="NAME")
     parser.add_argument("--again", action="store_true", help="compile rows that the table has, too")
+    parser.add_argument("--markdown", action="store_true", help="print the table and compile nothing")
     args = parser.parse_args(argv)
     path = RESULTS / f"{args.card}.json"
+    if args.markdown:
+        before = RESULTS / f"{args.card}-before.json"
+        sys.stdout.write(markdown(*(json.loads(one.read_text()) for one in (path, before))))
+        return 0
     table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     table |= {"card": args.card, "jax": importlib.metadata.version("jax")}
     for key, arguments in cases(args.experiment):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         report,
         sharding,
         step,
+        sweep,
     )
     from jaxtrain.core.errors import InputError, RunError
     from jaxtrain.core.signals import Stopped
@@ -58,6 +59,7 @@ __all__ = [
     "report",
     "sharding",
     "step",
+    "sweep",
 ]
 
 _HOMES = {

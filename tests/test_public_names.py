@@ -25,6 +25,7 @@ ROOMS = (
     "report",
     "sharding",
     "step",
+    "sweep",
 )
 
 

@@ -2,7 +2,9 @@
 
 SUMMARIES = {
     "run": "train an experiment or resume its run, evaluate and save",
+    "sweep": "train many seeds and settings, and compare them",
     "plan": "memory, FLOPs and communication of a run, and which meshes fit, without running it",
+    "runs": "list, filter and compare runs, tag them, and free disk of old checkpoints",
     "verify": "check that a killed run resumes bit-for-bit, or that two meshes train the same",
     "prepare": "download a data set, or import its files with --from",
     "evaluate": "exact metrics of a run's checkpoint, and the figures of its task",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from jaxtrain.core.signals import GRACE
+
+STRATEGIES = ("auto", "sequential", "vmap", "devices")
 FLAGS = ("devices", "mesh", "simulate_devices")
 
 
@@ -85,6 +88,53 @@ def add(
     text = "resume as N processes, on simulated devices" if starts_processes else "number of processes"
     group.add_argument("--processes", type=int, metavar="N", help=text)
     group.add_argument("--process-id", type=int, metavar="I", help=shown("index of this process, from 0"))
+
+
+def add_start(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of how a run starts, and what of a run that is resumed may have changed."""
+    parser.add_argument(
+        "--init-from", metavar="RUN[:STEP]", help="start from the parameters of another run's checkpoint"
+    )
+    parser.add_argument(
+        "--init-map",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="rename parameters of --init-from; head= leaves head as initialised; may be repeated",
+    )
+    parser.add_argument(
+        "--accept-changed-data",
+        action="store_true",
+        help="continue although the data have changed since the run started, and record that",
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="fail if the step is compiled a second time, or the code has changed since the run started",
+    )
+
+
+def add_grace(parser: argparse.ArgumentParser) -> None:
+    """Add ``--grace``."""
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=GRACE,
+        metavar="SECONDS",
+        help="time limit from a signal to the end of the process, saving included; default: %(default)g",
+    )
+
+
+def add_strategy(parser: argparse.ArgumentParser) -> None:
+    """Add ``--strategy``."""
+    parser.add_argument(
+        "--strategy",
+        choices=STRATEGIES,
+        default="auto",
+        help="how many runs train: sequential, one after the other on all devices; vmap, together as one "
+        "batch of computations on one device; devices, one on each device; auto measures a few updates of "
+        "each; default: %(default)s",
+    )
 
 
 def typed_flags(args: argparse.Namespace) -> list[str]:

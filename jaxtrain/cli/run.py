@@ -9,9 +9,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from jaxtrain.cli import SUMMARIES, command_line, flags, listing
+from jaxtrain.cli import SUMMARIES, command_line, flags, listing, sweep
 from jaxtrain.core.errors import InputError
-from jaxtrain.core.signals import GRACE
 
 
 def make_parser() -> command_line.Parser:
@@ -26,15 +25,17 @@ def make_parser() -> command_line.Parser:
         help="with --list: load each experiment, and show its data, model and parameter count",
     )
     flags.add_settings(parser)
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="train N runs, with seeds counted up from the experiment's, and show their mean and spread",
+    )
+    flags.add_strategy(parser)
     parser.add_argument("--workdir", metavar="DIR", help="the run's folder; default: runs/NAME/HASH-seedS")
     parser.add_argument("--new", action="store_true", help="start a new run next to the existing one")
     parser.add_argument(
         "--extend", action="store_true", help="resume with more epochs under a longer schedule"
-    )
-    parser.add_argument(
-        "--accept-changed-data",
-        action="store_true",
-        help="continue although the data have changed since the run started, and record that",
     )
     parser.add_argument(
         "--resume",
@@ -43,24 +44,9 @@ def make_parser() -> command_line.Parser:
         help="which checkpoint to resume from; last-good moves corrupt checkpoints aside and takes the "
         "newest intact one; default: %(default)s",
     )
-    parser.add_argument(
-        "--init-from", metavar="RUN[:STEP]", help="start from the parameters of another run's checkpoint"
-    )
-    parser.add_argument(
-        "--init-map",
-        action="append",
-        default=[],
-        metavar="OLD=NEW",
-        help="rename parameters of --init-from; head= leaves head as initialised; may be repeated",
-    )
+    flags.add_start(parser)
     flags.add(parser, many_processes=True)
-    parser.add_argument(
-        "--grace",
-        type=float,
-        default=GRACE,
-        metavar="SECONDS",
-        help="time limit from a signal to the end of the process, saving included; default: %(default)g",
-    )
+    flags.add_grace(parser)
     parser.add_argument(
         "--hang-after",
         type=float,
@@ -84,11 +70,6 @@ def make_parser() -> command_line.Parser:
         help="at every checkpoint, write pictures for TensorBoard: what the layers return for the first test "
         "example, and the kernels of the first layer",
     )
-    parser.add_argument(
-        "--strict",
-        action="store_true",
-        help="fail if the step is compiled a second time, or the code has changed since the run started",
-    )
     return parser
 
 
@@ -102,6 +83,10 @@ def _run(args: argparse.Namespace) -> int:
         return listing.show(args.long)
     if args.long:
         raise InputError("--long needs --list")
+    if args.seeds is not None:
+        return sweep.run_seeds(args)
+    if args.strategy != "auto":
+        raise InputError(f"--strategy {args.strategy} needs --seeds")
     from jaxtrain.cli import train  # imports JAX
 
     return train.run(args)

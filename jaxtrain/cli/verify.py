@@ -258,6 +258,12 @@ class RecordingLoader:
         self._file.write(json.dumps({"step": step + 1, "ids": ids.tolist()}) + "\n")
         self._file.flush()
 
+    def host_batch(self, step: int) -> Any:
+        return self._loader.host_batch(step)
+
+    def with_order(self, order: Any) -> Any:
+        return self._loader.with_order(order)
+
     def abstract_batch(self) -> Any:
         return self._loader.abstract_batch()
 

@@ -109,7 +109,7 @@ def _parse_sequence(text: str, hint: Any, nested: bool) -> Any:
         raise ValueError(text)
     types_ = [a for a in typing.get_args(hint) if a is not Ellipsis] if kind else [_ANY_ITEM]
     of_tuples = any(_is_sequence(member) for item in types_ for member in union_members(item))
-    items = list(_split(text if inner is None else inner, of_tuples))
+    items = list(split_values(text if inner is None else inner, of_tuples))
     if (len(items) > 1 and not items[-1]) or items == [""]:
         del items[-1]
     if "" in items:
@@ -130,11 +130,15 @@ def _without_brackets(text: str) -> str | None:
     return text[1:closed] if closed == len(text) - 1 and text[-1] == _CLOSING[text[0]] else None
 
 
-def _split(text: str, of_tuples: bool) -> Iterator[str]:
-    """Yield what is between the commas outside of quotes and, in a tuple of tuples, of brackets."""
+def split_values(text: str, brackets: bool = True) -> Iterator[str]:
+    """Yield what is between the commas of ``text``, outside of quotes and, with ``brackets``, of brackets.
+
+    >>> list(split_values("(32,64), (64,), '1,2'"))
+    ['(32,64)', '(64,)', "'1,2'"]
+    """
     start = 0
     for end, depth in _depths(text):
-        if text[end] == "," and not (of_tuples and depth):
+        if text[end] == "," and not (brackets and depth):
             yield text[start:end].strip()
             start = end + 1
     yield text[start:].strip()

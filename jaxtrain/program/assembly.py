@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,7 +32,7 @@ from jaxtrain.step import make_eval_step, make_init, scan_steps
 from jaxtrain.step.contract import check_names, check_pair
 from jaxtrain.step.packing import PackedMetrics, pack_metrics
 
-_CompiledStep = Callable[..., tuple[State, PackedMetrics]]
+_PackedStep = Callable[..., tuple[State, PackedMetrics]]
 
 
 def assemble(
@@ -64,32 +65,41 @@ def assemble(
     sharding.check_batch(eval_batch, mesh, "eval_batch" if exp.eval_batch else "batch")
     sources, replicated = splits.open_sources(exp, mesh, inspect), sharding.replicated(mesh)
     check_fields.check_fields(sources)
-    outputs, prepared = _abstract_outputs(exp, model, sources["train"])
-    teacher = open_teacher(experiment, mesh, prepared, outputs)
+    outputs, raw, prepared = _abstract_outputs(exp, model, sources["train"])
+    teacher = open_teacher(experiment, mesh, raw, prepared, outputs)
     checks = check_values.value_checks(exp, model, outputs, sources)
     data_notes = check_values.check_values(checks, exp, sources)
 
     order = Order(exp.seed, len(sources["train"]), exp.batch, exp.drop_remainder)
     steps = order.steps(exp.epochs)
     train = _loader("train", sources["train"], order, exp, mesh, checks["train"])
-    init_key, key = _init_and_step_keys(exp.seed, mesh)
+    make_keys = _compile_keys(mesh)
+    init_key, key = make_keys(exp.seed)
     tx, post_update = update.build_optimizer(exp, steps), update.build_post_update(exp, steps)
     examples = splits.first_examples(exp, sources["train"])
     init_fn = make_init(
         model, tx, compose(*exp.preprocess), exp.data_init, post_update, **update.loss_scaling(exp)
     )
     abstract, not_sharded = _abstract_state(init_fn, examples, mesh, exp, model)
-    init = sharding.compile(init_fn, args=(replicated, replicated), out=_shardings(abstract))
+    init_state = sharding.compile(init_fn, args=(replicated, replicated), out=_shardings(abstract))
     traced, model = model, compute_model(exp, mesh, abstract)  # the shardings are known now
     if teacher is not None:
         abstract, model = teacher.add_to(abstract), with_teacher(model, teacher.model)
-    prepare = compose(lambda batch, _: train.fetch(batch), *exp.augment, *exp.preprocess)
+    augment = (lambda batch, _: train.fetch(batch), *exp.augment)
+    prepare = (
+        compose(*augment, *exp.preprocess) if teacher is None else teacher.prepare(augment, exp.preprocess)
+    )
     loss_metric = check_contract.find_loss_metric(exp, model, sources["train"])
     step = update.build_train_step(
         experiment, mesh, model, tx, prepare, post_update, loss_metric, _shardings(abstract.params)
     )
+
+    def init_with(key: jax.Array) -> State:
+        return _with_teacher(init_state(key, examples), teacher)
+
+    pure_step = pack_metrics(step)
     train_step, train_steps, attention = _compile_train_steps(
-        step, train, mesh, abstract, key, update.compiler_options(exp, mesh, abstract)
+        pure_step, train, mesh, abstract, key, update.compiler_options(exp, mesh, abstract)
     )
     report = check_fields.find_report(exp)
     if report is not None:  # an error now, after those of the loss, is better than one after the training
@@ -107,10 +117,13 @@ def assemble(
         experiment=experiment,
         cadence=Cadence.of(exp, steps, steps_per_epoch, validates="valid" in evals),
         key=key,
-        init=lambda: _with_teacher(init(init_key, examples), teacher),
+        init=functools.partial(init_with, init_key),
+        init_with=init_with,
+        make_keys=make_keys,
         abstract_state=abstract,
         train_step=train_step,
         train_steps=train_steps,
+        pure_step=pure_step,
         train=train,
         order=order,
         evals=evals,
@@ -191,8 +204,8 @@ def _loader(
     return splits.make_loader(source, order, exp, mesh, every, first)
 
 
-def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> tuple[Any, Batch]:
-    """Return the shapes of the model's outputs for a batch of ``source``, and of the prepared batch."""
+def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> tuple[Any, Batch, Batch]:
+    """Return the shapes of the model's outputs, of the raw batch of ``source`` and of the prepared batch."""
     one = {**source.gather(np.zeros(1, np.int64)), EXAMPLE_ID: np.zeros(1, np.int32)}
     batch = {k: jax.ShapeDtypeStruct((exp.batch, *v.shape[1:]), v.dtype) for k, v in one.items()}
 
@@ -207,21 +220,27 @@ def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> tuple[An
     outputs, prepared = check_fields.trace(forward, jax.random.key(0), batch, what="the model")
     if not jax.tree.leaves(outputs):
         raise InputError("the model returns nothing (None, or no array): return its outputs for the loss")
-    return outputs, prepared
+    return outputs, batch, prepared
 
 
-def _init_and_step_keys(seed: int, mesh: Mesh) -> tuple[Any, Any]:
-    """Make two replicated keys. Compiled, because no process can place an array on the devices of another.
+@functools.cache
+def _compile_keys(mesh: Mesh) -> Callable[[int], tuple[Any, Any]]:
+    """Return ``seed -> (init key, step key)``, replicated; for described devices they are shapes.
 
-    For described devices they are shapes.
+    It is compiled, because no process can place an array on the devices of another.
     """
+    where = sharding.replicated(mesh)
     if described.card_of(mesh) is not None:
-        return (described.abstract_key(sharding.replicated(mesh)),) * 2
+        return lambda seed: (described.abstract_key(where),) * 2
     split = sharding.compile(
-        lambda: tuple(jax.random.split(jax.random.key(seed))), args=(), out=sharding.replicated(mesh)
+        lambda seed: tuple(jax.random.split(jax.random.key(seed))), args=(where,), out=where
     )
-    init_key, step_key = split()
-    return init_key, step_key
+
+    def keys(seed: int) -> tuple[Any, Any]:
+        init_key, step_key = split(np.int32(seed))
+        return init_key, step_key
+
+    return keys
 
 
 def _abstract_state(
@@ -247,13 +266,13 @@ def _shardings(abstract: Any) -> Any:
 
 
 def _compile_train_steps(
-    step: update.Update,
+    step: _PackedStep,
     train: Loader,
     mesh: Mesh,
     abstract: State,
     key: jax.Array,
     options: dict[str, str],
-) -> tuple[_CompiledStep, _CompiledStep, tuple[AttentionChoice, ...]]:
+) -> tuple[_PackedStep, _PackedStep, tuple[AttentionChoice, ...]]:
     """Compile ``step`` for one update and, scanned, for several; both donate the state.
 
     Also returns the kernels that its attention layers chose while it was traced.
@@ -263,8 +282,8 @@ def _compile_train_steps(
     one, several = (
         sharding.compile(fn, args=(state, *args), out=(state, replicated), donate=(0,), options=options)
         for fn, args in (
-            (pack_metrics(step), (train.shardings, replicated)),
-            (scan_steps(pack_metrics(step)), (batches, replicated, shared)),
+            (step, (train.shardings, replicated)),
+            (scan_steps(step), (batches, replicated, shared)),
         )
     )
     with record_attention() as choices:

@@ -8,11 +8,12 @@ only the rows of its own devices.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import jax
 import numpy as np
@@ -60,6 +61,12 @@ class Loader(Protocol):
     def fetch(self, batch: Any) -> Batch:
         """Return the named arrays of ``batch``; pure, for use inside the step."""
 
+    def with_order(self, order: Order) -> Self:
+        """Return a loader of the same source whose batches are those of ``order``."""
+
+    def host_batch(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Return ``batch(step)`` of one process as two dicts: fields on the host, and arrays of all steps."""
+
     def close(self) -> None:
         """Stop threads and worker processes; another ``batch`` starts them again."""
 
@@ -100,6 +107,15 @@ class Resident:
                 rows[:, self._rows], self.stacked_shardings[0]["rows"], self._order.batch, axis=1
             )
         return {"rows": rows}, {"data": self._data}
+
+    def with_order(self, order: Order) -> Self:
+        other = copy.copy(self)
+        other._order = order
+        return other
+
+    def host_batch(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        assert isinstance(self._order, Order)  # only training asks for it
+        return {"rows": _ids_and_epochs(self._order, step)}, {"data": self._data}
 
     def abstract_batch(self) -> Any:
         return self.batch(0)
@@ -179,6 +195,15 @@ class Streamed:
         fields = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
         split = self.stacked_shardings[0]
         return multihost.put_local_rows(fields, split, self._batches.order.batch, axis=1), {}
+
+    def with_order(self, order: Order) -> Self:
+        other = copy.copy(self)
+        other._batches = dataclasses.replace(self._batches, order=order)
+        other._stream, other._next, other._started = None, -1, False
+        return other
+
+    def host_batch(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        return self._next_batch(step), {}
 
     def abstract_batch(self) -> Any:
         if self._abstract is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -40,10 +41,13 @@ class Program:
       cadence: the number of updates, and after which of them the run evaluates and saves.
       key: the run's random key; each step folds its number into it.
       init: makes the state of step 0, sharded.
+      init_with: makes it from the key of the initialisation.
+      make_keys: ``seed -> (key of the initialisation, key of the run)``.
       abstract_state: shapes, dtypes and shardings of that state.
       train_step: compiled ``(state, batch, key) -> (state, metrics)``; the state is donated.
       train_steps: compiled ``(state, batches, key, shared) -> (state, metrics)`` for several updates at once
         (``step.scan_steps``); the state is donated.
+      pure_step: the same as ``train_step``, not compiled: pure, and without its shardings.
       train: loads the training batches.
       order: which examples make up each of them.
       evals: ``"valid"`` (where there is one) and ``"test"``.
@@ -59,9 +63,12 @@ class Program:
     cadence: Cadence
     key: jax.Array
     init: Callable[[], State]
+    init_with: Callable[[jax.Array], State]
+    make_keys: Callable[[int], tuple[jax.Array, jax.Array]]
     abstract_state: State
     train_step: Callable[[State, Any, jax.Array], tuple[State, PackedMetrics]]
     train_steps: Callable[[State, Any, jax.Array, Any], tuple[State, PackedMetrics]]
+    pure_step: Callable[[State, Any, jax.Array], tuple[State, PackedMetrics]]
     train: Loader
     order: Order
     evals: dict[str, Split]
@@ -80,6 +87,19 @@ class Program:
     def with_cadence(self, **changes: Any) -> Program:
         """Return a copy with some fields of ``cadence`` changed."""
         return dataclasses.replace(self, cadence=dataclasses.replace(self.cadence, **changes))
+
+    def with_seed(self, seed: int) -> Program:
+        """Return the program of another seed. It shares the compiled functions, so it compiles nothing."""
+        init_key, key = self.make_keys(seed)
+        order = dataclasses.replace(self.order, seed=seed)
+        return dataclasses.replace(
+            self,
+            experiment=dataclasses.replace(self.experiment, seed=seed),
+            key=key,
+            init=functools.partial(self.init_with, init_key),
+            train=self.train.with_order(order),
+            order=order,
+        )
 
     def complete(self, state: State, other: State | None = None) -> State:
         """Return a state from a checkpoint with what no checkpoint holds: the teacher.

@@ -69,21 +69,20 @@ def fit(
     start_time = time.perf_counter() if start_time is None else start_time
     experiment, run_folder = program.experiment, RunFolder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    run_metadata: dict[str, Any] = {"experiment": name, "hash": config_hash(experiment)}
-    run_metadata |= {"jaxtrain": __version__, "jax": jax.__version__, "run": run_folder.run_id()}
+    metadata = run_metadata(program, run_folder, name)
     mesh_devices = program.key.sharding.device_set
     local_devices = [device for device in jax.local_devices() if device in mesh_devices]
     with (
         explain_out_of_memory(program, name, folder, console),
         on_signals(grace) as request,
         watchdog(hang_after, folder / f"hang-{multihost.process_index()}.txt"),
-        checkpoint.open(folder, experiment.max_to_keep, run_metadata, console.note) as checkpoints,
+        checkpoint.open(folder, experiment.max_to_keep, metadata, console.note) as checkpoints,
         monitor.measure_devices(local_devices, len(local_devices) / len(mesh_devices)) as meter,
         monitor.trace_updates(profile_window, folder, console, len(local_devices)) as trace,
     ):
         speed = throughput(program)
         with compile_in_background(program):
-            state, start = _restore_or_init(program, run_folder, checkpoints, resume, init_from, console)
+            state, start = restore_or_init(program, run_folder, checkpoints, resume, init_from, console)
         if start and changed:
             run_folder.add_resumed(start, changed)
 
@@ -114,14 +113,20 @@ def fit(
                 trace,
                 layer_pictures,
             )
-            result = _final_evaluation(program, state, checkpoints, recorder, console)
+            result = final_evaluation(program, state, checkpoints, recorder, console)
             result |= speed.record() | recorder.step_times.overall()
             result |= meter.result((program.steps - start) * experiment.batch)
     result |= {"seconds": time.perf_counter() - start_time, "resumed_from": start, "folder": str(folder)}
     return run_folder.write_result(result, console.note)
 
 
-def _restore_or_init(
+def run_metadata(program: Program, folder: RunFolder, name: str) -> dict[str, Any]:
+    """Return what the manifest of each checkpoint says of its run."""
+    about = {"experiment": name, "hash": config_hash(program.experiment)}
+    return about | {"jaxtrain": __version__, "jax": jax.__version__, "run": folder.run_id()}
+
+
+def restore_or_init(
     program: Program,
     folder: RunFolder,
     checkpoints: checkpoint.Checkpoints,
@@ -195,7 +200,7 @@ def _train(
         if program.cadence.evaluates_after(step):
             drain()
             with recorder.paused():
-                score = _evaluate_mid_run(program, state, step, recorder, console)
+                score = evaluate_mid_run(program, state, step, recorder, console)
         improved = score is not None and (best is None or score > best)
         stop_signal = votes.any_process(request.signum or 0)
         if program.cadence.saves_after(step) or improved or stop_signal:
@@ -236,7 +241,7 @@ class MetricsConsumer:
 
 
 @monitor.mark("evaluation")
-def _evaluate_mid_run(
+def evaluate_mid_run(
     program: Program, state: State, step: int, recorder: monitor.Recorder, console: Console
 ) -> float | None:
     """Evaluate; returns the validation score, None without a validation set or where it is not finite."""
@@ -260,7 +265,7 @@ def evaluate(program: Program, state: State, split: str, console: Console) -> di
     return monitor.merge_all(itertools.chain.from_iterable(rows))
 
 
-def _final_evaluation(
+def final_evaluation(
     program: Program,
     state: State,
     checkpoints: checkpoint.Checkpoints,

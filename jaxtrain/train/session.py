@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from jaxtrain.monitor import Console, make_console
 from jaxtrain.program import Program, assemble
 from jaxtrain.sharding import described, multihost
 from jaxtrain.train import capacity, environment, loop, out_of_memory, run_length
-from jaxtrain.train.autotune import decide
+from jaxtrain.train.autotune import Choice, decide
 from jaxtrain.train.dispatch import compile_in_background
 from jaxtrain.train.first_evaluation import check_first_evaluation
 from jaxtrain.train.identity import RunCheck
@@ -196,6 +197,26 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
     Raises:
       InputError, RunError, Stopped: as ``fit``.
     """
+    with open_run(session, experiment) as opened:
+        result = opened.stored_result() or opened.train()
+    show_summary(session.console, session.name, str(session.folder), result)
+    return result
+
+
+@contextlib.contextmanager
+def open_run(
+    session: Session, experiment: Experiment, assemble: Callable[..., Program] = assemble
+) -> Iterator[OpenRun]:
+    """Compare ``experiment`` with what is recorded in the run's folder, and assemble it.
+
+    Args:
+      session: the settings of the run.
+      experiment: what to run.
+      assemble: ``(experiment, mesh, inspect=) -> program``.
+
+    Raises:
+      InputError, RunError: it is another run, or cannot be assembled.
+    """
     start_time, mesh, folder = time.perf_counter(), session.mesh, session.folder
     multihost.on_process_0(lambda: capacity.check_folder(folder.path), "folder")
     record = {
@@ -220,23 +241,22 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
         folder.check(experiment)
     record |= check.code(session.code)
     record |= check.init_from(source)
-    start = _Start(start_time, record, existing, source, notes, check)
     program = assemble(experiment, mesh, inspect=lambda sources: record.update(check.data(sources)))
     try:
         record |= check.teacher(program.teacher)
-        result = _run_program(session, program, start)
+        yield OpenRun(session, program, start_time, record, existing, source, notes, check)
     finally:
         session.console.end()
         program.close()
-    show_summary(session.console, session.name, str(session.folder), result)
-    return result
 
 
 @dataclasses.dataclass(frozen=True)
-class _Start:
-    """What is known of a run before its data is opened.
+class OpenRun:
+    """An assembled run, before its first update.
 
     Attributes:
+      session: its settings.
+      program: what it runs.
       start_time: the ``time.perf_counter()`` that wall time is counted from.
       record: what its ``config.json`` would say of a start now.
       existing: its ``config.json``; None for a new run.
@@ -245,6 +265,8 @@ class _Start:
       check: compares its code and its data with ``existing``.
     """
 
+    session: Session
+    program: Program
     start_time: float
     record: dict[str, Any]
     existing: dict[str, Any] | None
@@ -252,85 +274,88 @@ class _Start:
     notes: Sequence[str]
     check: RunCheck
 
-
-def _run_program(session: Session, program: Program, start: _Start) -> dict[str, Any]:
-    """Return the stored result if the run is finished, else train."""
-    console, experiment, mesh = session.console, program.experiment, session.mesh
-    profile_window = monitor.parse_window(session.profile, program.steps)
-    result = session.folder.result(program.steps)
-    where = f"{session.name} in {session.folder} on {sharding.describe_mesh(mesh)}"
-    console.note(f"{where}, batch {_batch_text(experiment, mesh)}")
-    for note in (*session.notes, *program.notes, *(start.notes if result is None else ())):
-        console.note(note)
-    if result is None:
-        layer_pictures = LayerPictures(program) if session.monitor_layers else None
-        program, changed = _prepare(session, program, start)
-        return _train(session, program, start, changed, profile_window, layer_pictures)
-    start.check.keep_result()
-    console.note(
-        f"this run is finished{_mesh_note(start.existing)}: to train again use --new, or more epochs with "
-        "--extend --workdir DIR (in jaxtrain.fit: another folder, or extend=True)"
-    )
-    if profile_window:
-        console.note(f"--profile {session.profile}: nothing to profile, no update is left")
-    return result
-
-
-def _prepare(session: Session, program: Program, start: _Start) -> tuple[Program, dict[str, Any]]:
-    """Check everything that can be checked, measure what is to be measured, then acquire the folder.
-
-    Also returns the conditions that differ from those of the last start.
-    """
-    folder, console = session.folder, session.console
-    if start.existing is not None:
-        run_length.check_length(program, start.existing, folder.path, session.extend)
-    multihost.on_process_0(lambda: capacity.check_disk(program, folder.path), "disk")
-    capacity.check_memory(program)
-    if start.init_from and start.existing is None:  # a run that cannot begin leaves no folder
-        checkpoint.check_init_from(start.init_from[0], start.init_from[1], program.abstract_state)
-    notes: list[str] = []
-    with out_of_memory.explain_out_of_memory(program, session.name, folder.path, console):
-        if start.existing is None:
-            with compile_in_background(program):
-                notes = check_first_evaluation(program)
-        choice = decide(program, start.existing, session.deterministic)
-    for note in notes:
-        console.note(note)
-    if choice.count > 1:
-        console.note(f"{choice.count} updates per compiled call: {choice.why}")
-    record = start.record | program.choices | choice.record()
-    changed = folder.acquire(session.name, program.experiment, record)
-    return program.with_cadence(steps_per_execution=choice.count), changed
-
-
-def _train(
-    session: Session,
-    program: Program,
-    start: _Start,
-    changed: dict[str, Any],
-    profile_window: tuple[int, int] | None,
-    layer_pictures: LayerPictures | None,
-) -> dict[str, Any]:
-    """Run ``loop.fit`` with the folder locked."""
-    try:
-        with session.folder.locked(session.console.note):
-            return loop.fit(
-                program,
-                session.folder.path,
-                session.console,
-                session.name,
-                start.start_time,
-                resume=session.resume,
-                init_from=start.init_from,
-                changed=changed,
-                grace=session.grace,
-                hang_after=session.hang_after,
-                strict=session.strict,
-                profile_window=profile_window,
-                layer_pictures=layer_pictures,
+    def stored_result(self, about: bool = True) -> dict[str, Any] | None:
+        """Show the notes of the run, and with ``about`` what it is; return its result if it is finished."""
+        session, console, program = self.session, self.session.console, self.program
+        monitor.parse_window(session.profile, program.steps)  # an error before anything is shown
+        result = session.folder.result(program.steps)
+        if about:
+            where = f"{session.name} in {session.folder} on {sharding.describe_mesh(session.mesh)}"
+            console.note(f"{where}, batch {_batch_text(program.experiment, session.mesh)}")
+        for note in (*session.notes, *program.notes, *(self.notes if result is None else ())):
+            console.note(note)
+        if result is None:
+            return None
+        self.check.keep_result()
+        if about:
+            console.note(
+                f"this run is finished{_mesh_note(self.existing)}: to train again use --new, or more epochs "
+                "with --extend --workdir DIR (in jaxtrain.fit: another folder, or extend=True)"
             )
-    except Stopped as stopped:
-        raise Stopped(f"{stopped}; resume with: {session.resume_command}", stopped.signum) from None
+        if session.profile:
+            console.note(f"--profile {session.profile}: nothing to profile, no update is left")
+        return result
+
+    def prepare(self, choice: Choice | None = None) -> tuple[Program, dict[str, Any]]:
+        """Check everything that can be checked, measure what is to be measured, then acquire the folder.
+
+        Args:
+          choice: how many updates one compiled call runs; None decides it.
+
+        Returns:
+          The program, and the conditions that differ from those of the last start.
+        """
+        session, program, existing = self.session, self.program, self.existing
+        folder, console = session.folder, session.console
+        if existing is not None:
+            run_length.check_length(program, existing, folder.path, session.extend)
+        multihost.on_process_0(lambda: capacity.check_disk(program, folder.path), "disk")
+        capacity.check_memory(program)
+        if self.init_from and existing is None:  # a run that cannot begin leaves no folder
+            checkpoint.check_init_from(self.init_from[0], self.init_from[1], program.abstract_state)
+        notes: list[str] = []
+        with out_of_memory.explain_out_of_memory(program, session.name, folder.path, console):
+            if existing is None:
+                with compile_in_background(program):
+                    notes = check_first_evaluation(program)
+            choice = choice or decide(program, existing, session.deterministic)
+        for note in notes:
+            console.note(note)
+        if choice.count > 1:
+            console.note(f"{choice.count} updates per compiled call: {choice.why}")
+        record = self.record | program.choices | choice.record()
+        changed = folder.acquire(session.name, program.experiment, record)
+        return program.with_cadence(steps_per_execution=choice.count), changed
+
+    def train(self) -> dict[str, Any]:
+        """Train with the folder locked; returns the result.
+
+        Raises:
+          InputError, RunError, Stopped: as ``fit``.
+        """
+        session = self.session
+        profile_window = monitor.parse_window(session.profile, self.program.steps)
+        layer_pictures = LayerPictures(self.program) if session.monitor_layers else None
+        program, changed = self.prepare()
+        try:
+            with session.folder.locked(session.console.note):
+                return loop.fit(
+                    program,
+                    session.folder.path,
+                    session.console,
+                    session.name,
+                    self.start_time,
+                    resume=session.resume,
+                    init_from=self.init_from,
+                    changed=changed,
+                    grace=session.grace,
+                    hang_after=session.hang_after,
+                    strict=session.strict,
+                    profile_window=profile_window,
+                    layer_pictures=layer_pictures,
+                )
+        except Stopped as stopped:
+            raise Stopped(f"{stopped}; resume with: {session.resume_command}", stopped.signum) from None
 
 
 def _batch_text(experiment: Experiment, mesh: Mesh) -> str:

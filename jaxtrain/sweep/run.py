@@ -1,0 +1,338 @@
+"""Run a sweep: every member is an ordinary run in a folder of its own; the sweep's folder has the table."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxtrain import sharding
+from jaxtrain.core import redact
+from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.core.files import as_json, write_json
+from jaxtrain.core.signals import Stopped
+from jaxtrain.experiment import Experiment, config_hash
+from jaxtrain.experiment import code as experiment_code
+from jaxtrain.monitor import Console, make_console
+from jaxtrain.sharding import multihost
+from jaxtrain.sweep import lockstep
+from jaxtrain.sweep import strategy as strategies
+from jaxtrain.sweep.console import MemberConsole
+from jaxtrain.sweep.members import Cell, expand
+from jaxtrain.sweep.programs import Setting, assemble_settings
+from jaxtrain.sweep.strategy import Chosen
+from jaxtrain.sweep.table import Outcome, lines, tabulate
+from jaxtrain.train import out_of_memory, session
+from jaxtrain.train.run_folder import RunFolder
+from jaxtrain.train.session import Session
+
+FILE = "sweep.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Many runs of an experiment.
+
+    Attributes:
+      experiment: what is varied.
+      cells: the runs (``members.expand``).
+      session: settings of each run; its ``folder`` is that of the sweep, and its ``record`` has the overrides
+        of the experiment.
+      runs: the folder of the members' folders.
+      strategy: how members train, one of ``strategies.STRATEGIES``.
+    """
+
+    experiment: Experiment
+    cells: Sequence[Cell]
+    session: Session
+    runs: Path
+    strategy: str = "auto"
+
+    def folder(self, cell: Cell) -> Path:
+        """Return the folder of a member."""
+        return self.runs / cell.folder_name
+
+
+def fit(
+    experiment: Experiment,
+    *,
+    seeds: int = 1,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    folder: str | Path,
+    mesh: Mesh | str | Mapping[str, int] | None = None,
+    name: str = "experiment",
+    strategy: str = "auto",
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train every combination of the values in ``grid`` with several seeds; resume what is not finished.
+
+    As ``python -m jaxtrain sweep``: each member is an ordinary run, in a folder of its own inside ``folder``.
+
+    Args:
+      experiment: what is varied; its seed is the first one.
+      seeds: seeds of each combination.
+      grid: values by path, such as ``{"optimizer.lr": [0.05, 0.1]}``; as text, they are parsed. The first
+        ones are the baseline.
+      folder: the sweep's folder.
+      mesh: as of ``jaxtrain.fit``.
+      name: the experiment's name, for the records.
+      strategy: how members train: ``"sequential"``, ``"vmap"``, ``"devices"`` or ``"auto"``.
+      console: where progress is shown; None is a progress bar on a terminal or in a notebook, else lines.
+
+    Returns, raises:
+      As ``run``.
+
+    >>> import tempfile
+    >>> from jaxtrain import Experiment, data, losses, models, optim
+    >>> from jaxtrain.monitor.console import Quiet
+    >>> digits = Experiment(
+    ...     model=models.MLP(widths=(32,), classes=10), train=data.Digits("train"), test=data.Digits("test"),
+    ...     loss=losses.CrossEntropy(), optimizer=optim.Adam(lr=1e-3), batch=128, epochs=1,
+    ... )
+    >>> table = fit(digits, seeds=2, grid={"optimizer.lr": [1e-3, 1e-2]}, folder=tempfile.mkdtemp(),
+    ...             strategy="sequential", console=Quiet())
+    >>> [(row["settings"], row["n"]) for row in table["settings"]]
+    [({'optimizer.lr': '0.001'}, 2), ({'optimizer.lr': '0.01'}, 2)]
+    """
+    script = experiment_code.main_module()
+    texts = {path: [str(value) for value in values] for path, values in (grid or {}).items()}
+    base = Session(
+        name=name,
+        folder=RunFolder(folder),
+        mesh=sharding.as_mesh(mesh),
+        console=make_console(quiet=not multihost.is_process_0()) if console is None else console,
+        file=None if script is None else Path(str(script.__file__)),
+        code=experiment_code.digests(script, experiment),
+        grace=None,
+    )
+    cells = expand(experiment, texts, seeds)
+    return run(Sweep(experiment=experiment, cells=cells, session=base, runs=Path(folder), strategy=strategy))
+
+
+def run(sweep: Sweep) -> dict[str, Any]:
+    """Train every member that is not finished, and return the table, which the console has shown.
+
+    The same call resumes an interrupted sweep. A member that fails, such as by a loss that is not finite,
+    does not end the others.
+
+    Returns:
+      What ``sweep.json`` holds: ``strategy`` and why, ``members``, and ``metric``, ``split`` and ``settings``
+      of ``table.tabulate``.
+
+    Raises:
+      InputError: a setting, the data or the folder is wrong; the message is one line.
+      RunError: a member failed.
+      Stopped: a signal asked for it; every member is saved.
+    """
+    base, console = sweep.session, sweep.session.console
+    strategies.check(sweep.strategy, base.mesh, len(sweep.cells))
+    known = multihost.on_process_0(lambda: _known(sweep), "sweep")
+    experiments = [cell.experiment for cell in sweep.cells if cell.seed == sweep.experiment.seed]
+    settings = assemble_settings(experiments, base.mesh)
+    alone = functools.cache(lambda: _alone(experiments, settings, base.mesh))
+    try:
+        chosen = _choose(sweep, settings, alone, known)
+        record = _record(sweep, chosen)
+        console.note(f"{len(sweep.cells)} runs, {chosen.strategy}: {chosen.why}")
+        _write(base.folder.path, record)
+        outcomes = _train(sweep, settings, alone, chosen)
+    except Stopped as stopped:
+        line = str(stopped).partition("; resume with")[0]
+        raise Stopped(f"{line}; resume with: {base.resume_command}", stopped.signum) from None
+    finally:
+        for setting in settings:
+            setting.program.close()
+    table: dict[str, Any] = as_json(record | tabulate(sweep.cells, outcomes, sweep.experiment.select))
+    _write(base.folder.path, table)
+    console.summary(base.name, {**lines(table), "folder": str(base.folder)})
+    pairs = zip(sweep.cells, outcomes, strict=True)
+    failed = [f"{cell.label}: {found}" for cell, found in pairs if isinstance(found, RunError)]
+    if failed:
+        raise RunError(f"{len(failed)} of {len(sweep.cells)} runs failed; the first: {failed[0]}")
+    return table
+
+
+def _write(folder: Path, record: dict[str, Any]) -> None:
+    """Write ``sweep.json``; raises InputError if the folder cannot be written."""
+
+    def write() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / FILE, record)
+        except OSError as error:
+            raise InputError(
+                f"{folder} cannot be written ({error.strerror}): choose another --workdir"
+            ) from error
+
+    multihost.on_process_0(write, "sweep")
+
+
+def _known(sweep: Sweep) -> dict[str, Any]:
+    """Return ``sweep.json`` of the folder, empty where there is none; raise InputError if it is another's."""
+    folder = sweep.session.folder.path
+    try:
+        known: dict[str, Any] = json.loads((folder / FILE).read_text())
+        if known["hash"] == config_hash(sweep.experiment):
+            return known
+    except FileNotFoundError:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise InputError(f"{folder} is not empty and holds no sweep: choose another --workdir") from None
+        return {}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{folder / FILE} cannot be read ({error}): choose another --workdir") from error
+    raise InputError(f"{folder} holds a sweep of another experiment: choose another --workdir")
+
+
+def _record(sweep: Sweep, chosen: Chosen) -> dict[str, Any]:
+    members = [
+        {
+            "folder": os.path.relpath(sweep.folder(cell), sweep.session.folder.path),
+            "settings": {
+                path: redact.redact_setting(f"{path}={text}").partition("=")[2]
+                for path, text in cell.settings.items()
+            },
+            "seed": cell.seed,
+        }
+        for cell in sweep.cells
+    ]
+    return {
+        "experiment": sweep.session.name,
+        "hash": config_hash(sweep.experiment),
+        "strategy": chosen.strategy,
+        "why": chosen.why,
+        "seconds_per_update": chosen.seconds,
+        "baseline": members[0]["settings"],
+        "members": members,
+    }
+
+
+def _choose(
+    sweep: Sweep,
+    settings: Sequence[Setting],
+    alone: Callable[[], Sequence[Setting]],
+    known: Mapping[str, Any],
+) -> Chosen:
+    """Return the strategy: as asked for, as the sweep began, or measured."""
+    if sweep.strategy != "auto":
+        return Chosen(sweep.strategy, "as asked for")
+    if known.get("strategy") in strategies.STRATEGIES[1:]:
+        why, seconds = known.get("why"), known.get("seconds_per_update")
+        return Chosen(known["strategy"], str(why), seconds if isinstance(seconds, dict) else {})
+    if sweep.session.deterministic:
+        return Chosen("sequential", "--deterministic")
+    mesh = sweep.session.mesh
+    seeds = sorted({cell.seed for cell in sweep.cells})
+    return strategies.choose(settings, alone, seeds, mesh)
+
+
+def _alone(experiments: Sequence[Experiment], settings: Sequence[Setting], mesh: Mesh) -> Sequence[Setting]:
+    """Return the settings assembled on one device."""
+    return settings if mesh.size == 1 else assemble_settings(experiments, strategies.alone_mesh(mesh))
+
+
+def _train(
+    sweep: Sweep, settings: Sequence[Setting], alone: Callable[[], Sequence[Setting]], chosen: Chosen
+) -> list[Outcome]:
+    """Train the members; returns their outcomes in order."""
+    number = {id(cell): n // _seeds(sweep) for n, cell in enumerate(sweep.cells)}
+    shown: set[str] = set()
+    outcomes: dict[int, Outcome] = {}
+    if chosen.strategy != "sequential":
+        outcomes = _train_together(sweep, alone(), number, chosen.strategy, shown)
+    for cell in sweep.cells:
+        if id(cell) not in outcomes:
+            own = _session(sweep, cell, sweep.session.mesh, shown)
+            outcomes[id(cell)] = _train_alone(own, cell, settings[number[id(cell)]])
+    return [outcomes[id(cell)] for cell in sweep.cells]
+
+
+def _seeds(sweep: Sweep) -> int:
+    return len({cell.seed for cell in sweep.cells})
+
+
+def _train_alone(own: Session, cell: Cell, setting: Setting) -> Outcome:
+    try:
+        with session.open_run(own, cell.experiment, setting.assemble) as opened:
+            result = opened.stored_result(about=False) or opened.train()
+    except RunError as error:
+        own.console.note(f"failed: {error}")
+        return error
+    assert isinstance(own.console, MemberConsole)
+    own.console.result(result)
+    return result
+
+
+def _train_together(
+    sweep: Sweep, settings: Sequence[Setting], number: Mapping[int, int], how: str, shown: set[str]
+) -> dict[int, Outcome]:
+    """Train the members of each family together, with ``devices`` as many at a time as there are devices."""
+    mesh = sweep.session.mesh
+    outcomes: dict[int, Outcome] = {}
+    alone = strategies.alone_mesh(mesh)
+    families: dict[int, list[Cell]] = {}
+    for cell in sweep.cells:
+        if not (sweep.folder(cell) / "result.json").exists():
+            families.setdefault(settings[number[id(cell)]].family, []).append(cell)
+    for cells in families.values():
+        size = len(cells) if how == "vmap" else mesh.size
+        for start in range(0, len(cells), size):
+            group = cells[start : start + size]
+            found = _fit_group(
+                sweep, [(cell, settings[number[id(cell)]]) for cell in group], alone, how, shown
+            )
+            outcomes |= dict(zip(map(id, group), found, strict=True))
+    return outcomes
+
+
+def _fit_group(
+    sweep: Sweep, group: Sequence[tuple[Cell, Setting]], alone: Mesh, how: str, shown: set[str]
+) -> list[Outcome]:
+    console, first = sweep.session.console, group[0][1].program
+    with contextlib.ExitStack() as stack:
+        members: list[lockstep.Member] = []
+        for cell, setting in group:
+            own = _session(sweep, cell, alone, shown)
+            opened = stack.enter_context(session.open_run(own, cell.experiment, setting.assemble))
+            opened.stored_result(about=False)  # shows its notes
+            member = lockstep.Member(opened)
+            stack.callback(member.close)
+            members.append(member)
+        which = {
+            id(member): (setting, cell.seed) for member, (cell, setting) in zip(members, group, strict=True)
+        }
+        stack.enter_context(
+            out_of_memory.explain_out_of_memory(first, sweep.session.name, sweep.session.folder.path, console)
+        )
+        outcomes = lockstep.fit(
+            members,
+            lambda chosen: strategies.make(
+                how, [which[id(one)] for one in chosen], alone, sweep.session.mesh
+            ),
+            console,
+            sweep.session.grace,
+        )
+    for (cell, _), outcome in zip(group, outcomes, strict=True):
+        if not isinstance(outcome, RunError):
+            MemberConsole(console, cell.label, shown).result(outcome)
+    return outcomes
+
+
+def _session(sweep: Sweep, cell: Cell, mesh: Mesh, shown: set[str]) -> Session:
+    """Return the session of one member."""
+    base = sweep.session
+    settings = [redact.redact_setting(f"{path}={text}") for path, text in cell.settings.items()]
+    overrides = [*base.record.get("overrides", ()), *settings, f"seed={cell.seed}"]
+    return dataclasses.replace(
+        base,
+        folder=RunFolder(sweep.folder(cell)),
+        mesh=mesh,
+        console=MemberConsole(base.console, cell.label, shown),
+        record={**base.record, "overrides": overrides},
+    )
