@@ -320,6 +320,8 @@ def test_clean_keeps_best_and_latest(root: Path, tmp_path: Path, capsys: Any) ->
     assert "000001, .trash-000000-1, 000006 (" in call("--keep", "2", "experiment=cnn")[0]
     assert "nothing to remove in 0 runs" in call("--yes", "tag=none")[0] and steps(run) == before
 
+    (shown,) = [line for line in call("--keep", "4")[0].splitlines() if line.startswith("cnn/a")]
+    assert "stays: 000001 (latest), 000002 (best, latest), 000003 (damaged)" in shown
     out, err = call("--yes")
     assert "removed " in out and "cnn/b: skipped" in err and "mlp/d: skipped" in err
     assert steps(run) == ["000002", "000003", "000005", "mine"]
