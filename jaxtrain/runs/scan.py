@@ -220,7 +220,8 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    small = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    return small or isinstance(value, float)
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

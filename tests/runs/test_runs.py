@@ -229,6 +229,12 @@ def test_hostile_folders_are_shown_or_left_out(root: Path, tmp_path: Path, capsy
     for words in (["diff", "wrong", "cnn/a"], ["diff", f"x/run{red}", "cnn/a"]):
         assert command.main([*words, "--root", str(root)]) == 0
         assert capsys.readouterr().out.replace("\n", "").isprintable()
+    (root / "wrong/result.json").write_text('{"steps": 10, "test": {"a": 1' + "0" * 400 + ', "b": NaN}}')
+    assert command.main(["--root", str(root), "--sort", "test.b"]) == 0
+    capsys.readouterr()
+    deep = '{"name": "deep", "config": {}, "data": ' + '{"a":' * 900 + "1" + "}" * 901
+    (root / "wrong/config.json").write_text(deep)
+    assert "nested too deeply" in refused(capsys, "diff", str(root / "wrong"), str(root / "cnn/a"))
     assert "config.json cannot be read" in refused(
         capsys, "diff", str(root / "damaged0"), str(root / "cnn/a")
     )
