@@ -42,10 +42,10 @@ def plot(run: str | os.PathLike[str], *more: str | os.PathLike[str], height: int
       InputError: a folder holds no run, or Plotly is not installed.
       RunError: a file of a run is damaged.
 
-    >>> plot("runs/none")
+    >>> plot("/runs/none")
     Traceback (most recent call last):
         ...
-    jaxtrain.core.errors.InputError: ...runs/none does not exist: give a run's folder, as printed at its start
+    jaxtrain.core.errors.InputError: /runs/none does not exist: give a run's folder, as printed at its start
     """
     from jaxtrain.report import page, runs
 

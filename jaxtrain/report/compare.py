@@ -181,11 +181,11 @@ def best_valid(run: Run) -> tuple[str, float] | None:
 
 
 def state(run: Run) -> str:
-    """Return how far a run is: ``finished``, or its last logged step."""
+    """Return how far a run is: ``finished``, or ``running`` or ``stopped`` with its last logged step."""
     if run.result is not None:
         return "finished"
     of = "" if run.steps is None else f" of {run.steps:,}"
-    return f"no result yet, step {int(run.metrics.last_step):,}{of}"
+    return f"{'running' if run.running else 'stopped'}, step {int(run.metrics.last_step):,}{of}"
 
 
 def command(run: Run) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import array
 import dataclasses
 import json
-import math
 import os
+from math import isfinite, isnan, nan
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,6 +14,8 @@ import numpy as np
 
 NAMES = 300
 """Most names of numbers that are read of one file."""
+NUMBERS = (float, int, type(None))
+"""Types of JSON that are numbers here: null is one that was not finite."""
 CHUNK = 2**22
 """Bytes that are read at once. A longer line is not one of ours."""
 
@@ -75,24 +77,24 @@ class MetricsFile:
             record = json.loads(line)
             step = _number(record["step"])
         except (ValueError, LookupError, TypeError, RecursionError):
-            step = math.nan
+            step = nan
         if not step >= 0:
             self.bad_lines += 1
             return
         self.last_step = max(self.last_step, step)
         for name, value in record.items():
-            if name == "step" or isinstance(value, bool) or not isinstance(value, int | float | None):
+            if type(value) not in NUMBERS or name == "step":
                 continue
-            number = _number(value)
-            if not math.isfinite(number):
+            number = value if type(value) is float and isfinite(value) else _number(value)
+            if isnan(number):
                 self.not_finite[name] = self.not_finite.get(name, 0) + 1
-            if name not in self._values:
+            one = self._values.get(name)
+            if one is None:
                 if len(self._values) >= NAMES:
                     continue
-                self._values[name] = (array.array("d"), array.array("d"))
-            steps, values = self._values[name]
-            steps.append(step)
-            values.append(number)
+                one = self._values[name] = (array.array("d"), array.array("d"))
+            one[0].append(step)
+            one[1].append(number)
 
     @property
     def names(self) -> list[str]:
@@ -174,9 +176,9 @@ def _identity(file: BinaryIO) -> tuple[int, int]:
 def _number(value: Any) -> float:
     """Return a number as a float; NaN for null and for what is none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
+        return nan
     try:
         number = float(value)
     except OverflowError:
-        return math.nan
-    return number if math.isfinite(number) else math.nan
+        return nan
+    return number if isfinite(number) else nan

@@ -207,7 +207,7 @@ function drawCharts() {
   const has = (part) => data.charts.some((chart) => chart.section === "resources" && chart.name.includes(part));
   const missing = [["examples_per_second", "speed"], ["bytes", "memory"], ["joules", "energy"]].filter(([part]) => !has(part));
   byId("unrecorded").textContent = missing.length === 0 ? "" :
-    `Not recorded by these runs: ${missing.map(([, name]) => name).join(", ")}. Energy and power need an NVIDIA GPU; speed and memory are logged at most once a second.`;
+    `Not recorded by these runs: ${missing.map(([, name]) => name).join(", ")}. Energy and power need an NVIDIA GPU; memory and power are read at most once a second.`;
   return Promise.all(data.charts.map(drawChart));
 }
 

@@ -14,6 +14,8 @@ from jaxtrain.core.files import user_path
 from jaxtrain.experiment import record
 from jaxtrain.report.evaluations import Evaluation, read_evaluations
 from jaxtrain.report.metrics_file import MetricsFile
+from jaxtrain.runs import lock, notes
+from jaxtrain.runs.notes import Notes
 
 SWEEP = "sweep.json"
 LARGEST = 2**26
@@ -31,6 +33,8 @@ class Run:
       metrics: its ``metrics.jsonl``.
       result: its ``result.json``; None until it has finished.
       evaluations: what ``evaluate`` has written into the folder.
+      running: whether a process holds its lock.
+      notes: its tags and note.
     """
 
     folder: Path
@@ -39,6 +43,8 @@ class Run:
     metrics: MetricsFile
     result: dict[str, Any] | None
     evaluations: list[Evaluation]
+    running: bool
+    notes: Notes
 
     @property
     def name(self) -> str:
@@ -71,14 +77,15 @@ class Sweep:
 
     Attributes:
       folder: of the sweep.
-      metric: what it compares, such as ``accuracy`` or ``-loss``, where lower is better.
+      metric: what it compares, such as ``accuracy``; a minus before it means that lower is better. None until
+        the sweep has finished, which then is the metric that its runs select by.
       strategy: how settings were chosen.
       settings: of each member, texts by path.
       members: the position of each member among the report's runs; None where it has not started.
     """
 
     folder: Path
-    metric: str
+    metric: str | None
     strategy: str
     settings: list[dict[str, str]]
     members: list[int | None]
@@ -138,7 +145,7 @@ class Reader:
         sweeps = [
             Sweep(
                 folder,
-                body["metric"],
+                body.get("metric"),
                 str(body.get("strategy", "")),
                 [member["settings"] for member in body["members"]],
                 [None if one is None else place[one] for one in started],
@@ -148,14 +155,17 @@ class Reader:
         return Runs(runs, sweeps)
 
     def signature(self) -> list[tuple[str, int, int]]:
-        """Return the files that a report shows, with their sizes and times: it changes when one does."""
+        """Return the files that a report shows, with sizes and times, and locks: it changes when one does."""
         folders = list(self.folders)
         for folder in self.folders:
             if (folder / SWEEP).is_file():
                 folders += _read_sweep(folder)[1]
         found = []
         for folder in dict.fromkeys(folders):
-            paths = [folder / name for name in (SWEEP, "config.json", "metrics.jsonl", "result.json")]
+            found.append((str(folder), int(lock.is_locked(folder)), 0))
+            paths = [
+                folder / name for name in (SWEEP, "config.json", "metrics.jsonl", "result.json", notes.FILE)
+            ]
             for path in [*paths, *sorted(folder.glob("evaluation/*/*"))]:
                 try:
                     about = path.stat()
@@ -173,7 +183,8 @@ class Reader:
             raise RunError(f"{folder / 'metrics.jsonl'} cannot be read ({error.strerror})") from error
         path = folder / "result.json"
         result = read_object(path) if path.is_file() else None
-        return Run(folder, label, found, metrics, result, read_evaluations(folder))
+        evaluations, running = read_evaluations(folder), lock.is_locked(folder)
+        return Run(folder, label, found, metrics, result, evaluations, running, _notes(folder))
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -193,22 +204,27 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
+def _notes(folder: Path) -> Notes:
+    try:
+        return notes.read(folder)
+    except InputError:  # damaged: ``runs`` says so where they are written
+        return Notes()
+
+
 def _read_sweep(folder: Path) -> tuple[dict[str, Any], list[Path]]:
     """Return a ``sweep.json`` and the folders of its members; relative ones are below the sweep's folder."""
     path = folder / SWEEP
     body = read_object(path)
     members = body.get("members")
-    right = isinstance(body.get("metric"), str) and isinstance(members, list)
+    right = isinstance(body.get("metric", ""), str) and isinstance(members, list)
     for member in members if isinstance(members, list) else ():
         settings = member.get("settings") if isinstance(member, dict) else None
         right = right and isinstance(settings, dict) and isinstance(member.get("folder"), str)
     if not right:
-        raise RunError(
-            f"{path} is no record of a sweep: it needs metric, and members with folder and settings"
-        )
+        raise RunError(f"{path} is no record of a sweep: it needs members with folder and settings")
     for member in body["members"]:
         member["settings"] = {str(name): str(value) for name, value in member["settings"].items()}
-    return body, [(folder / member["folder"]).absolute() for member in body["members"]]
+    return body, [Path(os.path.normpath(folder / member["folder"])) for member in body["members"]]
 
 
 def short_labels(folders: Sequence[Path]) -> list[str]:

@@ -48,6 +48,7 @@ def results(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     found = [compare.figures(run) for run in runs]
     names = list(dict.fromkeys(name for one in found for name in one))
     rows: list[list[str]] = []
+    noted: list[str] = []
     for group in groups:
         if len(group.runs) > 1:
             done = [found[number] for number in group.runs if found[number]]
@@ -58,15 +59,26 @@ def results(runs: Sequence[Run], groups: Sequence[Group]) -> str:
             rows.append(
                 [f"<b>{escape(group.label)}</b>", f"<b>{mean}</b>", "", *(f"<b>{x}</b>" for x in texts)]
             )
+            noted.append("")
         for number in group.runs:
             run = runs[number]
             texts = [number_text(found[number].get(name)) for name in names]
             seed = run.config.get("seed", compare.MISSING)
             rows.append([escape(run.label), escape(compare.state(run)), escape(seed), *texts])
+            noted.append(_notes(run))
     head = ["run", "state", "seed", *(escape(name) for name in names)]
+    if any(noted):
+        head.append("notes")
+        rows = [[*row, f'<span class="note">{note}</span>'] for row, note in zip(rows, noted, strict=True)]
     repeated = any(len(group.runs) > 1 for group in groups)
     about = "std: sample standard deviation (n − 1) over runs that differ in the seed only."
     return f'{table(head, rows, "Results", "numbers")}<p class="soft">{about if repeated else ""}</p>'
+
+
+def _notes(run: Run) -> str:
+    """The tags and the note of a run."""
+    parts = [*(f"[{tag}]" for tag in run.notes.tags), *([run.notes.note] if run.notes.note else [])]
+    return escape(" ".join(parts))
 
 
 def differences(runs: Sequence[Run]) -> str:

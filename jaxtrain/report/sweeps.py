@@ -83,8 +83,10 @@ def outcome(sweep: Sweep, runs: Sequence[Run]) -> Outcome:
     Members without a result do not count. On the validation set it is the value of the best checkpoint where
     the same metric has chosen it, else that of the last evaluation.
     """
-    name = sweep.metric.removeprefix("-")
     started = [runs[number] for number in sweep.members if number is not None]
+    select = started[0].config.get("select", "").strip("'\"") if started else ""
+    name = (sweep.metric or select).removeprefix("-")
+    lower = (sweep.metric or select).startswith("-") or select == f"-{name}"
     split = "valid" if any(run.metrics.last(f"valid/{name}") is not None for run in started) else "test"
     settings: dict[tuple[tuple[str, str], ...], Setting] = {}
     waiting = 0
@@ -98,9 +100,8 @@ def outcome(sweep: Sweep, runs: Sequence[Run]) -> Outcome:
         one.scores.append(score)
     paths = list(dict.fromkeys(path for values in sweep.settings for path in values))
     names = [path for path in paths if len({values.get(path) for values in sweep.settings}) > 1]
-    higher = not sweep.metric.startswith("-")
-    ordered = sorted(settings.values(), key=lambda one: -one.mean if higher else one.mean)
-    return Outcome(f"{split} {name}", higher, names, ordered, waiting)
+    ordered = sorted(settings.values(), key=lambda one: one.mean if lower else -one.mean)
+    return Outcome(f"{split} {name}", not lower, names, ordered, waiting)
 
 
 def _score(run: Run, split: str, name: str) -> float | None:

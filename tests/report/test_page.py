@@ -18,6 +18,7 @@ from jaxtrain import report
 from jaxtrain.cli import report as command
 from jaxtrain.report import page
 from jaxtrain.report.runs import Reader
+from jaxtrain.runs import notes
 
 
 class Parsed(HTMLParser):
@@ -68,6 +69,8 @@ def made(*folders: Any) -> Parsed:
 def test_the_page_has_results_differences_mistakes_and_commands(tmp_path) -> None:
     seeds = write_seeds(tmp_path, (0.9, 0.95, 0.97))
     other = write_run(tmp_path / "other", curve(20), optimizer__lr="0.2")
+    notes.tag(other, ["paper"])
+    notes.write_note(other, "see <b>this</b>")
     write_evaluation(seeds[0], [[5, 1], [0, 4]], ("cat", "dog"))
     parsed = made(*seeds, other)
     assert parsed.row("lr=0.1") == [
@@ -77,9 +80,11 @@ def test_the_page_has_results_differences_mistakes_and_commands(tmp_path) -> Non
         "0.940 ± 0.036",
         "0.060 ± 0.036",
         "2.5 ± 0",
+        "",
     ]
     assert parsed.row("seed1")[:4] == ["seed1", "finished", "1", "0.95"]
-    assert parsed.row("other")[:4] == ["other", "no result yet, step 20 of 40", "0", "–"]
+    assert parsed.row("other")[:4] == ["other", "stopped, step 20 of 40", "0", "–"]
+    assert parsed.row("other")[-1] == "[paper] see <b>this</b>" and parsed.row("seed1")[-1] == ""
     assert parsed.row("optimizer.lr") == ["optimizer.lr", "0.1", "0.1", "0.1", "0.2"]
     assert parsed.row("seed") == ["seed", "0", "1", "2", "0"]
     assert parsed.row("cat") == ["cat", "5", "1"] and parsed.row("7") == ["7", "cat", "dog", "75.0 %"]

@@ -20,6 +20,7 @@ from report_cases import curve, result_of, write_run
 from jaxtrain.cli import report as command
 from jaxtrain.report.runs import Reader
 from jaxtrain.report.server import Follower, Server
+from jaxtrain.train.run_folder import RunFolder
 
 WITNESS = "tests/report/test_server.py::test_the_data_are_new_once_a_run_has_written"
 
@@ -63,6 +64,14 @@ def test_the_data_are_new_once_a_run_has_written(tmp_path) -> None:
         assert status == 200 and new["version"] != version and "finished" in new["parts"]["results"]
         assert new["data"]["runs"][0]["series"]["train/loss"]["y"][-1] == 0.125
         assert ask(server, f"/data?version={new['version']}")[0] == 204
+
+
+def test_a_run_that_trains_is_shown_as_running(tmp_path) -> None:
+    run = write_run(tmp_path / "run", curve(5))
+    with serving(run) as server:
+        assert "stopped, step 5 of 40" in json.loads(ask(server, "/data")[2])["parts"]["results"]
+        with RunFolder(run).locked():
+            assert "running, step 5 of 40" in json.loads(ask(server, "/data")[2])["parts"]["results"]
 
 
 def test_other_hosts_paths_and_methods_are_refused(tmp_path) -> None:

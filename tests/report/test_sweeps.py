@@ -37,6 +37,24 @@ def test_settings_are_ordered_and_seeds_are_averaged(tmp_path) -> None:
     (sweep / "sweep.json").write_text(json.dumps(body))
     lowest = found(sweep)
     assert not lowest.higher and [s.mean for s in lowest.settings] == [0.25, 0.625]
+    del body["metric"]  # as long as the sweep is running
+    (sweep / "sweep.json").write_text(json.dumps(body))
+    assert found(sweep).metric == "test accuracy"
+
+
+def test_lower_is_better_where_the_runs_select_by_the_lowest(tmp_path) -> None:
+    """What ``sweep`` writes: the metric without the sign of ``select``, and folders relative to its own."""
+    members = []
+    for number, lr in enumerate(("0.1", "0.2")):
+        config = {"optimizer__lr": lr, "select": "'-loss'"}
+        write_run(tmp_path / f"m{number}", curve(10), result_of(0.5 + number / 4), **config)
+        members.append({"folder": f"../m{number}", "settings": {"optimizer.lr": lr}, "seed": 0})
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps({"metric": "loss", "members": members}))
+    runs = Reader([tmp_path / "sweep", tmp_path / "m1"]).read()
+    assert [run.folder for run in runs.runs] == [tmp_path / "m0", tmp_path / "m1"]
+    one = found(tmp_path / "sweep")
+    assert one.metric == "test loss" and not one.higher and [s.mean for s in one.settings] == [0.25, 0.5]
 
 
 def test_a_validation_set_decides_where_there_is_one(tmp_path) -> None:
@@ -58,6 +76,7 @@ def test_axes_are_logarithmic_where_values_span_orders_of_magnitude(tmp_path) ->
     assert axes["test accuracy"]["at"] == [1, 0.5, 0]
 
 
+@pytest.mark.full("tests/report/test_sweeps.py::test_importance_is_not_claimed_where_there_is_none")
 def test_the_parameter_that_decides_is_the_most_important(tmp_path) -> None:
     by_rate = {(lr, model): 0.1 * RATES.index(lr) for lr, model in GRID}
     matters = importance(found(write_sweep(tmp_path / "a", by_rate)))
