@@ -123,9 +123,13 @@ def _diff(args: argparse.Namespace, words: list[str]) -> int:
     if len(words) != 2:
         raise InputError("runs diff compares two runs: give two folders")
     a, b = (scan.open_run(word, Path(args.root)) for word in words)
-    found = compare.compare(a, b)
+    try:
+        found = compare.compare(a, b)
+        as_json = to_json({"a": a.folder, "b": b.folder, **dataclasses.asdict(found)})
+    except RecursionError as error:
+        raise InputError(f"{words[0]} and {words[1]}: a record is nested too deeply to compare") from error
     if args.json:
-        _print(to_json({"a": a.folder, "b": b.folder, **dataclasses.asdict(found)}))
+        _print(as_json)
         return 0
     lines = [f"A {a.folder}", f"B {b.folder}"]
     for part in ("config", "code", "data", "conditions"):

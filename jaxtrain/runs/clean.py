@@ -84,13 +84,20 @@ def _plan(run: Run, keep: int) -> Plan:
         complete = [one for one in saved if one.damage is None]
         best = manifest.best(complete)
         latest = complete[-keep:]
-        why = {one.step: f"{one.folder.name} (damaged)" for one in saved if one.damage is not None}
-        why |= {one.step: f"{one.folder.name} (latest)" for one in latest}
-        if best is not None:
-            why[best.step] = f"{best.folder.name} (best)"
-        remove = [one.folder for one in complete if one.step not in why]
+        reasons = {
+            "damaged": [one for one in saved if one.damage is not None],
+            "best": [] if best is None else [best],
+            "latest": latest,
+        }
+        why = {
+            one.step: ", ".join(name for name, kept in reasons.items() if one in kept)
+            for one in saved
+            if any(one in kept for kept in reasons.values())
+        }
+        stays = tuple(f"{one.folder.name} ({why[one.step]})" for one in saved if one.step in why)
+        remove = [one.folder for one in saved if one.step not in why]
         remove += [path for path in sorted(folder.iterdir()) if folders.is_left_over(path)]
-        return Plan(run, tuple(remove), tuple(why[step] for step in sorted(why)), sum(map(size, remove)))
+        return Plan(run, tuple(remove), stays, sum(map(size, remove)))
     except (OSError, TypeError) as error:  # TypeError: of a score that is no number
         return Plan(run, skipped=f"its checkpoints cannot be read ({error})")
 

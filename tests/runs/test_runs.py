@@ -229,6 +229,12 @@ def test_hostile_folders_are_shown_or_left_out(root: Path, tmp_path: Path, capsy
     for words in (["diff", "wrong", "cnn/a"], ["diff", f"x/run{red}", "cnn/a"]):
         assert command.main([*words, "--root", str(root)]) == 0
         assert capsys.readouterr().out.replace("\n", "").isprintable()
+    (root / "wrong/result.json").write_text('{"steps": 10, "test": {"a": 1' + "0" * 400 + ', "b": NaN}}')
+    assert command.main(["--root", str(root), "--sort", "test.b"]) == 0
+    capsys.readouterr()
+    deep = '{"name": "deep", "config": {}, "data": ' + '{"a":' * 900 + "1" + "}" * 901
+    (root / "wrong/config.json").write_text(deep)
+    assert "nested too deeply" in refused(capsys, "diff", str(root / "wrong"), str(root / "cnn/a"))
     assert "config.json cannot be read" in refused(
         capsys, "diff", str(root / "damaged0"), str(root / "cnn/a")
     )
@@ -320,6 +326,8 @@ def test_clean_keeps_best_and_latest(root: Path, tmp_path: Path, capsys: Any) ->
     assert "000001, .trash-000000-1, 000006 (" in call("--keep", "2", "experiment=cnn")[0]
     assert "nothing to remove in 0 runs" in call("--yes", "tag=none")[0] and steps(run) == before
 
+    (shown,) = [line for line in call("--keep", "4")[0].splitlines() if line.startswith("cnn/a")]
+    assert "stays: 000001 (latest), 000002 (best, latest), 000003 (damaged)" in shown
     out, err = call("--yes")
     assert "removed " in out and "cnn/b: skipped" in err and "mlp/d: skipped" in err
     assert steps(run) == ["000002", "000003", "000005", "mine"]
