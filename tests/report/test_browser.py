@@ -111,7 +111,7 @@ def test_hovering_shows_values(opened, runs) -> None:
         opened.call("Input.dispatchMouseEvent", type="mouseMoved", x=x + shift, y=y)
     opened.wait(f"{LOSS}.querySelector('.hoverlayer').textContent.includes('±')")
     text = opened.run(f"{LOSS}.querySelector('.hoverlayer').textContent")
-    assert "train lr=0.1" in text and "test lr=0.1" in text
+    assert "train digits" in text and "test digits" in text
 
 
 def test_controls_switch_runs_seeds_smoothing_and_axes(opened, runs) -> None:
