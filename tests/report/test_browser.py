@@ -12,6 +12,7 @@ from conftest import ROOT
 from report_cases import NASTY, curve, result_of, write_evaluation, write_run, write_seeds, write_sweep
 from test_server import serving
 
+from jaxtrain.core.files import write_json
 from jaxtrain.report import page, plot
 from jaxtrain.report.runs import Reader
 
@@ -197,7 +198,7 @@ def test_a_served_page_follows_a_run(tmp_path) -> None:
             window.run(f"{LOSS}.marked = true")
             with (run / "metrics.jsonl").open("a") as file:
                 file.write('{"step": 100, "train/loss": 0.125, "valid/loss": 0.25}\n')
-            (run / "result.json").write_text(json.dumps(result_of(0.625)))
+            write_json(run / "result.json", result_of(0.625))  # atomically, as a run does
             window.wait(f"{LINES}.length === 2 && {LINES}[0].y.at(-1) === 0.125")
             window.wait("document.querySelector('[data-part=results]').textContent.includes('0.625')")
             assert window.run(f"{LOSS}.marked") and window.problems() == []
