@@ -144,7 +144,7 @@ def test_controls_switch_runs_seeds_smoothing_and_axes(opened, runs) -> None:
     assert smooth == pytest.approx(expected)
     change("smoothing", "0")
     change("seeds", "each")
-    opened.wait(f"{LINES}.some((one) => one.name.startsWith('seed2'))")
+    opened.wait(f"{LINES}.some((one) => one.name === 'train seed2')")
     change("x", "epoch")
     opened.wait(f"Math.max(...{LINES}[0].x) === 4")
     change("x", "seconds")
