@@ -117,6 +117,7 @@ def _run(args: argparse.Namespace) -> int:
     table = sweep_run.run(sweep)
     if args.json:
         sys.stdout.write(json.dumps(table, indent=1) + "\n")
+    sweep_run.check(table)
     return 0
 
 

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxtrain.core import redact
 from jaxtrain.core.errors import InputError
 from jaxtrain.experiment import Experiment, config_hash, override
 from jaxtrain.experiment.setting_values import split_values
@@ -31,7 +32,17 @@ class Cell:
     @property
     def label(self) -> str:
         """``optimizer.lr=0.1 seed=3``."""
-        return " ".join([*(f"{path}={text}" for path, text in self.settings.items()), f"seed={self.seed}"])
+        return " ".join(
+            [*(f"{path}={text}" for path, text in self.shown_settings.items()), f"seed={self.seed}"]
+        )
+
+    @property
+    def shown_settings(self) -> dict[str, str]:
+        """The settings without secrets."""
+        return {
+            path: redact.redact_setting(f"{path}={text}").partition("=")[2]
+            for path, text in self.settings.items()
+        }
 
     @property
     def folder_name(self) -> str:
@@ -56,6 +67,8 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
             raise InputError(f"--grid {text}: write PATH=V1,V2, such as optimizer.lr=0.05,0.1")
         if path == "seed":
             raise InputError(f"--grid {text}: give --seeds N, and the first one with --set seed=S")
+        if path == "select":
+            raise InputError(f"--grid {text}: a sweep compares one metric, give it with --set select=METRIC")
         if path in grid:
             raise InputError(f"--grid {text}: {path} is given twice; list all of its values once")
         if len(set(found)) < len(found):
@@ -81,8 +94,8 @@ def expand(experiment: Experiment, grid: Mapping[str, Sequence[str]], seeds: int
     ['optimizer.lr.peak=0.1 seed=0', 'optimizer.lr.peak=0.1 seed=1', 'optimizer.lr.peak=0.2 seed=0',
     'optimizer.lr.peak=0.2 seed=1']
     """
-    if seeds < 1:
-        raise InputError(f"--seeds {seeds}: give 1 or more")
+    if not isinstance(seeds, int) or seeds < 1:
+        raise InputError(f"--seeds {seeds}: give a number of seeds, 1 or more")
     count = seeds
     for values in grid.values():
         count *= len(values)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtrain import sharding
 from jaxtrain.core.types import State
 from jaxtrain.data import Source
-from jaxtrain.experiment import Experiment
+from jaxtrain.experiment import Experiment, config_text
 from jaxtrain.program import Program, assemble
 from jaxtrain.program.memory import abstract_args
 from jaxtrain.program.update import compiler_options
@@ -92,10 +92,21 @@ def _trace(program: Program) -> Any:
 
 
 def _alike(one: tuple[Program, Any], other: tuple[Program, Any]) -> bool:
-    """Return whether two settings can have one train step, and train in lockstep."""
+    """Return whether two settings can have one train step, and train in lockstep on the same examples."""
     (first, jaxpr), (second, other_jaxpr) = one, other
-    cadences = first.cadence == second.cadence and first.order.batch == second.order.batch
-    return cadences and first.evals.keys() == second.evals.keys() and bool(merge([jaxpr, other_jaxpr]))
+    return (
+        first.cadence == second.cadence
+        and dataclasses.replace(first.order, seed=0) == dataclasses.replace(second.order, seed=0)
+        and first.evals.keys() == second.evals.keys()
+        and _train_data(first) == _train_data(second)
+        and merge([jaxpr, other_jaxpr]) is not None
+    )
+
+
+def _train_data(program: Program) -> Any:
+    """Return the settings that decide which examples a run is trained on."""
+    experiment = program.experiment
+    return config_text(experiment.train), experiment.holdout, experiment.placement
 
 
 def _share(programs: Sequence[Program], merged: Merged, family: int, mesh: Mesh) -> list[Setting]:

@@ -102,7 +102,13 @@ def fit(
     [({'optimizer.lr': '0.001'}, 2), ({'optimizer.lr': '0.01'}, 2)]
     """
     script = experiment_code.main_module()
-    texts = {path: [str(value) for value in values] for path, values in (grid or {}).items()}
+    texts = {}
+    for path, values in (grid or {}).items():
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise InputError(f"grid[{path!r}] is {values!r}: give a list of values, such as [0.05, 0.1]")
+        texts[path] = [str(value) for value in values]
+    if "select" in texts:
+        raise InputError("grid has select: a sweep compares one metric, the experiment's select")
     base = Session(
         name=name,
         folder=RunFolder(folder),
@@ -128,7 +134,7 @@ def run(sweep: Sweep) -> dict[str, Any]:
 
     Raises:
       InputError: a setting, the data or the folder is wrong; the message is one line.
-      RunError: a member failed.
+      RunError: the data cannot be read. A member that fails is in the table (``check``).
       Stopped: a signal asked for it; every member is saved.
     """
     base, console = sweep.session, sweep.session.console
@@ -152,11 +158,17 @@ def run(sweep: Sweep) -> dict[str, Any]:
     table: dict[str, Any] = as_json(record | tabulate(sweep.cells, outcomes, sweep.experiment.select))
     _write(base.folder.path, table)
     console.summary(base.name, {**lines(table), "folder": str(base.folder)})
-    pairs = zip(sweep.cells, outcomes, strict=True)
-    failed = [f"{cell.label}: {found}" for cell, found in pairs if isinstance(found, RunError)]
-    if failed:
-        raise RunError(f"{len(failed)} of {len(sweep.cells)} runs failed; the first: {failed[0]}")
     return table
+
+
+def check(table: Mapping[str, Any]) -> None:
+    """Raise RunError if a member has failed."""
+    failed = [(row["settings"], each) for row in table["settings"] for each in row["failed"]]
+    if failed:
+        settings, first = failed[0]
+        label = " ".join([*(f"{path}={text}" for path, text in settings.items()), f"seed={first['seed']}"])
+        count = len(table["members"])
+        raise RunError(f"{len(failed)} of {count} runs failed; the first: {label}: {first['why']}")
 
 
 def _write(folder: Path, record: dict[str, Any]) -> None:
@@ -194,10 +206,7 @@ def _record(sweep: Sweep, chosen: Chosen) -> dict[str, Any]:
     members = [
         {
             "folder": os.path.relpath(sweep.folder(cell), sweep.session.folder.path),
-            "settings": {
-                path: redact.redact_setting(f"{path}={text}").partition("=")[2]
-                for path, text in cell.settings.items()
-            },
+            "settings": cell.shown_settings,
             "seed": cell.seed,
         }
         for cell in sweep.cells
@@ -222,9 +231,13 @@ def _choose(
     """Return the strategy: as asked for, as the sweep began, or measured."""
     if sweep.strategy != "auto":
         return Chosen(sweep.strategy, "as asked for")
-    if known.get("strategy") in strategies.STRATEGIES[1:]:
+    if (before := known.get("strategy")) in strategies.STRATEGIES[1:]:
+        if before != "sequential" and (
+            problem := strategies.why_not(before, sweep.session.mesh, len(sweep.cells))
+        ):
+            return Chosen("sequential", f"it began with {before}, and now {problem}")
         why, seconds = known.get("why"), known.get("seconds_per_update")
-        return Chosen(known["strategy"], str(why), seconds if isinstance(seconds, dict) else {})
+        return Chosen(before, str(why), seconds if isinstance(seconds, dict) else {})
     if sweep.session.deterministic:
         return Chosen("sequential", "--deterministic")
     mesh = sweep.session.mesh
@@ -261,9 +274,9 @@ def _train_alone(own: Session, cell: Cell, setting: Setting) -> Outcome:
     try:
         with session.open_run(own, cell.experiment, setting.assemble) as opened:
             result = opened.stored_result(about=False) or opened.train()
-    except RunError as error:
+    except (InputError, RunError) as error:  # of this member: all were assembled before
         own.console.note(f"failed: {error}")
-        return error
+        return _as_run_error(error)
     assert isinstance(own.console, MemberConsole)
     own.console.result(result)
     return result
@@ -294,34 +307,41 @@ def _train_together(
 def _fit_group(
     sweep: Sweep, group: Sequence[tuple[Cell, Setting]], alone: Mesh, how: str, shown: set[str]
 ) -> list[Outcome]:
-    console, first = sweep.session.console, group[0][1].program
+    """Train the members of a group together; returns their outcomes in order."""
+    base, console, first = sweep.session, sweep.session.console, group[0][1].program
+    outcomes: dict[int, Outcome] = {}
     with contextlib.ExitStack() as stack:
         members: list[lockstep.Member] = []
-        for cell, setting in group:
+        which: dict[int, tuple[int, Setting, int]] = {}
+        for number, (cell, setting) in enumerate(group):
             own = _session(sweep, cell, alone, shown)
-            opened = stack.enter_context(session.open_run(own, cell.experiment, setting.assemble))
-            opened.stored_result(about=False)  # shows its notes
-            member = lockstep.Member(opened)
+            try:
+                opened = stack.enter_context(session.open_run(own, cell.experiment, setting.assemble))
+                opened.stored_result(about=False)  # shows its notes
+                member = lockstep.Member(opened)
+            except (InputError, RunError) as error:  # such as a damaged checkpoint, or one in use
+                own.console.note(f"failed: {error}")
+                outcomes[number] = _as_run_error(error)
+                continue
             stack.callback(member.close)
             members.append(member)
-        which = {
-            id(member): (setting, cell.seed) for member, (cell, setting) in zip(members, group, strict=True)
-        }
-        stack.enter_context(
-            out_of_memory.explain_out_of_memory(first, sweep.session.name, sweep.session.folder.path, console)
-        )
-        outcomes = lockstep.fit(
+            which[id(member)] = number, setting, cell.seed
+        stack.enter_context(out_of_memory.explain_out_of_memory(first, base.name, base.folder.path, console))
+        found = lockstep.fit(
             members,
-            lambda chosen: strategies.make(
-                how, [which[id(one)] for one in chosen], alone, sweep.session.mesh
-            ),
+            lambda chosen: strategies.make(how, [which[id(one)][1:] for one in chosen], alone, base.mesh),
             console,
-            sweep.session.grace,
+            base.grace,
         )
-    for (cell, _), outcome in zip(group, outcomes, strict=True):
+        outcomes |= {which[id(member)][0]: one for member, one in zip(members, found, strict=True)}
+    for number, outcome in sorted(outcomes.items()):
         if not isinstance(outcome, RunError):
-            MemberConsole(console, cell.label, shown).result(outcome)
-    return outcomes
+            MemberConsole(console, group[number][0].label, shown).result(outcome)
+    return [outcomes[number] for number in range(len(group))]
+
+
+def _as_run_error(error: InputError | RunError) -> RunError:
+    return error if isinstance(error, RunError) else RunError(str(error))
 
 
 def _session(sweep: Sweep, cell: Cell, mesh: Mesh, shown: set[str]) -> Session:

@@ -34,9 +34,9 @@ def tabulate(cells: Sequence[Cell], outcomes: Sequence[Outcome], select: str) ->
         groups.setdefault(tuple(cell.settings.items()), []).append((cell, outcome))
     rows: list[dict[str, Any]] = []
     baseline: dict[int, float] = {}
-    for settings, members in groups.items():
-        values, tests = _values(members, select, split), _values(members, select, "test")
-        row: dict[str, Any] = {"settings": dict(settings), "n": len(values)}
+    for members in groups.values():
+        values, tests = _values(members, select, split), _values(members, select, "test of best")
+        row: dict[str, Any] = {"settings": members[0][0].shown_settings, "n": len(values)}
         row["failed"] = [
             {"seed": cell.seed, "why": str(outcome)}
             for cell, outcome in members
@@ -52,7 +52,7 @@ def tabulate(cells: Sequence[Cell], outcomes: Sequence[Outcome], select: str) ->
         elif (difference := compare(values, baseline)) is not None:
             row["difference"] = difference._asdict()
         rows.append(row)
-    return {"metric": metric, "split": split, "settings": rows}
+    return {"metric": metric, "lower_is_better": select != metric, "split": split, "settings": rows}
 
 
 def _values(members: Sequence[tuple[Cell, Outcome]], select: str, split: str) -> dict[int, float]:
@@ -64,7 +64,9 @@ def _values(members: Sequence[tuple[Cell, Outcome]], select: str, split: str) ->
         if split == "valid":  # a score, of which the higher one is better
             value = outcome["best"]["valid"] * (1 if select == metric else -1)
         else:
-            value = outcome.get("best", outcome)["test"].get(metric)
+            value = (outcome["best"] if split == "test of best" and "best" in outcome else outcome)[
+                "test"
+            ].get(metric)
         if isinstance(value, int | float) and math.isfinite(value):
             found[cell.seed] = float(value)
     return found
@@ -76,7 +78,9 @@ def lines(table: Mapping[str, Any]) -> dict[str, str]:
     for row in table["settings"]:
         name = " ".join(f"{path}={text}" for path, text in row["settings"].items()) or "all seeds"
         shown[name] = _line(row, table["metric"])
-    return shown
+    better = "lower" if table["lower_is_better"] else "higher"
+    compared = "validation set, best checkpoint" if table["split"] == "valid" else "test set, last update"
+    return {**shown, "compared": f"{table['metric']}, {better} is better ({compared})"}
 
 
 def _line(row: Mapping[str, Any], metric: str) -> str:

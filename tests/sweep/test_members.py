@@ -24,6 +24,7 @@ from jaxtrain.sweep.table import lines, tabulate
         (["optimizer.lr=0.1,,0.2"], "write PATH=V1,V2"),
         (["=1,2"], "write PATH=V1,V2"),
         (["seed=1,2"], "--seeds N"),
+        (["select=accuracy,-loss"], "compares one metric"),
         (["batch=1,2", "batch=3"], "given twice"),
         (["batch=16,16"], "a value is given twice"),
     ],
@@ -39,7 +40,7 @@ def test_a_grid_of_another_form_is_refused(texts, message):
         ({"optimizer.rate": ["1"]}, 1, "optimizer.rate is unknown"),
         ({"batch": ["many"]}, 1, "expected int"),
         ({"optimizer.lr": ["0.1", "1e-1"]}, 1, "are the same experiment"),
-        ({}, 0, "give 1 or more"),
+        ({}, 0, "1 or more"),
         ({"batch": [str(n) for n in range(1, 200)]}, 100, "more than 10,000"),
     ],
 )
@@ -75,6 +76,8 @@ def test_only_seeds_that_both_have_are_compared():
     assert compare({0: 1.0}, {1: 2.0}) is None
     assert compare({0: 1.0, 1: 3.0}, {1: 2.5, 2: 9.0}) == (1, 0.5, None, None)
     assert compare({0: 1.0, 1: 2.0}, {0: 0.5, 1: 1.5}).p is None  # no spread
+    right, other = {0: 341 / 360, 1: 342 / 360, 2: 344 / 360}, {0: 340 / 360, 1: 341 / 360, 2: 343 / 360}
+    assert compare(right, other).p is None  # but for rounding
 
 
 def cells(values):
@@ -109,3 +112,4 @@ def test_settings_are_compared_on_the_validation_set_where_there_is_one():
     assert math.isclose(first["test"]["mean"], 0.45) and second["test"]["mean"] == 1.5
     assert second["difference"]["mean"] == -0.25
     assert "test 0.4500" in lines(table)["batch=8"]
+    assert lines(table)["compared"] == "loss, lower is better (validation set, best checkpoint)"

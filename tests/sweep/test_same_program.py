@@ -46,11 +46,21 @@ def test_weak_types_of_numbers_are_kept():
     assert merged.fn(merged.numbers[0], jnp.arange(3.0))[0].dtype == jnp.bfloat16
 
 
+def squared(x):
+    y = x + 1
+    return y * y
+
+
+def multiplied(x):
+    y = x + 1
+    return y * x
+
+
 @pytest.mark.parametrize(
     "make",
     [
         lambda k: lambda x: x + 1 if k else x * 1,
-        lambda k: lambda x: (x + 1) * x if k else (x + 1) * (x + 1),  # the same operations on other inputs
+        lambda k: squared if k else multiplied,  # the same operations on other inputs
         lambda k: lambda x: jnp.concatenate([x] * (k + 2)),
         lambda k: lambda x: jax.lax.scan(lambda c, _: (c * (k + 0.5), None), x, length=3)[0],
         lambda k: lambda x: jax.lax.cond(x[0] > 0, lambda y: y + k, lambda y: y, x),

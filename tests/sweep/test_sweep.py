@@ -161,8 +161,9 @@ def test_devices_exchange_nothing(tmp_path):
 @pytest.mark.parametrize("how", [full("[vmap]", "sequential"), "vmap"], ids=["sequential", "vmap"])
 def test_a_run_that_fails_ends_alone(tmp_path, how):
     sweep = sweep_of(tmp_path, grid={"optimizer.lr": ["0.1", "1e30"]}, seeds=1, how=how)
+    found = sweep_run.run(sweep)
     with pytest.raises(RunError, match=r"1 of 2 runs failed; the first: optimizer.lr=1e30 seed=0: .*step"):
-        sweep_run.run(sweep)
+        sweep_run.check(found)
     table = json.loads((tmp_path / sweep_run.FILE).read_text())
     good, bad = table["settings"]
     assert good["n"] == 1 and not good["failed"] and bad["n"] == 0 and bad["failed"][0]["seed"] == 0
@@ -182,13 +183,16 @@ def test_a_stopped_sweep_resumes_to_the_same_bits(tmp_path, monkeypatch, how):
 
     with monkeypatch.context() as patch:
         patch.setattr(lockstep.loop.MetricsConsumer, "take", stop)
-        with pytest.raises(Stopped, match="stopped after step"):
+        with pytest.raises(Stopped, match="stopped after step") as stopped:
             sweep_run.run(sweep_of(tmp_path / "stopped", how=how))
-    assert not all(
-        (sweep_of(tmp_path / "stopped").folder(c) / "result.json").exists() for c in expand(MLP, {}, 2)
-    )
+    step = int(str(stopped.value).split("step ")[1].split()[0])
+    folders = [tmp_path / "stopped" / cell.folder_name for cell in expand(MLP, {}, 2)]
+    assert not all((folder / "result.json").exists() for folder in folders)
+    saved = [(folder / "checkpoints" / f"{step:06d}" / "manifest.json").exists() for folder in folders]
+    assert any(saved) if how == "sequential" else all(saved)
+    monkeypatch.delattr(strategy, "choose")  # it is as it began, not measured again
     table = sweep_run.run(sweep_of(tmp_path / "stopped", how="auto"))
-    assert table["strategy"] == how  # as it began, not measured again
+    assert table["strategy"] == how
     for cell in expand(MLP, {}, 2):
         found, expected = (
             dict(checkpoint.arrays(tmp_path / x / cell.folder_name)) for x in ("stopped", "straight")
@@ -293,7 +297,7 @@ def command(*arguments):
     [
         (["--grid", "optimizer.rate=1"], "optimizer.rate is unknown"),
         (["--grid", "batch=two"], "expected int"),
-        (["--seeds", "0"], "give 1 or more"),
+        (["--seeds", "0"], "1 or more"),
         (["--grid", "batch"], "write PATH=V1,V2"),
         (["--grace", "0"], "give seconds above 0"),
     ],
@@ -332,3 +336,92 @@ def test_the_table_as_json_is_all_that_is_printed(tmp_path, capsys):
     assert command("--seeds", "1", "--json", "--workdir", str(tmp_path / "s")) == 0
     table = json.loads(capsys.readouterr().out)
     assert table["settings"][0]["n"] == 1 and table["members"][0]["seed"] == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Noisy:
+    """The images of ``tiny.py`` with noise, a setting of the data."""
+
+    noise: float = 0.0
+
+    def __len__(self):
+        return len(EXPERIMENT.train)
+
+    def gather(self, indices):
+        fields = EXPERIMENT.train.gather(indices)
+        noise = np.random.default_rng(0).normal(size=(len(self), 8, 8, 1))[indices]
+        return {**fields, "image": (fields["image"] + self.noise * noise).clip(0, 255).astype(np.uint8)}
+
+
+@pytest.mark.parametrize("how", ["vmap", full("[vmap]", "devices")], ids=["vmap", "devices"])
+def test_members_on_other_data_train_on_their_own(tmp_path, how):
+    noisy = dataclasses.replace(MLP, train=Noisy(), epochs=0.5, eval_every=None)
+    grid = {"train.noise": ["0", "100"]}
+    mesh = devices(2 if how == "devices" else 1)
+    sweep_run.run(sweep_of(tmp_path / "a", noisy, grid=grid, how=how, mesh=mesh))
+    for cell in expand(noisy, grid, 2):
+        found = dict(checkpoint.arrays(tmp_path / "a" / cell.folder_name))
+        assert_equal(found, alone(tmp_path / "b" / cell.folder_name, cell.experiment), 1e-5)
+
+
+@pytest.mark.parametrize("how", [full("[vmap]", "sequential"), "vmap"], ids=["sequential", "vmap"])
+def test_a_member_that_cannot_be_opened_fails_alone(tmp_path, how):
+    sweep = sweep_of(tmp_path, seeds=3, how=how)
+    sweep_run.run(sweep)
+    damaged, in_use, missing = (sweep.folder(cell) for cell in sweep.cells)
+    for folder in (damaged, in_use, missing):
+        (folder / "result.json").unlink()
+    (damaged / "config.json").write_text("{")
+    with RunFolder(in_use).locked():
+        table = sweep_run.run(sweep)
+    (row,) = table["settings"]
+    assert row["n"] == 1 and list(row["values"]) == [str(sweep.cells[2].seed)]
+    why = [each["why"] for each in row["failed"]]
+    assert "config.json cannot be read" in why[0] and "is in use by another run" in why[1]
+    with pytest.raises(RunError, match="2 of 3 runs failed; the first: seed=0: "):
+        sweep_run.check(table)
+
+
+def test_a_recorded_strategy_that_is_not_possible_any_more_is_replaced(tmp_path):
+    sweep = sweep_of(tmp_path, how="auto", mesh=sharding.make_mesh(jax.devices()[:2], {"data": 1, "fsdp": 2}))
+    chosen = sweep_run._choose(sweep, [], list, {"strategy": "vmap", "why": "measured"})
+    assert chosen.strategy == "sequential" and "it began with vmap, and now the mesh" in chosen.why
+
+
+def test_secrets_are_in_no_file_of_a_sweep(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Loss:
+        api_key: str = ""
+
+        def __call__(self, outputs, batch):
+            return EXPERIMENT.loss(outputs, batch)
+
+    secret = dataclasses.replace(MLP, loss=Loss(), epochs=0.1)
+    sweep_run.run(sweep_of(tmp_path, secret, grid={"loss.api_key": ["CANARY-1-XYZ"]}, seeds=1))
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or b"CANARY-1-XYZ" not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"grid": {"optimizer.lr": "0.1"}},
+        {"grid": {"optimizer.lr": []}},
+        {"grid": {"optimizer.lr": 0.1}},
+        {"grid": {"select": ["accuracy", "-loss"]}},
+        {"seeds": 2.0},
+        {"strategy": "threads"},
+    ],
+    ids=str,
+)
+def test_wrong_arguments_of_fit_are_one_line(tmp_path, arguments):
+    with pytest.raises(InputError) as error:
+        sweep_run.fit(MLP, folder=tmp_path / "s", mesh=devices(1), console=Quiet(), **arguments)
+    assert "\n" not in str(error.value) and not (tmp_path / "s").exists()
+
+
+def test_json_is_printed_although_a_member_failed(tmp_path, capsys):
+    arguments = ("--set", "optimizer.lr.peak=1e30", "--json", "--workdir", str(tmp_path / "s"))
+    assert command(*arguments) == 3
+    output = capsys.readouterr()
+    assert json.loads(output.out)["settings"][0]["failed"] and "1 of 1 runs failed" in output.err
