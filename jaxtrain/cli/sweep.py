@@ -17,6 +17,7 @@ ALONE = {
     **dict.fromkeys(("new", "extend", "smoke", "monitor_layers"), False),
     **dict.fromkeys(("overfit", "profile", "hang_after")),
     "resume": "newest",
+    "track": [],
 }
 """Flags of ``run`` that do not go with ``--seeds``, and their defaults."""
 
