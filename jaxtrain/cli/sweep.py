@@ -9,11 +9,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxtrain.cli import SUMMARIES, command_line, flags
 from jaxtrain.core.errors import InputError
 
-ALONE = {
+ALONE: dict[str, Any] = {
     **dict.fromkeys(("new", "extend", "smoke", "monitor_layers"), False),
     **dict.fromkeys(("overfit", "profile", "hang_after")),
     "resume": "newest",

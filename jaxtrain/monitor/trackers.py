@@ -272,9 +272,8 @@ class _Follower(threading.Thread):
         why = self._failed or "it did not answer in time"
         with (self._run.folder / "metrics.jsonl").open("rb") as file:
             total = sum(1 for line in file)
-        return redact.redact(
-            f"WARNING: tracker {self.spec} is incomplete, {self._sent} of {total} records sent ({why}); {self._fix}"
-        )
+        sent = f"{self._sent} of {total} records sent ({why})"
+        return redact.redact(f"WARNING: tracker {self.spec} is incomplete, {sent}; {self._fix}")
 
     def _say(self, text: str) -> None:
         with contextlib.suppress(Exception):  # of an output that is closed: the training thread reports it
