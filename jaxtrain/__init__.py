@@ -25,8 +25,10 @@ if TYPE_CHECKING:
         metrics,
         models,
         optim,
+        report,
         sharding,
         step,
+        sweep,
     )
     from jaxtrain.core.errors import InputError, RunError
     from jaxtrain.core.signals import Stopped
@@ -54,8 +56,10 @@ __all__ = [
     "metrics",
     "models",
     "optim",
+    "report",
     "sharding",
     "step",
+    "sweep",
 ]
 
 _HOMES = {

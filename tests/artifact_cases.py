@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from jaxtrain import sharding
-from jaxtrain.artifact.trained import Trained
 from jaxtrain.core.types import State, leaf_paths
 from jaxtrain.experiment import Experiment
+from jaxtrain.export.trained import Trained
 from jaxtrain.program import abstract_state
 
 

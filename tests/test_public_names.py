@@ -22,8 +22,10 @@ ROOMS = (
     "metrics",
     "models",
     "optim",
+    "report",
     "sharding",
     "step",
+    "sweep",
 )
 
 

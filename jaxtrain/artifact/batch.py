@@ -22,20 +22,34 @@ def check_batch(manifest: Manifest, inputs: Any) -> dict[str, Any]:
         if len(specs) != 1:
             raise InputError(f"{manifest.name} takes a dict of the arrays {', '.join(specs)}")
         inputs = {next(iter(specs)): inputs}
-    if set(inputs) != set(specs):
-        raise InputError(
-            f"{manifest.name} takes {', '.join(specs)}, and the batch has "
-            f"{', '.join(map(str, inputs)) or 'nothing'}"
-        )
-    sizes: dict[str, int] = {}
-    batch = {}
+    batch = dict(inputs)
     for name, spec in specs.items():
-        array = inputs[name]
-        if not (hasattr(array, "shape") and hasattr(array, "dtype")):  # a list
+        array = batch.get(name)
+        if name in batch and not (hasattr(array, "shape") and hasattr(array, "dtype")):  # a list
             try:
-                array = np.asarray(array)
+                batch[name] = np.asarray(array)
             except ValueError as error:
                 raise InputError(f"{name} must be {spec.text}, and is a list of unequal lists") from error
+    check_shapes(manifest, batch)
+    for name, spec in specs.items():
+        check_values(name, spec, batch[name])
+    return batch
+
+
+def check_shapes(manifest: Manifest, batch: Mapping[str, Any]) -> None:
+    """Check names, dtypes and shapes of a batch, of arrays or of their shapes.
+
+    Raises:
+      InputError: they are not those of the manifest.
+    """
+    if set(batch) != set(manifest.inputs):
+        raise InputError(
+            f"{manifest.name} takes {', '.join(manifest.inputs)}, and the batch has "
+            f"{', '.join(map(str, batch)) or 'nothing'}"
+        )
+    sizes: dict[str, int] = {}
+    for name, spec in manifest.inputs.items():
+        array = batch[name]
         if array.dtype != spec.numpy_dtype or len(array.shape) != len(spec.shape):
             raise InputError(_expected(name, spec, array))
         for expected, size in zip(spec.shape, array.shape, strict=True):
@@ -45,9 +59,6 @@ def check_batch(manifest: Manifest, inputs: Any) -> dict[str, Any]:
                     raise InputError(_expected(name, spec, array) + _limits(manifest, expected))
             elif expected != size:
                 raise InputError(_expected(name, spec, array))
-        check_values(name, spec, array)
-        batch[name] = array
-    return batch
 
 
 def _expected(name: str, spec: InputSpec, array: Any) -> str:

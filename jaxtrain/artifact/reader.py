@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -57,6 +57,24 @@ class Artifact:
         return outputs
 
 
+class Contents(NamedTuple):
+    """The checked parts of an artifact.
+
+    Attributes:
+      manifest: what the model takes and returns.
+      exported: the program, ``(weights, inputs) -> outputs``.
+      weights: arrays by name, on the host.
+      words: the vocabulary of a model of words.
+      digest: SHA-256 of the manifest, which has those of all other parts.
+    """
+
+    manifest: Manifest
+    exported: export.Exported
+    weights: dict[str, np.ndarray]
+    words: bytes | None
+    digest: str
+
+
 def load(path: str | os.PathLike[str]) -> Artifact:
     """Load an artifact. It contains a program, so load only files from sources that you trust.
 
@@ -70,6 +88,12 @@ def load(path: str | os.PathLike[str]) -> Artifact:
       InputError: the file is no artifact or is damaged, is of a newer format, or contains a call that is not
         allowed.
     """
+    contents = read(path)
+    return Artifact(contents.manifest, contents.exported, contents.weights, contents.words)
+
+
+def read(path: str | os.PathLike[str]) -> Contents:
+    """Read and check an artifact, and place nothing on a device. Raises as ``load``."""
     path = Path(path)
     contents = parts.read(path)
     manifest = parse(contents[parts.MANIFEST], str(path))
@@ -77,7 +101,8 @@ def load(path: str | os.PathLike[str]) -> Artifact:
     weights = tensors.decode(contents[parts.WEIGHTS], f"{path}: {parts.WEIGHTS}")
     exported = program.load_program(contents[parts.PROGRAM], str(path))
     _check_signature(exported, weights, manifest, str(path))
-    return Artifact(manifest, exported, weights, contents.get(parts.VOCABULARY))
+    digest = parts.sha256(contents[parts.MANIFEST])
+    return Contents(manifest, exported, weights, contents.get(parts.VOCABULARY), digest)
 
 
 def _check_signature(

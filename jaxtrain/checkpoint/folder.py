@@ -75,6 +75,11 @@ def set_aside(path: Path) -> str:
     return to.name
 
 
+def is_left_over(path: Path) -> bool:
+    """Return whether an interrupted save or removal left this folder; not while the run is saving."""
+    return path.name.startswith(".trash-") or (_step(path) is not None and is_unfinished(path))
+
+
 def _step(path: Path) -> int | None:
     """Return the step in a folder's name; None for a folder that no save made, such as ``99``."""
     if not (path.name.isascii() and path.name.isdigit()) or not (path.is_dir() or path.is_symlink()):

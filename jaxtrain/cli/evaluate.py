@@ -226,7 +226,7 @@ def _write(
     own = Path(run) / "evaluation" / name
     folder = own if args.out is None else user_path(args.out)
     return multihost.on_process_0(
-        lambda: files.write_files(wanted, report, source, folder, title, names), "evaluation files"
+        lambda: files.write_files(wanted, report, source, folder, title, names, about), "evaluation files"
     )
 
 

@@ -15,7 +15,7 @@ from jaxtrain.core.files import user_path
 from jaxtrain.core.text import first_line, size_text
 
 if TYPE_CHECKING:
-    from jaxtrain.artifact.trained import Trained
+    from jaxtrain.export.trained import Trained
     from jaxtrain.monitor import Console
 
 FORMATS = ("jaxtrain", "onnx", "stablehlo", "safetensors")
@@ -68,9 +68,9 @@ def _run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from jaxtrain import sharding
-    from jaxtrain.artifact import trained, write
     from jaxtrain.artifact.parts import check_new
     from jaxtrain.data.checked import CheckedSource
+    from jaxtrain.export import trained, write
     from jaxtrain.monitor import make_console
     from jaxtrain.program import abstract_state
 
@@ -116,7 +116,7 @@ def _quantize(model: Trained, examples: int, console: Console) -> Trained:
     """Return the model in int8, and print what that changes on the test set."""
     import numpy as np
 
-    from jaxtrain.artifact import quantized
+    from jaxtrain.export import quantized
 
     before, int8 = quantized.metrics_on_test_set(model), quantized.quantize_trained(model, examples)
     after = quantized.metrics_on_test_set(int8)

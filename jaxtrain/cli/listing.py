@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jaxtrain.core import redact
 from jaxtrain.core.errors import InputError
-from jaxtrain.core.text import first_line
+from jaxtrain.core.text import first_line, printable
 from jaxtrain.experiment.registry import Entry, discover
 
 UNKNOWN = "–"
@@ -104,7 +104,7 @@ def _defines_experiment(tree: ast.Module) -> bool:
 
 def _shown(cell: str) -> str:
     """Return a cell without secrets and control characters."""
-    return "".join(sign if sign.isprintable() else " " for sign in redact.redact(cell))
+    return printable(redact.redact(cell))
 
 
 def _module_file(name: str) -> Path | None:

@@ -47,16 +47,18 @@ class Distil:
     into ``state.extra["teacher"]`` and sharded as in a run of its own. They are arguments of the train step,
     not constants, and not in the checkpoints: a resumed run reads them again, and refuses a teacher that has
     changed. The teacher sees the batch that the student sees, after ``augment`` and ``preprocess``, in
-    evaluation mode and in the run's ``precision``. Training reports ``loss``, ``hard_loss`` (that of the
-    labels), ``distil_loss`` and the other metrics of the labels' loss; evaluations use that loss alone, and
-    no teacher.
+    evaluation mode and in the run's ``precision``. An artifact, the file that ``export`` writes, may be the
+    teacher too: it prepares the augmented batch itself, in its own precision, and is replicated. Training
+    reports ``loss``, ``hard_loss`` (that of the labels), ``distil_loss`` and the other metrics of the labels'
+    loss; evaluations use that loss alone, and no teacher.
 
     In a loop of your own give ``make_train_step`` the model ``with_teacher(student, teacher)``.
 
     Attributes:
       loss: the loss of the labels, such as ``losses.CrossEntropy()``.
       teacher: the teacher's run, ``RUN`` or ``RUN:STEP``; without a step, the best on its validation set or
-        else the latest. Averages of its parameters are used where it has them.
+        else the latest. Averages of its parameters are used where it has them. Or the file of an artifact,
+        such as ``"model.jaxtrain"``, which needs no code of its experiment.
       temperature: T, above 0; of ``"kl"`` only.
       alpha: weight of the teacher, in [0, 1]: 0 is training without it, 1 without labels.
       match: ``"kl"``, for a softmax over the last axis, or ``"mse"``.

@@ -38,6 +38,15 @@ def first_line(error: BaseException | str) -> str:
     return next(filter(None, lines), "" if isinstance(error, str) else type(error).__name__)
 
 
+def printable(text: str) -> str:
+    """Return ``text`` with spaces for line breaks, control characters and marks that reorder text.
+
+    >>> printable("a\\x1b[31m\\nb")
+    'a [31m b'
+    """
+    return text if text.isprintable() else "".join(sign if sign.isprintable() else " " for sign in text)
+
+
 def size_text(bytes: float) -> str:
     """Write a number of bytes with a decimal unit: 1 KB is 1000 bytes.
 

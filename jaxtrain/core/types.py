@@ -32,7 +32,7 @@ RANGES = "int8_ranges"
 TEACHER = "teacher"
 """Name in ``State.extra`` of the ``params`` and ``extra`` of a teacher (``compress.Distil``).
 
-It is not in checkpoints: it is read again from the teacher's own run.
+It is not in checkpoints: it is read again from the teacher's own run or artifact.
 """
 
 

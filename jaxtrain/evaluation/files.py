@@ -6,14 +6,14 @@ import csv
 import dataclasses
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxtrain.core.errors import InputError, RunError
-from jaxtrain.core.files import write_bytes, write_text
+from jaxtrain.core.files import as_json, write_bytes, write_json, write_text
 from jaxtrain.data import Source
 from jaxtrain.evaluation import plots
 from jaxtrain.evaluation.report import Report
@@ -84,9 +84,17 @@ def check_wanted(wanted: Wanted, report: Any, source: Source) -> None:
 
 
 def write_files(
-    wanted: Wanted, report: Report, source: Source, folder: Path, title: str, names: Sequence[str] | None
+    wanted: Wanted,
+    report: Report,
+    source: Source,
+    folder: Path,
+    title: str,
+    names: Sequence[str] | None,
+    about: Mapping[str, Any],
 ) -> list[str]:
     """Write the files; returns their paths, and a line where there was nothing to draw.
+
+    Beside them ``figures.json`` has all figures and the shown mistakes, for ``python -m jaxtrain report``.
 
     Args:
       wanted: the files.
@@ -95,13 +103,14 @@ def write_files(
       folder: where they are written; made if it is missing.
       title: of the pictures.
       names: of the classes.
+      about: ``step``, ``split`` and ``examples`` of the evaluation.
 
     Raises:
       RunError: the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        written = []
+        written, body = [], {**about, "class_names": names, "figures": report.as_json()}
         if wanted.csv:
             write_text(folder / "examples.csv", examples_csv(report, source, names))
             written.append(str(folder / "examples.csv"))
@@ -116,7 +125,9 @@ def write_files(
                 write_bytes(folder / "reliability.png", plots.reliability(report.reliability, title))
                 written.append(str(folder / "reliability.png"))
         if wanted.mistakes:
-            written.append(_write_mistakes(report, source, folder, title, names))
+            line, body["mistakes"] = _write_mistakes(report, source, folder, title, names)
+            written.append(line)
+        write_json(folder / "figures.json", as_json(body))
         return written
     except OSError as error:
         raise RunError(
@@ -151,13 +162,16 @@ def _plain(column: Any) -> list[Any]:
 
 def _write_mistakes(
     report: Report, source: Source, folder: Path, title: str, names: Sequence[str] | None
-) -> str:
+) -> tuple[str, list[dict[str, Any]]]:
+    """Write the most confident mistakes; returns the file, or why there is none, and the mistakes."""
     assert report.ids is not None and report.examples is not None
     wrong = report.examples.mistakes()
+    for name in ("mistakes.png", "mistakes.html"):
+        (folder / name).unlink(missing_ok=True)  # of an earlier evaluation
     if wrong is None:
-        return "no mistakes to show: an example has several labels"
+        return "no mistakes to show: an example has several labels", []
     if not len(wrong):
-        return "no mistakes to show: every prediction is right"
+        return "no mistakes to show: every prediction is right", []
     shown = wrong[:MISTAKES]
     columns = report.examples.columns(None)
     label, prediction, probability = (
@@ -183,9 +197,13 @@ def _write_mistakes(
     if field is not None:
         images = base.gather(numbers)[field]
         write_bytes(folder / "mistakes.png", plots.contact_sheet(images, mistakes, heading))
-        return str(folder / "mistakes.png")
-    write_text(folder / "mistakes.html", _page(heading, mistakes, texts(base, numbers)))
-    return str(folder / "mistakes.html")
+        return str(folder / "mistakes.png"), [dataclasses.asdict(one) for one in mistakes]
+    read = texts(base, numbers)
+    write_text(folder / "mistakes.html", _page(heading, mistakes, read))
+    shown_texts = [
+        {**dataclasses.asdict(one), "text": text} for one, text in zip(mistakes, read, strict=True)
+    ]
+    return str(folder / "mistakes.html"), shown_texts
 
 
 def _page(heading: str, mistakes: Sequence[plots.Mistake], shown: Sequence[str]) -> str:

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.artifact import describe
 from jaxtrain.artifact.manifest import Manifest
-from jaxtrain.artifact.serving import OTHER, name_outputs, task_of
-from jaxtrain.artifact.trained import Trained
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import Batch, Model, State, split_extra
 from jaxtrain.data import compose
 from jaxtrain.experiment import Experiment
+from jaxtrain.export import describe
+from jaxtrain.export.serving import OTHER, name_outputs, task_of
+from jaxtrain.export.trained import Trained
 from jaxtrain.models import as_model
 from jaxtrain.models.attention import collect_attention_weights
 from jaxtrain.models.layer_outputs import Layer, edit_layers, list_layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -49,6 +50,7 @@ class MlflowTracker:
         """Find or create the MLflow run, and read which metrics it has."""
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a warning for every retry
         from mlflow import MlflowClient
 
         self._client = MlflowClient(tracking_uri=self._uri)

@@ -224,7 +224,7 @@ class _Follower(threading.Thread):
                 self._done = True
             except Exception as error:  # a tracker's: anything may come out of it
                 self._called = None
-                shown, self._failed = self._failed, f"{type(error).__name__}: {first_line(error)[:300]}"
+                shown, self._failed = self._failed, f"{type(error).__name__}: {first_line(error)[:160]}"
                 if not shown:
                     again = "" if self._ended.is_set() else f", and it is tried again every {RETRY:g} s"
                     self._say(

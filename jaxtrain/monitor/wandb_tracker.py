@@ -60,7 +60,7 @@ class WandbTracker:
             id=run.id,
             name=run.folder.resolve().name,
             dir=str(run.folder),
-            mode=self._mode,  # type: ignore[arg-type]
+            mode=self._mode,
             resume="allow" if self._mode == "online" else None,
             reinit="create_new",  # a run that the caller has open stays theirs
             config={**run.config, "jaxtrain_run": run.id},

@@ -65,8 +65,8 @@ def assemble(
     sharding.check_batch(eval_batch, mesh, "eval_batch" if exp.eval_batch else "batch")
     sources, replicated = splits.open_sources(exp, mesh, inspect), sharding.replicated(mesh)
     check_fields.check_fields(sources)
-    outputs, prepared = _abstract_outputs(exp, model, sources["train"])
-    teacher = open_teacher(experiment, mesh, prepared, outputs)
+    outputs, raw, prepared = _abstract_outputs(exp, model, sources["train"])
+    teacher = open_teacher(experiment, mesh, raw, prepared, outputs)
     checks = check_values.value_checks(exp, model, outputs, sources)
     data_notes = check_values.check_values(checks, exp, sources)
 
@@ -85,7 +85,10 @@ def assemble(
     traced, model = model, compute_model(exp, mesh, abstract)  # the shardings are known now
     if teacher is not None:
         abstract, model = teacher.add_to(abstract), with_teacher(model, teacher.model)
-    prepare = compose(lambda batch, _: train.fetch(batch), *exp.augment, *exp.preprocess)
+    augment = (lambda batch, _: train.fetch(batch), *exp.augment)
+    prepare = (
+        compose(*augment, *exp.preprocess) if teacher is None else teacher.prepare(augment, exp.preprocess)
+    )
     loss_metric = check_contract.find_loss_metric(exp, model, sources["train"])
     step = update.build_train_step(
         experiment, mesh, model, tx, prepare, post_update, loss_metric, _shardings(abstract.params)
@@ -201,8 +204,8 @@ def _loader(
     return splits.make_loader(source, order, exp, mesh, every, first)
 
 
-def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> tuple[Any, Batch]:
-    """Return the shapes of the model's outputs for a batch of ``source``, and of the prepared batch."""
+def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> tuple[Any, Batch, Batch]:
+    """Return the shapes of the model's outputs, of the raw batch of ``source`` and of the prepared batch."""
     one = {**source.gather(np.zeros(1, np.int64)), EXAMPLE_ID: np.zeros(1, np.int32)}
     batch = {k: jax.ShapeDtypeStruct((exp.batch, *v.shape[1:]), v.dtype) for k, v in one.items()}
 
@@ -217,7 +220,7 @@ def _abstract_outputs(exp: Experiment, model: Model, source: Source) -> tuple[An
     outputs, prepared = check_fields.trace(forward, jax.random.key(0), batch, what="the model")
     if not jax.tree.leaves(outputs):
         raise InputError("the model returns nothing (None, or no array): return its outputs for the loss")
-    return outputs, prepared
+    return outputs, batch, prepared
 
 
 @functools.cache

@@ -1,10 +1,10 @@
-"""The teacher of a distillation: the model of another run, found from its record and placed on the mesh."""
+"""The teacher of a distillation: the model of another run or of an artifact, placed on the mesh."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,17 @@ from jaxtrain.core import redact, safe_names
 from jaxtrain.core.chunked_logits import full_logits
 from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.outputs import select_output
-from jaxtrain.core.types import TEACHER, Batch, Model, State
-from jaxtrain.data import paths
+from jaxtrain.core.types import TEACHER, Batch, Model, Prepare, State
+from jaxtrain.data import compose, paths
 from jaxtrain.experiment import Experiment, config_text, discover, find, override
 from jaxtrain.experiment.record import load as load_record
 from jaxtrain.program import check_fields
+from jaxtrain.program.artifact_teacher import RAW, ArtifactTeacher, Stage, keep_inputs
 from jaxtrain.program.compute_model import compute_model
+from jaxtrain.program.loader import EPOCH, EXAMPLE_ID
 
 SETTING = "loss.teacher="
+SUFFIX = ".jaxtrain"  # of an artifact, by convention
 MAX_LISTED = 3  # differences in a message
 
 
@@ -35,21 +38,32 @@ class Teacher:
     """A teacher that fits the student and the batch; its arrays are read by ``load``.
 
     Attributes:
-      source: its run, ``RUN`` or ``RUN:STEP``.
-      identity: the step and the checksum of its checkpoint.
-      model: computes its outputs, in the precision of the student's run.
+      source: its run, ``RUN`` or ``RUN:STEP``, or the file of an artifact.
+      identity: the step, and the checksum of its checkpoint or artifact.
+      model: computes its outputs: in the precision of the student's run, or in that of the artifact.
       abstract: shapes, dtypes and shardings of its ``params`` and ``extra``.
+      read: reads and verifies the arrays of ``abstract``. Raises as ``checkpoint.load_model``, or InputError
+        for an artifact.
+      inputs: of an artifact, the fields that it takes as they are before ``preprocess``.
     """
 
     source: str
     identity: str
     model: Model
     abstract: State
+    read: Callable[[], State]
+    inputs: tuple[str, ...] | None = None
 
     def load(self) -> dict[str, Any]:
-        """Read ``params`` and ``extra``, and verify them. Raises as ``checkpoint.load_model``."""
-        state = load_model(self.source, self.abstract, SETTING)
+        """Read ``params`` and ``extra``, and verify them. Raises as ``read``."""
+        state = self.read()
         return {"params": state.params, "extra": state.extra}
+
+    def prepare(self, augment: Sequence[Stage], preprocess: Sequence[Stage]) -> Prepare:
+        """Compose the stages of the student, of which there is at least one in ``augment``."""
+        if self.inputs is None:
+            return compose(*augment, *preprocess)
+        return keep_inputs([*augment, *preprocess], len(augment), self.inputs)
 
     def add_to(self, state: State, held: dict[str, Any] | None = None) -> State:
         """Return ``state`` with the teacher ``held``, from ``load``; with its shapes where that is None."""
@@ -58,25 +72,33 @@ class Teacher:
         return state.replace(extra={**state.extra, TEACHER: held})
 
 
-def open_teacher(experiment: Experiment, mesh: Mesh, prepared: Batch, outputs: Any) -> Teacher | None:
+def open_teacher(
+    experiment: Experiment, mesh: Mesh, raw: Batch, prepared: Batch, outputs: Any
+) -> Teacher | None:
     """Find the teacher of ``experiment.loss``; None for a loss that is not ``compress.Distil``.
 
     Args:
       experiment: the student's.
       mesh: the devices of its run.
-      prepared: shapes of its training batch after ``preprocess``.
+      raw: shapes of its training batch as it is loaded.
+      prepared: the same after ``preprocess``.
       outputs: shapes of its outputs for that batch.
 
     Raises:
-      InputError: there is no such run, its experiment is not found or has changed, or it does not fit: other
-        inputs, other preprocessing, other classes.
+      InputError: there is no such run or file, the run's experiment is not found or has changed, or the
+        teacher does not fit: other inputs, other preprocessing (of a run), other classes.
       RunError: its record or its checkpoint is damaged.
     """
     distil = experiment.loss
     if not isinstance(distil, Distil):
         return None
     if not distil.teacher:
-        raise InputError(f"the loss has no teacher: --set {SETTING}RUN, the folder of a trained run")
+        raise InputError(
+            f"the loss has no teacher: --set {SETTING}RUN, the folder of a trained run, or an artifact's file"
+        )
+    file = paths.resolve(distil.teacher)
+    if file.is_file() or file.suffix == SUFFIX:
+        return _open_artifact(file, experiment, distil, mesh, raw, outputs)
     given, step = parse_source(distil.teacher)
     folder = paths.resolve(given)
     source = str(folder) if step is None else f"{folder}:{step}"
@@ -87,7 +109,24 @@ def open_teacher(experiment: Experiment, mesh: Mesh, prepared: Batch, outputs: A
         check_model(source, abstract, SETTING)
         model = compute_model(theirs, mesh, abstract)
         _check_outputs(distil, model, abstract, prepared, outputs)
-        return Teacher(source, checkpoint.identify_source(source, SETTING), model, abstract)
+        identity = checkpoint.identify_source(source, SETTING)
+    return Teacher(source, identity, model, abstract, lambda: load_model(source, abstract, SETTING))
+
+
+def _open_artifact(
+    file: Path, student: Experiment, distil: Distil, mesh: Mesh, raw: Batch, outputs: Any
+) -> Teacher:
+    with _errors_of(distil.teacher):
+        if distil.teacher_experiment is not None:
+            raise InputError("an artifact needs no experiment: leave loss.teacher_experiment out")
+        raw = {**raw, EPOCH: raw[EXAMPLE_ID]}
+        augmented = check_fields.trace(compose(*student.augment), raw, jax.random.key(0), what="the batch")
+        name = getattr(distil.loss, "output", None)
+        own = select_output(outputs, name, "loss.loss.output")
+        opened = ArtifactTeacher(file, mesh, augmented, name, own)
+        batch = {RAW: {name: augmented[name] for name in opened.inputs}}
+        _check_outputs(distil, opened.model, opened.abstract, batch, outputs)
+    return Teacher(str(file), opened.identity, opened.model, opened.abstract, opened.read, opened.inputs)
 
 
 @contextlib.contextmanager

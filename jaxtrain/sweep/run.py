@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from jaxtrain.core.signals import Stopped
 from jaxtrain.experiment import Experiment, config_hash
 from jaxtrain.experiment import code as experiment_code
 from jaxtrain.monitor import Console, make_console
+from jaxtrain.monitor.hparams import write_hparams
+from jaxtrain.monitor.trackers import settings as typed_settings
 from jaxtrain.sharding import multihost
 from jaxtrain.sweep import lockstep
 from jaxtrain.sweep import strategy as strategies
@@ -127,24 +130,20 @@ def run(sweep: Sweep) -> dict[str, Any]:
 
     Raises:
       InputError: a setting, the data or the folder is wrong; the message is one line.
-      RunError: no member has a result.
+      RunError: a member failed.
       Stopped: a signal asked for it; every member is saved.
     """
     base, console = sweep.session, sweep.session.console
     strategies.check(sweep.strategy, base.mesh, len(sweep.cells))
     known = multihost.on_process_0(lambda: _known(sweep), "sweep")
     experiments = [cell.experiment for cell in sweep.cells if cell.seed == sweep.experiment.seed]
-    unfinished = [cell for cell in sweep.cells if not (sweep.folder(cell) / "result.json").exists()]
     settings = assemble_settings(experiments, base.mesh)
     alone = functools.cache(lambda: _alone(experiments, settings, base.mesh))
     try:
-        chosen = (
-            _choose(sweep, settings, alone, known) if unfinished else Chosen("sequential", "all are finished")
-        )
+        chosen = _choose(sweep, settings, alone, known)
         record = _record(sweep, chosen)
-        if unfinished:
-            console.note(f"{len(sweep.cells)} runs, {chosen.strategy}: {chosen.why}")
-            multihost.on_process_0(lambda: write_json(base.folder.path / FILE, record), "sweep")
+        console.note(f"{len(sweep.cells)} runs, {chosen.strategy}: {chosen.why}")
+        _write(base.folder.path, record)
         outcomes = _train(sweep, settings, alone, chosen)
     except Stopped as stopped:
         line = str(stopped).partition("; resume with")[0]
@@ -152,17 +151,41 @@ def run(sweep: Sweep) -> dict[str, Any]:
     finally:
         for setting in settings:
             setting.program.close()
-    table = as_json(record | tabulate(sweep.cells, outcomes, sweep.experiment.select))
-    multihost.on_process_0(lambda: write_json(base.folder.path / FILE, table), "sweep")
+    table: dict[str, Any] = as_json(record | tabulate(sweep.cells, outcomes, sweep.experiment.select))
+    _write(base.folder.path, table)
+    if multihost.is_process_0():
+        _write_hparams(sweep, outcomes)
     console.summary(base.name, {**lines(table), "folder": str(base.folder)})
-    failed = [
-        f"{c.label}: {found}"
-        for c, found in zip(sweep.cells, outcomes, strict=True)
-        if isinstance(found, RunError)
-    ]
+    pairs = zip(sweep.cells, outcomes, strict=True)
+    failed = [f"{cell.label}: {found}" for cell, found in pairs if isinstance(found, RunError)]
     if failed:
         raise RunError(f"{len(failed)} of {len(sweep.cells)} runs failed; the first: {failed[0]}")
     return table
+
+
+def _write_hparams(sweep: Sweep, outcomes: Sequence[Any]) -> None:
+    """Write the settings and the test metrics of each member for TensorBoard's HParams page."""
+    for cell, found in zip(sweep.cells, outcomes, strict=True):
+        if isinstance(found, dict):
+            texts = {path: redact.redact_setting(f"{path}={text}") for path, text in cell.settings.items()}
+            values = typed_settings({path: text.partition("=")[2] for path, text in texts.items()})
+            with contextlib.suppress(OSError):  # the result is written; TensorBoard only shows it
+                write_hparams(sweep.folder(cell), values | {"seed": cell.seed}, found["test"])
+
+
+def _write(folder: Path, record: dict[str, Any]) -> None:
+    """Write ``sweep.json``; raises InputError if the folder cannot be written."""
+
+    def write() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / FILE, record)
+        except OSError as error:
+            raise InputError(
+                f"{folder} cannot be written ({error.strerror}): choose another --workdir"
+            ) from error
+
+    multihost.on_process_0(write, "sweep")
 
 
 def _known(sweep: Sweep) -> dict[str, Any]:
@@ -175,7 +198,6 @@ def _known(sweep: Sweep) -> dict[str, Any]:
     except FileNotFoundError:
         if folder.is_dir() and any(folder.iterdir()):
             raise InputError(f"{folder} is not empty and holds no sweep: choose another --workdir") from None
-        folder.mkdir(parents=True, exist_ok=True)
         return {}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{folder / FILE} cannot be read ({error}): choose another --workdir") from error
@@ -185,7 +207,7 @@ def _known(sweep: Sweep) -> dict[str, Any]:
 def _record(sweep: Sweep, chosen: Chosen) -> dict[str, Any]:
     members = [
         {
-            "folder": str(sweep.folder(cell)),
+            "folder": os.path.relpath(sweep.folder(cell), sweep.session.folder.path),
             "settings": {
                 path: redact.redact_setting(f"{path}={text}").partition("=")[2]
                 for path, text in cell.settings.items()
@@ -215,9 +237,8 @@ def _choose(
     if sweep.strategy != "auto":
         return Chosen(sweep.strategy, "as asked for")
     if known.get("strategy") in strategies.STRATEGIES[1:]:
-        return Chosen(
-            known["strategy"], f"as the sweep began ({known.get('why')})", known.get("seconds_per_update", {})
-        )
+        why, seconds = known.get("why"), known.get("seconds_per_update")
+        return Chosen(known["strategy"], str(why), seconds if isinstance(seconds, dict) else {})
     if sweep.session.deterministic:
         return Chosen("sequential", "--deterministic")
     mesh = sweep.session.mesh

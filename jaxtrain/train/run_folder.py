@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Concatenate, ParamSpec, TypeVar
@@ -20,6 +21,8 @@ from jaxtrain.experiment import Experiment, comparable_configs, config_hash, con
 from jaxtrain.sharding import multihost
 from jaxtrain.train import environment
 from jaxtrain.train.run_record import WRITTEN, changed_conditions, load, merge, with_entry
+
+LOCK_TRIES = 5
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -297,6 +300,10 @@ def _lock(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
 def _lock_file(folder: Path, file: IO[str], note: Callable[[str], None]) -> None:
     """Lock ``file``; where the disk has no locks, say so and continue."""
     try:
+        for _ in range(LOCK_TRIES - 1):  # the command ``runs`` tries each lock, for an instant
+            with contextlib.suppress(BlockingIOError, PermissionError):
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            time.sleep(0.02)
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)

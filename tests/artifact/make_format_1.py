@@ -18,8 +18,8 @@ import tiny
 from artifact_cases import make_trained
 
 from jaxtrain import artifact, models
-from jaxtrain.artifact import write
-from jaxtrain.artifact.trained import model_outputs
+from jaxtrain.export import write
+from jaxtrain.export.trained import model_outputs
 
 FOLDER = Path(__file__).resolve().parents[1] / "golden" / "artifacts"
 

@@ -20,11 +20,12 @@ from artifact_cases import RUNS_ALONE, make_trained
 from conftest import ROOT
 
 from jaxtrain import InputError, artifact
-from jaxtrain.artifact import parts, program, tensors, write
+from jaxtrain.artifact import parts, program, tensors
 from jaxtrain.artifact.manifest import InputSpec, parse
-from jaxtrain.artifact.trained import Trained
 from jaxtrain.core.errors import RunError
 from jaxtrain.core.types import Model
+from jaxtrain.export import write
+from jaxtrain.export.trained import Trained
 from jaxtrain.step.factories import eval_state
 
 

@@ -12,8 +12,9 @@ from artifact_cases import RUNS_ALONE, make_trained
 from conftest import ROOT
 
 from jaxtrain import artifact, data
-from jaxtrain.artifact import bench, write
+from jaxtrain.artifact import bench
 from jaxtrain.experiment import Experiment, find
+from jaxtrain.export import write
 
 RNG = np.random.default_rng(5)
 ROWS = 6

@@ -14,9 +14,10 @@ import tiny
 from artifact_cases import make_trained
 
 from jaxtrain import InputError
-from jaxtrain.artifact import engines, tensors, write
-from jaxtrain.artifact.trained import Trained, model_outputs
+from jaxtrain.artifact import engines, tensors
 from jaxtrain.cli import predict
+from jaxtrain.export import write
+from jaxtrain.export.trained import Trained, model_outputs
 from jaxtrain.step.factories import eval_state
 
 

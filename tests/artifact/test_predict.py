@@ -18,9 +18,10 @@ from artifact_cases import make_trained
 from PIL import Image
 
 from jaxtrain import InputError, artifact
-from jaxtrain.artifact import bench, engines, examples, images, lines, write
+from jaxtrain.artifact import bench, engines, examples, images, lines
 from jaxtrain.artifact.manifest import InputSpec, Manifest
 from jaxtrain.cli import predict
+from jaxtrain.export import write
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import tiny
 from artifact_cases import make_trained
 
 from jaxtrain import artifact
-from jaxtrain.artifact import quantized, write
-from jaxtrain.artifact.trained import Trained, model_outputs
 from jaxtrain.cli import export, run
 from jaxtrain.compress import quantize
+from jaxtrain.export import quantized, write
+from jaxtrain.export.trained import Trained, model_outputs
 
 
 @pytest.fixture(scope="module")

@@ -246,11 +246,16 @@ def test_mistakes_in_texts_are_a_page_with_the_most_confident_first(tmp_path) ->
     report = report_of([0, 0, 1, -1], [0, 1, 0, 1], [0.9, 0.6, 0.8, 1.0])
     wanted = files.Wanted(mistakes=True)
     files.check_wanted(wanted, Classification(), source)
-    written = files.write_files(wanted, report, source, tmp_path / "new", "t", ("no", "yes & more"))
+    about = {"step": 5, "split": "test", "examples": 4}
+    written = files.write_files(wanted, report, source, tmp_path / "new", "t", ("no", "yes & more"), about)
     page = Path(written[0]).read_text()
     assert page.index("sure") < page.index(html.escape("<b>bold</b>")) and "<b>" not in page
     assert "yes &amp; more" in page and "right" not in page and "uncounted" not in page
     assert "all 2 mistakes" in page
+    body = json.loads((tmp_path / "new" / "figures.json").read_text())
+    assert (body["step"], body["split"], body["class_names"]) == (5, "test", ["no", "yes & more"])
+    assert [one["text"] for one in body["mistakes"]] == ["sure", "<b>bold</b>"]
+    assert [one["prediction"] for one in body["mistakes"]] == ["no", "yes & more"]
 
 
 def test_examples_without_image_or_text_have_no_contact_sheet() -> None:
@@ -266,7 +271,7 @@ def test_a_source_that_knows_where_an_example_is_stored_names_it(tmp_path) -> No
 
     source = data.Subset(Stored({"label": np.arange(9, dtype=np.int32)}), np.array([8, 2]))
     files.write_files(
-        files.Wanted(csv=True), report_of([0, -1], [1, 1], [0.5, 0.25]), source, tmp_path, "t", None
+        files.Wanted(csv=True), report_of([0, -1], [1, 1], [0.5, 0.25]), source, tmp_path, "t", None, {}
     )
     rows = rows_of(tmp_path / "examples.csv")
     assert [row["location"] for row in rows] == ["image8.png", "image2.png"]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interrupt import interrupted
 from jax.sharding import Mesh
 from tiny import EXPERIMENT
 
@@ -24,13 +23,11 @@ from jaxtrain.checkpoint import CorruptCheckpointError
 from jaxtrain.cli import evaluate as evaluate_command
 from jaxtrain.compress import Distil, DistilOutputs, Prune
 from jaxtrain.core.errors import InputError, RunError
-from jaxtrain.core.signals import Stopped
 from jaxtrain.core.types import leaf_paths
 from jaxtrain.experiment import Experiment
 from jaxtrain.program import assemble
 from jaxtrain.program.memory import abstract_args
 from jaxtrain.sharding import rules
-from jaxtrain.train.dispatch import Dispatch
 
 WIDTH = 48
 FILE = f"""
@@ -141,21 +138,6 @@ def test_the_teacher_is_an_argument_and_is_not_trained(teacher: Path, mesh1: Mes
     assert metrics["distil_loss"].compute() != pytest.approx(others["distil_loss"].compute())
     for path, array in leaf_paths(after.extra["teacher"]).items():
         np.testing.assert_array_equal(np.asarray(array), saved[path])
-
-
-def interrupted(experiment: Experiment, folder: Path, mesh: Mesh, at: int) -> None:
-    """Start a run that a SIGINT stops after update ``at``."""
-    with pytest.MonkeyPatch.context() as patch:
-        real = Dispatch.__call__
-
-        def call(self: Any, state: Any, step: int, count: int) -> Any:
-            if step + count == at:
-                os.kill(os.getpid(), signal.SIGINT)
-            return real(self, state, step, count)
-
-        patch.setattr(Dispatch, "__call__", call)
-        with pytest.raises(Stopped):
-            jaxtrain.fit(experiment, folder=folder, mesh=mesh)
 
 
 @pytest.mark.full("tests/compress/test_distil.py::test_the_loss_is_that_of_the_definition")

@@ -16,12 +16,12 @@ from tiny import EXPERIMENT
 
 import jaxtrain
 from jaxtrain import checkpoint, models, monitor, optim, sharding
-from jaxtrain.artifact import quantized, write
-from jaxtrain.artifact.trained import Trained, model_outputs
 from jaxtrain.compress import Distil, Prune, fake_quantize, quantize
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.types import RANGES, Model
 from jaxtrain.experiment import Experiment, config_hash, config_text, override
+from jaxtrain.export import quantized, write
+from jaxtrain.export.trained import Trained, model_outputs
 from jaxtrain.models import compute_in
 from jaxtrain.program import assemble
 from jaxtrain.sharding import rules

@@ -211,7 +211,9 @@ def test_servers_that_do_not_answer_are_lines_and_the_process_ends(tmp_path, mon
         done = command(*words, WANDB_BASE_URL=address, WANDB_MODE="online")
     assert done.returncode == 0 and Path("r/result.json").exists(), done.stderr
     for name in ("wandb", "mlflow:http://<redacted>@127.0.0.1:9"):
-        (line,) = [one for one in done.stdout.splitlines() if f"tracker {name} is incomplete, 0 of " in one]
+        lines = [one for one in done.stdout.splitlines() if f"tracker {name} is incomplete, 0 of " in one]
+        assert len(lines) == 1, done.stdout
+        line = lines[0]
         assert line.endswith(f"send all with: python -m jaxtrain track --workdir {tmp_path}/r --to {name}")
     assert "CANARY" not in done.stdout + done.stderr
     assert not [p for p in Path("r").rglob("*") if p.is_file() and b"CANARY" in p.read_bytes()]

@@ -22,7 +22,8 @@ from PIL import Image
 from serve_cases import INFER, LABELS, Client, client, images, numbers, request, texts
 
 from jaxtrain import artifact
-from jaxtrain.artifact import engines, write
+from jaxtrain.artifact import engines
+from jaxtrain.export import write
 from jaxtrain.serve import app as app_module
 from jaxtrain.serve import page
 from jaxtrain.serve.guard import HEADERS

@@ -49,15 +49,20 @@ class Page:
         self._buffer, self._number = b"", 0
         self.events: list[dict[str, Any]] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "DOM", "Log", "Network"):
-            self.call(f"{domain}.enable")
+        self.attach(target)
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     _session: str | None = None
+
+    def attach(self, target: str) -> None:
+        """Talk to a page, or to a frame of another origin, from here on."""
+        self._session = None
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "DOM", "Log", "Network"):
+            self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """Call a method of the DevTools protocol, and return its result."""

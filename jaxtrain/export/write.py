@@ -11,13 +11,14 @@ import jax
 import numpy as np
 from jax import export
 
-from jaxtrain.artifact import describe, engines, parts, program, reader, tensors
+from jaxtrain.artifact import engines, parts, program, reader, tensors
 from jaxtrain.artifact.manifest import InputSpec, Manifest, Shape
 from jaxtrain.artifact.onnx import to_onnx
-from jaxtrain.artifact.quantized import quantize_onnx
-from jaxtrain.artifact.serving import Serving, make_serving
-from jaxtrain.artifact.trained import Trained, compare
 from jaxtrain.core.errors import InputError, RunError
+from jaxtrain.export import describe
+from jaxtrain.export.quantized import quantize_onnx
+from jaxtrain.export.serving import Serving, make_serving
+from jaxtrain.export.trained import Trained, compare
 
 LENGTH = "length"
 """The name of a text's axis, where it may be shorter than the model's context."""

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain.artifact.serving import Serving, make_serving, name_outputs, task_of
 from jaxtrain.core.chunked_logits import full_logits
 from jaxtrain.core.errors import RunError
 from jaxtrain.core.types import State
 from jaxtrain.data import compose
 from jaxtrain.experiment import Experiment
+from jaxtrain.export.serving import Serving, make_serving, name_outputs, task_of
 from jaxtrain.program import check_fields
 from jaxtrain.program.compute_model import eval_model
 from jaxtrain.program.loader import EXAMPLE_ID

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain.artifact.trained import Trained
 from jaxtrain.compress import quantize
 from jaxtrain.compress.quantize import HIGHEST, SMALLEST
 from jaxtrain.core.errors import InputError
@@ -23,6 +22,7 @@ from jaxtrain.core.types import RANGES, Batch, Model, State, split_extra
 from jaxtrain.data import Source, compose
 from jaxtrain.data.checked import CheckedSource
 from jaxtrain.experiment import Experiment
+from jaxtrain.export.trained import Trained
 from jaxtrain.models.plain_operators import plain_operators
 from jaxtrain.monitor import merge_all
 from jaxtrain.program.compute_model import eval_model

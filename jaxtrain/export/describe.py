@@ -11,12 +11,12 @@ import numpy as np
 
 import jaxtrain
 from jaxtrain.artifact.manifest import BATCH, InputSpec, Manifest, Shape
-from jaxtrain.artifact.serving import value_range
-from jaxtrain.artifact.trained import Trained
 from jaxtrain.core.errors import InputError
 from jaxtrain.core.files import as_json
 from jaxtrain.data import Images, LabelledText, Normalise, Subset, TextWindows
 from jaxtrain.experiment import Experiment
+from jaxtrain.export.serving import value_range
+from jaxtrain.export.trained import Trained
 
 
 def describe(

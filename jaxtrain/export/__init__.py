@@ -1,0 +1,1 @@
+"""Write a trained model to a file: artifact, ONNX, StableHLO or safetensors."""
