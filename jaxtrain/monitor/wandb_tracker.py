@@ -36,7 +36,7 @@ class WandbTracker:
 
     def __init__(self, mode: str | None = None) -> None:
         self.spec = f"wandb:{mode}" if mode else "wandb"
-        self._mode = mode or os.environ.get("WANDB_MODE") or "online"
+        self._mode: Any = mode or os.environ.get("WANDB_MODE") or "online"
         if self._mode not in MODES:
             raise InputError(
                 f"--track wandb:{self._mode}: give {' or '.join(MODES)} (WANDB_MODE is read too)"
