@@ -40,7 +40,9 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         places.setdefault(started, []).append(number)
     groups = list(places.values())
     firsts = [runs[group[0]] for group in groups]
-    names = _setting_texts(firsts)
+    names = _override_texts(firsts)
+    if len(set(names)) < len(names):
+        names = _setting_texts(firsts)
     labels = [
         first.label if len(group) == 1 else _shortened(name)
         for group, first, name in zip(groups, firsts, names, strict=True)
@@ -50,6 +52,20 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         Group(f"{label} ({number + 1})" if label in repeated else label, group)
         for number, (label, group) in enumerate(zip(labels, groups, strict=True))
     ]
+
+
+def _override_texts(firsts: Sequence[Run]) -> list[str]:
+    """Return the overrides of each run that not all have; the name of the experiment without any."""
+    own = [
+        [text for text in one.record.get("overrides", ()) if not text.startswith("seed=")] for one in firsts
+    ]
+    shared = set(own[0]).intersection(*own) if len(own) > 1 else set[str]()
+    several = len({one.name for one in firsts}) > 1
+    texts = []
+    for one, overrides in zip(firsts, own, strict=True):
+        parts = [text for text in overrides if text not in shared]
+        texts.append(", ".join(([one.name] if several or not parts else []) + parts))
+    return texts
 
 
 def _setting_texts(firsts: Sequence[Run]) -> list[str]:

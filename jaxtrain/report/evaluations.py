@@ -80,6 +80,18 @@ def confusion_of(figures: dict[str, Any]) -> list[list[int]] | None:
     return rows
 
 
+def in_result(folder: Path, result: dict[str, Any]) -> list[Evaluation]:
+    """Return the confusion matrix among the tables of a result, of its best step where it has one."""
+    best = result.get("best")
+    of = best if isinstance(best, dict) else result
+    tables, step = of.get("tables"), of.get("step", result.get("steps"))
+    matrix = confusion_of(tables) if isinstance(tables, dict) else None
+    if matrix is None or not isinstance(step, int):
+        return []
+    figures = {"confusion": matrix}
+    return [Evaluation(folder, step, "test", sum(map(sum, matrix)), figures, None, [], None)]
+
+
 def read_evaluations(folder: Path) -> list[Evaluation]:
     """Return the evaluations in a run's folder by step and split; damaged ones are left out."""
     found = []

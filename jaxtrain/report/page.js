@@ -94,7 +94,7 @@ function lineOf(entry, name, x, y, extra) {
   const split = name.split("/")[0], few = split !== "train" && split in DASH;
   return {
     type: "scatter", x, y, mode: x.length === 1 || (few && x.length <= 100) ? "lines+markers" : "lines",
-    name: escapeHtml(shorten(entry.label, 40) + (split in DASH ? ` ${split}` : "")),
+    name: escapeHtml(`${split in DASH ? `${split} ` : ""}${shorten(entry.label, 18)}`),
     line: { color: colour(entry.place), dash: DASH[split] ?? "solid", width: 1.8 },
     marker: { size: 5 }, hovertemplate: "%{y:.5~g}", meta: { label: entry.label, name }, ...extra,
   };
@@ -112,7 +112,7 @@ function tracesOf(entry, name) {
     return [
       lineOf(entry, name, x, side(-1), edge),
       lineOf(entry, name, x, side(1), { ...edge, fill: "tonexty", fillcolor: translucent(entry.place, 0.2) }),
-      lineOf(entry, name, x, smooth(band.mean, weight), { text, hovertemplate: `%{y:.5~g} ± %{text} (n = ${band.n})` }),
+      lineOf(entry, name, x, smooth(band.mean, weight), { text, hovertemplate: "%{y:.5~g} ± %{text}" }),
     ];
   }
   return entry.runs.flatMap((run) => {

@@ -12,7 +12,7 @@ from typing import Any
 from jaxtrain.core.errors import InputError, RunError
 from jaxtrain.core.files import user_path
 from jaxtrain.experiment import record
-from jaxtrain.report.evaluations import Evaluation, read_evaluations
+from jaxtrain.report.evaluations import Evaluation, in_result, read_evaluations
 from jaxtrain.report.metrics_file import MetricsFile
 from jaxtrain.runs import lock, notes
 from jaxtrain.runs.notes import Notes
@@ -184,6 +184,8 @@ class Reader:
         path = folder / "result.json"
         result = read_object(path) if path.is_file() else None
         evaluations, running = read_evaluations(folder), lock.is_locked(folder)
+        if not any(one.confusion for one in evaluations):
+            evaluations += in_result(folder, result or {})
         return Run(folder, label, found, metrics, result, evaluations, running, _notes(folder))
 
 

@@ -28,6 +28,16 @@ def test_runs_that_differ_in_the_seed_only_are_a_group(tmp_path) -> None:
     assert groups[0].label == "lr=0.1" and groups[1].label == "lr"
 
 
+def test_groups_are_called_by_the_overrides_that_not_all_have(tmp_path) -> None:
+    folders = []
+    for lr, more in (("0.1", []), ("0.2", ["optimizer.lr=0.2"])):
+        for seed in "01":
+            record = {"overrides": ["epochs=3", f"seed={seed}", *more]}
+            folders.append(write_run(tmp_path / f"{lr}-{seed}", record=record, seed=seed, optimizer__lr=lr))
+    labels = [group.label for group in compare.group_runs(read(*folders))]
+    assert labels == ["digits", "optimizer.lr=0.2"]
+
+
 def test_means_and_deviations_are_those_of_the_statistics_module() -> None:
     values = [0.9741, 0.9805, 0.9778, 0.99]
     mean, std = compare.mean_and_std(values)

@@ -96,6 +96,15 @@ def test_the_page_has_results_differences_mistakes_and_commands(tmp_path) -> Non
     assert str(image["src"]).startswith("data:image/png;base64,") and "seed0" in str(image["alt"])
 
 
+def test_a_confusion_matrix_among_the_tables_of_a_result_is_shown(tmp_path) -> None:
+    tables = {"confusion": [[3, 1], [2, 4]]}
+    best = {"step": 20, "valid": 0.5, "test": {}, "tables": {"confusion": [[1, 0], [0, 1]]}}
+    last = write_run(tmp_path / "last", curve(5), result_of(0.5, tables=tables))
+    chosen = write_run(tmp_path / "chosen", curve(5), result_of(0.5, tables=tables, best=best))
+    matrices = [one["matrix"] for one in made(last, chosen).data["matrices"]]
+    assert matrices == [[[3, 1], [2, 4]], [[1, 0], [0, 1]]]
+
+
 def test_without_an_evaluation_the_page_says_how_to_get_one(tmp_path) -> None:
     run = write_run(tmp_path / "a run", curve(5), result_of(0.5))
     parsed = made(run)
