@@ -32,6 +32,7 @@ def open(
     about: dict[str, Any] | None = None,
     log: Callable[[str], None] = lambda line: None,
     older_hint: str = "resume from an older one with --resume last-good",
+    on_save: Callable[[int, Path], None] = lambda step, folder: None,
 ) -> Iterator[Checkpoints]:
     """Open the checkpoints of a run; the end of the block waits for a pending save, and raises if it failed.
 
@@ -42,8 +43,10 @@ def open(
         checkpoints that another run has written are refused.
       log: called in process 0 with a line for the user.
       older_hint: what to do about a damaged checkpoint when there is an older one, of step ``{step}``.
+      on_save: called in process 0, in the thread that writes, when the checkpoint of a step is complete.
     """
-    saved = Checkpoints(Path(workdir).resolve() / "checkpoints", max_to_keep, about or {}, log, older_hint)
+    folder = Path(workdir).resolve() / "checkpoints"
+    saved = Checkpoints(folder, max_to_keep, about or {}, log, older_hint, on_save)
     wait = True
     try:
         yield saved
@@ -65,9 +68,10 @@ class Checkpoints:
         about: dict[str, Any],
         log: Callable[[str], None],
         older_hint: str,
+        on_save: Callable[[int, Path], None] = lambda step, folder: None,
     ) -> None:
         self._folder, self._max_to_keep, self._about, self._log = folder, max_to_keep, about, log
-        self._older_hint = older_hint
+        self._older_hint, self._on_save = older_hint, on_save
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, int, Future[None]] | None = None
         self._compiled: Future[None] | None = None
@@ -265,6 +269,7 @@ class Checkpoints:
         for old in steps[: -self._max_to_keep]:
             if best is None or old.step != best.step:
                 folders.remove(old.folder)
+        self._on_save(manifest["step"], folder)
 
     def _on_process_0(
         self, find: Callable[[], list[tuple[CheckpointInfo, str | None]]]

@@ -14,6 +14,7 @@ SUMMARIES = {
     "export": "write a run's model as one file that runs without the experiment's code",
     "predict": "predictions of an exported model for images, arrays, tables and text",
     "serve": "an exported model as an HTTP service, with a page to try it",
+    "track": "send the records of a run to W&B, MLflow or a tracker of your own",
     "bench": "throughput of a training step by number of devices",
     "doctor": "versions, devices, disk, data folder, and a one-step smoke test",
 }

@@ -175,6 +175,9 @@ def exit_process(code: int) -> NoReturn:
     if "jaxtrain.sharding.multihost" not in sys.modules:  # no thread or process was started
         sys.exit(code)
     multihost = _multihost()
+    trackers = sys.modules.get("jaxtrain.monitor.trackers")
+    if trackers is not None and trackers.abandoned() and multihost.process_count() == 1:
+        os._exit(code)  # W&B's library would wait here for a server that does not answer
     if code > 128 or (code == RunError.exit_code and multihost.process_count() == 1):
         os._exit(code)
     sys.exit(multihost.exit_process(code))

@@ -7,6 +7,9 @@ import argparse
 from jaxtrain.core.signals import GRACE
 
 STRATEGIES = ("auto", "sequential", "vmap", "devices")
+TRACKERS = (
+    "wandb, wandb:offline, mlflow, mlflow:URI of a server or a folder, or FILE.py:NAME, a tracker of your own"
+)
 FLAGS = ("devices", "mesh", "simulate_devices")
 
 

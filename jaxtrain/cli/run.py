@@ -70,6 +70,13 @@ def make_parser() -> command_line.Parser:
         help="at every checkpoint, write pictures for TensorBoard: what the layers return for the first test "
         "example, and the kernels of the first layer",
     )
+    parser.add_argument(
+        "--track",
+        action="append",
+        default=[],
+        metavar="TRACKER",
+        help=f"send the records to a tracker: {flags.TRACKERS}; may be repeated",
+    )
     return parser
 
 

@@ -9,14 +9,16 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxtrain.cli import SUMMARIES, command_line, flags
 from jaxtrain.core.errors import InputError
 
-ALONE = {
+ALONE: dict[str, Any] = {
     **dict.fromkeys(("new", "extend", "smoke", "monitor_layers"), False),
     **dict.fromkeys(("overfit", "profile", "hang_after")),
     "resume": "newest",
+    "track": [],
 }
 """Flags of ``run`` that do not go with ``--seeds``, and their defaults."""
 
@@ -74,7 +76,7 @@ def _run(args: argparse.Namespace) -> int:
     from jaxtrain.experiment import code, config_hash, find
     from jaxtrain.monitor import make_console
     from jaxtrain.sharding import multihost
-    from jaxtrain.sweep import members
+    from jaxtrain.sweep import members, training
     from jaxtrain.sweep import run as sweep_run
     from jaxtrain.train.run_folder import RunFolder
     from jaxtrain.train.session import Session
@@ -111,7 +113,7 @@ def _run(args: argparse.Namespace) -> int:
         grace=args.grace,
         resume_command=_resume_command(args),
     )
-    sweep = sweep_run.Sweep(
+    sweep = training.Sweep(
         experiment=experiment, cells=cells, session=session, runs=runs, strategy=args.strategy
     )
     table = sweep_run.run(sweep)

@@ -14,6 +14,7 @@ from jaxtrain.core.process import cores
 from jaxtrain.core.signals import GRACE
 from jaxtrain.experiment import Experiment, code, find
 from jaxtrain.monitor import make_console
+from jaxtrain.monitor.trackers import make_tracker
 from jaxtrain.sharding import multihost
 from jaxtrain.train import capacity, environment, run_record, session
 from jaxtrain.train.run_folder import RunFolder, default_folder
@@ -25,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """Train or resume; returns the exit code."""
     _check_flags(args)
     started_in = run_record.started_in(Path(args.workdir)) if args.workdir and not args.new else None
+    trackers = [make_tracker(spec) for spec in args.track]
     name, origin, experiment = experiments.load_experiment(args.experiment, args.set, started_in)
     mesh = devices.make_mesh(args, command_line.warn)
     console = make_console(quiet=not multihost.is_process_0())
@@ -66,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         strict=args.strict,
         profile=args.profile,
         monitor_layers=args.monitor_layers,
+        trackers=trackers,
         resume_command=_resume_command(args, folder.path),
     )
     session.run(settings, experiment)
@@ -85,6 +88,8 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise InputError("--smoke does not profile: leave out --profile")
     if args.smoke and args.monitor_layers:
         raise InputError("--smoke writes no records: leave out --monitor-layers")
+    if args.smoke and args.track:
+        raise InputError("--smoke writes no records: leave out --track")
     if args.extend and not args.workdir and not args.smoke:
         raise InputError(
             "--extend needs --workdir: the default folder's name changes with the number of epochs"
@@ -120,6 +125,8 @@ def resume_command(args: argparse.Namespace, folder: Path) -> str:
     words += [] if args.hang_after is None else ["--hang-after", f"{args.hang_after:g}"]
     words += [] if args.grace == GRACE else ["--grace", f"{args.grace:g}"]
     words += [] if args.profile is None else ["--profile", args.profile]
+    for spec in args.track:
+        words += ["--track", redact.redact_urls(spec)]
     on = (
         ("--extend", args.extend),
         ("--monitor-layers", args.monitor_layers),

@@ -1,6 +1,7 @@
 """Observe a run: console, metrics files, step times, device telemetry and traces."""
 
 from jaxtrain.monitor.console import Console, format_metrics, make_console
+from jaxtrain.monitor.observers import Evaluation, Observers, Save, observe
 from jaxtrain.monitor.recorder import Recorder, merge_all, open, split_tables
 from jaxtrain.monitor.telemetry import Meter, measure_devices, memory
 from jaxtrain.monitor.trace import OFF, Trace, idle, mark, parse_window, trace_updates
@@ -8,8 +9,11 @@ from jaxtrain.monitor.trace import OFF, Trace, idle, mark, parse_window, trace_u
 __all__ = [
     "OFF",
     "Console",
+    "Evaluation",
     "Meter",
+    "Observers",
     "Recorder",
+    "Save",
     "Trace",
     "format_metrics",
     "idle",
@@ -18,6 +22,7 @@ __all__ = [
     "measure_devices",
     "memory",
     "merge_all",
+    "observe",
     "open",
     "parse_window",
     "split_tables",

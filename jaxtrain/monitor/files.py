@@ -41,9 +41,9 @@ class Files:
             self._jsonl = _open_at(workdir / "metrics.jsonl", start)
             name = f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{start}"
             self._events = (folder / name).open("wb")
-            _event(self._events, file_version="brain.Event:2")
+            append_event(self._events, file_version="brain.Event:2")
             # TensorBoard then drops what an interrupted run wrote for later steps.
-            _event(self._events, step=start + 1, session_log=SessionLog(status=SessionLog.START))
+            append_event(self._events, step=start + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Write one line and one event with all numbers; NaN and infinity are null in the line.
@@ -53,11 +53,11 @@ class Files:
         """
         from tensorboardX.proto.summary_pb2 import Summary
 
-        values = [Summary.Value(tag=_tag(name), simple_value=value) for name, value in numbers.items()]
+        values = [Summary.Value(tag=tag_name(name), simple_value=value) for name, value in numbers.items()]
         with self._explain_errors():
             self._jsonl.write(to_json({"step": step, **numbers}) + "\n")
             self._jsonl.flush()
-            _event(self._events, step=step, summary=Summary(value=values))
+            append_event(self._events, step=step, summary=Summary(value=values))
             self._events.flush()
 
     def write_pictures(self, step: int, pictures: Mapping[str, bytes]) -> None:
@@ -72,9 +72,9 @@ class Files:
         for name, png in pictures.items():
             width, height = struct.unpack(">II", png[16:24])  # of the PNG's header
             image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
-            values.append(Summary.Value(tag=_tag(name), image=image))
+            values.append(Summary.Value(tag=tag_name(name), image=image))
         with self._explain_errors():
-            _event(self._events, step=step, summary=Summary(value=values))
+            append_event(self._events, step=step, summary=Summary(value=values))
             self._events.flush()
 
     def close(self) -> None:
@@ -95,12 +95,12 @@ class Files:
 
 
 @functools.lru_cache(maxsize=1024)
-def _tag(name: str) -> str:
+def tag_name(name: str) -> str:
     """Replace the characters of ``name`` that TensorBoard rejects."""
     return re.sub(r"[^-/\w.]", "_", name).lstrip("/")
 
 
-def _event(file: BinaryIO, **fields: Any) -> None:
+def append_event(file: BinaryIO, **fields: Any) -> None:
     """Append an event as a TFRecord: length, its checksum, bytes, their checksum."""
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import masked_crc32c

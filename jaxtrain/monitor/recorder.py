@@ -16,6 +16,7 @@ from jaxtrain.core.text import first_line
 from jaxtrain.core.types import Metrics
 from jaxtrain.monitor.console import Console
 from jaxtrain.monitor.files import Files
+from jaxtrain.monitor.observers import Observers
 from jaxtrain.monitor.step_times import StepTimes
 
 Position = Callable[[int], dict[str, float]]
@@ -75,6 +76,7 @@ def open(
     position: Position = lambda step: {},
     guarded: bool = False,
     rates: Rates = lambda seconds: {},
+    observers: Observers | None = None,
 ) -> Iterator[Recorder]:
     """Open a recorder that continues the run's files at step ``start``.
 
@@ -87,8 +89,9 @@ def open(
       position: ``step -> numbers`` to add to the record of that step (epoch, learning rate).
       guarded: with ``guard="skip"``, non-finite values come from skipped updates and are dropped.
       rates: ``seconds per update -> numbers`` to add to the record with the examples per second.
+      observers: of the run; only where files are written.
     """
-    recorder = Recorder(workdir, console, start, log_every, examples, position, guarded, rates)
+    recorder = Recorder(workdir, console, start, log_every, examples, position, guarded, rates, observers)
     try:
         yield recorder
         recorder.flush()
@@ -109,10 +112,14 @@ class Recorder:
         position: Position,
         guarded: bool = False,
         rates: Rates = lambda seconds: {},
+        observers: Observers | None = None,
     ) -> None:
         self._console, self._log_every, self._examples = console, log_every, examples
         self._position, self._guarded, self._rates = position, guarded, rates
         self._files = None if workdir is None else Files(workdir, start)
+        self._observers = observers or Observers()
+        if self._files is not None:
+            self._observers.begin(start)
         self._window: list[Metrics] = []  # not yet written; ``_last`` is their last update
         self._last = start
         self._clock: float | None = None
@@ -182,10 +189,17 @@ class Recorder:
             return
         numbers = {name: float(value) for name, value in split_tables(values)[0].items()}
         self._files.write(step, numbers)
+        self._observers.recorded()
         names = [] if self._null_shown else not_finite(numbers)
         if names:
             self._null_shown = True
             self._console.note(f"step {step}: {null_line('metrics.jsonl', names)} (shown once)")
+
+    def evaluation(self, step: int, split: str, values: Mapping[str, Any]) -> None:
+        """Write the metrics of an evaluation, and show them to the observers."""
+        self.scalars(step, {f"{split}/{name}": value for name, value in values.items()})
+        if self._files is not None:
+            self._observers.evaluated(step, split, values)
 
     def pictures(self, step: int, pictures: Mapping[str, bytes]) -> None:
         """Write PNGs of ``step`` by name, for TensorBoard."""

@@ -41,6 +41,7 @@ def fit(
     strict: bool = False,
     profile_window: tuple[int, int] | None = None,
     layer_pictures: LayerPictures | None = None,
+    observers: monitor.Observers | None = None,
 ) -> dict[str, Any]:
     """Train to the last step, resuming from a checkpoint in ``folder`` if there is one, and evaluate.
 
@@ -58,6 +59,7 @@ def fit(
       strict: a second compilation of the train step is an error, not a warning.
       profile_window: the first and the last update to profile (``monitor.Trace``); None profiles none.
       layer_pictures: draws the layers at every checkpoint, for TensorBoard; None draws nothing.
+      observers: trackers, and functions that are called after evaluations and saves.
 
     Returns:
       The result, as it is written to ``result.json``.
@@ -69,14 +71,16 @@ def fit(
     start_time = time.perf_counter() if start_time is None else start_time
     experiment, run_folder = program.experiment, RunFolder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = run_metadata(program, run_folder, name)
+    metadata, observers = run_metadata(program, run_folder, name), observers or monitor.Observers()
     mesh_devices = program.key.sharding.device_set
     local_devices = [device for device in jax.local_devices() if device in mesh_devices]
     with (
         explain_out_of_memory(program, name, folder, console),
         on_signals(grace) as request,
         watchdog(hang_after, folder / f"hang-{multihost.process_index()}.txt"),
-        checkpoint.open(folder, experiment.max_to_keep, metadata, console.note) as checkpoints,
+        checkpoint.open(
+            folder, experiment.max_to_keep, metadata, console.note, on_save=observers.saved
+        ) as checkpoints,
         monitor.measure_devices(local_devices, len(local_devices) / len(mesh_devices)) as meter,
         monitor.trace_updates(profile_window, folder, console, len(local_devices)) as trace,
     ):
@@ -99,6 +103,7 @@ def fit(
             position=step_metadata,
             guarded=experiment.guard == "skip",
             rates=speed.rates,
+            observers=observers,
         ) as recorder:
             state = _train(
                 program,
@@ -247,7 +252,7 @@ def evaluate_mid_run(
     """Evaluate; returns the validation score, None without a validation set or where it is not finite."""
     split = "valid" if "valid" in program.evals else "test"
     values = evaluate(program, state, split, console)
-    recorder.scalars(step, {f"{split}/{name}": value for name, value in values.items()})
+    recorder.evaluation(step, split, values)
     console.note(f"step {step}/{program.steps}  {split}  {monitor.format_metrics(values, None)}")
     return program.score(values) if split == "valid" else None
 
@@ -275,7 +280,7 @@ def final_evaluation(
     """Evaluate the last state on the test set and, where a validation set chose one, the best state."""
     with recorder.paused():
         last = evaluate(program, state, "test", console)
-    recorder.scalars(program.steps, {f"test/{name}": value for name, value in last.items()})
+    recorder.evaluation(program.steps, "test", last)
     result: dict[str, Any] = {"steps": program.steps, **_test_result(last), **_sparsity(state)}
     for path, part in result.get("sparsity", {}).items():
         recorder.scalars(program.steps, {f"sparsity/{path}": part})

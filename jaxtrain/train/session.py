@@ -20,6 +20,7 @@ from jaxtrain.data import paths
 from jaxtrain.experiment import Experiment
 from jaxtrain.experiment import code as experiment_code
 from jaxtrain.monitor import Console, make_console
+from jaxtrain.monitor.trackers import RunInfo, Tracker, Trackers, make_tracker
 from jaxtrain.program import Program, assemble
 from jaxtrain.sharding import described, multihost
 from jaxtrain.train import capacity, environment, loop, out_of_memory, run_length
@@ -59,6 +60,9 @@ class Session:
       strict: a second compilation of the train step is an error, and so is code that has changed.
       profile: ``START:STOP`` updates to trace.
       monitor_layers: write pictures of the layers at every checkpoint.
+      trackers: what gets the records of the run, such as W&B.
+      on_evaluation: called with each evaluation.
+      on_save: called with each checkpoint that is complete.
       notes: warnings printed before training, one per line.
       resume_command: what to type to resume the run, for the line that is shown when a signal stops it.
     """
@@ -82,7 +86,17 @@ class Session:
     profile: str | None = None
     monitor_layers: bool = False
     resume_command: str = "the same call of jaxtrain.fit"
+    trackers: Sequence[Tracker] = ()
+    on_evaluation: Callable[[monitor.Evaluation], object] | None = None
+    on_save: Callable[[monitor.Save], object] | None = None
     notes: tuple[str, ...] = ()
+
+    def observe(self) -> contextlib.AbstractContextManager[monitor.Observers]:
+        """Return what observes the run in ``folder``, which is acquired; ended by the end of its block."""
+        note, record, found = self.console.note, self.folder.record(), None
+        if self.trackers and record and multihost.is_process_0():
+            found = Trackers(self.trackers, RunInfo.of(self.folder.path, record), note)
+        return monitor.observe(monitor.Observers(note, found, self.on_evaluation, self.on_save))
 
 
 def fit(
@@ -97,6 +111,9 @@ def fit(
     accept_changed_data: bool = False,
     strict: bool = False,
     console: Console | None = None,
+    trackers: Sequence[str | Tracker] = (),
+    on_evaluation: Callable[[monitor.Evaluation], object] | None = None,
+    on_save: Callable[[monitor.Save], object] | None = None,
 ) -> dict[str, Any]:
     """Train ``experiment``, evaluate it and return its result; resume if ``folder`` has an unfinished run.
 
@@ -119,6 +136,13 @@ def fit(
       strict: an InputError instead of a line where the code of a run in ``folder`` has changed, and a
         RunError where the train step compiles a second time.
       console: where progress is shown; None is a progress bar on a terminal or in a notebook, else lines.
+      trackers: what gets the records of the run: ``"wandb"``, ``"wandb:offline"``, ``"mlflow:URI"``, or an
+        object with ``start(run)``, ``write(records)`` and ``finish(status)``, in a thread of its own
+        (docs/trackers.md). One that fails or hangs is a line, and training goes on.
+      on_evaluation: called after each evaluation with its ``step``, ``split`` and ``values``, on process 0,
+        in the training thread. It cannot change the run: its result is ignored and an error is a line.
+      on_save: called with the ``step`` and the ``path`` of each checkpoint when it is complete, on process 0,
+        in the thread that writes it; otherwise as ``on_evaluation``.
 
     Returns:
       What ``result.json`` holds: ``steps``, ``seconds``, ``examples_per_second``, ``test`` with the metrics
@@ -162,6 +186,9 @@ def fit(
         init_from=None if init_from is None else str(init_from),
         resume=resume,
         grace=None,  # the process belongs to the caller
+        trackers=[make_tracker(one) for one in trackers],
+        on_evaluation=on_evaluation,
+        on_save=on_save,
         notes=(CODE_UNKNOWN,) if experiment_code.is_interactive() else (),
     )
     return run(session, experiment)
@@ -338,7 +365,7 @@ class OpenRun:
         layer_pictures = LayerPictures(self.program) if session.monitor_layers else None
         program, changed = self.prepare()
         try:
-            with session.folder.locked(session.console.note):
+            with session.folder.locked(session.console.note), session.observe() as observers:
                 return loop.fit(
                     program,
                     session.folder.path,
@@ -353,6 +380,7 @@ class OpenRun:
                     strict=session.strict,
                     profile_window=profile_window,
                     layer_pictures=layer_pictures,
+                    observers=observers,
                 )
         except Stopped as stopped:
             raise Stopped(f"{stopped}; resume with: {session.resume_command}", stopped.signum) from None

@@ -20,7 +20,7 @@ PAGES = {
     "README": README,
     **{
         name: (ROOT / "docs" / f"{name}.md").read_text()
-        for name in ("parallelism", "evaluate", "deploy", "explain", "report", "serve", "sweep")
+        for name in ("parallelism", "evaluate", "deploy", "explain", "report", "serve", "sweep", "trackers")
     },
 }
 BLOCK = re.compile(r"^ *```(\w+)([^\n]*)\n(.*?)^ *```", re.M | re.S)

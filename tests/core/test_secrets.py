@@ -162,10 +162,10 @@ def test_no_secret_in_the_resume_command(secretive):
     empty = argparse.Namespace(
         experiment="e", set=["a.token=CANARY-Tok-1", "batch=8", "url=http://u:CANARY-Url-2@h"], overfit=None,
         extend=False, strict=False, mesh=None, devices=None, simulate_devices=None, deterministic=False,
-        profile=None, grace=30.0, hang_after=None, monitor_layers=False,
+        profile=None, grace=30.0, hang_after=None, monitor_layers=False, track=["mlflow:http://u:CANARY-Pass-4@h"],
     )  # fmt: skip
     command = train.resume_command(empty, Path("r"))
-    assert "--set batch=8" in command and command.count(redact.MARK) == 2 and leaks(command) == []
+    assert "--set batch=8" in command and command.count(redact.MARK) == 3 and leaks(command) == []
 
 
 def test_which_settings_are_redacted(monkeypatch):

@@ -24,6 +24,7 @@ from jaxtrain.sweep.members import expand
 from jaxtrain.sweep.programs import assemble_settings
 from jaxtrain.sweep.stacked import REPLICA
 from jaxtrain.sweep.strategy import choose
+from jaxtrain.sweep.training import Sweep
 from jaxtrain.train import session
 from jaxtrain.train.run_folder import RunFolder
 from jaxtrain.train.session import Session
@@ -57,7 +58,7 @@ def sweep_of(folder, experiment=MLP, grid=None, seeds=2, how="sequential", mesh=
         grace=None,
     )
     cells = expand(experiment, grid or {}, seeds)
-    return sweep_run.Sweep(experiment=experiment, cells=cells, session=own, runs=folder, strategy=how)
+    return Sweep(experiment=experiment, cells=cells, session=own, runs=folder, strategy=how)
 
 
 def alone(folder, experiment):
