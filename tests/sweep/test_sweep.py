@@ -171,7 +171,8 @@ def test_a_run_that_fails_ends_alone(tmp_path, how):
     assert not (sweep.folder(sweep.cells[1]) / "result.json").exists()
 
 
-@pytest.mark.parametrize("how", [full("[vmap]", "sequential"), "vmap"], ids=["sequential", "vmap"])
+@pytest.mark.full("tests/sweep/test_sweep.py::test_members_are_the_runs_that_they_are_alone")
+@pytest.mark.parametrize("how", ["sequential", "vmap"])
 def test_a_stopped_sweep_resumes_to_the_same_bits(tmp_path, monkeypatch, how):
     sweep_run.run(sweep_of(tmp_path / "straight", how=how))
     take, count = lockstep.loop.MetricsConsumer.take, [0]
@@ -354,7 +355,13 @@ class Noisy:
         return {**fields, "image": (fields["image"] + self.noise * noise).clip(0, 255).astype(np.uint8)}
 
 
-@pytest.mark.parametrize("how", ["vmap", full("[vmap]", "devices")], ids=["vmap", "devices"])
+def test_settings_of_other_data_do_not_train_together():
+    noisy = [dataclasses.replace(MLP, train=Noisy(noise)) for noise in (0.0, 100.0, 0.0)]
+    assert [setting.family for setting in assemble_settings(noisy, devices(1))] == [0, 1, 0]
+
+
+@pytest.mark.full("tests/sweep/test_sweep.py::test_settings_of_other_data_do_not_train_together")
+@pytest.mark.parametrize("how", ["vmap", "devices"])
 def test_members_on_other_data_train_on_their_own(tmp_path, how):
     noisy = dataclasses.replace(MLP, train=Noisy(), epochs=0.5, eval_every=None)
     grid = {"train.noise": ["0", "100"]}
@@ -365,7 +372,8 @@ def test_members_on_other_data_train_on_their_own(tmp_path, how):
         assert_equal(found, alone(tmp_path / "b" / cell.folder_name, cell.experiment), 1e-5)
 
 
-@pytest.mark.parametrize("how", [full("[vmap]", "sequential"), "vmap"], ids=["sequential", "vmap"])
+@pytest.mark.full("tests/sweep/test_sweep.py::test_a_run_that_fails_ends_alone")
+@pytest.mark.parametrize("how", ["sequential", "vmap"])
 def test_a_member_that_cannot_be_opened_fails_alone(tmp_path, how):
     sweep = sweep_of(tmp_path, seeds=3, how=how)
     sweep_run.run(sweep)
