@@ -224,7 +224,7 @@ def run(session: Session, experiment: Experiment) -> dict[str, Any]:
     Raises:
       InputError, RunError, Stopped: as ``fit``.
     """
-    with open_run(session, experiment) as opened:
+    with open_run(session, experiment, assemble) as opened:
         result = opened.stored_result() or opened.train()
     show_summary(session.console, session.name, str(session.folder), result)
     return result
