@@ -164,6 +164,9 @@ def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.mark.nightly(
+    "tests/monitor/test_trackers.py::test_every_tracker_gets_the_records_of_metrics_jsonl_also_after_a_resume"
+)
 def test_a_run_killed_and_resumed_is_complete_in_every_store_and_has_no_key(tmp_path, monkeypatch):
     """SIGKILL while records are sent; then ``track`` sends all again, twice, and nothing doubles."""
     monkeypatch.chdir(tmp_path)
