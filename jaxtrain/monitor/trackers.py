@@ -38,7 +38,7 @@ Record = tuple[int, Mapping[str, float]]
 
 @dataclasses.dataclass(frozen=True)
 class RunInfo:
-    """What a tracker is told of a run.
+    """What a tracker learns about a run.
 
     Attributes:
       id: 16 hexadecimal digits, the same after every resume.
@@ -157,7 +157,7 @@ class Trackers:
 
     Args:
       trackers: from the first record to the last.
-      run: what they are told; ``begin`` sets its ``start``.
+      run: what they get in ``start``; ``begin`` sets its ``start``.
       note: prints a line for the user.
     """
 

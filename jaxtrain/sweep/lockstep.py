@@ -14,6 +14,7 @@ from jaxtrain.core.types import Metrics, State
 from jaxtrain.monitor import Console
 from jaxtrain.program.throughput import throughput
 from jaxtrain.sweep.stacked import Stacked
+from jaxtrain.sweep.table import Outcome
 from jaxtrain.train import loop
 from jaxtrain.train.autotune import Choice
 from jaxtrain.train.bad_updates import BadUpdateMonitor
@@ -21,9 +22,6 @@ from jaxtrain.train.dispatch import InFlight
 from jaxtrain.train.session import OpenRun
 
 TOGETHER = Choice(1, "members of a sweep that train together")
-
-Outcome = dict[str, Any] | RunError
-"""The result of a member, or why it failed."""
 
 
 class Member:

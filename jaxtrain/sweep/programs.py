@@ -59,7 +59,6 @@ def assemble_settings(experiments: Sequence[Experiment], mesh: Mesh) -> list[Set
     Raises:
       InputError: as ``assemble``.
     """
-    found: list[Setting] = []
     families: list[list[int]] = []
     programs: list[tuple[Program, Any]] = []
     sources: list[Mapping[str, Source]] = []
@@ -81,8 +80,7 @@ def assemble_settings(experiments: Sequence[Experiment], mesh: Mesh) -> list[Set
         assert merged is not None  # each is like the first
         for n, setting in zip(family, _share(members, merged, number, mesh), strict=True):
             settings[n] = dataclasses.replace(setting, sources=sources[n])
-    found = [settings[n] for n in range(len(experiments))]
-    return found
+    return [settings[n] for n in range(len(experiments))]
 
 
 def _trace(program: Program) -> Any:

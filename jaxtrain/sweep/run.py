@@ -214,6 +214,10 @@ def _choose(
     known: Mapping[str, Any],
 ) -> Chosen:
     """Return the strategy: as asked for, as the sweep began, or measured."""
+    if sweep.strategy in ("vmap", "devices") and settings[0].program.teacher is not None:
+        raise InputError(
+            f"--strategy {sweep.strategy}: distillation trains one run at a time; use sequential"
+        )
     if sweep.strategy != "auto":
         return Chosen(sweep.strategy, "as asked for")
     if (before := known.get("strategy")) in strategies.STRATEGIES[1:]:

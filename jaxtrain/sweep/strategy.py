@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -20,8 +20,7 @@ from jaxtrain.sweep.programs import Setting
 from jaxtrain.sweep.stacked import OnePerDevice, Stacked, Vmapped
 from jaxtrain.train.dispatch import InFlight
 
-Strategy = Literal["auto", "sequential", "vmap", "devices"]
-STRATEGIES: tuple[Strategy, ...] = ("auto", "sequential", "vmap", "devices")
+STRATEGIES = ("auto", "sequential", "vmap", "devices")
 MIN_SPEEDUP = 1.2  # times as fast as one after the other, whose members are bitwise those of runs alone
 ROUNDS = 5
 UPDATES = 3  # of every member in a round, after one that compiles

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import signal
+import types
 
 import jax
 import numpy as np
@@ -389,6 +390,13 @@ def test_a_member_that_cannot_be_opened_fails_alone(tmp_path, how):
     assert "config.json cannot be read" in why[0] and "is in use by another run" in why[1]
     with pytest.raises(RunError, match="2 of 3 runs failed; the first: seed=0: "):
         sweep_run.check(table)
+
+
+@pytest.mark.parametrize("how", ["vmap", "devices"])
+def test_distillation_does_not_train_together(tmp_path, how):
+    setting = types.SimpleNamespace(program=types.SimpleNamespace(teacher="a teacher"))
+    with pytest.raises(InputError, match=f"--strategy {how}: distillation trains one run at a time"):
+        sweep_run._choose(sweep_of(tmp_path, how=how, mesh=devices(2)), [setting], list, {})
 
 
 def test_a_recorded_strategy_that_is_not_possible_any_more_is_replaced(tmp_path):
